@@ -1,0 +1,4 @@
+"""Benchmarks of the public operations: `python -m benchmarks.run --op all`.
+ A family joins by adding `bench_<family>.py` with a list `BENCHMARKS` (see `suite.Benchmark`); nothing else
+changes.
+"""

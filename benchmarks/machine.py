@@ -1,0 +1,90 @@
+"""Where a figure was taken: device, driver, versions, commit. Every row and every test record carries
+these."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def device_name(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A folder name: `NVIDIA H200` -> `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def driver(device: torch.device | str) -> str | None:
+    if torch.device(device).type != "cuda":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            .stdout.split("\n")[0]
+            .strip()
+        )
+    return None
+
+
+def installed(distribution: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
+
+
+@functools.cache
+def commit() -> tuple[str, bool | None]:
+    """(commit, dirty). Results and the README, which is generated from them, do not make a tree dirty.
+
+    In a copy of the tree without its history `SORA_KERNELS_COMMIT` ("<sha>" or "<sha>-dirty") says it.
+    """
+    told = os.environ.get("SORA_KERNELS_COMMIT")
+    if told:
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        return git("rev-parse", "--short=12", "HEAD"), bool(changed)
+    return "unknown", None
+
+
+def facts(device: torch.device | str) -> dict[str, object]:
+    sha, dirty = commit()
+    return {
+        "device": device_name(device),
+        "driver": driver(device),
+        "threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "commit": sha,
+        "dirty": dirty,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

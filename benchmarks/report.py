@@ -1,0 +1,282 @@
+"""Recorded results -> the README's tables and one HTML page with plots. Numbers are never written by hand.
+ python -m benchmarks.report                    regenerate the blocks between the markers in README.md
+python -m benchmarks.report --add DIR          first file a run's rows and test records under
+results/<device>/ python -m benchmarks.report --html FILE        also one self-contained page with every
+row, plotted
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import io
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import machine, verified
+
+README = machine.ROOT / "README.md"
+Row = dict
+
+
+class BadResults(Exception):
+    """A results file, a folder or a marker is not as expected. The message says which and what to do."""
+
+
+def load_rows(results: Path = machine.RESULTS) -> list[Row]:
+    """Every row of `results/<device>/*.jsonl`; of rows that measure the same thing, the newest."""
+    newest: dict[tuple, Row] = {}
+    for path in sorted(results.glob("*/*.jsonl")):
+        for row in read_jsonl(path):
+            key = tuple(row[f] for f in ("device", "threads", "op", "shape", "dtype", "mode", "impl"))
+            if key not in newest or row["date"] >= newest[key]["date"]:
+                newest[key] = row
+    return list(newest.values())
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise BadResults(
+                f"{path}:{number} is not a line of JSON ({error.msg}); delete the line or the file"
+            ) from error
+    return rows
+
+
+def add(folder: Path, results: Path = machine.RESULTS) -> list[Path]:
+    """File what `benchmarks.gpu --out folder` left (bench.jsonl, verified.json) under `results/<device>/`."""
+    rows = read_jsonl(folder / "bench.jsonl") if (folder / "bench.jsonl").exists() else []
+    records = (
+        json.loads((folder / "verified.json").read_text()) if (folder / "verified.json").exists() else {}
+    )
+    if not rows and not records:
+        raise BadResults(
+            f"{folder} holds neither bench.jsonl nor verified.json; it should be the --out of benchmarks.gpu"
+        )
+    written = []
+    by_device: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_device[row["device"]].append(row)
+    for device, own in by_device.items():
+        stamp = re.sub(r"[^0-9]", "", own[0]["date"])[:12]
+        target = results / machine.slug(device) / f"{stamp}-{own[0]['commit']}.jsonl"
+        verified.write_beside(target, "".join(json.dumps(row) + "\n" for row in own))
+        written.append(target)
+    for device in {entry["device"] for impls in records.values() for entry in impls.values()}:
+        target = results / machine.slug(device) / "verified.json"
+        known = json.loads(target.read_text()) if target.exists() else {}
+        for family, impls in records.items():
+            own = {impl: entry for impl, entry in impls.items() if entry["device"] == device}
+            known[family] = known.get(family, {}) | own
+        verified.write_beside(target, json.dumps(known, indent=1, sort_keys=True) + "\n")
+        written.append(target)
+    return written
+
+
+def figures(rows: Iterable[Row]) -> str:
+    """One table per device: our fastest implementation of each case beside eager, compile, the best peer."""
+    by_device: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_device[row["device"], row["threads"] or 0].append(row)
+    if not by_device:
+        return "No figures have been recorded yet."
+    return "\n\n".join(_device_table(own) for _, own in sorted(by_device.items()))
+
+
+def _device_table(rows: list[Row]) -> str:
+    last = max(rows, key=lambda r: r["date"])
+    where = f", {last['threads']} threads" if last["threads"] else f", driver {last['driver']}"
+    commits = ", ".join(dict.fromkeys(r["commit"] + ("-dirty" if r["dirty"] else "") for r in rows))
+    lines = [
+        f"**{last['device']}**{where}, torch {last['torch']}, measured copy {last['copy_gb_s']:.0f} GB/s, "
+        f"{last['date'][:10]}, commit {commits}",
+        "",
+        "| op | shape | dtype | | our fastest | µs (p20–p80) | % of copy | vs eager | vs compile | vs best peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    cases: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        cases[row["op"], row["shape"], row["dtype"], row["mode"]].append(row)
+    for (op, shape, dtype, mode), case in sorted(
+        cases.items(), key=lambda c: (c[0][0], c[0][1], c[0][2], c[0][3] == "bwd")
+    ):
+        ours = [r for r in case if r["kind"] == "ours" and r["status"] == "ok"]
+        if not ours:
+            wrong = "; ".join(f"{r['impl']}: {r['reason']}" for r in case if r["kind"] == "ours")
+            lines.append(f"| {op} | {shape} | {dtype} | {mode} | no figure: {_cell(wrong)} | | | | | |")
+            continue
+        best = min(ours, key=lambda r: r["p50_us"])
+        against = {r["impl"]: r for r in case if r["kind"] != "ours" and r["status"] == "ok"}
+        peers = [r for r in against.values() if r["kind"] == "peer"]
+        peer = min(peers, key=lambda r: r["p50_us"], default=None)
+        ratios = [_ratio(against.get(name), best) for name in ("eager", "compile")]
+        ratios.append(
+            f"{_ratio(peer, best)} ({peer['impl']} {peer['impl_version'] or ''})".replace(" )", ")")
+            if peer
+            else "–"
+        )
+        lines.append(
+            f"| {op} | {shape} | {dtype} | {mode} | {best['impl']} | {best['p50_us']:.0f} ({best['p20_us']:.0f}–"
+            f"{best['p80_us']:.0f}) | {best['percent_copy']:.0f} | {' | '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio(other: Row | None, ours: Row) -> str:
+    if other is None:
+        return "–"
+    ratio = other["p50_us"] / ours["p50_us"]
+    return f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}× (slower)**"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def verification(results: Path = machine.RESULTS) -> str:
+    """Family x implementation -> the devices its tests have passed on."""
+    import sora_kernels
+    from sora_kernels import _library
+
+    impls: dict[str, set[str]] = defaultdict(set)
+    for op in sora_kernels.__all__:
+        function = getattr(sora_kernels, op)
+        families = function.__module__.split(".")
+        if len(families) > 2:
+            impls[families[1]].update(_library.impls(f"{op}_fwd"))
+    lines = ["| family | implementation | on a GPU |", "|---|---|---|"]
+    for family in sorted(impls):
+        for impl in (i for i in ("triton", "cuda") if i in impls[family]):
+            lines.append(f"| {family} | {impl} | {verified.verified_on(family, impl, results)} |")
+    return "\n".join(lines)
+
+
+def replace_block(text: str, name: str, body: str) -> str:
+    """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise BadResults(
+            f"the README needs one line {begin} and, after it, one line {end}: the table goes between them"
+        )
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> bool:
+    """Regenerate the blocks `figures` and, where the README has it, `verified`. True if anything changed."""
+    before = readme.read_text(encoding="utf-8")
+    after = replace_block(before, "figures", figures(load_rows(results)))
+    if "<!-- verified:begin -->" in after:
+        after = replace_block(after, "verified", verification(results))
+    if after != before:
+        verified.write_beside(readme, after)
+    return after != before
+
+
+def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
+    """One HTML page without outside references: a plot per op and device, and every row."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BadResults(
+            "--html draws with matplotlib, which is not installed (pip install matplotlib)"
+        ) from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same rows give the same file
+    parts = []
+    plots: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["status"] == "ok":
+            plots[row["device"], row["op"], row["mode"], row["dtype"]].append(row)
+    for (device, op, mode, dtype), own in sorted(plots.items()):
+        parts.append(f"<h2>{html.escape(f'{op}, {mode}, {dtype}')} <small>{html.escape(device)}</small></h2>")
+        parts.append(_plot(own))
+    columns = (
+        "device", "threads", "op", "shape", "dtype", "mode", "impl", "impl_version", "status",
+        "p20_us", "p50_us", "p80_us", "gb_s", "percent_copy", "tflop_s", "percent_matmul",
+        "max_error", "error_bound", "peak_memory", "torch", "commit", "date", "reason",
+    )  # fmt: skip
+    head = "".join(f"<th>{c}</th>" for c in columns)
+    ordered = sorted(rows, key=lambda r: tuple(str(r[c]) for c in columns[:7]))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_show(row[c])}</td>" for c in columns) + "</tr>\n" for row in ordered
+    )
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}"
+        "small{color:#777;font-weight:normal}svg{max-width:100%;height:auto}"
+        "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}"
+        "td,th{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>sora_kernels benchmarks</title>"
+        f"<style>{style}</style><h1>sora_kernels benchmarks</h1><p>Share of the copy bandwidth measured in the same "
+        f"run, counting the fewest bytes each op can move; whiskers from p20 to p80.</p>\n{''.join(parts)}"
+        f"<h2>Every row</h2><table><tr>{head}</tr>\n{body}</table></html>\n"
+    )
+
+
+def _plot(rows: list[Row]) -> str:
+    from matplotlib.figure import Figure
+
+    names = sorted(
+        {r["impl"] for r in rows}, key=lambda n: (n not in ("cuda", "triton", "cpu", "reference"), n)
+    )
+    shapes = sorted({r["shape"] for r in rows})
+    figure = Figure(figsize=(10, 0.6 + 0.22 * len(shapes) * (len(names) + 1)))
+    axes = figure.add_subplot()
+    palette = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#9a8c98", "#355070")
+    for index, name in enumerate(names):
+        own = {r["shape"]: r for r in rows if r["impl"] == name}
+        at = [s * (len(names) + 1) + index for s, shape in enumerate(shapes) if shape in own]
+        taken = [own[shape] for shape in shapes if shape in own]
+        share = [r["percent_copy"] for r in taken]
+        whisker = [[p - p * r["p50_us"] / r["p80_us"] for p, r in zip(share, taken, strict=True)],
+                   [p * r["p50_us"] / r["p20_us"] - p for p, r in zip(share, taken, strict=True)]]  # fmt: skip
+        axes.barh(at, share, xerr=whisker, height=0.9, color=palette[index % len(palette)], label=name,
+                  error_kw={"linewidth": 0.8, "ecolor": "#555"})  # fmt: skip
+    axes.set_yticks([s * (len(names) + 1) + (len(names) - 1) / 2 for s in range(len(shapes))], shapes)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of measured copy bandwidth")
+    axes.axvline(100, color="#999", linewidth=0.8, linestyle=":")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _show(value: object) -> str:
+    return html.escape("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--add", type=Path, metavar="DIR", help="the --out of benchmarks.gpu")
+    parser.add_argument("--html", type=Path, metavar="FILE")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=machine.RESULTS)
+    args = parser.parse_args(argv)
+    try:
+        for path in add(args.add, args.results) if args.add else ():
+            print(f"wrote {path}")
+        print(
+            f"{args.readme}: {'updated' if update_readme(args.readme, args.results) else 'already up to date'}"
+        )
+        if args.html:
+            verified.write_beside(args.html, page(load_rows(args.results), args.results))
+            print(f"wrote {args.html}")
+    except (BadResults, OSError) as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

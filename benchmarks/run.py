@@ -1,0 +1,280 @@
+"""Measure public operations: against fp64 first, then against eager, `torch.compile` and installed peers.
+
+    python -m benchmarks.run --op NAME|all [--shape ID] [--impl NAME] [--mode fwd|bwd|both]
+        [--peers] [--json FILE]
+
+Exit status: 0 if every measured implementation of ours was right, 1 if one was wrong, crashed, or was asked
+for by name and cannot run here, 2 for a bad request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from . import machine, peers, shapes, suite, timing
+from .suite import IMPLS, MODES, Benchmark, Result
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = (
+    "op", "shape", "dtype", "mode", "impl", "p50 µs", "p20–p80", "GB/s", "% copy", "TFLOP/s", "% mm", "x eager",
+    "error", "bound", "MiB",
+)  # fmt: skip
+
+
+class BadRequest(Exception):
+    """What was asked for does not exist or cannot be done here. The message lists what does exist."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except BadRequest as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise BadRequest(f"--threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if not args.budget > 0:
+        raise BadRequest(f"--budget: expected seconds > 0, got {args.budget}")
+    if args.graph and device.type != "cuda":
+        raise BadRequest("--graph: CUDA graphs need a CUDA device")
+    benchmarks = suite.discover()
+    asked = [_known("op", op, [*benchmarks, "all"]) for op in args.op]
+    ops = tuple(benchmarks) if not asked or "all" in asked else tuple(asked)
+    ids = [_known("shape", i, shapes.SHAPES) for i in args.shape] or list(shapes.DEFAULT[device.type])
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    for impl in args.impl:
+        for op in ops:
+            _known(f"impl of {op}", impl, benchmarks[op].names)
+    modes = MODES if args.mode == "both" else (args.mode,)
+    for shape_id in ids:
+        _fits(shapes.SHAPES[shape_id], device)
+    sink = _sink(args.json)
+
+    facts = machine.facts(device)
+    ceilings = timing.ceilings(device, (dtype,), budget_s=min(2.0, args.budget))
+    print(
+        f"{facts['device']}, {_ceilings_line(ceilings)}; "
+        f"commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}"
+    )
+    rows, lost, end = [], None, time.monotonic() + (args.stop_after or float("inf"))
+    cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
+    for done, (benchmark, shape) in enumerate(cases):
+        if time.monotonic() > end:
+            left = ", ".join(f"{b.op} at {s.id}" for b, s in cases[done:])
+            print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
+            break
+        results = suite.measure(
+            benchmark, shape, _candidates(benchmark, args, device), modes=modes, dtype=dtype,
+            device=device, budget_s=args.budget, graph=args.graph, seed=args.seed,
+        )  # fmt: skip
+        try:
+            for result in results:
+                rows.append(make_row(benchmark, shape, result, dtype, ceilings, facts, device, args.graph))
+                if sink:
+                    sink.write(json.dumps(rows[-1]) + "\n")
+                    sink.flush()
+        except suite.DeviceLost as error:
+            lost = error
+            break
+    if sink:
+        sink.close()
+    print_table(rows)
+    if lost:
+        print(f"the device is in an error state, and nothing after this was measured: {lost}")
+    ours = [row for row in rows if row["kind"] == "ours"]
+    named = [row for row in ours if row["impl"] in args.impl and row["status"] == "unavailable"]
+    return int(bool(named) or any(row["status"] == "failed" for row in ours))
+
+
+def make_row(
+    benchmark: Benchmark,
+    shape: shapes.Shape,
+    result: Result,
+    dtype: torch.dtype,
+    ceilings: timing.Ceilings,
+    facts: dict[str, object],
+    device: torch.device,
+    graph: bool = False,
+) -> dict[str, object]:
+    """One line of the results. Figures are null where there is none; `status` and `reason` say why."""
+    stats, name = result.stats, str(dtype).removeprefix("torch.")
+    copy, matmul = ceilings.copy, ceilings.matmul[name]
+    bandwidth = stats and result.bytes / stats.p50
+    rate = stats and result.flops / stats.p50
+    if device.type == "cuda":
+        timer = "CUDA graph, cold L2" if graph and result.mode == "fwd" else "events, cold L2"
+    else:
+        timer = "host clock"
+    kind = "ours" if result.impl in IMPLS else "baseline" if result.impl in ("eager", "compile") else "peer"
+    return {
+        "op": benchmark.op, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
+        "impl_version": peers.version(result.impl), "shape": shape.id, "dims": shape.describe(),
+        "dtype": name,
+        "mode": result.mode, "status": result.status, "reason": result.reason,
+        "p20_us": stats and stats.p20 * 1e6, "p50_us": stats and stats.p50 * 1e6,
+        "p80_us": stats and stats.p80 * 1e6,
+        "samples": stats and stats.samples, "timer": timer,
+        "bytes": result.bytes, "gb_s": stats and bandwidth / 1e9,
+        "percent_copy": stats and 100 * bandwidth / copy,
+        "flops": result.flops, "tflop_s": stats and rate / 1e12,
+        "percent_matmul": stats and 100 * rate / matmul,
+        "copy_gb_s": copy / 1e9, "matmul_tflop_s": matmul / 1e12,
+        "max_error": result.max_error, "error_bound": result.error_bound, "error_in": result.error_in,
+        "peak_memory": result.peak_memory,
+        **facts,
+    }  # fmt: skip
+
+
+def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
+    """Ours, then eager, which every ratio is taken against, then what --peers adds."""
+    ours = args.impl or suite.our_impls(benchmark.op, device)
+    others = ("compile", *benchmark.peers) if args.peers else ()
+    return tuple(dict.fromkeys((*ours, "eager", *others)))
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """The rows that have figures, then, plainly, what has none and why."""
+    eager = {_case(r): r["p50_us"] for r in rows if r["impl"] == "eager" and r["status"] == "ok"}
+    cells = [_cells(r, eager.get(_case(r))) for r in rows if r["status"] == "ok"]
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(plain_table(COLUMNS, cells))
+    else:
+        table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+        for line in cells:
+            table.add_row(*line)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
+    lost = [
+        r
+        for r in rows
+        if r["kind"] == "ours" and r["status"] == "ok" and r["p50_us"] > eager.get(_case(r), 1e99)
+    ]
+    for row in lost:
+        print(f"slower than eager: {_name(row)}, {eager[_case(row)] / row['p50_us']:.2f}x")
+    for line in dict.fromkeys(
+        f"{r['status']}: {_name(r)}: {r['reason']}" for r in rows if r["status"] != "ok"
+    ):
+        print(line)
+
+
+def plain_table(columns: Iterable[str], lines: list[tuple[str, ...]]) -> str:
+    table = [tuple(columns), *lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table
+    )
+
+
+def _cells(row: dict[str, object], eager: float | None) -> tuple[str, ...]:
+    dtype = {str(v).removeprefix("torch."): k for k, v in DTYPES.items()}[row["dtype"]]
+    memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
+    return (
+        row["op"], row["shape"], dtype, row["mode"], row["impl"], f"{row['p50_us']:.1f}",
+        f"{row['p20_us']:.1f}–{row['p80_us']:.1f}", f"{row['gb_s']:.1f}", f"{row['percent_copy']:.0f}",
+        f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}",
+        f"{eager / row['p50_us']:.2f}" if eager else "",
+        f"{row['max_error']:.1e}", f"{row['error_bound']:.1e}", memory,
+    )  # fmt: skip
+
+
+def _case(row: dict[str, object]) -> tuple[object, ...]:
+    return row["op"], row["shape"], row["dtype"], row["mode"]
+
+
+def _name(row: dict[str, object]) -> str:
+    return f"{row['op']} {row['impl']} {row['mode']} at {row['shape']}"
+
+
+def _ceilings_line(ceilings: timing.Ceilings) -> str:
+    matmul = ", ".join(f"{dtype} matmul {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings.matmul.items())
+    return f"measured copy {ceilings.copy / 1e9:.4g} GB/s, {matmul}"
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise BadRequest("TRITON_INTERPRET=1 is set: the interpreter's time means nothing; unset it")
+    return device
+
+
+def _known(what: str, name: str, known: Iterable[str]) -> str:
+    if name not in known:
+        raise BadRequest(f"unknown {what} {name!r}; there are: {', '.join(known)}")
+    return name
+
+
+def _fits(shape: shapes.Shape, device: torch.device) -> None:
+    """The fp64 oracle with its gradients is the largest thing a measurement holds: some 24 times x."""
+    need = 24 * 8 * shape.elements
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[0]
+    else:
+        have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > have:
+        fitting = ", ".join(s.id for s in shapes.SHAPES.values() if 24 * 8 * s.elements <= have) or "none"
+        raise BadRequest(
+            f"--shape {shape.id}: the check against fp64 needs about {need / 2**30:.1f} GiB, and "
+            f"{have / 2**30:.1f} GiB are free on {device}; shapes that fit: {fitting}"
+        )
+
+
+def _sink(path: str | None):
+    if path is None:
+        return None
+    try:
+        return Path(path).open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"--json {path}: cannot write there: {error.strerror}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="repeatable; default: all")
+    parser.add_argument(
+        "--shape", action="append", default=[], metavar="ID", help="repeatable; default: a list per device"
+    )
+    parser.add_argument("--impl", action="append", default=[], metavar="NAME",
+                        help="repeatable: cpu, triton, cuda, reference; default: all that run")  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=(*MODES, "both"), default="both", help="both: forward and backward, a row each"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--peers", action="store_true", help="also torch.compile and the libraries that are installed"
+    )
+    parser.add_argument("--json", metavar="FILE", help="append one line per row as it comes")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--budget", type=float, default=2.0, metavar="S", help="seconds per op, shape and mode (default 2)"
+    )
+    parser.add_argument("--stop-after", type=float, metavar="S", help="begin no further case after S seconds")
+    parser.add_argument(
+        "--graph", action="store_true", help="time the forward from a CUDA graph, without launch gaps"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

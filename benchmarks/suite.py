@@ -1,0 +1,264 @@
+"""What a benchmark is, and how one turns into rows: correctness first, then time.
+
+`bench_<family>.py` lists its ops as `Benchmark`s in `BENCHMARKS`; `discover` finds them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sora_kernels
+from sora_kernels import _dispatch, testing
+
+from . import peers, timing
+from .shapes import Shape
+
+Inputs = dict[str, Any]
+IMPLS = ("cpu", "triton", "cuda", "reference")
+MODES = ("fwd", "bwd")
+PEER_SLACK = (
+    10  # another library may round more often than our rule allows; beyond this it computes something else
+)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One public operation.
+
+    inputs          (shape, dtype, draw) -> the keyword arguments; `draw(*size, dtype=)` is a random tensor
+    reference       the specification: run in fp64 it is the oracle
+    eager           the lines a model has without us, in its dtype: baseline of time and yardstick of error
+    differentiable  the inputs whose gradients are checked and timed, where the shape has them
+    backward_reads, backward_writes
+                    the inputs of which a backward must read the value, and write the gradient, at the least;
+                    the incoming gradients are counted by themselves
+    flops           (shape, mode) -> floating-point operations
+    """
+
+    op: str
+    inputs: Callable[[Shape, torch.dtype, Callable[..., Tensor]], Inputs]
+    reference: Callable[..., Any]
+    eager: Callable[..., Any]
+    differentiable: tuple[str, ...]
+    backward_reads: tuple[str, ...]
+    backward_writes: tuple[str, ...]
+    flops: Callable[[Shape, str], int]
+    peers: Mapping[str, Callable[[Inputs, str], Callable[..., Any]]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*IMPLS, "eager", "compile", *self.peers)
+
+
+class DeviceLost(RuntimeError):
+    """A candidate left the device in an error state: nothing that follows in this process can be trusted."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One candidate in one mode. `stats` is None unless status is "ok"; `reason` says why."""
+
+    impl: str
+    mode: str
+    status: str  # ok | failed (wrong or crashed) | unavailable
+    reason: str | None = None
+    stats: timing.Stats | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    max_error: float | None = None
+    error_bound: float | None = None
+    error_in: str | None = None
+    peak_memory: int | None = None
+
+
+def discover() -> dict[str, Benchmark]:
+    """Every benchmark of every `bench_<family>.py`, by op."""
+    package = importlib.import_module(__package__)
+    found: dict[str, Benchmark] = {}
+    for module in sorted(
+        m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("bench_")
+    ):
+        for benchmark in importlib.import_module(f".{module}", __package__).BENCHMARKS:
+            found[benchmark.op] = benchmark
+    return found
+
+
+def family(benchmark: Benchmark) -> str:
+    """`modulation` for an op whose public function lives in `sora_kernels.modulation`."""
+    return getattr(sora_kernels, benchmark.op).__module__.split(".")[1]
+
+
+def our_impls(op: str, device: torch.device) -> tuple[str, ...]:
+    """The implementations to measure when none is named: those that run here, else the reference."""
+    able = [i for i in IMPLS[:-1] if _dispatch.why_not(op, i, device.type) is None]
+    return tuple(able) or ("reference",)
+
+
+def make_inputs(
+    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
+) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+    return benchmark.inputs(shape, dtype, draw)
+
+
+def measure(
+    benchmark: Benchmark,
+    shape: Shape,
+    candidates: tuple[str, ...],
+    *,
+    modes: tuple[str, ...] = MODES,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    budget_s: float = 2.0,
+    graph: bool = False,
+    seed: int = 0,
+) -> Iterator[Result]:
+    """Check every candidate against the fp64 oracle, then time those that passed, in turns, mode by mode."""
+    device = torch.device(device)
+    inputs = make_inputs(benchmark, shape, dtype, device, seed)
+    case = _Case(benchmark, inputs, with_grads="bwd" in modes)
+    for mode in modes:
+        results: dict[str, Result] = {}
+        calls: dict[str, Callable[[], object]] = {}
+        for name in candidates:
+            try:
+                fn = _load(benchmark, name, inputs, mode)
+                error, bound, where = case.check(fn, mode)
+                verdict = dict(max_error=error, error_bound=bound, error_in=where)
+                if not error <= bound * (1 if name in IMPLS else PEER_SLACK):
+                    reason = f"wrong: error {error:.3g} in {where} exceeds its bound {bound:.3g}"
+                    results[name] = Result(name, mode, "failed", reason, **verdict)
+                    continue
+                calls[name] = case.call(fn, mode)
+                peak = timing.peak_memory(calls[name], device)
+                results[name] = Result(name, mode, "ok", peak_memory=peak, **verdict)
+            except (peers.Missing, _dispatch.Unavailable) as error:
+                results[name] = Result(name, mode, "unavailable", str(error))
+            except Exception as error:  # one candidate's crash must not take the others' figures
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                results[name] = Result(name, mode, "failed", reason)
+                if not _alive(device):
+                    yield results[name]
+                    raise DeviceLost(f"{benchmark.op} {name} {mode} at {shape.id}: {reason}") from error
+        graphed = graph and mode == "fwd"
+        with torch.set_grad_enabled(mode == "bwd"):
+            times = timing.interleaved(calls, budget_s, device=device, graph=graphed)
+        for name, result in results.items():
+            if name in times:
+                work = dict(bytes=case.bytes(mode), flops=benchmark.flops(shape, mode))
+                result = Result(**(vars(result) | dict(stats=times[name]) | work))
+            yield result
+
+
+def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callable[..., Any]:
+    if name in IMPLS:
+        function = getattr(sora_kernels, benchmark.op)
+        return lambda **kwargs: function(**kwargs, impl=name)
+    if name == "eager":
+        return benchmark.eager
+    if name == "compile":
+        return peers.compiled(benchmark.eager)
+    return benchmark.peers[name](inputs, mode)
+
+
+def _alive(device: torch.device) -> bool:
+    """Whether the device still answers: an illegal access is reported again by every later call."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return False
+    return True
+
+
+def tensors_of(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _Case:
+    """Inputs of one op at one shape, their outputs and gradients in fp64, and the error allowed."""
+
+    def __init__(self, benchmark: Benchmark, inputs: Inputs, with_grads: bool):
+        self.benchmark, self.inputs = benchmark, inputs
+        self.leaves = tuple(n for n in benchmark.differentiable if isinstance(inputs.get(n), Tensor))
+        exact = {n: v.double() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        with torch.no_grad():
+            outputs = _as_tuple(benchmark.eager(**inputs))
+        self.grad_outputs = tuple(torch.randn_like(out) for out in outputs)
+        self.oracle, self.bound = {}, {}
+        for mode in MODES if with_grads else MODES[:1]:
+            self.oracle[mode] = self.run(benchmark.reference, mode, exact)
+            plain = self.run(benchmark.eager, mode)
+            self.bound[mode] = {n: testing.error_bound(o, plain[n]) for n, o in self.oracle[mode].items()}
+
+    def bytes(self, mode: str) -> int:
+        """The fewest bytes the op can move: each tensor it needs once."""
+        tensors = tensors_of(self.inputs)
+        if mode == "fwd":
+            return nbytes(
+                *tensors.values(), *self.grad_outputs
+            )  # an incoming gradient is as large as its output
+        spec = self.benchmark
+        named = [tensors[n] for n in (*spec.backward_reads, *spec.backward_writes) if n in tensors]
+        return nbytes(*named, *self.grad_outputs)
+
+    def run(self, fn: Callable[..., Any], mode: str, inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """Outputs by number (fwd) or gradients by input (bwd)."""
+        inputs = self.inputs if inputs is None else inputs
+        if mode == "fwd":
+            with torch.no_grad():
+                return {f"output {i}": out for i, out in enumerate(_as_tuple(fn(**inputs)))}
+        leaves, outputs = self._graph(fn, inputs)
+        return {f"grad of {n}": g for n, g in zip(self.leaves, self._backward(outputs, leaves), strict=True)}
+
+    def call(self, fn: Callable[..., Any], mode: str) -> Callable[[], object]:
+        """The call that is timed: the forward alone, or the backward alone over one recorded graph."""
+        if mode == "fwd":
+
+            def forward() -> object:
+                with torch.no_grad():
+                    return fn(**self.inputs)
+
+            return forward
+        leaves, outputs = self._graph(fn, self.inputs)
+        return lambda: self._backward(outputs, leaves)
+
+    def _graph(self, fn: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        leaves = {n: inputs[n].detach().requires_grad_() for n in self.leaves}
+        with torch.enable_grad():
+            return list(leaves.values()), _as_tuple(fn(**(inputs | leaves)))
+
+    def _backward(self, outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        grads = [g.to(out.dtype) for g, out in zip(self.grad_outputs, outputs, strict=True)]
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+
+    def check(self, fn: Callable[..., Any], mode: str) -> tuple[float, float, str]:
+        """(error, bound, where) of the tensor that comes closest to its bound, or furthest beyond it."""
+        with testing.poison_empty():
+            actual = self.run(fn, mode)
+        judged = []
+        for name, value in actual.items():
+            oracle, bound = self.oracle[mode][name], self.bound[mode][name]
+            if value.shape != oracle.shape:
+                raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(oracle.shape)}")
+            judged.append((testing.max_error(value, oracle), bound, name))
+        return max(judged, key=lambda j: j[0] / max(j[1], 1e-300))
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)

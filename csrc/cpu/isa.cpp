@@ -1,0 +1,52 @@
+#include "common/simd.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+
+namespace sora {
+namespace {
+
+constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+
+Isa best_supported() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+#else
+  return Isa::baseline;
+#endif
+}
+
+Isa choose() {
+  const Isa best = best_supported();
+  const char* requested = std::getenv("SORA_KERNELS_CPU_ISA");
+  if (!requested || !*requested) return best;
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+    if (std::string(requested) != names[static_cast<int>(isa)]) continue;
+    STD_TORCH_CHECK(isa <= best, "SORA_KERNELS_CPU_ISA=", requested, ": this CPU supports no more than ",
+                    names[static_cast<int>(best)]);
+    return isa;
+  }
+  STD_TORCH_CHECK(false, "SORA_KERNELS_CPU_ISA=", requested, ": expected baseline, avx2 or avx512");
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+
+}  // namespace sora
+
+extern "C" __attribute__((visibility("default"))) const char* sora_kernels_cpu_isa() {
+  try {
+    return sora::names[static_cast<int>(sora::isa())];
+  } catch (const std::exception&) {
+    return "invalid SORA_KERNELS_CPU_ISA";
+  }
+}

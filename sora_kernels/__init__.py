@@ -1,0 +1,25 @@
+"""Fast, trainable, reference-proven operations for video diffusion transformers and their causal VAEs."""
+
+from ._dispatch import Unavailable
+from .attention import attention_plan, spacetime_attention
+from .causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
+from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
+from .patchify import final_layer, patch_embed3d, unpatchify3d
+from .qknorm_rope import qk_norm_rope
+
+__all__ = [
+    "Unavailable",
+    "attention_plan",
+    "causal_conv3d",
+    "downsample_conv3d",
+    "final_layer",
+    "gate_residual",
+    "gate_residual_norm_modulate",
+    "norm_modulate",
+    "norm_silu",
+    "patch_embed3d",
+    "qk_norm_rope",
+    "spacetime_attention",
+    "unpatchify3d",
+    "upsample_conv3d",
+]

@@ -1,0 +1,88 @@
+"""Which implementation runs: `impl="auto"` may choose and can explain, an explicit one runs or raises."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORCED = os.environ.get("SORA_KERNELS_IMPL", "auto")  # replaces "auto" everywhere
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
+
+
+class Unavailable(RuntimeError):
+    """The implementation asked for cannot run this call. The message gives one reason per implementation."""
+
+
+def choose(
+    op: str, impl: str, x: Tensor, *, grad: bool = False, limits: Callable[[str], str | None] | None = None
+) -> str:
+    """The name of the implementation that runs `op` on tensors like `x`.
+
+    op      the public function's name; its ops are `{op}_fwd` and `{op}_bwd`.
+    grad    gradients will be asked for: an implementation without a backward does not qualify.
+    limits  op-specific: implementation -> None, or why it cannot run these arguments.
+    Raises ValueError for an unknown name and Unavailable where an explicit choice cannot run.
+    """
+    if impl == "auto":
+        impl = FORCED
+    if impl != "auto":
+        if impl not in IMPLS:
+            raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+        reason = why_not(op, impl, x.device.type, x.dtype, grad) or (limits and limits(impl))
+        if reason:
+            raise Unavailable(_explain(op, impl, reason, x, grad, limits))
+        return impl
+    for candidate in _library.impls(f"{op}_fwd"):
+        # the interpreter is a test tool: right, and thousands of times too slow to be chosen
+        if candidate == "triton" and x.device.type == "cpu":
+            continue
+        if not (why_not(op, candidate, x.device.type, x.dtype, grad) or (limits and limits(candidate))):
+            return candidate
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def why_not(
+    op: str, impl: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = False
+) -> str | None:
+    """None where `impl` runs `op` on this device type and dtype, else the reason why not."""
+    return _why_not(op, impl, device, dtype, grad)
+
+
+@functools.cache
+def _why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) -> str | None:
+    if impl not in _library.impls(f"{op}_fwd"):
+        return f"{op} has no {impl} implementation"
+    if grad and impl not in _library.impls(f"{op}_bwd"):
+        return f"{op} is forward-only in {impl}, and gradients were asked for"
+    if impl == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"{impl} takes float32, bfloat16 or float16; got {dtype}"
+    if impl == "cpu" and device != "cpu":
+        return f"cpu needs tensors on the CPU; got {device}"
+    if impl == "cuda" and device != "cuda":
+        return f"cuda needs tensors on a CUDA device; got {device}"
+    if impl == "triton" and device != "cuda" and not (INTERPRET and device == "cpu"):
+        return f"triton needs tensors on a CUDA device (or TRITON_INTERPRET=1 before the first import); got {device}"
+    if impl == "triton":
+        return _library.triton_error()
+    if _library.is_compiled(f"{op}_fwd", impl):
+        return _library.load_error(impl)
+    return None
+
+
+def _explain(op, impl, reason, x, grad, limits) -> str:
+    lines = [f"{op}: impl={impl!r} cannot run: {reason}. Implementations for these arguments:"]
+    for name in _library.impls(f"{op}_fwd"):
+        other = why_not(op, name, x.device.type, x.dtype, grad) or (limits and limits(name))
+        lines.append(f"  {name}: {other or 'usable'}")
+    return "\n".join(lines)

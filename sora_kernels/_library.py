@@ -1,0 +1,148 @@
+"""The op namespace: schemas, fakes, implementations, and the compiled libraries behind them.
+
+Every private op is *destination-passing*: it writes into the tensors it is given and returns nothing. One schema
+serves all implementations of an op, its fake is a no-op by construction, optional gradients are optional
+destinations, and `out=` costs nothing extra. `op.py` of each family allocates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "sora_kernels"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl -> overload, in the order "auto" prefers
+_compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
+
+
+def define(
+    op: str, schema: str, *, reference: Callable[..., None], impls: Mapping[str, str | None] | None = None
+) -> None:
+    """Register `op` once per implementation as `sora_kernels::_{op}_{impl}`.
+
+    op         e.g. "norm_modulate_fwd"; the direction is part of the name, a backward is an op of its own.
+    schema     "(Tensor x, ..., Tensor(a!) out) -> ()", shared by all implementations.
+    reference  the implementation in plain torch; it takes the arguments of the schema.
+    impls      further implementations in the order "auto" prefers them: name -> "module:function" (imported at the
+               first call) or None where the compiled library of that name registers it.
+    """
+    _compiled.update((op, impl) for impl, provider in (impls or {}).items() if provider is None)
+    _overloads[op] = {
+        impl: _register(f"_{op}_{impl}", schema, provider)
+        for impl, provider in [*(impls or {}).items(), ("reference", reference)]
+    }
+
+
+def _register(name: str, schema: str, provider: Callable[..., None] | str | None) -> torch._ops.OpOverload:
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args, **kwargs: None, lib=_library)
+    if provider is not None:
+        kernel = _returns_nothing(provider)
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, kernel, key)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., None]:
+    @functools.cache
+    def function() -> Callable[..., object]:
+        if callable(provider):
+            return provider
+        module, name = provider.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def kernel(*args) -> None:
+        function()(*args)
+
+    return kernel
+
+
+def ops() -> dict[str, tuple[str, ...]]:
+    """Every op with its implementations, in the order "auto" prefers them."""
+    return {op: tuple(impls) for op, impls in _overloads.items()}
+
+
+def impls(op: str) -> tuple[str, ...]:
+    return tuple(_overloads.get(op, ()))
+
+
+def is_compiled(op: str, impl: str) -> bool:
+    return (op, impl) in _compiled
+
+
+def call(op: str, impl: str) -> torch._ops.OpOverload:
+    """The overload that runs `op` with `impl`; `_dispatch.choose` has said that it can."""
+    return _overloads[op][impl]
+
+
+@functools.cache
+def load_error(name: str) -> str | None:
+    """Load the compiled library `name` at the first call; afterwards None, or why it could not be loaded."""
+    path = pathlib.Path(__file__).with_name(f"_{name}.so")
+    if not path.exists():
+        return f"the compiled library {path.name} is not built (SORA_KERNELS_BUILD={name} pip install -e .)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """None where triton imports, else why it does not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'triton>=3.6')"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation must not take the other implementations down
+        return f"triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def vjp(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor | None],
+    grad_outputs: tuple[Tensor | None, ...],
+    destinations: Mapping[str, Tensor | None],
+) -> None:
+    """Backward of a reference: differentiate `function(**inputs)` by autograd, write each gradient asked for.
+
+    Leaves are taken in fp32 (fp64 for fp64 inputs), so a gradient is rounded once, on the way into its destination.
+    """
+    wanted = [name for name, destination in destinations.items() if destination is not None]
+    leaves = dict(inputs)
+    with torch.enable_grad(), _autograd_keys():
+        for name in wanted:
+            leaf = inputs[name].detach()
+            leaves[name] = leaf.to(torch.promote_types(leaf.dtype, torch.float32)).requires_grad_()
+        outputs = function(**leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None and o.requires_grad]
+        grads = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [leaves[name] for name in wanted],
+            [g.to(o.dtype) for o, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    for name, grad in zip(wanted, grads, strict=True):
+        destinations[name].copy_(grad)
+
+
+@contextlib.contextmanager
+def _autograd_keys():
+    """Inside a dispatched kernel the autograd keys may be excluded; recording a graph there needs them back."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded - keys):
+        yield

@@ -1,0 +1,62 @@
+"""Triton primitives shared by the families. Everything is fp32 between the load and the store."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(ptr, offsets, cols, mask):
+    """Rows at `offsets` (elements, int64) of a tensor dense in its last axis, as fp32 [rows, cols]; 0 outside the mask."""
+    return tl.load(ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, offsets, cols, values, mask):
+    """The counterpart of `load_rows`: rounds once, to the tensor's dtype."""
+    tl.store(ptr + offsets[:, None] + cols[None, :], values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, cols, D, default: tl.constexpr):
+    """An optional parameter `[D]` as fp32; `default` everywhere if it is absent."""
+    if ptr is None:
+        return tl.full(cols.shape, default, tl.float32)
+    else:
+        return tl.load(ptr + cols, mask=cols < D, other=default).to(tl.float32)
+
+
+@triton.jit
+def standardize(x, mask, D, eps, RMS: tl.constexpr):
+    """(x̂, 1/σ) of each row of x [rows, cols], masked columns being 0. Two passes over registers: no E[x²] − mean²."""
+    if not RMS:
+        mean = tl.sum(x, 1) / D
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / D + eps)
+    return x * rstd[:, None], rstd
+
+
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr, out_ptr, stride_out, stride_row, stride_count, count, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out[row, :] = Σ_k partial[row, k, :] in a fixed order: the end of every reduction over tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        k = start + tl.arange(0, BLOCK_N)
+        mask = (k < count)[:, None] & (cols < D)[None, :]
+        total += tl.sum(load_rows(partial_ptr, row * stride_row + k * stride_count, cols, mask), 0)
+    tl.store(out_ptr + row * stride_out + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
+
+
+def sum_partials(partial, out) -> None:
+    """Reduce fp32 `partial` [rows, count, D] over count into `out` [rows, D] of any float dtype."""
+    rows, count, D = partial.shape
+    block_d = min(128, triton.next_power_of_2(D))
+    sum_partials_kernel[(rows, triton.cdiv(D, block_d))](
+        partial, out, out.stride(0), partial.stride(0), partial.stride(1), count, D,
+        BLOCK_N=min(64, triton.next_power_of_2(count)), BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip

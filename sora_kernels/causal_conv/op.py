@@ -1,0 +1,427 @@
+"""Convolutions of a causal video VAE: causal in time, with a cache that lets a clip pass chunk by chunk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check, _dispatch, _library
+from . import reference
+
+_VIDEO = "[B, C, T, H, W]"
+
+
+def norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    groups: int = 32,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """SiLU(norm(x) · weight + bias), the activation in front of a VAE's convolutions.
+
+        rms    norm(x)[c] = x[c] / sqrt(mean_c(x²) + eps)             over the C channels of each pixel
+        group  norm(x)    = (x − mean) / sqrt(var + eps)              over each of `groups` groups of channels and T, H, W
+
+    x       [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides.
+    weight  [C]; bias [C] or None; of any float dtype.
+    groups  divides C; read for norm="group" only.
+    Returns a tensor like x, in channels_last_3d where x is. Gradients: x, weight, bias.
+
+    Errors: TypeError for a dtype, ValueError for a shape, a device, an unknown `norm`, groups that do not divide C.
+    Numerics: statistics and arithmetic in fp32 (fp64 for fp64), rounded once. Deterministic.
+    Wan's VAE norm, x · sqrt(C) / max(‖x‖, 1e-12) · gamma, is norm="rms" with eps=1e-24 up to rounding.
+    """
+    op = "norm_silu"
+    _check.tensor(op, "x", x, _VIDEO, ndim=5)
+    C = x.shape[1]
+    _check.choice(op, "norm", norm, ("rms", "group"))
+    _check.exact(op, "weight", weight, (C,), "[C], one per channel of x")
+    if bias is not None:
+        _check.exact(op, "bias", bias, (C,), "[C], one per channel of x")
+    if norm == "group" and (groups < 1 or C % groups):
+        raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups}")
+    _check.positive(op, "eps", eps)
+    _check.same_device(op, x, {"weight": weight, "bias": bias})
+    grad = _records(x, weight, bias)
+    run = _NormSilu.apply if grad else _NormSilu.run
+    return run(x, weight, bias, groups if norm == "group" else 0, eps, _dispatch.choose(op, impl, x, grad=grad))
+
+
+def causal_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    cache: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """3D convolution that is causal in time and "same" in space, with an optional epilogue.
+
+        h[t] = bias + Σ_i weight[:, :, i] ∗ x[t·stride_t − (kt−1) + i]         (∗: 2D convolution, k//2 zeros around)
+        y    = h + residual,   or with norm_weight   SiLU(rms(h + residual) · norm_weight)
+
+    x            [B, C, T, H, W], float32, bfloat16, float16 or float64; T may be 0.
+    weight       [O, C, kt, kh, kw], a Conv3d weight as it is; kh and kw odd. bias [O] or None. Any float dtype.
+    stride       an int or (t, h, w). The result is [B, O, ceil(T/st), ceil(H/sh), ceil(W/sw)].
+    cache        None: the kt−1 frames before x are zeros, and y is returned.
+                 [B, C, kt−1, H, W] in x's dtype (zeros at the start of a clip): they are the frames before x, and
+                 (y, cache for the next chunk) is returned. T must then be a multiple of stride_t.
+    residual     like the result; added before the norm.
+    norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
+    Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight.
+
+    Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1.
+    Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once. Cutting a clip into chunks changes
+    nothing but the order of summation inside the convolution.
+    """
+    op = "causal_conv3d"
+    _check_conv(op, x, weight, bias, same=True)
+    stride = _check.triple(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride)
+    past = weight.shape[2] - 1
+    if cache is not None:
+        _check_cache(op, x, cache, past, "kt - 1")
+        if x.shape[2] % stride[0]:
+            raise ValueError(
+                f"{op}: with a cache, the frames of x must be a multiple of the time stride {stride[0]}; "
+                f"got {x.shape[2]}"
+            )
+    sizes = [-(-size // s) for size, s in zip(x.shape[2:], stride, strict=True)]
+    shape = (x.shape[0], weight.shape[0], *sizes)
+    if residual is not None:
+        _check.exact(op, "residual", residual, shape, "the shape of the result")
+        if residual.dtype != x.dtype:
+            raise TypeError(f"{op}: residual must have x's dtype {x.dtype}; got {residual.dtype}; cast it with .to()")
+    if norm_weight is not None:
+        _check.exact(op, "norm_weight", norm_weight, (weight.shape[0],), "[O], one per output channel")
+        _check.positive(op, "norm_eps", norm_eps)
+    _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
+    grad = _records(x, weight, bias, cache, residual, norm_weight)
+    impl = _dispatch.choose(op, impl, x, grad=grad)
+    if grad:
+        y = _CausalConv3d.apply(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl)
+    else:
+        y = _empty(x, shape)
+        args = (x, weight, bias, cache, residual, norm_weight, stride, norm_eps, y, None)
+        _library.call("causal_conv3d_fwd", impl)(*args)
+    return y if cache is None else (y, reference.next_cache(x, cache))
+
+
+def upsample_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    factor: tuple[int, int, int] = (1, 2, 2),
+    cache: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """causal_conv3d of x with every frame, row and column repeated `factor` times (nearest upsampling).
+
+        y = causal_conv3d(u, weight, bias),   u[t, h, w] = x[t // ft, h // fh, w // fw]
+
+    x       [B, C, T, H, W], float32, bfloat16, float16 or float64; T may be 0.
+    weight  [O, C, kt, kh, kw], kh and kw odd (a Conv2d weight is weight[:, :, None]). bias [O] or None. Any float dtype.
+    factor  (t, h, w), each at least 1. The result is [B, O, ft·T, fh·H, fw·W].
+    cache   None: the frames before x are zeros. [B, C, ceil((kt−1)/ft), H, W] in x's dtype: they are the frames before
+            x, before upsampling, and (y, cache for the next chunk) is returned.
+    Gradients: x, weight, bias, cache. Errors, numerics: as causal_conv3d.
+    """
+    op = "upsample_conv3d"
+    _check_conv(op, x, weight, bias, same=True)
+    factor = _check.triple(op, "factor", factor)
+    past = reference.past_frames("upsample", weight.shape[2], factor[0])
+    if cache is not None:
+        _check_cache(op, x, cache, past, "ceil((kt - 1) / factor[0])")
+    shape = (x.shape[0], weight.shape[0], *(size * f for size, f in zip(x.shape[2:], factor, strict=True)))
+    return _resample(op, x, weight, bias, cache, factor, shape, impl)
+
+
+def downsample_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    factor: tuple[int, int, int] = (1, 2, 2),
+    cache: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolution with stride `factor` and the padding inside: asymmetric in space, causal in time.
+
+        space  k − f zeros in all, (k − f) // 2 of them in front: for k = 3, f = 2 one row below, one column right
+        time   output frame j sees the kt frames that end with x's frame ft·(j+1) − 1
+
+    x       [B, C, T, H, W], float32, bfloat16, float16 or float64; T a multiple of ft, 0 included.
+    weight  [O, C, kt, kh, kw], no axis smaller than its factor. bias [O] or None. Any float dtype.
+    factor  (t, h, w), each at least 1. The result is [B, O, T/ft, H//fh, W//fw].
+    cache   None: the kt − ft frames before x are zeros. [B, C, kt−ft, H, W] in x's dtype: they are those frames, and
+            (y, cache for the next chunk) is returned.
+    Gradients: x, weight, bias, cache. Errors, numerics: as causal_conv3d.
+    """
+    op = "downsample_conv3d"
+    _check_conv(op, x, weight, bias, same=False)
+    factor = _check.triple(op, "factor", factor)
+    if any(k < f for k, f in zip(weight.shape[2:], factor, strict=True)):
+        raise ValueError(
+            f"{op}: the kernel must be at least as large as factor={factor} on every axis; "
+            f"got a kernel of {list(weight.shape[2:])}"
+        )
+    if x.shape[2] % factor[0]:
+        raise ValueError(f"{op}: the frames of x must be a multiple of factor[0]={factor[0]}; got {x.shape[2]}")
+    past = reference.past_frames("downsample", weight.shape[2], factor[0])
+    if cache is not None:
+        _check_cache(op, x, cache, past, "kt - factor[0]")
+    shape = (x.shape[0], weight.shape[0], *(size // f for size, f in zip(x.shape[2:], factor, strict=True)))
+    return _resample(op, x, weight, bias, cache, factor, shape, impl)
+
+
+def _resample(op, x, weight, bias, cache, factor, shape, impl):
+    grad = _records(x, weight, bias, cache)
+    run = _Resample.apply if grad else _Resample.run
+    y = run(x, weight, bias, cache, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad))
+    return y if cache is None else (y, reference.next_cache(x, cache))
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def run(x, weight, bias, groups, eps, impl):
+        out = torch.empty_like(x)
+        _library.call("norm_silu_fwd", impl)(x, weight, bias, groups, eps, out)
+        return out
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, impl):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.groups, ctx.eps, ctx.impl = groups, eps, impl
+        return _NormSilu.run(x, weight, bias, groups, eps, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, bias = ctx.saved_tensors
+        grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
+        _library.call("norm_silu_bwd", ctx.impl)(dout, x, weight, bias, ctx.groups, ctx.eps, *grads)
+        return *grads, None, None, None
+
+
+class _CausalConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl):
+        out = _empty(x, shape)
+        # what the norm read: a forward that kept only its result would have to be run again in the backward
+        pre = None if norm_weight is None else torch.empty_like(out)
+        args = (x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre)
+        _library.call("causal_conv3d_fwd", impl)(*args)
+        ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
+        ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, bias, cache, norm_weight, pre = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        plain_residual = need[4] and norm_weight is None  # its gradient is `dout` itself
+        dx, dweight, dbias, dcache = (
+            _like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False)
+        )
+        dresidual = _like_if(need[4] and not plain_residual, pre)
+        dnorm = _like_if(need[5], norm_weight)
+        args = (dout, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
+        _library.call("causal_conv3d_bwd", ctx.impl)(*args, dx, dweight, dbias, dcache, dresidual, dnorm)
+        return dx, dweight, dbias, dcache, dout if plain_residual else dresidual, dnorm, None, None, None, None
+
+
+class _Resample(torch.autograd.Function):
+    """upsample_conv3d and downsample_conv3d: one signature, two ops."""
+
+    @staticmethod
+    def run(x, weight, bias, cache, factor, shape, op, impl):
+        out = _empty(x, shape)
+        _library.call(f"{op}_fwd", impl)(x, weight, bias, cache, factor, out)
+        return out
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, cache, factor, shape, op, impl):
+        ctx.save_for_backward(x, weight, bias, cache)
+        ctx.factor, ctx.op, ctx.impl = factor, op, impl
+        return _Resample.run(x, weight, bias, cache, factor, shape, op, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, weight, bias, cache = ctx.saved_tensors
+        grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)]
+        _library.call(f"{ctx.op}_bwd", ctx.impl)(dout, x, weight, cache, ctx.factor, *grads)
+        return *grads, None, None, None, None
+
+
+def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, same: bool) -> None:
+    _check.tensor(op, "x", x, _VIDEO, ndim=5)
+    _check.tensor(op, "weight", weight, "[O, C, kt, kh, kw]", ndim=5)
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: weight [O, C, kt, kh, kw] must have C = {x.shape[1]}, the channels of x; "
+            f"got {weight.shape[1]} (weight {_check.shape_of(weight)}, x {_check.shape_of(x)})"
+        )
+    if min(weight.shape) < 1:
+        raise ValueError(f"{op}: weight must not be empty; got shape {_check.shape_of(weight)}")
+    if same and not (weight.shape[3] % 2 and weight.shape[4] % 2):
+        raise ValueError(
+            f"{op}: kh and kw must be odd, so that the size stays the same; got a kernel of {list(weight.shape[2:])}"
+        )
+    if bias is not None:
+        _check.exact(op, "bias", bias, (weight.shape[0],), "[O], one per output channel")
+    _check.same_device(op, x, {"weight": weight, "bias": bias})
+
+
+def _check_cache(op: str, x: Tensor, cache: Tensor, past: int, formula: str) -> None:
+    B, C, _, H, W = x.shape
+    _check.exact(op, "cache", cache, (B, C, past, H, W), f"x's, with {formula} frames")
+    if cache.dtype != x.dtype:
+        raise TypeError(f"{op}: cache must have x's dtype {x.dtype}; got {cache.dtype}; cast it with .to()")
+    _check.same_device(op, x, {"cache": cache})
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised, in x's dtype and device, channels last where x is."""
+    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    memory_format = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
+    return torch.empty_like(t) if need else None
+
+
+def _norm_silu_fwd(x, weight, bias, groups, eps, out):
+    out.copy_(reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps))
+
+
+def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
+    def function(x, weight, bias):
+        return reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps)
+
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    _library.vjp(function, inputs, (dout,), {"x": dx, "weight": dweight, "bias": dbias})
+
+
+def _causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre):
+    if out.numel() == 0:
+        return
+    wide = reference.accumulate(x)  # in its dtype until the epilogue is done
+    y = reference.causal_conv3d(wide, weight, bias, stride=tuple(stride), cache=cache, residual=residual)
+    if pre is not None:
+        pre.copy_(y)
+    out.copy_(y if norm_weight is None else reference.norm_silu(y, norm_weight, eps=norm_eps))
+
+
+def _causal_conv3d_bwd(
+    dout, x, weight, cache, norm_weight, pre, stride, norm_eps, dx, dweight, dbias, dcache, dresidual, dnorm_weight
+):
+    if norm_weight is not None:
+        dpre = torch.empty_like(pre, dtype=reference.accumulate(pre[:0]).dtype)
+        _norm_silu_bwd(dout, pre, norm_weight, None, 0, norm_eps, dpre, dnorm_weight, None)
+        dout = dpre
+        if dresidual is not None:
+            dresidual.copy_(dout)
+
+    def source(x, cache):
+        return reference.causal_input(x, weight, cache)
+
+    _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
+
+
+def _upsample_conv3d_fwd(x, weight, bias, cache, factor, out):
+    if out.numel() > 0:
+        out.copy_(reference.upsample_conv3d(x, weight, bias, factor=tuple(factor), cache=cache))
+
+
+def _upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache):
+    def source(x, cache):
+        return reference.upsample_input(x, weight, cache, tuple(factor))
+
+    _conv_bwd(source, dout, x, weight, cache, (1, 1, 1), dx, dweight, dbias, dcache)
+
+
+def _downsample_conv3d_fwd(x, weight, bias, cache, factor, out):
+    if out.numel() > 0:
+        out.copy_(reference.downsample_conv3d(x, weight, bias, factor=tuple(factor), cache=cache))
+
+
+def _downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache):
+    def source(x, cache):
+        return reference.downsample_input(x, weight, cache, tuple(factor))
+
+    _conv_bwd(source, dout, x, weight, cache, factor, dx, dweight, dbias, dcache)
+
+
+def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache):
+    """Backward of conv3d(source(x, cache)): aten's, then the adjoint of `source`. The forward is not run again."""
+    if dout.numel() == 0:
+        for destination in (dx, dweight, dbias, dcache):
+            if destination is not None:
+                destination.zero_()
+        return
+    padded, padding = source(reference.accumulate(x), cache)
+    mask = [dx is not None or dcache is not None, dweight is not None, dbias is not None]
+    dpadded, dw, db = torch.ops.aten.convolution_backward(
+        dout.to(padded.dtype), padded, weight.to(padded.dtype), [weight.shape[0]],
+        stride, padding, (1, 1, 1), False, (0, 0, 0), 1, mask,
+    )  # fmt: skip
+    if dweight is not None:
+        dweight.copy_(dw)
+    if dbias is not None:
+        dbias.copy_(db)
+    if mask[0]:
+        inputs = {"x": x, "cache": cache}
+        _library.vjp(lambda x, cache: source(x, cache)[0], inputs, (dpadded,), {"x": dx, "cache": dcache})
+
+
+_library.define(
+    "norm_silu_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
+    reference=_norm_silu_fwd,
+)
+_library.define(
+    "norm_silu_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, int groups, float eps, "
+    "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()",
+    reference=_norm_silu_bwd,
+)
+_library.define(
+    "causal_conv3d_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
+    "SymInt[3] stride, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
+    reference=_causal_conv3d_fwd,
+)
+_library.define(
+    "causal_conv3d_bwd",
+    "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, Tensor? norm_weight, Tensor? pre, "
+    "SymInt[3] stride, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
+    "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
+    reference=_causal_conv3d_bwd,
+)
+_RESAMPLE_FWD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()"
+)
+_RESAMPLE_BWD = (
+    "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
+    "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()"
+)
+_library.define("upsample_conv3d_fwd", _RESAMPLE_FWD, reference=_upsample_conv3d_fwd)
+_library.define("upsample_conv3d_bwd", _RESAMPLE_BWD, reference=_upsample_conv3d_bwd)
+_library.define("downsample_conv3d_fwd", _RESAMPLE_FWD, reference=_downsample_conv3d_fwd)
+_library.define("downsample_conv3d_bwd", _RESAMPLE_BWD, reference=_downsample_conv3d_bwd)

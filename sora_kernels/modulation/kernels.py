@@ -1,0 +1,270 @@
+"""Triton kernels of the modulation family: one forward and one backward kernel serve its three functions.
+
+Bytes per element of x (in units of its dtype; modulation rows shared by many tokens cost nothing):
+forward 2 (norm_modulate), 3 (gate_residual), 4 (fused); backward 3, 3 and up to 6. Each tensor is touched once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import load_rows, load_vector, standardize, store_rows, sum_partials
+
+PROGRAMS = 512  # of the backward: about 4 per SM of a large GPU, and the bound of the fp32 partials
+MAX_WIDTH = 32768  # a row lives in the registers of one program
+
+
+@triton.jit
+def modulation_fwd_kernel(
+    x_ptr, y_ptr, x_new_ptr, out_ptr,
+    gate_ptr, shift_ptr, scale_ptr, gate_table_ptr, shift_table_ptr, scale_table_ptr, weight_ptr, bias_ptr,
+    x_stride_b, x_stride_s, y_stride_b, y_stride_s, x_new_stride_b, x_new_stride_s, out_stride_b, out_stride_s,
+    gate_stride_b, gate_stride_f, shift_stride_b, shift_stride_f, scale_stride_b, scale_stride_f,
+    total_rows, S, tokens_per_frame, D, eps,
+    RMS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x_new = x + gate·y (where there is a y);  out = norm(x_new)·(1 + scale) + shift (where NORM)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    mask = (row < total_rows)[:, None] & (cols < D)[None, :]
+    b = row // S
+    s = row % S
+    f = s // tokens_per_frame
+
+    x = load_rows(x_ptr, b * x_stride_b + s * x_stride_s, cols, mask)
+    if y_ptr is not None:
+        gate = load_vector(gate_table_ptr, cols, D, 0.0)[None, :]
+        gate += load_rows(gate_ptr, b * gate_stride_b + f * gate_stride_f, cols, mask)
+        y = load_rows(y_ptr, b * y_stride_b + s * y_stride_s, cols, mask)
+        x_new = (x + gate * y).to(x_new_ptr.dtype.element_ty)
+        store_rows(x_new_ptr, b * x_new_stride_b + s * x_new_stride_s, cols, x_new, mask)
+        x = x_new.to(tl.float32)  # the norm sees what was stored
+
+    if NORM:
+        x_hat, _ = standardize(x, mask, D, eps, RMS)
+        weight = load_vector(weight_ptr, cols, D, 1.0)[None, :]
+        n = x_hat * weight + load_vector(bias_ptr, cols, D, 0.0)[None, :]
+        scale = load_vector(scale_table_ptr, cols, D, 0.0)[None, :] + 1.0
+        shift = load_vector(shift_table_ptr, cols, D, 0.0)[None, :]
+        if scale_ptr is not None:
+            scale += load_rows(scale_ptr, b * scale_stride_b + f * scale_stride_f, cols, mask)
+        if shift_ptr is not None:
+            shift += load_rows(shift_ptr, b * shift_stride_b + f * shift_stride_f, cols, mask)
+        store_rows(out_ptr, b * out_stride_b + s * out_stride_s, cols, n * scale + shift, mask)
+
+
+@triton.jit
+def modulation_bwd_kernel(
+    dout_ptr, dx_new_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr,
+    gate_ptr, scale_ptr, gate_table_ptr, scale_table_ptr, weight_ptr, bias_ptr,
+    dgate_ptr, dshift_ptr, dscale_ptr,
+    total_dgate_ptr, total_dshift_ptr, total_dscale_ptr, total_dweight_ptr, total_dbias_ptr,
+    dout_stride_b, dout_stride_s, dx_new_stride_b, dx_new_stride_s, x_stride_b, x_stride_s, y_stride_b, y_stride_s,
+    gate_stride_b, gate_stride_f, scale_stride_b, scale_stride_f,
+    frames, F, S, D, frames_per_program, chunks, tokens_per_frame, tokens_per_chunk, eps,
+    RMS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the forward kernel. x is x_new where there is a y; statistics are computed again from it.
+
+    A program owns either one chunk of one frame's tokens, or several whole frames (chunks = 1). Over the tokens of a
+    frame it sums P = Σ dout, Q = Σ dout·x̂ and R = Σ dx·y, from which every reduced gradient follows:
+        dshift = P,  dscale = weight·Q + bias·P,  dgate = R,  dweight = (1+scale)·Q,  dbias = (1+scale)·P.
+    dshift, dscale, dgate go to row (frame, chunk) of their destination; what is summed over all frames as well
+    (tables, weight, bias) goes to row `program` of the total_* partials. No two programs write the same row.
+    """
+    program = tl.program_id(0).to(tl.int64)  # 64-bit: so is every row and offset below
+    first_frame = (program // chunks) * frames_per_program
+    chunk = program % chunks
+    cols = tl.arange(0, BLOCK_D)
+    live = cols < D
+    weight = load_vector(weight_ptr, cols, D, 1.0)
+    bias = load_vector(bias_ptr, cols, D, 0.0)
+    gate_table = load_vector(gate_table_ptr, cols, D, 0.0)
+    scale_table = load_vector(scale_table_ptr, cols, D, 0.0)
+    total_dgate = tl.zeros([BLOCK_D], tl.float32)
+    total_dshift = tl.zeros([BLOCK_D], tl.float32)
+    total_dscale = tl.zeros([BLOCK_D], tl.float32)
+    total_dweight = tl.zeros([BLOCK_D], tl.float32)
+    total_dbias = tl.zeros([BLOCK_D], tl.float32)
+
+    for frame in range(first_frame, min(first_frame + frames_per_program, frames)):
+        b = frame // F
+        f = frame % F
+        scale = 1.0 + scale_table
+        if scale_ptr is not None:
+            scale += tl.load(scale_ptr + b * scale_stride_b + f * scale_stride_f + cols, live, 0.0).to(tl.float32)
+        gate = gate_table
+        if gate_ptr is not None:
+            gate += tl.load(gate_ptr + b * gate_stride_b + f * gate_stride_f + cols, live, 0.0).to(tl.float32)
+        P = tl.zeros([BLOCK_D], tl.float32)
+        Q = tl.zeros([BLOCK_D], tl.float32)
+        R = tl.zeros([BLOCK_D], tl.float32)
+
+        begin = chunk * tokens_per_chunk
+        end = min(begin + tokens_per_chunk, tokens_per_frame)
+        for token in range(begin, end, ROWS):
+            t = token + tl.arange(0, ROWS)
+            s = f * tokens_per_frame + t
+            mask = (t < end)[:, None] & live[None, :]
+            dx = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            if dout_ptr is not None:
+                x = load_rows(x_ptr, b * x_stride_b + s * x_stride_s, cols, mask)
+                dout = load_rows(dout_ptr, b * dout_stride_b + s * dout_stride_s, cols, mask)
+                x_hat, rstd = standardize(x, mask, D, eps, RMS)
+                P += tl.sum(dout, 0)
+                Q += tl.sum(dout * x_hat, 0)
+                dx_hat = dout * (scale * weight)[None, :]
+                dx = dx_hat - x_hat * (tl.sum(dx_hat * x_hat, 1) / D)[:, None]
+                if not RMS:
+                    dx -= (tl.sum(dx_hat, 1) / D)[:, None]
+                dx *= rstd[:, None]
+            if dx_new_ptr is not None:
+                dx += load_rows(dx_new_ptr, b * dx_new_stride_b + s * dx_new_stride_s, cols, mask)
+            # dx and dy are freshly allocated by the caller: dense [B, S, D]
+            dense = (b * S + s) * D
+            if dx_ptr is not None:
+                store_rows(dx_ptr, dense, cols, dx, mask)
+            if dy_ptr is not None:
+                store_rows(dy_ptr, dense, cols, gate[None, :] * dx, mask)
+            if y_ptr is not None:
+                y = load_rows(y_ptr, b * y_stride_b + s * y_stride_s, cols, mask)
+                R += tl.sum(tl.where(mask, dx, 0.0) * y, 0)
+
+        dscale = weight * Q + bias * P
+        row = (frame * chunks + chunk) * D + cols
+        if dgate_ptr is not None:
+            tl.store(dgate_ptr + row, R.to(dgate_ptr.dtype.element_ty), live)
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + row, P.to(dshift_ptr.dtype.element_ty), live)
+        if dscale_ptr is not None:
+            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), live)
+        total_dgate += R
+        total_dshift += P
+        total_dscale += dscale
+        total_dweight += scale * Q
+        total_dbias += scale * P
+
+    row = program * D + cols
+    if total_dgate_ptr is not None:
+        tl.store(total_dgate_ptr + row, total_dgate, live)
+    if total_dshift_ptr is not None:
+        tl.store(total_dshift_ptr + row, total_dshift, live)
+    if total_dscale_ptr is not None:
+        tl.store(total_dscale_ptr + row, total_dscale, live)
+    if total_dweight_ptr is not None:
+        tl.store(total_dweight_ptr + row, total_dweight, live)
+    if total_dbias_ptr is not None:
+        tl.store(total_dbias_ptr + row, total_dbias, live)
+
+
+def tile(D: int, rows: int) -> dict[str, int]:
+    """Constexprs of both kernels: whole rows, several at once where they are short, ~8 to 32 elements a thread."""
+    block = triton.next_power_of_2(D)
+    return dict(
+        ROWS=min(max(1, 1024 // block), triton.next_power_of_2(rows)),
+        BLOCK_D=block,
+        num_warps=4 if block <= 1024 else 8 if block <= 4096 else 16,
+    )
+
+
+def _strides(*tensors: torch.Tensor | None) -> list[int]:
+    return [stride for t in tensors for stride in ((0, 0) if t is None else t.stride()[:2])]
+
+
+def _forward(
+    x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, norm
+):
+    B, S, D = x.shape
+    if x.numel() == 0:
+        return
+    frames = next((t.shape[1] for t in (gate, shift, scale) if t is not None), 1)
+    config = tile(D, B * S)
+    modulation_fwd_kernel[(triton.cdiv(B * S, config["ROWS"]),)](
+        x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
+        *_strides(x, y, x_new, out, gate, shift, scale),
+        B * S, S, S // frames, D, eps, RMS=rms, NORM=norm, **config,
+    )  # fmt: skip
+
+
+def _backward(
+    dout, dx_new, x, y, gate, scale, gate_table, scale_table, weight, bias, rms, eps, dx, dy,
+    frame_grads: tuple, total_grads: tuple,
+):  # fmt: skip
+    """frame_grads: dgate, dshift, dscale [B, F, D]. total_grads: dgate_table, dshift_table, dscale_table, dweight, dbias [D]."""
+    wanted = [t for t in (*frame_grads, *total_grads) if t is not None]
+    B, S, D = x.shape
+    if x.numel() == 0:
+        for t in wanted:
+            t.zero_()
+        return
+    F = next((t.shape[1] for t in (gate, scale, *frame_grads) if t is not None), 1)
+    frames, tokens = B * F, S // F
+    config = tile(D, tokens)
+    rows = config["ROWS"]
+    # One row of partials per program: frames are split into chunks, or gathered, until PROGRAMS remain.
+    tokens_per_chunk = triton.cdiv(triton.cdiv(tokens, max(1, PROGRAMS // frames)), rows) * rows
+    chunks = triton.cdiv(tokens, tokens_per_chunk)
+    frames_per_program = triton.cdiv(frames, PROGRAMS) if chunks == 1 else 1
+    programs = triton.cdiv(frames, frames_per_program) * chunks
+
+    def partials(t, count):
+        return None if t is None else torch.empty((*count, D), dtype=torch.float32, device=x.device)
+
+    by_chunk = frame_grads if chunks == 1 else [partials(t, (frames, chunks)) for t in frame_grads]
+    by_program = [partials(t, (1, programs)) for t in total_grads]
+    modulation_bwd_kernel[(programs,)](
+        dout, dx_new, x, y, dx, dy, gate, scale, gate_table, scale_table, weight, bias, *by_chunk, *by_program,
+        *_strides(dout, dx_new, x, y, gate, scale),
+        frames, F, S, D, frames_per_program, chunks, tokens, tokens_per_chunk, eps, RMS=rms, **config,
+    )  # fmt: skip
+    if chunks > 1:
+        for partial, grad in zip(by_chunk, frame_grads, strict=True):
+            if grad is not None:
+                sum_partials(partial, grad.view(frames, D))
+    for partial, grad in zip(by_program, total_grads, strict=True):
+        if grad is not None:
+            sum_partials(partial, grad.view(1, D))
+
+
+def norm_modulate_fwd(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, out):
+    _forward(x, None, None, out, None, shift, scale, None, shift_table, scale_table, weight, bias, rms, eps, True)
+
+
+def norm_modulate_bwd(
+    dout, x, scale, weight, bias, scale_table, rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table
+):
+    _backward(
+        dout, None, x, None, None, scale, None, scale_table, weight, bias, rms, eps, dx, None,
+        (None, dshift, dscale), (None, dshift_table, dscale_table, dweight, dbias),
+    )  # fmt: skip
+
+
+def gate_residual_fwd(x, y, gate, gate_table, out):
+    _forward(x, y, out, None, gate, None, None, gate_table, None, None, None, None, False, 0.0, False)
+
+
+def gate_residual_bwd(dout, y, gate, gate_table, dy, dgate, dgate_table):
+    _backward(
+        None, dout, y, y, gate, None, gate_table, None, None, None, False, 0.0, None, dy,
+        (dgate, None, None), (dgate_table, None, None, None, None),
+    )  # fmt: skip
+
+
+def gate_residual_norm_modulate_fwd(
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, x_new, out
+):
+    _forward(
+        x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, True
+    )
+
+
+def gate_residual_norm_modulate_bwd(
+    dx_new, dout, x_new, y, gate, scale, weight, bias, gate_table, scale_table, rms, eps,
+    dx, dy, dgate, dshift, dscale, dweight, dbias, dgate_table, dshift_table, dscale_table,
+):  # fmt: skip
+    _backward(
+        dout, dx_new, x_new, y, gate, scale, gate_table, scale_table, weight, bias, rms, eps, dx, dy,
+        (dgate, dshift, dscale), (dgate_table, dshift_table, dscale_table, dweight, dbias),
+    )  # fmt: skip

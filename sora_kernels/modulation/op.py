@@ -1,0 +1,478 @@
+"""adaLN modulation: norm, scale, shift and gated residual over tokens, each in one pass, with deterministic gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check, _dispatch, _library
+from . import reference
+
+NORMS = ("layer", "rms")
+
+
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """norm(x) · (1 + scale + scale_table) + (shift + shift_table)
+
+        norm="layer":  norm(x) = (x − mean(x)) / √(var(x) + eps) · weight + bias     (biased variance, over D)
+        norm="rms":    norm(x) = x / √(mean(x²) + eps) · weight + bias
+
+    x                        [B, S, D], float32, bfloat16, float16 (float64 in `reference`), any strides
+    shift, scale             one of [D], [B, D], [B, 1, D], [B, F, D] with F dividing S (each of F frames' S/F
+                             consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
+    weight, bias             [D], any float dtype
+    shift_table, scale_table [D], float32, added to the rows inside the kernel
+    out                      where to write (x's shape, dtype and device, dense in D); for inference only
+    impl                     "auto", "reference", "cpu", "triton" or "cuda" (forward only)
+
+    Returns [B, S, D] in x's dtype. Statistics, products and sums are fp32, rounded once at the store; error against
+    fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The backward recomputes the statistics from x,
+    reduces each gradient to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit.
+    Second derivatives: differentiate `sora_kernels.modulation.reference`.
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.
+    """
+    op = "norm_modulate"
+    _check_norm(op, x, norm, eps, weight, bias)
+    _check_rows(op, x, shift=shift, scale=scale)
+    _check_tables(op, x, shift_table=shift_table, scale_table=scale_table)
+    tensors = (x, shift, scale, weight, bias, shift_table, scale_table)
+    grad = _needs_grad(op, tensors, out)
+    impl = _dispatch.choose(op, impl, x, grad=grad)
+    if grad:
+        return _NormModulate.apply(*tensors, norm == "rms", eps, impl)
+    return _norm_modulate(*tensors, norm == "rms", eps, impl, out)
+
+
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    *,
+    gate_table: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """x + (gate + gate_table) · y
+
+    x, y        [B, S, D] of one dtype, any strides
+    gate        a modulation row as in `norm_modulate`
+    gate_table  [D], float32
+    out         where to write; may be x itself; for inference only
+
+    Returns [B, S, D] in x's dtype. Contract of numbers, determinism and errors: see `norm_modulate`.
+    """
+    op = "gate_residual"
+    _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
+    _check.like(op, "y", y, x)
+    _check_rows(op, x, gate=gate)
+    _check_tables(op, x, gate_table=gate_table)
+    tensors = (x, y, gate, gate_table)
+    grad = _needs_grad(op, tensors, out)
+    impl = _dispatch.choose(op, impl, x, grad=grad)
+    if grad:
+        return _GateResidual.apply(*tensors, impl)
+    return _gate_residual(*tensors, impl, out)
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    norm: str = "layer",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + (gate + gate_table) · y;  out = norm_modulate(x_new, shift, scale, ...)
+
+    The end of one branch and the beginning of the next in a single pass: x and y are read once. Arguments as in
+    `gate_residual` and `norm_modulate`. x_new is rounded to its dtype before it is normalised, so the result is that
+    of the two functions called one after another.
+
+    Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
+    """
+    op = "gate_residual_norm_modulate"
+    _check_norm(op, x, norm, eps, weight, bias)
+    _check.like(op, "y", y, x)
+    _check_rows(op, x, gate=gate, shift=shift, scale=scale)
+    _check_tables(op, x, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
+    tensors = (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table)
+    grad = _needs_grad(op, tensors, None)
+    impl = _dispatch.choose(op, impl, x, grad=grad)
+    if grad:
+        return _GateResidualNormModulate.apply(*tensors, norm == "rms", eps, impl)
+    return _gate_residual_norm_modulate(*tensors, norm == "rms", eps, impl)
+
+
+# Validation
+
+
+def _check_norm(op, x, norm, eps, weight, bias) -> None:
+    _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
+    _check.choice(op, "norm", norm, NORMS)
+    _check.positive(op, "eps", eps)
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
+    _check.same_device(op, x, {"weight": weight, "bias": bias})
+
+
+def _check_rows(op, x, **modulations: Tensor | None) -> None:
+    B, S, D = x.shape
+    for name, t in modulations.items():
+        if t is None:
+            continue
+        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
+        shape = tuple(t.shape)
+        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
+            raise ValueError(
+                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
+                f"got {_check.shape_of(t)}"
+            )
+        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
+            raise ValueError(
+                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
+                f"got shape {_check.shape_of(t)}"
+            )
+    _check.same_device(op, x, modulations)
+
+
+def _check_tables(op, x, **tables: Tensor | None) -> None:
+    for name, t in tables.items():
+        if t is not None:
+            _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
+    _check.same_device(op, x, tables)
+
+
+def _needs_grad(op, tensors, out) -> bool:
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if out is not None:
+        _check.like(op, "out", out, tensors[0])
+        if out.stride(-1) != 1 and out.shape[-1] > 1:
+            raise ValueError(f"{op}: out must be dense in its last axis; got strides {out.stride()}")
+        if grad:
+            raise ValueError(f"{op}: out= is for inference; call it under torch.no_grad(), or drop out=")
+    return grad
+
+
+# What the kernels see: tokens dense in D, modulation rows [B, F, D] with one F, fp32 tables
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+def _frames(x: Tensor, *modulations: Tensor | None) -> int:
+    """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
+    given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
+    finest = max(given)
+    return finest if all(f != 0 and finest % f == 0 for f in given) else x.shape[1]
+
+
+def _rows(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
+    """t as a view [B, F, D]; copied only where it is not dense in D or has another number F > 1 of rows."""
+    if t is None:
+        return None
+    B, _, D = x.shape
+    t = _dense(t if t.dtype != torch.float64 or x.dtype == torch.float64 else t.float())
+    t = t[:, None] if t.ndim == 2 else t
+    if t.ndim == 3 and t.shape[1] not in (1, frames):
+        t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
+    return t.expand(B, frames, D)
+
+
+def _table(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return t if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return t if t is None else (t.float() if t.dtype == torch.float64 != x.dtype else t).contiguous()
+
+
+# Destinations of the gradients: allocated where wanted, summed down to the shape given, rounded once
+
+
+def _like(t: Tensor | None, wanted: bool) -> Tensor | None:
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device) if wanted else None
+
+
+def _rows_like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
+    if not wanted:
+        return None
+    B, _, D = x.shape
+    final = t.numel() == B * frames * D
+    dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
+    return torch.empty((B, frames, D), dtype=dtype, device=x.device)
+
+
+def _sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    if grad is None:
+        return None
+    if t.ndim == 1:
+        grad = grad.sum((0, 1)) if grad.shape[0] * grad.shape[1] != 1 else grad.reshape(t.shape)
+    elif t.ndim == 2 or t.shape[1] == 1:
+        grad = grad.sum(1) if grad.shape[1] != 1 else grad
+    elif t.shape[1] != grad.shape[1]:
+        grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    return grad.reshape(t.shape).to(t.dtype)
+
+
+# norm_modulate
+
+_library.define(
+    "norm_modulate_fwd",
+    "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? shift_table, Tensor? scale_table, "
+    "bool rms, float eps, Tensor(a!) out) -> ()",
+    reference=lambda x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, out: out.copy_(
+        reference.norm_modulate(
+            x, shift, scale, norm=NORMS[rms], weight=weight, bias=bias,
+            shift_table=shift_table, scale_table=scale_table, eps=eps,
+        )
+    ),
+    impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
+)  # fmt: skip
+
+
+def _norm_modulate_bwd(
+    dout, x, scale, weight, bias, scale_table, rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table
+):
+    D = x.shape[-1]
+    zeros = dout.new_zeros
+    inputs = dict(
+        x=x, shift=zeros(D) if dshift is None else zeros(dshift.shape), scale=scale, weight=weight, bias=bias,
+        shift_table=zeros(D), scale_table=scale_table,
+    )  # fmt: skip
+    _library.vjp(
+        lambda x, **kw: reference.norm_modulate(x, norm=NORMS[rms], eps=eps, **kw),
+        inputs,
+        (dout,),
+        dict(
+            x=dx, shift=dshift, scale=dscale, weight=dweight, bias=dbias,
+            shift_table=dshift_table, scale_table=dscale_table,
+        ),
+    )  # fmt: skip
+
+
+_library.define(
+    "norm_modulate_bwd",
+    "(Tensor dout, Tensor x, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? scale_table, bool rms, float eps, "
+    "Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
+    "Tensor(f!)? dshift_table, Tensor(g!)? dscale_table) -> ()",
+    reference=_norm_modulate_bwd,
+    impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_bwd", "cpu": None},
+)
+
+
+def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl, out=None) -> Tensor:
+    frames = _frames(x, shift, scale)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    _library.call("norm_modulate_fwd", impl)(
+        _dense(x), _rows(shift, x, frames), _rows(scale, x, frames), _parameter(weight, x), _parameter(bias, x),
+        _table(shift_table, x), _table(scale_table, x), rms, eps, out,
+    )  # fmt: skip
+    return out
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl):
+        ctx.save_for_backward(x, shift, scale, weight, bias, shift_table, scale_table)
+        ctx.constants = rms, eps, impl
+        return _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, shift, scale, weight, bias, shift_table, scale_table = ctx.saved_tensors
+        rms, eps, impl = ctx.constants
+        need = ctx.needs_input_grad
+        frames = _frames(x, shift, scale)
+        dx = _like(x, need[0])
+        dshift = _rows_like(shift, need[1], x, frames)
+        dscale = _rows_like(scale, need[2], x, frames)
+        dweight, dbias = _like(weight, need[3]), _like(bias, need[4])
+        dshift_table, dscale_table = _like(shift_table, need[5]), _like(scale_table, need[6])
+        _library.call("norm_modulate_bwd", impl)(
+            _dense(dout), _dense(x), _rows(scale, x, frames), _parameter(weight, x), _parameter(bias, x),
+            _table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
+        )  # fmt: skip
+        dshift, dscale = _sum_to(dshift, shift), _sum_to(dscale, scale)
+        return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None, None, None
+
+
+# gate_residual
+
+_library.define(
+    "gate_residual_fwd",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? gate_table, Tensor(a!) out) -> ()",
+    reference=lambda x, y, gate, gate_table, out: out.copy_(
+        reference.gate_residual(x, y, gate, gate_table=gate_table)
+    ),
+    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_fwd", "cpu": None},
+)
+_library.define(
+    "gate_residual_bwd",
+    "(Tensor dout, Tensor y, Tensor gate, Tensor? gate_table, Tensor(a!)? dy, Tensor(b!)? dgate, "
+    "Tensor(c!)? dgate_table) -> ()",
+    reference=lambda dout, y, gate, gate_table, dy, dgate, dgate_table: _library.vjp(
+        lambda **kw: reference.gate_residual(torch.zeros_like(dout), **kw),
+        dict(y=y, gate=gate, gate_table=gate_table),
+        (dout,),
+        dict(y=dy, gate=dgate, gate_table=dgate_table),
+    ),
+    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_bwd", "cpu": None},
+)
+
+
+def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    gate = _rows(gate, x, _frames(x, gate))
+    _library.call("gate_residual_fwd", impl)(_dense(x), _dense(y), gate, _table(gate_table, x), out)
+    return out
+
+
+class _GateResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, gate_table, impl):
+        ctx.save_for_backward(y, gate, gate_table)
+        ctx.impl = impl
+        return _gate_residual(x, y, gate, gate_table, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        y, gate, gate_table = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        if not any(need[1:4]):
+            return dout, None, None, None, None
+        frames = _frames(y, gate)
+        dy, dgate = _like(y, need[1]), _rows_like(gate, need[2], y, frames)
+        dgate_table = _like(gate_table, need[3])
+        _library.call("gate_residual_bwd", ctx.impl)(
+            _dense(dout), _dense(y), _rows(gate, y, frames), _table(gate_table, y), dy, dgate, dgate_table
+        )
+        return dout, dy, _sum_to(dgate, gate), dgate_table, None
+
+
+# gate_residual_norm_modulate
+
+def _gate_residual_norm_modulate_fwd(
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, x_new, out
+):
+    kwargs = dict(weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
+    results = reference.gate_residual_norm_modulate(x, y, gate, shift, scale, norm=NORMS[rms], eps=eps, **kwargs)
+    x_new.copy_(results[0])
+    out.copy_(results[1])
+
+
+def _gate_residual_norm_modulate_bwd(
+    dx_new, dout, x_new, y, gate, scale, weight, bias, gate_table, scale_table, rms, eps,
+    dx, dy, dgate, dshift, dscale, dweight, dbias, dgate_table, dshift_table, dscale_table,
+):  # fmt: skip
+    total = torch.zeros(x_new.shape, dtype=torch.promote_types(x_new.dtype, torch.float32), device=x_new.device)
+    if dout is not None:
+        _norm_modulate_bwd(
+            dout, x_new, scale, weight, bias, scale_table, rms, eps,
+            total, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
+        )  # fmt: skip
+    else:
+        for t in (dshift, dscale, dweight, dbias, dshift_table, dscale_table):
+            if t is not None:
+                t.zero_()
+    if dx_new is not None:
+        total += dx_new
+    if dx is not None:
+        dx.copy_(total)
+    _library.vjp(
+        lambda **kw: reference.gate_residual(torch.zeros_like(total), **kw),
+        dict(y=y, gate=gate, gate_table=gate_table),
+        (total,),
+        dict(y=dy, gate=dgate, gate_table=dgate_table),
+    )
+
+
+_library.define(
+    "gate_residual_norm_modulate_fwd",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, bool rms, float eps, "
+    "Tensor(a!) x_new, Tensor(b!) out) -> ()",
+    reference=_gate_residual_norm_modulate_fwd,
+    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
+)
+_library.define(
+    "gate_residual_norm_modulate_bwd",
+    "(Tensor? dx_new, Tensor? dout, Tensor x_new, Tensor y, Tensor gate, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "Tensor? gate_table, Tensor? scale_table, bool rms, float eps, "
+    "Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? dgate, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dweight, "
+    "Tensor(g!)? dbias, Tensor(h!)? dgate_table, Tensor(i!)? dshift_table, Tensor(j!)? dscale_table) -> ()",
+    reference=_gate_residual_norm_modulate_bwd,
+    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_norm_modulate_bwd", "cpu": None},
+)
+
+
+def _gate_residual_norm_modulate(
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl
+) -> tuple[Tensor, Tensor]:
+    frames = _frames(x, gate, shift, scale)
+    x_new, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _library.call("gate_residual_norm_modulate_fwd", impl)(
+        _dense(x), _dense(y), _rows(gate, x, frames), _rows(shift, x, frames), _rows(scale, x, frames),
+        _parameter(weight, x), _parameter(bias, x),
+        _table(gate_table, x), _table(shift_table, x), _table(scale_table, x), rms, eps, x_new, out,
+    )  # fmt: skip
+    return x_new, out
+
+
+class _GateResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl):
+        ctx.set_materialize_grads(False)
+        tensors = (y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table)
+        x_new, out = _gate_residual_norm_modulate(x, *tensors, rms, eps, impl)
+        ctx.save_for_backward(x_new, *tensors)
+        ctx.constants = rms, eps, impl
+        return x_new, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_new, dout):
+        x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table = ctx.saved_tensors
+        rms, eps, impl = ctx.constants
+        need = ctx.needs_input_grad
+        frames = _frames(x_new, gate, shift, scale)
+        dx, dy, dgate = _like(x_new, need[0]), _like(y, need[1]), _rows_like(gate, need[2], x_new, frames)
+        dshift = _rows_like(shift, need[3], x_new, frames)
+        dscale = _rows_like(scale, need[4], x_new, frames)
+        dweight, dbias = _like(weight, need[5]), _like(bias, need[6])
+        dtables = [_like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
+        _library.call("gate_residual_norm_modulate_bwd", impl)(
+            _dense(dx_new), _dense(dout), _dense(x_new), _dense(y), _rows(gate, x_new, frames),
+            _rows(scale, x_new, frames), _parameter(weight, x_new), _parameter(bias, x_new),
+            _table(gate_table, x_new), _table(scale_table, x_new), rms, eps,
+            dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables,
+        )  # fmt: skip
+        dgate, dshift, dscale = _sum_to(dgate, gate), _sum_to(dshift, shift), _sum_to(dscale, scale)
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None, None, None

@@ -1,0 +1,320 @@
+"""The two ends of the transformer: video to tokens, tokens to video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check, _dispatch, _library
+from . import reference
+
+
+def patch_embed3d(
+    video: Tensor, weight: Tensor, bias: Tensor | None = None, *, pos: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    """out[b, s] = Σ weight · patch s of video[b] + bias + pos[s]: a Conv3d whose stride is its kernel, as tokens
+
+    video    [B, C, T, H, W], float32, bfloat16, float16 (float64 in `reference`), any memory format; T, H, W multiples
+             of the patch
+    weight   [D, C, pt, ph, pw], a Conv3d's weight as it is, any float dtype; bias [D]
+    pos      [S, D] or [B, S, D], added; any float dtype
+
+    Returns [B, S, D] in video's dtype, dense, S = (T/pt)·(H/ph)·(W/pw) in t-major order. Products and sums are fp32,
+    rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The
+    gradients of weight, bias and pos are reduced in fp32 in a fixed order: two runs agree bit for bit. Second
+    derivatives: differentiate `sora_kernels.patchify.reference`.
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    Source: tubelet embedding of ViViT, arXiv 2103.15691.
+    """
+    op = "patch_embed3d"
+    _check.tensor(op, "video", video, "[B, C, T, H, W]", ndim=5)
+    _check.tensor(op, "weight", weight, "[D, C, pt, ph, pw]", ndim=5)
+    B, C, *size = video.shape
+    D, channels, *patch = weight.shape
+    if channels != C:
+        raise ValueError(f"{op}: weight [D, C, pt, ph, pw] must have video's C={C} channels; got {channels}")
+    _check.triple(op, "the patch (pt, ph, pw) of weight", patch)
+    for axis, n, p in zip("THW", size, patch, strict=True):
+        if n % p:
+            raise ValueError(
+                f"{op}: video's {axis} must be a multiple of the patch {p}; got {n}; pad or crop it to {n - n % p + p} or {n - n % p}"
+            )
+    S = math.prod(n // p for n, p in zip(size, patch, strict=True))
+    if bias is not None:
+        _check.exact(op, "bias", bias, (D,), "[D], as weight has rows")
+    if pos is not None:
+        batched = (B, S, D) if pos.ndim == 3 else (S, D)
+        _check.exact(op, "pos", pos, batched, "[S, D] or [B, S, D], one row per token")
+    _check.same_device(op, video, {"weight": weight, "bias": bias, "pos": pos}, "video")
+    tensors = (video, weight, bias, pos)
+    grad = _needs_grad(tensors)
+    impl = _dispatch.choose(op, impl, video, grad=grad)
+    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, impl)
+
+
+def unpatchify3d(
+    tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int, *, impl: str = "auto"
+) -> Tensor:
+    """out[b, c, t·pt + i, h·ph + j, w·pw + k] = tokens[b, (t·H + h)·W + w, ((i·ph + j)·pw + k)·C + c]
+
+    tokens    [B, T·H·W, pt·ph·pw·C], float32, bfloat16, float16 (float64 in `reference`), any strides
+    grid      (T, H, W) in tokens; patch (pt, ph, pw); channels C
+
+    Returns [B, C, T·pt, H·ph, W·pw] in tokens' dtype, dense: the values are moved, not touched, and so are gradients.
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    """
+    op = "unpatchify3d"
+    _check.tensor(op, "tokens", tokens, "[B, S, pt*ph*pw*C]", ndim=3)
+    grid, patch = _check_layout(op, "tokens", tokens, grid, patch)
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"{op}: channels must be an integer of at least 1; got {channels!r}")
+    if tokens.shape[2] != math.prod(patch) * channels:
+        raise ValueError(
+            f"{op}: tokens must have pt*ph*pw*C = {math.prod(patch) * channels} features for patch {patch} and "
+            f"channels {channels}; got {tokens.shape[2]}"
+        )
+    grad = _needs_grad((tokens,))
+    impl = _dispatch.choose(op, impl, tokens, grad=grad)
+    return (_Unpatchify3d.apply if grad else _unpatchify3d)(tokens, list(grid), list(patch), channels, impl)
+
+
+def final_layer(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    norm: str = "layer",
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
+    """unpatchify3d((norm(x) · (1 + scale) + shift) weightᵀ + bias)
+
+        norm="layer":  norm(x) = (x − mean(x)) / √(var(x) + eps)            (biased variance, over D)
+        norm="rms":    norm(x) = x / √(mean(x²) + eps)
+
+    x             [B, S, D], float32, bfloat16, float16 (float64 in `reference`), any strides
+    shift, scale  one of [D], [B, D], [B, 1, D], [B, F, D] with F dividing S (each of F frames' S/F consecutive tokens
+                  shares a row), [B, S, D]; any strides, any float dtype; None: absent
+    weight, bias  [pt·ph·pw·C, D] and [pt·ph·pw·C], rows ordered (pt, ph, pw, C); any float dtype
+    grid, patch   (T, H, W) in tokens with T·H·W = S; (pt, ph, pw)
+
+    Returns [B, C, T·pt, H·ph, W·pw] in x's dtype, dense. Statistics, products and sums are fp32, rounded once at the
+    store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. Each gradient is reduced
+    to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit. Second derivatives:
+    differentiate `sora_kernels.patchify.reference`.
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    Source: the final layer of DiT, arXiv 2212.09748.
+    """
+    op = "final_layer"
+    _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
+    grid, patch = _check_layout(op, "x", x, grid, patch)
+    _check_rows(op, x, shift=shift, scale=scale)
+    _check.choice(op, "norm", norm, ("layer", "rms"))
+    _check.positive(op, "eps", eps)
+    _check.tensor(op, "weight", weight, "[pt*ph*pw*C, D]", ndim=2)
+    features, width = weight.shape
+    if width != x.shape[2]:
+        raise ValueError(f"{op}: weight [pt*ph*pw*C, D] must have x's width D={x.shape[2]}; got {width}")
+    if features == 0 or features % math.prod(patch):
+        raise ValueError(
+            f"{op}: weight must have a multiple of pt*ph*pw = {math.prod(patch)} rows for patch {patch}; got {features}"
+        )
+    if bias is not None:
+        _check.exact(op, "bias", bias, (features,), "[pt*ph*pw*C], as weight has rows")
+    _check.same_device(op, x, {"weight": weight, "bias": bias})
+    tensors = (x, shift, scale, weight, bias)
+    grad = _needs_grad(tensors)
+    impl = _dispatch.choose(op, impl, x, grad=grad)
+    return (_FinalLayer.apply if grad else _final_layer)(*tensors, list(grid), list(patch), norm, float(eps), impl)
+
+
+# Validation
+
+
+def _check_layout(op, name, tokens, grid, patch) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    grid, patch = _check.triple(op, "grid", grid), _check.triple(op, "patch", patch)
+    if math.prod(grid) != tokens.shape[1]:
+        raise ValueError(
+            f"{op}: grid {grid} makes {math.prod(grid)} tokens; {name} has {tokens.shape[1]}; "
+            "text tokens must be cut off first"
+        )
+    return grid, patch
+
+
+def _check_rows(op, x, **modulations: Tensor | None) -> None:
+    B, S, D = x.shape
+    for name, t in modulations.items():
+        if t is None:
+            continue
+        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
+        shape = tuple(t.shape)
+        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
+            raise ValueError(
+                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
+                f"got {_check.shape_of(t)}"
+            )
+        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
+            raise ValueError(
+                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
+                f"got shape {_check.shape_of(t)}"
+            )
+    _check.same_device(op, x, modulations)
+
+
+def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Destinations of the gradients that are wanted."""
+    return [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if w else None
+        for t, w in zip(tensors, wanted, strict=True)
+    ]
+
+
+# patch_embed3d
+
+_library.define(
+    "patch_embed3d_fwd",
+    "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
+    reference=lambda video, weight, bias, pos, out: out.copy_(
+        reference.patch_embed3d(video, weight, bias, pos=pos)
+    ),
+)
+_library.define(
+    "patch_embed3d_bwd",
+    "(Tensor dout, Tensor video, Tensor weight, Tensor? bias, Tensor? pos, "
+    "Tensor(a!)? dvideo, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dpos) -> ()",
+    reference=lambda dout, video, weight, bias, pos, dvideo, dweight, dbias, dpos: _library.vjp(
+        reference.patch_embed3d,
+        dict(video=video, weight=weight, bias=bias, pos=pos),
+        (dout,),
+        dict(video=dvideo, weight=dweight, bias=dbias, pos=dpos),
+    ),
+)
+
+
+def _patch_embed3d(video, weight, bias, pos, impl) -> Tensor:
+    B, _, T, H, W = video.shape
+    D, _, pt, ph, pw = weight.shape
+    out = torch.empty((B, (T // pt) * (H // ph) * (W // pw), D), dtype=video.dtype, device=video.device)
+    _library.call("patch_embed3d_fwd", impl)(video, weight, bias, pos, out)
+    return out
+
+
+class _PatchEmbed3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, video, weight, bias, pos, impl):
+        ctx.save_for_backward(video, weight, bias, pos)
+        ctx.impl = impl
+        return _patch_embed3d(video, weight, bias, pos, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        tensors = ctx.saved_tensors
+        grads = _like(tensors, ctx.needs_input_grad[:4])
+        _library.call("patch_embed3d_bwd", ctx.impl)(dout, *tensors, *grads)
+        return *grads, None
+
+
+# unpatchify3d
+
+_library.define(
+    "unpatchify3d_fwd",
+    "(Tensor tokens, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) out) -> ()",
+    reference=lambda tokens, grid, patch, channels, out: out.copy_(
+        reference.unpatchify3d(tokens, grid, patch, channels)
+    ),
+)
+_library.define(
+    "unpatchify3d_bwd",
+    "(Tensor dout, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) dtokens) -> ()",
+    reference=lambda dout, grid, patch, channels, dtokens: dtokens.copy_(reference.patchify3d(dout, patch)),
+)
+
+
+def _video(batch, channels, grid, patch, like) -> Tensor:
+    size = [n * p for n, p in zip(grid, patch, strict=True)]
+    return torch.empty([batch, channels, *size], dtype=like.dtype, device=like.device)
+
+
+def _unpatchify3d(tokens, grid, patch, channels, impl) -> Tensor:
+    out = _video(tokens.shape[0], channels, grid, patch, tokens)
+    _library.call("unpatchify3d_fwd", impl)(tokens, grid, patch, channels, out)
+    return out
+
+
+class _Unpatchify3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, grid, patch, channels, impl):
+        ctx.constants = tokens.shape, grid, patch, channels, impl
+        return _unpatchify3d(tokens, grid, patch, channels, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        shape, grid, patch, channels, impl = ctx.constants
+        dtokens = torch.empty(shape, dtype=dout.dtype, device=dout.device)
+        _library.call("unpatchify3d_bwd", impl)(dout, grid, patch, channels, dtokens)
+        return dtokens, None, None, None, None
+
+
+# final_layer
+
+_FINAL = (
+    "Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, SymInt[] grid, SymInt[] patch, "
+    "str norm, float eps"
+)
+_library.define(
+    "final_layer_fwd",
+    f"({_FINAL}, Tensor(a!) out) -> ()",
+    reference=lambda x, shift, scale, weight, bias, grid, patch, norm, eps, out: out.copy_(
+        reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=norm, eps=eps)
+    ),
+)
+_library.define(
+    "final_layer_bwd",
+    f"(Tensor dout, {_FINAL}, Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, "
+    "Tensor(e!)? dbias) -> ()",
+    reference=lambda dout, x, shift, scale, weight, bias, grid, patch, norm, eps, *grads: _library.vjp(
+        lambda **inputs: reference.final_layer(**inputs, grid=grid, patch=patch, norm=norm, eps=eps),
+        dict(x=x, shift=shift, scale=scale, weight=weight, bias=bias),
+        (dout,),
+        dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
+    ),
+)
+
+
+def _final_layer(x, shift, scale, weight, bias, grid, patch, norm, eps, impl) -> Tensor:
+    out = _video(x.shape[0], weight.shape[0] // math.prod(patch), grid, patch, x)
+    _library.call("final_layer_fwd", impl)(x, shift, scale, weight, bias, grid, patch, norm, eps, out)
+    return out
+
+
+class _FinalLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, weight, bias, *args):
+        ctx.save_for_backward(x, shift, scale, weight, bias)
+        ctx.constants = args
+        return _final_layer(x, shift, scale, weight, bias, *args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *settings, impl = ctx.constants
+        tensors = ctx.saved_tensors
+        grads = _like(tensors, ctx.needs_input_grad[:5])
+        _library.call("final_layer_bwd", impl)(dout, *tensors, *settings, *grads)
+        return *grads, *(None for _ in ctx.constants)

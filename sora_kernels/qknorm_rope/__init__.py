@@ -1,0 +1,3 @@
+from .op import qk_norm_rope
+
+__all__ = ["qk_norm_rope"]

@@ -1,0 +1,230 @@
+"""QK-norm and 3D rotary embedding in one pass over q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check, _dispatch, _library
+from . import reference
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    norm: str | None = "rms",
+    across: str = "head",
+    grid: Sequence[int] | None = None,
+    freqs: tuple[Tensor, Tensor] | None = None,
+    split: Sequence[int] | None = None,
+    theta: float = 1e4,
+    interleaved: bool = True,
+    rotary_dim: int | None = None,
+    origin: Sequence[int] = (0, 0, 0),
+    text_len: int = 0,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(rotate(norm(q) · q_weight), rotate(norm(k) · k_weight))
+
+        norm="rms":    norm(x) = x / √(mean(x²) + eps)
+        norm="layer":  norm(x) = (x − mean(x)) / √(var(x) + eps)            (biased variance)
+        norm=None:     norm(x) = x
+        rotate:        (a, b) → (a cos φ − b sin φ, a sin φ + b cos φ) for each rotary pair (a, b) of a head
+
+    q, k         [B, S, H, E], float32, bfloat16, float16 (float64 in `reference`), any strides (views into a packed
+                 QKV are not copied); k may have another number of heads, and another length where nothing is rotated
+    q_weight, k_weight  [E] for across="head"; [H·E] (of q, of k) for across="width"; any float dtype
+    across       what the statistics are taken over: each "head", or the whole "width" of all heads of a token
+    grid         (T, H, W): token (t·H + h)·W + w turns by φ = (x + origin) · theta^(−j/n) for pair j of the n pairs of
+                 the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`
+    freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], float: the same for every head; constants
+    split        rotary pairs of (t, h, w), with sum rotary_dim/2. None: (n − 2·(rotary_dim//6), rotary_dim//6,
+                 rotary_dim//6) with n = rotary_dim/2, as in Wan (22, 21, 21 for E = 128)
+    interleaved  pairs are channels (2i, 2i+1); False: (i, i + rotary_dim/2)
+    rotary_dim   the first rotary_dim channels of each head are rotated, the others only normalised. None: E
+                 (with freqs: twice their width)
+    origin       added to the coordinates (t, h, w); streaming passes the number of frames already made
+    text_len     the last text_len tokens are normalised, not rotated: grid and freqs cover the S − text_len before
+
+    Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics, angles
+    and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype
+    plus one rounding. The backward recomputes the statistics and reduces the weights' gradients in fp32 in a fixed
+    order: two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
+
+    A rotary embedding that differs by head, over the whole width (LTX-Video), is that of one head of width H·E: pass
+    q.flatten(2).unsqueeze(2).
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    Sources: RoPE, arXiv 2104.09864; the 3D convention of Wan, arXiv 2503.20314.
+    """
+    op = "qk_norm_rope"
+    _check_heads(op, q, k)
+    _check.choice(op, "norm", norm, ("rms", "layer", None))
+    _check.choice(op, "across", across, ("head", "width"))
+    _check.positive(op, "eps", eps)
+    for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
+        _check_weight(op, name, weight, x, norm, across)
+    cos, sin, grid, split, origin = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
+    settings = (norm or "none", across, grid, split, float(theta), origin, bool(interleaved), float(eps))
+    tensors = (q, k, q_weight, k_weight)
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    impl = _dispatch.choose(op, impl, q, grad=grad)
+    return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, *settings, impl)
+
+
+# Validation
+
+
+def _check_heads(op, q, k) -> None:
+    _check.tensor(op, "q", q, "[B, S, H, E]", ndim=4)
+    _check.tensor(op, "k", k, "[B, S, H, E]", ndim=4)
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"{op}: k must have q's batch {q.shape[0]} and head width {q.shape[3]}; got shape {_check.shape_of(k)}"
+        )
+    if k.dtype != q.dtype:
+        raise TypeError(f"{op}: k must have q's dtype {q.dtype}; got {k.dtype}; cast it with .to()")
+    _check.same_device(op, q, {"k": k}, "q")
+
+
+def _check_weight(op, name, weight, x, norm, across) -> None:
+    if weight is None:
+        return
+    if norm is None:
+        raise ValueError(f"{op}: {name} scales the normalised values; with norm=None leave it out")
+    H, E = x.shape[2:]
+    if across == "head":
+        _check.exact(op, name, weight, (E,), "[E], the head width, for across='head'")
+    else:
+        _check.exact(op, name, weight, (H * E,), f"[H*E], {H} heads of width {E}, for across='width'")
+    _check.same_device(op, x, {name: weight}, name[0])
+
+
+def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len):
+    """(cos, sin, grid, split, origin) as the op takes them, where None or empty means that nothing is rotated."""
+    S, E = q.shape[1], q.shape[3]
+    origin = _check.triple(op, "origin", origin, least=-(1 << 30))
+    if isinstance(text_len, bool) or not isinstance(text_len, int) or not 0 <= text_len <= S:
+        raise ValueError(f"{op}: text_len must be an integer between 0 and S={S}; got {text_len!r}")
+    if grid is not None and freqs is not None:
+        raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
+    if grid is None and freqs is None:
+        for name, value in (("split", split), ("rotary_dim", rotary_dim)):
+            if value is not None:
+                raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
+        return None, None, [], [], list(origin)
+    if k.shape[1] != S:
+        raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
+    if freqs is not None:
+        cos, sin, rotary_dim = _freqs(op, freqs, q, rotary_dim, text_len)
+    if rotary_dim is None:
+        rotary_dim = E
+    if rotary_dim % 2 or not 0 < rotary_dim <= E:
+        raise ValueError(
+            f"{op}: rotary_dim must be even, above 0 and at most the head width E={E}; got {rotary_dim}; "
+            "pass rotary_dim= to rotate only the first channels of each head"
+        )
+    if freqs is not None:
+        if split is not None:
+            raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
+        return cos, sin, [], [], list(origin)
+    T, H, W = grid = _check.triple(op, "grid", grid)
+    if T * H * W + text_len != S:
+        raise ValueError(
+            f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}"
+        )
+    _check.positive(op, "theta", theta)
+    split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
+    if sum(split) != rotary_dim // 2:
+        raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
+    return None, None, list(grid), list(split), list(origin)
+
+
+def _freqs(op, freqs, q, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
+    if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
+        raise TypeError(f"{op}: freqs must be a pair (cos, sin); got {type(freqs).__name__}")
+    tokens = q.shape[1] - text_len
+    for name, t in zip(("freqs[0]", "freqs[1]"), freqs, strict=True):
+        _check.tensor(op, name, t, "[S - text_len, rotary_dim/2]", ndim=2)
+        pairs = freqs[0].shape[1] if rotary_dim is None else rotary_dim // 2
+        _check.exact(op, name, t, (tokens, pairs), "[S - text_len, rotary_dim/2], one column per pair")
+        if t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} asks for a gradient, but angles are constants here; pass it .detach()ed")
+    _check.same_device(op, q, {"freqs[0]": freqs[0], "freqs[1]": freqs[1]}, "q")
+    return *freqs, 2 * freqs[0].shape[1] if rotary_dim is None else rotary_dim
+
+
+# The private ops
+
+_ARGS = (
+    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str norm, str across, "
+    "SymInt[] grid, SymInt[] split, float theta, SymInt[] origin, bool interleaved, float eps"
+)
+
+
+def _keywords(cos, sin, norm, across, grid, split, theta, origin, interleaved, eps) -> dict:
+    return dict(
+        norm=None if norm == "none" else norm, across=across, grid=grid or None, split=split, theta=theta,
+        freqs=None if cos is None else (cos, sin), origin=origin, interleaved=interleaved, eps=eps,
+    )  # fmt: skip
+
+
+def _forward(q, k, q_weight, k_weight, *args) -> None:
+    *settings, q_out, k_out = args
+    results = reference.qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **_keywords(*settings))
+    q_out.copy_(results[0])
+    k_out.copy_(results[1])
+
+
+def _backward(dq_out, dk_out, q, k, q_weight, k_weight, *args) -> None:
+    *settings, dq, dk, dq_weight, dk_weight = args
+    keywords = _keywords(*settings)
+    _library.vjp(
+        lambda **inputs: reference.qk_norm_rope(**inputs, **keywords),
+        dict(q=q, k=k, q_weight=q_weight, k_weight=k_weight),
+        (dq_out, dk_out),
+        dict(q=dq, k=dk, q_weight=dq_weight, k_weight=dk_weight),
+    )
+
+
+_library.define("qk_norm_rope_fwd", f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()", reference=_forward)
+_library.define(
+    "qk_norm_rope_bwd",
+    f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "
+    "Tensor(d!)? dk_weight) -> ()",
+    reference=_backward,
+)
+
+
+def _qk_norm_rope(q, k, *args) -> tuple[Tensor, Tensor]:
+    *settings, impl = args
+    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    _library.call("qk_norm_rope_fwd", impl)(q, k, *settings, q_out, k_out)
+    return q_out, k_out
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, *args):
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.constants = args
+        return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, *args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_out, dk_out):
+        *settings, impl = ctx.constants
+        tensors = ctx.saved_tensors
+        grads = [
+            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
+            for t, needed in zip(tensors[:4], ctx.needs_input_grad[:4], strict=True)
+        ]
+        _library.call("qk_norm_rope_bwd", impl)(dq_out, dk_out, *tensors, *settings, *grads)
+        return *grads, None, None, *(None for _ in ctx.constants)

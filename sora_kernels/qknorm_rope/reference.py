@@ -1,0 +1,74 @@
+"""QK-norm and 3D rotary embedding in plain PyTorch: the specification of ``qk_norm_rope``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(
+    grid: Sequence[int], split: Sequence[int], theta: float, origin: Sequence[int], device: torch.device
+) -> Tensor:
+    """Angles ``[T*H*W, sum(split)]`` in fp64: ``(i_axis + origin_axis) * theta ** (-j / split_axis)``."""
+    axes = []
+    for axis, (size, pairs) in enumerate(zip(grid, split, strict=True)):
+        position = torch.arange(size, dtype=torch.float64, device=device) + origin[axis]
+        exponent = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
+        angle = torch.outer(position, theta**-exponent)
+        shape = [1, 1, 1, pairs]
+        shape[axis] = size
+        axes.append(angle.view(shape).expand(*grid, pairs))
+    return torch.cat(axes, dim=-1).reshape(-1, sum(split))
+
+
+def normalise(x: Tensor, weight: Tensor | None, norm: str | None, across: str, eps: float) -> Tensor:
+    """Norm of ``x [B,S,H,E]`` over E (``across="head"``) or over H*E (``across="width"``)."""
+    if norm is None:
+        return x
+    dims = (-1,) if across == "head" else (-2, -1)
+    if norm == "layer":
+        x = x - x.mean(dims, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    if weight is None:
+        return x
+    return x * (weight if across == "head" else weight.view(x.shape[-2:])).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first ``cos.shape[0]`` tokens of x and the first ``2 * cos.shape[1]`` channels of each head."""
+    tokens, pairs = cos.shape
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned = x[:, :tokens, :, : 2 * pairs]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+    else:
+        a, b = turned[..., :pairs], turned[..., pairs:]
+    a, b = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+    turned = torch.cat((turned, x[:, :tokens, :, 2 * pairs :]), dim=-1)
+    return torch.cat((turned, x[:, tokens:]), dim=1)
+
+
+def default_split(rotary_dim: int) -> tuple[int, int, int]:
+    """Rotary pairs of (t, h, w) in Wan's convention: 22, 21, 21 for a head width of 128."""
+    side = rotary_dim // 6
+    return rotary_dim // 2 - 2 * side, side, side
+
+
+def qk_norm_rope(
+    q, k, *, q_weight=None, k_weight=None, norm="rms", across="head", grid=None, freqs=None, split=None,
+    theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, eps=1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``text_len`` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
+    if grid is not None:
+        split = split or default_split(rotary_dim or q.shape[-1])
+        angles = rotary_angles(grid, split, theta, origin, q.device)
+        freqs = angles.cos(), angles.sin()
+    results = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        y = normalise(x if x.dtype == torch.float64 else x.float(), weight, norm, across, eps)
+        y = y if freqs is None else rotate(y, *freqs, interleaved)
+        results.append(y.to(x.dtype))
+    return results[0], results[1]

@@ -1,0 +1,99 @@
+"""Helpers for testing kernels against an oracle; shipped, so that other projects can hold our ops to the same rule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def error_bound(oracle: Tensor, baseline: Tensor, terms: int = 1) -> float:
+    """2 × the largest error of plain PyTorch in the same dtype + the rounding that no implementation can avoid.
+
+    That is one rounding at the store, eps(dtype) · max|oracle|, and, where an element is a sum of n = `terms` fp32
+    values in an order of one's own, their independent roundings, √n · eps(fp32) · max|oracle|.
+    """
+    baseline_error = (baseline.double() - oracle).abs().max().item()
+    rounding = torch.finfo(baseline.dtype).eps + (terms**0.5 * torch.finfo(torch.float32).eps if terms > 1 else 0.0)
+    return 2 * baseline_error + rounding * oracle.abs().max().item()
+
+
+def max_error(actual: Tensor, oracle: Tensor) -> float:
+    """The largest absolute error; infinite where `actual` has a NaN or an infinity that the oracle has not."""
+    if actual.numel() == 0:
+        return 0.0
+    error = (actual.double() - oracle).abs()
+    return float("inf") if not torch.isfinite(error).all() else error.max().item()
+
+
+def assert_matches_oracle(actual: Tensor, oracle: Tensor, baseline: Tensor, name: str = "output", terms: int = 1) -> None:
+    """The project's error rule.
+
+    actual    the kernel's result
+    oracle    the fp64 result on the same (exactly representable) inputs
+    baseline  plain PyTorch in actual's dtype: the same formula without any upcast
+    terms     how many values were summed into each element, where that is a reduction over tokens
+    """
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"{name}: shape {list(actual.shape)}, the oracle has {list(oracle.shape)}")
+    if actual.dtype != baseline.dtype:
+        raise AssertionError(f"{name}: dtype {actual.dtype}, expected {baseline.dtype}")
+    if actual.numel() == 0:
+        return
+    error, bound = max_error(actual, oracle), error_bound(oracle, baseline, terms)
+    if not error <= bound:
+        raise AssertionError(
+            f"{name}: max error {error:.3e} exceeds {bound:.3e} = 2 x plain PyTorch's error + rounding"
+        )
+
+
+def outputs_and_grads(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: dict[str, Tensor | None], grad_outputs: list[Tensor]
+) -> dict[str, Tensor]:
+    """Run `function(**inputs)` and its backward: {"output0": ..., "grad x": ..., ...}, for tensors that are given."""
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in inputs.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = {name: t for name, t in leaves.items() if t is not None}
+    grads = torch.autograd.grad(outputs, list(given.values()), grad_outputs[: len(outputs)])
+    results = {f"output{i}": o.detach() for i, o in enumerate(outputs)}
+    return results | {f"grad {name}": g for name, g in zip(given, grads, strict=True)}
+
+
+LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
+
+
+def arrange(t: Tensor, layout: str) -> Tensor:
+    """The values of t (for "expanded": of its first row) in an awkward memory layout, whose neighbours are NaN."""
+    if layout == "contiguous" or t.ndim < 2:
+        return t
+    if layout == "sliced":  # inside a larger tensor of NaN
+        big = t.new_full([n + 2 for n in t.shape], float("nan"))
+        view = big[tuple(slice(1, n + 1) for n in t.shape)]
+        return view.copy_(t)
+    if layout == "transposed":  # the last two axes swapped in memory
+        return t.mT.contiguous().mT
+    if layout == "expanded":  # stride 0 in every axis but the last
+        return t[(0,) * (t.ndim - 1)].expand(t.shape)
+    raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+
+
+@contextlib.contextmanager
+def poison_empty() -> Iterator[None]:
+    """Fill everything that torch.empty and torch.empty_like give with NaN: an element nobody wrote shows."""
+    originals = torch.empty, torch.empty_like
+
+    def poisoned(original):
+        def allocate(*args, **kwargs):
+            t = original(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return allocate
+
+    torch.empty, torch.empty_like = map(poisoned, originals)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = originals

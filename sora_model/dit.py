@@ -1,0 +1,349 @@
+"""The diffusion transformer over spacetime patches: Wan 2.1 and 2.2 text-to-video, in one file.
+
+    latents -> tokens -> layers x [ self-attention, text cross-attention, feed-forward ] -> latents
+
+A token is one patch of latent cells. The timestep reaches every block as six rows (adaLN: shift, scale, gate,
+twice), made once and shared by the blocks, each of which adds a table of its own. Source: arXiv 2503.20314.
+
+In the margin: B clips, S = T'·H'·W' tokens, N timesteps a clip (1, T' or S), L text tokens, D width,
+H heads (or height), E = D/H.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sora_kernels import (
+    final_layer,
+    gate_residual,
+    gate_residual_norm_modulate,
+    norm_modulate,
+    patch_embed3d,
+    qk_norm_rope,
+    spacetime_attention,
+)
+
+from .checkpoint import CheckpointError, read_wan_directory
+
+Grid = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The sizes of a SoraDiT; `DiTConfig(**config.to_dict())` is the same config again, through JSON too.
+
+    Raises ValueError naming the field that is no positive integer within reason, or does not fit the others.
+    """
+
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch: Grid = (1, 2, 2)
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patch, tuple | list) or len(self.patch) != 3:
+            raise ValueError(f"DiTConfig: patch must be three integers (t, h, w); got {self.patch!r}")
+        object.__setattr__(self, "patch", tuple(self.patch))
+        for field in dataclasses.fields(self):
+            if field.type == "int":
+                _check_size(field.name, getattr(self, field.name), 2**20)
+        for size in self.patch:
+            _check_size("patch", size, 64)
+        if self.dim % self.heads or self.dim // self.heads % 2:
+            raise ValueError(
+                f"DiTConfig: dim must be heads x an even head width (rotary pairs); "
+                f"got dim={self.dim}, heads={self.heads}"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"DiTConfig: freq_dim must be even (cosines and sines); got {self.freq_dim}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"DiTConfig: eps must lie between 0 and 1; got {self.eps}")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds: known before any is allocated."""
+        d, cells = self.dim, math.prod(self.patch)
+        attention = 4 * d * (d + 1) + 2 * d
+        ffn = self.ffn_dim * (d + 1) + d * (self.ffn_dim + 1)
+        block = 2 * attention + ffn + 6 * d + 2 * d * self.cross_attn_norm
+        time = d * (self.freq_dim + 1) + d * (d + 1) + 6 * d * (d + 1)
+        text = d * (self.text_dim + 1) + d * (d + 1)
+        patches = d * (self.in_channels * cells + 1) + self.out_channels * cells * (d + 1)
+        return patches + time + text + self.layers * block + 2 * d
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"patch": list(self.patch)}
+
+    @classmethod
+    def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
+        """From the config.json of a diffusers WanTransformer3DModel.
+
+        Raises ValueError for another model's config, and for Wan models that want an image.
+        """
+        names = {"num_attention_heads": "heads", "num_layers": "layers", "patch_size": "patch"}
+        if missing := [name for name in (*names, "attention_head_dim", "ffn_dim") if name not in config]:
+            raise ValueError(f"not the config of a WanTransformer3DModel: it lacks {', '.join(missing)}")
+        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if config.get(name) is not None:
+                raise ValueError(f"{name}={config[name]}: only text-to-video Wan models are supported")
+        if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+            raise ValueError(f"qk_norm must be 'rms_norm_across_heads', Wan's own; got {config['qk_norm']!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        sizes = {names.get(name, name): value for name, value in config.items()}
+        sizes["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+        sizes["out_channels"] = config.get("out_channels") or config.get("in_channels", cls.in_channels)
+        return cls(**{name: value for name, value in sizes.items() if name in known})
+
+
+class Attention(nn.Module):
+    """Four projections, and RMS norms of q and k over the whole width: what both attentions share."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads, self.eps = config.heads, config.eps
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = nn.Parameter(torch.ones(config.dim))
+        self.norm_k = nn.Parameter(torch.ones(config.dim))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))                                             # [B, ., H, E]
+
+
+class SelfAttention(Attention):
+    """Every token sees every token; the rotation of q and k tells how far apart two of them are."""
+
+    def forward(self, x: Tensor, grid: Grid, impl: str) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))        # [B, S, H, E]
+        norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps}
+        q, k = qk_norm_rope(q, k, grid=grid, **norms, impl=impl)
+        out = spacetime_attention(q, k, v, impl=impl)                                        # [B, S, H, E]
+        return self.o(out.flatten(2))                                                        # [B, S, D]
+
+
+class CrossAttention(Attention):
+    """Every token sees every token of its clip's text."""
+
+    def forward(self, x: Tensor, text: Tensor, text_lens: Tensor | None, impl: str) -> Tensor:
+        q = norm_modulate(self.q(x), None, None, norm="rms", weight=self.norm_q, eps=self.eps, impl=impl)
+        k = norm_modulate(self.k(text), None, None, norm="rms", weight=self.norm_k, eps=self.eps, impl=impl)
+        q, k, v = self.split(q), self.split(k), self.split(self.v(text))                     # [B, L, H, E]
+        out = spacetime_attention(q, k, v, kv_lens=text_lens, impl=impl)                     # [B, S, H, E]
+        return self.o(out.flatten(2))                                                        # [B, S, D]
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, modulated and gated by the timestep; between them, the text."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim, ffn_dim, self.eps = config.dim, config.ffn_dim, config.eps
+        self.self_attn = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.cross_norm = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, x: Tensor, rows: Tensor, text: Tensor, text_lens: Tensor | None, grid: Grid, impl: str
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)                        # [B, N, D]
+        tables = self.table[0].unbind(0)                                                     # 6 x [D]
+        how = {"eps": self.eps, "impl": impl}
+
+        h = norm_modulate(x, shift1, scale1, shift_table=tables[0], scale_table=tables[1], **how)
+        y = self.self_attn(h, grid, impl)                                                    # [B, S, D]
+        if self.cross_norm is None:
+            x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
+        else:
+            affine = {"weight": self.cross_norm.weight, "bias": self.cross_norm.bias}
+            x, h = gate_residual_norm_modulate(x, y, gate1, None, None, gate_table=tables[2], **affine, **how)
+        y = self.cross_attn(h, text, text_lens, impl)                                        # [B, S, D]
+        ungated = x.new_ones(x.shape[-1])
+        x, h = gate_residual_norm_modulate(
+            x, y, ungated, shift2, scale2, shift_table=tables[3], scale_table=tables[4], **how
+        )
+        return gate_residual(x, self.ffn(h), gate2, gate_table=tables[5], impl=impl)         # [B, S, D]
+
+
+class SoraDiT(nn.Module):
+    """Predicts the velocity of noisy latents from their timesteps and a text.
+
+    The weights may be of one dtype, or as Wan keeps them: half precision, with the tables, the time embedding
+    and the norms before cross-attention in fp32 (`from_wan(..., dtype=torch.bfloat16)`).
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, text_dim = config.dim, config.text_dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = nn.Linear(dim, math.prod(config.patch) * config.out_channels)
+        self.head_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Wan's initialisation for training from scratch. The head starts at zero: so does the prediction."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for embedding in (self.text_embedding, self.time_embedding):
+            nn.init.normal_(embedding[0].weight, std=0.02)
+            nn.init.normal_(embedding[2].weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        text_lens: Tensor | None = None,
+        *,
+        impl: str = "auto",
+    ) -> Tensor:
+        """The velocity of the latents, in their shape (but `out_channels` channels) and dtype.
+
+        latents     [B, C, T, H, W], sizes divisible by the patch
+        timesteps   0 (clean) to 1000 (noise), fp32, fp64 or integer; one for each clip [B], frame of tokens
+                    [B, T'] or token [B, S], in t-major order
+        text        [B, L, text_dim]
+        text_lens   [B] integers: how many of the L tokens count; None: all, as Wan sees its texts' padding
+        impl        handed to every sora_kernels function
+
+        Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
+        """
+        grid = self._check(latents, timesteps, text, text_lens)
+        x = patch_embed3d(latents, self.patch_embedding.weight, self.patch_embedding.bias, impl=impl)
+        time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
+        rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
+        text = self.text_embedding(text)                                                     # [B, L, D]
+        for block in self.blocks:
+            x = block(x, rows, text, text_lens, grid, impl)                                  # [B, S, D]
+        shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]
+        where = {"grid": grid, "patch": self.config.patch}
+        return final_layer(
+            x, shift, scale, self.head.weight, self.head.bias, **where, eps=self.config.eps, impl=impl
+        )
+
+    def _embed(self, timesteps: Tensor) -> Tensor:
+        weight = self.time_embedding[0].weight
+        times = timesteps.to(torch.promote_types(weight.dtype, torch.float32))
+        times = times[:, None] if times.ndim == 1 else times                                 # [B, N]
+        half = self.config.freq_dim // 2
+        powers = -math.log(10000.0) * torch.arange(half, dtype=times.dtype, device=times.device) / half
+        angles = times[..., None] * powers.exp()                                             # [B, N, half]
+        return self.time_embedding(torch.cat([angles.cos(), angles.sin()], -1).to(weight.dtype))
+
+    def _check(self, latents: Tensor, timesteps: Tensor, text: Tensor, text_lens: Tensor | None) -> Grid:
+        config, weight = self.config, self.patch_embedding.weight
+        given = {"latents": latents, "timesteps": timesteps, "text": text, "text_lens": text_lens}
+        for name, t in given.items():
+            if not isinstance(t, Tensor) and (t is not None or name != "text_lens"):
+                raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+            if t is not None and t.device != weight.device:
+                raise ValueError(f"{name} must be on {weight.device} like the weights; got {t.device}")
+            if name in ("latents", "text") and t.dtype != weight.dtype:
+                raise TypeError(f"{name} must be {weight.dtype} like the weights; got {t.dtype}")
+        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+            raise ValueError(f"latents must be [B, {config.in_channels}, T, H, W]; got {list(latents.shape)}")
+        batch = latents.shape[0]
+        sizes = latents.shape[2:]
+        for axis, size, patch in zip(("frames", "rows", "columns"), sizes, config.patch, strict=True):
+            if size % patch or size == 0:
+                fits = [n for n in (size // patch * patch, (size // patch + 1) * patch) if n]
+                raise ValueError(
+                    f"latents have {size} {axis}, which patches of {patch} do not divide; "
+                    f"{' or '.join(map(str, fits))} would fit"
+                )
+        frames, height, width = (n // p for n, p in zip(sizes, config.patch, strict=True))
+        tokens = frames * height * width
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
+            raise ValueError(f"text must be [{batch}, L, {config.text_dim}]; got {list(text.shape)}")
+        if tuple(timesteps.shape) not in ((batch,), (batch, 1), (batch, frames), (batch, tokens)):
+            raise ValueError(
+                f"timesteps must be one for each clip [{batch}], frame [{batch}, {frames}] or token "
+                f"[{batch}, {tokens}]; got {list(timesteps.shape)}"
+            )
+        if timesteps.dtype not in (torch.float32, torch.float64, torch.int32, torch.int64):
+            raise TypeError(f"timesteps must be fp32, fp64 or integers; got {timesteps.dtype}")
+        if text_lens is not None and (text_lens.shape != (batch,) or text_lens.dtype.is_floating_point):
+            got = f"{list(text_lens.shape)} {text_lens.dtype}"
+            raise ValueError(f"text_lens must be [{batch}] integers; got {got}")
+        return frames, height, width
+
+    @classmethod
+    def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:
+        """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in.
+
+        The weights are copied, in the dtypes they have, or in `dtype` save those that Wan keeps in fp32.
+        Raises CheckpointError for what cannot be read or does not fit together, ValueError for a model that
+        wants an image.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
+        is_module = isinstance(source, nn.Module)
+        sizes, state = (source.config, source.state_dict()) if is_module else read_wan_directory(source)
+        with torch.device("meta"):
+            model = cls(DiTConfig.from_wan(sizes))
+        given = {_name_from_wan(name): value.detach() for name, value in state.items()}
+        shapes, wanted = ({(n, value.shape) for n, value in d.items()} for d in (given, model.state_dict()))
+        if unfit := sorted({name for name, _ in shapes ^ wanted}):
+            raise CheckpointError(
+                f"the weights are not those of their config: {len(unfit)} are missing, unknown or misshapen, "
+                f"the first being {unfit[0]!r}; take both from one model"
+            )
+        for name, value in given.items():
+            wide = name.endswith("table") or name.startswith("time_embedding") or "cross_norm" in name
+            target = torch.promote_types(dtype, torch.float32) if dtype and wide else dtype or value.dtype
+            given[name] = value.to(target, copy=True)
+        model.load_state_dict(given, assign=True)
+        return model
+
+
+_NAMES_FROM_WAN = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "attn1.": "self_attn.",
+    "attn2.": "cross_attn.",
+    "attn.to_out.0": "attn.o",
+    "attn.to_": "attn.",
+    "attn.norm_q.weight": "attn.norm_q",
+    "attn.norm_k.weight": "attn.norm_k",
+    "norm2.": "cross_norm.",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "proj_out": "head",
+}
+
+
+def _name_from_wan(name: str) -> str:
+    for theirs, ours in _NAMES_FROM_WAN.items():
+        name = name.replace(theirs, ours)
+    return "head_table" if name == "scale_shift_table" else name.replace("scale_shift_table", "table")
+
+
+def _check_size(name: str, value: Any, limit: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+        raise ValueError(f"DiTConfig: {name} must be an integer from 1 to {limit}; got {value!r}")

@@ -1,0 +1,186 @@
+"""Text encoders: a small one trained with the toy checkpoint, and UMT5 for Wan weights.
+
+Both offer `encode(list[str]) -> (embeddings [B, L, D], lens [B])` with zeros behind each text's last token, `dim`,
+`max_tokens`, and `unknown(prompt)`: the words of a prompt that mean nothing to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import CheckpointError
+
+MAX_CHARACTERS = 4096
+
+_PAD, _UNKNOWN, _NULL = 0, 1, 2
+_SPECIALS = ("<pad>", "<unk>", "<null>")
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+def check_prompt(prompt: object) -> str:
+    """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with a word."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are accepted, so shorten it")
+    if not _WORD.search(prompt):
+        raise ValueError(f"prompt holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
+    return prompt
+
+
+def split_words(prompt: str) -> list[str]:
+    """Lower-cased words, without punctuation."""
+    return _WORD.findall(prompt.lower())
+
+
+@dataclasses.dataclass(frozen=True)
+class WordTextConfig:
+    """Shape and vocabulary of a `WordTextEncoder`. `words` are in the order of their embeddings, after the specials."""
+
+    words: tuple[str, ...]
+    dim: int = 64
+    layers: int = 1
+    heads: int = 4
+    max_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.words or len(set(self.words)) != len(self.words) or not all(
+            isinstance(word, str) and split_words(word) == [word] for word in self.words
+        ):
+            raise ValueError("words must be distinct single lower-case words, at least one")
+        for name, least, most in (("dim", 2, 8192), ("layers", 0, 64), ("heads", 1, 64), ("max_tokens", 1, 1024)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
+
+
+class _Layer(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:                       # [B, L, D], [B, L] bool
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None, :])   # [B, H, L, E]
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class WordTextEncoder(nn.Module):
+    """Words of a closed vocabulary, placed by a learnt position, through a small transformer.
+
+    The empty prompt stands for "no prompt" (classifier-free guidance) and is one token of its own. A word outside the
+    vocabulary becomes <unk>, which training has shown to the model by forgetting words at random.
+    """
+
+    masks_padding = True
+
+    def __init__(self, config: WordTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.max_tokens = config.dim, config.max_tokens
+        self._ids = {word: index for index, word in enumerate(config.words, len(_SPECIALS))}
+        self.embedding = nn.Embedding(len(_SPECIALS) + len(config.words), config.dim)
+        self.position = nn.Parameter(torch.randn(config.max_tokens, config.dim) * 0.02)
+        self.layers = nn.ModuleList(_Layer(config.dim, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of `prompt` that the vocabulary lacks, each once, in order."""
+        return [word for word in dict.fromkeys(split_words(prompt)) if word not in self._ids]
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token numbers `[B, L]`, int64, padded with 0 to the longest prompt. A prompt of too many words raises ValueError."""
+        rows = [[self._ids.get(word, _UNKNOWN) for word in split_words(prompt)] or [_NULL] for prompt in prompts]
+        longest = max(map(len, rows))
+        if longest > self.max_tokens:
+            raise ValueError(f"prompt has {longest} words; this text encoder takes at most {self.max_tokens}, so shorten it")
+        return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows])
+
+    def forget(self, ids: Tensor, *, words: float, prompts: float, generator: torch.Generator) -> Tensor:
+        """Training noise: each word becomes <unk> with chance `words`, each whole prompt the empty one with chance `prompts`."""
+        lost = torch.rand(ids.shape, generator=generator) < words
+        ids = torch.where(lost & (ids >= len(_SPECIALS)), _UNKNOWN, ids)
+        dropped = torch.rand(len(ids), generator=generator) < prompts
+        empty = torch.full_like(ids, _PAD)
+        empty[:, 0] = _NULL
+        return torch.where(dropped[:, None], empty, ids)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token numbers `[B, L]` -> embeddings `[B, L, D]`, zero behind each text, and lens `[B]` int32."""
+        seen = ids != _PAD                                                       # [B, L]
+        x = self.embedding(ids) + self.position[: ids.shape[1]]                  # [B, L, D]
+        for layer in self.layers:
+            x = layer(x, seen)
+        return self.norm(x) * seen[..., None], seen.sum(1, dtype=torch.int32)
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings `[B, L, D]` and lens `[B]` of `prompts`, on the encoder's device. "" is the empty prompt."""
+        return self(self.tokenize(prompts).to(self.position.device))
+
+
+class UMT5TextEncoder:
+    """Wan's text encoder: the encoder half of UMT5 and its tokenizer, from local folders through `transformers`.
+
+    Prompts are cleaned as Wan does (HTML entities, white space), cut at 512 tokens, and embeddings behind a text's end
+    are zero; the transformer sees all 512. Nothing is downloaded: a missing folder raises `CheckpointError`.
+    """
+
+    max_tokens = 512
+    masks_padding = False
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.dim = model.config.d_model
+
+    @classmethod
+    def from_directory(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> UMT5TextEncoder:
+        """Reads `path/text_encoder` and `path/tokenizer` of a Wan directory."""
+        try:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError as error:
+            raise CheckpointError("Wan weights need the text encoder of `transformers`: pip install transformers") from error
+        folders = {name: Path(path) / name for name in ("text_encoder", "tokenizer")}
+        for name, folder in folders.items():
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder} is missing: a Wan checkpoint keeps its {name.replace('_', ' ')} there")
+        try:
+            model = UMT5EncoderModel.from_pretrained(
+                folders["text_encoder"], local_files_only=True, use_safetensors=True, dtype=dtype or "auto"
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for damaged files
+            raise CheckpointError(f"the text encoder in {path} cannot be read: {error}") from error
+        return cls(model.eval(), tokenizer)
+
+    def to(self, device: torch.device | str) -> UMT5TextEncoder:
+        self.model.to(device)
+        return self
+
+    def unknown(self, prompt: str) -> list[str]:
+        """Nothing: subword tokens spell every word."""
+        return []
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings `[B, 512, D]` and lens `[B]` of `prompts`."""
+        cleaned = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
+        tokens = self.tokenizer(
+            cleaned, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask.to(self.model.device)
+        states = self.model(tokens.input_ids.to(self.model.device), mask).last_hidden_state
+        return states * mask[..., None], mask.sum(1, dtype=torch.int32)

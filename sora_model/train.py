@@ -1,0 +1,325 @@
+"""Training of the toy checkpoint on the procedural world: first the VAE, then the transformer with its text encoder.
+
+    python -m sora_model.cli train vae --run out/train/vae
+    python -m sora_model.cli train dit --run out/train/dit --vae out/train/vae
+
+Every random draw of a step comes from (seed, step), so a run that was stopped and resumed is bit-equal to one that was
+not. State is saved as safetensors, atomically, every `save_every` steps and on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from . import flow, world
+from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
+from .dit import DiTConfig, SoraDiT
+from .text import WordTextConfig, WordTextEncoder
+from .vae import CausalVAE, VAEConfig
+from .world.captions import write as write_caption
+from .world.scenes import Dice
+
+FRAMES, SIZE, FPS = 17, (64, 64), 8.0
+_VALIDATION_SEED = 10**12
+
+TOY_VAE: dict[str, Any] = dict(base_dim=12, z_dim=12, dim_mult=(1, 2, 4, 4), num_res_blocks=1)
+TOY_DIT: dict[str, Any] = dict(dim=192, heads=6, layers=6, ffn_dim=768, freq_dim=64)
+TOY_TEXT: dict[str, Any] = dict(dim=64, layers=1, heads=4, max_tokens=32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the steps."""
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+    warmup: int = 50
+    decay: float = 0.3
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    ema: float = 0.0
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("seed", 0), ("warmup", 0), ("save_every", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name, most in (("lr", math.inf), ("decay", 1.0), ("clip", math.inf), ("ema", 1.0), ("weight_decay", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie between 0 and {most}, got {getattr(self, name)!r}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.lr * min(1.0, (step + 1) / (self.warmup + 1), left)
+
+
+VAE_SETTINGS = Settings(steps=1800, batch=4, lr=2e-3, save_every=100, weight_decay=0.0)
+DIT_SETTINGS = Settings(steps=5000, batch=32, lr=1e-3, warmup=200, ema=0.998, save_every=250)
+
+
+def fit(
+    module: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    settings: Settings,
+    run: str | Path,
+    *,
+    label: str,
+    on_save: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> dict[str, Tensor]:
+    """Minimises `loss_at(step)` by AdamW and returns the weights to keep: the moving average if there is one.
+
+    `run` is a folder that receives `state.safetensors`, `settings.json` and `log.jsonl` (step, loss, lr, norm, seconds); one that holds
+    them already is resumed, and refused with `CheckpointError` when it is of another model or of settings other than the number
+    of steps, which may be changed. `on_save(step, weights)` is called after every save. Same seed, same device, same weights.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    named = dict(module.named_parameters())
+    optimiser = torch.optim.AdamW(
+        named.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
+    step = _resume(run, module, optimiser, average, settings)
+    write_json(run / "settings.json", dataclasses.asdict(settings))
+    device = next(iter(named.values())).device
+    amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    started, smooth = time.monotonic(), None
+
+    def save() -> dict[str, Tensor]:
+        state = {f"model.{name}": value for name, value in module.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in (average or {}).items()}
+        for name, value in named.items():
+            state |= {f"adam.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
+        write_tensors(run / "state.safetensors", state | {"step": torch.tensor(step)})
+        weights = module.state_dict() | (average or {})
+        if on_save is not None:
+            on_save(step, weights)
+        return weights
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("loss {task.fields[loss]}"))
+    with Progress(*columns) as bar, (run / "log.jsonl").open("a", encoding="utf-8") as log:
+        task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
+        try:
+            while step < settings.steps:
+                for group in optimiser.param_groups:
+                    group["lr"] = settings.rate(step)
+                with amp:
+                    loss = loss_at(step)
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(named.values(), settings.clip)
+                if not math.isfinite(value := loss.item()):
+                    raise FloatingPointError(f"the loss is {value} at step {step}; lower the learning rate ({settings.lr})")
+                optimiser.step()
+                if average is not None:
+                    keep = min(settings.ema, (step + 1) / (step + 10))
+                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
+                step += 1
+                smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
+                bar.update(task, completed=step, loss=f"{smooth:.4f}")
+                if step % 10 == 0 or step == settings.steps:
+                    row = dict(step=step, loss=value, lr=settings.rate(step - 1), norm=float(norm), seconds=time.monotonic() - started)
+                    log.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+                    log.flush()
+                if step % settings.save_every == 0 and step < settings.steps:
+                    save()
+        except KeyboardInterrupt:
+            save()
+            bar.console.print(f"stopped at step {step}; the same command resumes from {run}")
+            raise
+    return save()
+
+
+def _resume(run: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: dict[str, Tensor] | None, settings: Settings) -> int:
+    file = run / "state.safetensors"
+    if not file.exists():
+        (run / "log.jsonl").unlink(missing_ok=True)
+        return 0
+    before = read_json(run / "settings.json")
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    changed = [name for name in now if name not in ("steps", "decay", "save_every") and before.get(name) != now[name]]
+    if changed:
+        name = changed[0]
+        raise CheckpointError(f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder")
+    state = read_tensors(file)
+    step = int(state.pop("step"))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        kind, _, rest = name.partition(".")
+        parts.setdefault(kind, {})[rest] = value
+    load_into(module, parts.get("model", {}), str(file))
+    if average is not None:
+        if average.keys() != parts.get("average", {}).keys():
+            raise CheckpointError(f"{file} holds no moving average of this model; use another folder")
+        for name, value in average.items():
+            value.copy_(parts["average"][name])
+    moments = parts.get("adam", {})
+    for name, parameter in module.named_parameters():
+        try:
+            optimiser.state[parameter] = {
+                "step": moments[f"step.{name}"].to(parameter.device),
+                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
+        except KeyError as error:
+            raise CheckpointError(f"{file} lacks the optimiser's {error}; use another folder") from error
+    log = run / "log.jsonl"
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(f"{line}\n" for line in lines))
+    return step
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def to_video(frames: np.ndarray | Tensor) -> Tensor:
+    """uint8 `[B, T, H, W, 3]` -> fp32 `[B, 3, T, H, W]` in [-1, 1]."""
+    return torch.as_tensor(frames).movedim(-1, 1).float().div_(127.5).sub_(1)
+
+
+def vae_batch(seed: int, step: int, batch: int) -> Tensor:
+    """Videos of a VAE training step: fp32 `[B, 3, T, 64, 64]`. T is 1 at first and then 5, 9 or 17, with B*T about constant."""
+    generator = _generator(seed, step)
+    draw = torch.rand(3, generator=generator).tolist()
+    frames, clips = (1, 3 * batch) if step < 200 else (5, batch) if draw[0] < 0.6 else (9, max(1, batch // 2))
+    if draw[0] > 0.92 and frames == 9:
+        frames, clips = 17, max(1, batch // 4)
+    starts = torch.randint(0, FRAMES - frames + 1, (clips,), generator=generator).tolist()
+    first = ((seed << 32) + step) * 64
+    return to_video(np.stack([world.sample(first + i).video[s : s + frames] for i, s in enumerate(starts)]))
+
+
+def train_vae(run: str | Path, settings: Settings = VAE_SETTINGS, config: VAEConfig | None = None, *, device: str = "cpu") -> CausalVAE:
+    """Trains the VAE on clips of the world: L1 + MSE on pixels in [-1, 1] and 1e-6 of the KL divergence.
+
+    Then measures its latents' mean and standard deviation per channel and writes `run/model.safetensors` and
+    `run/config.json`.
+    """
+    torch.manual_seed(settings.seed)
+    config = config or VAEConfig(**TOY_VAE)
+    vae = CausalVAE(config).to(device)
+
+    def loss_at(step: int) -> Tensor:
+        video = vae_batch(settings.seed, step, settings.batch).to(device)
+        mean, log_variance = vae.encode(video)
+        noise = torch.randn(mean.shape, generator=_generator(settings.seed + 1, step)).to(device)
+        error = vae.decode(mean + (0.5 * log_variance).exp() * noise).sub(video)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return error.abs().mean() + error.square().mean() + 1e-6 * divergence
+
+    load_into(vae, fit(vae, loss_at, settings, run, label="VAE"), str(run))
+    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + 128), progress=False)
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.config = dataclasses.replace(config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+    write_tensors(Path(run) / "model.safetensors", vae.state_dict())
+    write_json(Path(run) / "config.json", dataclasses.asdict(vae.config))
+    return vae
+
+
+def load_vae(run: str | Path) -> CausalVAE:
+    """The VAE that `train_vae` wrote."""
+    run = Path(run)
+    vae = CausalVAE(build(VAEConfig, read_json(run / "config.json"), str(run / "config.json")))
+    load_into(vae, read_tensors(run / "model.safetensors"), str(run / "model.safetensors"))
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress: bool = True) -> Tensor:
+    """Latents of the world's clips, as they are: fp32 `[N, C, T', H', W']`."""
+    device = next(vae.parameters()).device
+    parts = []
+    with Progress(disable=not progress) as bar:
+        for chunk in bar.track([seeds[i : i + 8] for i in range(0, len(seeds), 8)], description="latents"):
+            videos = np.stack([world.sample(seed, frames=frames).video for seed in chunk])
+            parts.append(vae.encode(to_video(videos).to(device))[0].cpu())
+    return torch.cat(parts)
+
+
+def train_dit(
+    run: str | Path,
+    vae: CausalVAE,
+    settings: Settings = DIT_SETTINGS,
+    config: dict[str, Any] | None = None,
+    *,
+    clips: int = 6000,
+    device: str = "cpu",
+    impl: str = "auto",
+    on_save: Callable[[SoraDiT, WordTextEncoder, int], None] | None = None,
+) -> tuple[SoraDiT, WordTextEncoder]:
+    """Trains the transformer and its text encoder on `clips` clips of the world, encoded once and kept in `run/latents.safetensors`.
+
+    Loss: mean square error of the velocity at logit-normal times shifted by 1.5. Each time a clip is seen it bears one of four
+    true captions; a tenth of the captions is dropped, and 3 % of the words are forgotten. Every save also calls
+    `on_save(dit, text, step)` with the averaged weights.
+    """
+    run = Path(run)
+    run.mkdir(parents=True, exist_ok=True)
+    mean = torch.tensor(vae.config.latents_mean).view(-1, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(-1, 1, 1, 1)
+    first = (settings.seed << 32) + (1 << 40)
+    seeds = range(first, first + clips)
+    cache = run / "latents.safetensors"
+    if not cache.exists():
+        write_tensors(cache, {"latents": encode_clips(vae.to(device), seeds)})
+    latents = read_tensors(cache)["latents"].sub(mean).div(std)
+    if len(latents) != clips:
+        raise CheckpointError(f"{cache} holds {len(latents)} clips, not {clips}; remove it or keep that number")
+    torch.manual_seed(settings.seed)
+    model = nn.ModuleDict({
+        "dit": SoraDiT(DiTConfig(**{**TOY_DIT, **(config or {})}, in_channels=latents.shape[1], out_channels=latents.shape[1], text_dim=TOY_TEXT["dim"])),
+        "text": WordTextEncoder(WordTextConfig(words=world.VOCABULARY, **TOY_TEXT)),
+    })  # fmt: skip
+    for embedding in (model["dit"].text_embedding, model["dit"].time_embedding):
+        for layer in (embedding[0], embedding[2]):
+            nn.init.xavier_uniform_(layer.weight)
+    model.to(device)
+    samples = [world.sample(seed) for seed in seeds]
+    captions = [[s.caption, *(write_caption(Dice(k), s.scene, s.state) for k in range(3))] for s in samples]
+    del samples
+
+    def loss_at(step: int) -> Tensor:
+        generator = _generator(settings.seed, step)
+        rows = torch.randint(0, clips, (settings.batch,), generator=generator)
+        which = torch.randint(0, 4, (settings.batch,), generator=generator).tolist()
+        ids = model["text"].tokenize([captions[row][k] for row, k in zip(rows.tolist(), which, strict=True)])
+        ids = model["text"].forget(ids, words=0.03, prompts=0.1, generator=generator).to(device)
+        x0 = latents[rows].to(device)
+        noise = flow.draw_noise(tuple(x0.shape), generator=generator, device=device)
+        t = flow.sample_times(settings.batch, generator=generator, shift=1.5).to(device)
+        text, lens = model["text"](ids)
+        v = model["dit"](flow.interpolate(x0, noise, t), flow.TIME_SCALE * t, text, lens, impl=impl)
+        return F.mse_loss(v.float(), flow.velocity_target(x0, noise))
+
+    def save(step: int, weights: dict[str, Tensor]) -> None:
+        copies = []
+        for name in ("dit", "text"):
+            copy = type(model[name])(model[name].config)
+            load_into(copy, {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}, str(run))
+            copies.append(copy.eval())
+        kept.update(dit=copies[0], text=copies[1])
+        if on_save is not None:
+            on_save(copies[0], copies[1], step)
+
+    kept: dict[str, nn.Module] = {}
+    fit(model, loss_at, settings, run, label="DiT", on_save=save)
+    return kept["dit"], kept["text"]

@@ -1,0 +1,364 @@
+"""SoraDiT against diffusers' WanTransformer3DModel: the same weights give the same output and the same gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from sora_kernels.testing import assert_matches_oracle, max_error
+from sora_model import presets
+from sora_model.checkpoint import CheckpointError
+from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {
+    "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4,
+    "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 64,
+}  # fmt: skip
+CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
+    "heads of 24, an odd grid": ({}, (3, 6, 10), "clip", 7),
+    "heads of 32, a timestep per token": ({"attention_head_dim": 32}, (5, 2, 6), "token", 5),
+    "3 heads of 64": ({"attention_head_dim": 64, "num_attention_heads": 3, "num_layers": 1}, (2, 6, 2), "clip", 3),
+    "heads of 128": ({"attention_head_dim": 128, "num_layers": 1}, (1, 6, 14), "token", 2),
+    "no norm before cross-attention": ({"cross_attn_norm": False}, (3, 2, 6), "clip", 4),
+    "a patch in time, other channels out": ({"patch_size": [2, 3, 1], "out_channels": 6}, (4, 9, 5), "token", 6),
+    "two tokens": ({}, (1, 2, 4), "clip", 2),
+}
+
+
+@contextlib.contextmanager
+def float_means_double():
+    """diffusers upcasts with `.float()`, which would bring an fp64 run down to fp32."""
+    original = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.Tensor.float = original
+
+
+def wan(seed=0, **changes):
+    """A tiny WanTransformer3DModel whose every weight, biases and norms included, is random."""
+    torch.manual_seed(seed)
+    model = diffusers.WanTransformer3DModel(**TINY | changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p), alpha=0.2 if p.ndim == 1 or "table" in name else 0.0)
+    return model
+
+
+def double(model):
+    with float_means_double():
+        oracle = diffusers.WanTransformer3DModel(**model.config).double()
+    oracle.load_state_dict(model.state_dict())
+    return oracle
+
+
+def inputs(config, sizes, per="clip", length=7, batch=2, seed=1):
+    torch.manual_seed(seed)
+    patch = config.patch_size if hasattr(config, "patch_size") else config.patch
+    tokens = [n // p for n, p in zip(sizes, patch, strict=True)]
+    times = {"clip": (batch,), "frame": (batch, tokens[0]), "token": (batch, tokens[0] * tokens[1] * tokens[2])}[per]
+    return (
+        torch.randn(batch, config.in_channels, *sizes),
+        torch.rand(times) * 1000,
+        torch.randn(batch, length, config.text_dim),
+    )
+
+
+def run(model, latents, timesteps, text, **how):
+    """Output and gradients of a fixed loss: {"output", "grad latents", "grad text", "grad <parameter>"}."""
+    dtype = next(model.parameters()).dtype
+    latents, text = (t.detach().to(dtype).requires_grad_() for t in (latents, text))
+    if isinstance(model, SoraDiT):
+        out = model(latents, timesteps, text, **how)
+    else:
+        out = model(latents, timesteps, text, return_dict=False)[0]
+    weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad((out * weights).sum(), (latents, text, *parameters))
+    names = names if isinstance(model, SoraDiT) else map(_name_from_wan, names)
+    return {"output": out.detach()} | dict(zip(("latents", "text", *names), grads, strict=True))
+
+
+def assert_rounds_like(baseline, actual, oracle, name):
+    """The project's error rule in the Euclidean norm.
+
+    Which of two programs errs more in its worst element, after a whole model, is chance; which errs more overall is not.
+    """
+    error, plain = ((t.double() - oracle).norm().item() for t in (actual, baseline))
+    bound = 2 * plain + torch.finfo(actual.dtype).eps * oracle.norm().item()
+    assert oracle.dtype == torch.float64 and oracle.norm() > 0, name
+    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}, of {oracle.norm():.3e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_output_and_gradients_as_wan(case):
+    changes, sizes, per, length = CASES[case]
+    theirs = wan(**changes)
+    batch = inputs(theirs.config, sizes, per, length)
+    ours, plain = run(SoraDiT.from_wan(theirs), *batch), run(theirs, *batch)
+    with float_means_double():
+        oracle = run(double(theirs), *batch)
+    assert ours.keys() == plain.keys() == oracle.keys()
+    assert_matches_oracle(ours["output"], oracle["output"], plain["output"])
+    for name, exact in oracle.items():
+        assert_rounds_like(plain[name], ours[name], exact, name)
+
+
+def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path):
+    wan().save_pretrained(tmp_path)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    ours = SoraDiT.from_wan(tmp_path, dtype=torch.bfloat16)
+    dtypes = {_name_from_wan(name): p.dtype for name, p in theirs.named_parameters()}
+    assert dtypes == {name: p.dtype for name, p in ours.named_parameters()}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    latents, timesteps, text = inputs(theirs.config, (3, 6, 10))
+    latents, text = latents.bfloat16(), text.bfloat16()
+    with float_means_double(), torch.no_grad():
+        exact = double(theirs)(latents.double(), timesteps, text.double()).sample
+    with torch.no_grad():
+        assert_matches_oracle(ours(latents, timesteps, text), exact, theirs(latents, timesteps, text).sample)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_saved_directory_gives_the_same_model_as_the_module(tmp_path, sharded):
+    theirs = wan()
+    theirs.save_pretrained(tmp_path, max_shard_size="100KB" if sharded else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == (5 if sharded else 1)
+    read, taken = SoraDiT.from_wan(tmp_path), SoraDiT.from_wan(theirs)
+    assert read.config == taken.config == DiTConfig.from_wan(theirs.config)
+    assert read.state_dict().keys() == taken.state_dict().keys()
+    assert all(torch.equal(value, taken.state_dict()[name]) for name, value in read.state_dict().items())
+    assert all(p.requires_grad for p in read.parameters())
+
+
+def test_weights_are_copied_from_the_module():
+    theirs = wan()
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    with torch.no_grad():
+        for p in SoraDiT.from_wan(theirs).parameters():
+            p.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("per", ["clip", "frame"])
+def test_a_timestep_shared_by_tokens_equals_one_for_each_token(per):
+    model = SoraDiT.from_wan(wan())
+    latents, timesteps, text = inputs(model.config, (3, 4, 6), per)
+    each = timesteps.reshape(2, -1, 1).expand(2, -1, 18 if per == "clip" else 6).reshape(2, 18)
+    with torch.no_grad():
+        shared, exact = model(latents, timesteps, text), model.double()(latents.double(), each, text.double())
+    assert max_error(shared, exact) <= 32 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def test_padded_text_is_not_seen():
+    model = SoraDiT.from_wan(wan())
+    latents, timesteps, text = inputs(model.config, (1, 4, 4), length=5)
+    padded = torch.cat([text, 1e4 * torch.ones(2, 3, model.config.text_dim)], 1).requires_grad_()
+    lens = torch.tensor([5, 2])
+    out = model(latents, timesteps, padded, lens)
+    alone = [model(latents[i : i + 1], timesteps[i : i + 1], text[i : i + 1, : lens[i]]) for i in range(2)]
+    torch.testing.assert_close(out, torch.cat(alone), rtol=0, atol=2e-6)
+    (grad,) = torch.autograd.grad(out.square().sum(), padded)
+    assert grad[0, :5].abs().min() > 0 and grad[1, :2].abs().min() > 0
+    assert torch.count_nonzero(grad[0, 5:]) == torch.count_nonzero(grad[1, 2:]) == 0
+
+
+@pytest.mark.parametrize("per", ["clip", "frame", "token"])
+def test_reference_and_auto_agree(per):
+    theirs = wan()
+    batch = inputs(theirs.config, (2, 6, 10), per)
+    model = SoraDiT.from_wan(theirs)
+    auto, reference = run(model, *batch), run(model, *batch, impl="reference")
+    exact = run(model.double(), *batch, impl="reference")
+    for name in exact:
+        assert_rounds_like(reference[name], auto[name], exact[name], name)
+
+
+def test_impl_reaches_every_op(monkeypatch):
+    import sora_model.dit as dit
+
+    seen = {}
+    for name in ("final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patch_embed3d",
+                 "qk_norm_rope", "spacetime_attention"):  # fmt: skip
+        original = getattr(dit, name)
+
+        def spy(*args, name=name, original=original, **kwargs):
+            seen.setdefault(name, set()).add(kwargs["impl"])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(dit, name, spy)
+    model = SoraDiT.from_wan(wan())
+    model(*inputs(model.config, (1, 2, 2)), impl="reference")
+    assert len(seen) == 7 and set.union(*seen.values()) == {"reference"}
+    with pytest.raises(ValueError, match="impl"):
+        model(*inputs(model.config, (1, 2, 2)), impl="fastest")
+
+
+def test_initialisation_is_that_of_wan():
+    torch.manual_seed(0)
+    config = dataclasses.replace(presets.DIT["toy"], layers=1)
+    model = SoraDiT(config)
+    parameters = dict(model.named_parameters())
+    assert sum(p.numel() for p in parameters.values()) == config.parameters
+    for name, p in parameters.items():
+        if name.startswith("head.") or name.endswith("bias"):
+            assert torch.count_nonzero(p) == 0, name
+        elif name.endswith("table"):
+            assert p.std().item() == pytest.approx(config.dim**-0.5, rel=0.1), name
+        elif "embedding.0" in name or "embedding.2" in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif p.ndim > 1:
+            fans = p.shape[0] + p[0].numel()
+            assert p.std().item() == pytest.approx((2 / fans) ** 0.5, rel=0.05), name
+            assert p.abs().max() <= (6 / fans) ** 0.5, name
+        else:
+            assert torch.equal(p, torch.ones_like(p)), name
+    batch = inputs(config, (2, 4, 4))
+    assert torch.count_nonzero(model(*batch)) == 0
+    torch.nn.init.normal_(model.head.weight)
+    grads = torch.autograd.grad(model(*batch).square().sum(), list(parameters.values()))
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
+def test_training_from_scratch_fits_a_batch():
+    torch.manual_seed(0)
+    model = SoraDiT(DiTConfig(dim=24, heads=2, layers=1, ffn_dim=48, in_channels=4, out_channels=4, text_dim=8))
+    batch = inputs(model.config, (2, 4, 4))
+    target = torch.randn_like(batch[0])
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        loss = (model(*batch) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_compiles_without_a_graph_break():
+    model = SoraDiT.from_wan(wan(num_layers=1))
+    batch = inputs(model.config, (2, 4, 4))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(*batch)
+    torch.testing.assert_close(out, model(*batch), rtol=0, atol=2e-6)
+    weight = model.blocks[0].self_attn.q.weight
+    (grad,) = torch.autograd.grad(out.square().sum(), weight)
+    (eager,) = torch.autograd.grad(model(*batch).square().sum(), weight)
+    torch.testing.assert_close(grad, eager, rtol=0, atol=1e-5 * eager.abs().max().item())
+
+
+def test_an_empty_batch_gives_an_empty_clip():
+    model = SoraDiT.from_wan(wan())
+    assert model(*inputs(model.config, (2, 4, 4), batch=0)).shape == (0, 4, 2, 4, 4)
+
+
+def test_config_survives_json():
+    for config in (*presets.DIT.values(), DiTConfig.from_wan(TINY)):
+        again = DiTConfig(**json.loads(json.dumps(config.to_dict())))
+        assert again == config and hash(again) == hash(config)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.dim = 5
+
+
+def test_presets_are_the_public_models():
+    billions = {"wan2.1-1.3b": 1.42, "wan2.1-14b": 14.29, "wan2.2-5b": 5.0}
+    assert {name: round(presets.DIT[name].parameters / 1e9, 2) for name in billions} == billions
+    for name, shape in presets.SHAPES.items():
+        assert shape.rope is None or 0 < 2 * sum(shape.rope) <= shape.head_width, name
+        assert all(shape.tokens(clip) > 0 for clip in shape.clips), name
+    assert presets.SHAPES["wan2.1-1.3b"].tokens("480x832x81") == 32760
+    assert presets.SHAPES["hunyuan-13b"].tokens("720x1280x129") == 118800
+    with pytest.raises(ValueError, match="clip must be one of 480x832x81, 720x1280x81; got '4k'"):
+        presets.SHAPES["wan2.1-14b"].tokens("4k")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 0}, "dim must be an integer from 1"),
+        ({"layers": -1}, "layers must be"),
+        ({"ffn_dim": 10**12}, "ffn_dim must be"),
+        ({"heads": 2.0}, "heads must be"),
+        ({"dim": 50}, "heads x an even head width"),
+        ({"dim": 6}, "heads x an even head width"),
+        ({"freq_dim": 7}, "freq_dim must be even"),
+        ({"patch": (1, 2)}, "patch must be three integers"),
+        ({"patch": 2}, "patch must be three integers"),
+        ({"patch": (1, 2, 0)}, "patch must be an integer"),
+        ({"eps": 0.0}, "eps must lie"),
+    ],
+)
+def test_bad_config(change, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig(**{"dim": 48, "heads": 4, "layers": 1, "ffn_dim": 8} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_dim": 1280}, "image_dim=1280: only text-to-video"),
+        ({"added_kv_proj_dim": 48}, "added_kv_proj_dim=48: only text-to-video"),
+        ({"qk_norm": "layer_norm"}, "qk_norm must be"),
+        ({"patch_size": None}, "patch must be"),
+    ],
+)
+def test_wan_configs_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DiTConfig.from_wan(TINY | change)
+
+
+def test_foreign_configs_and_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not the config of a WanTransformer3DModel: it lacks num_attention_heads"):
+        DiTConfig.from_wan({"_class_name": "AutoencoderKLWan", "base_dim": 96})
+    with pytest.raises(CheckpointError, match="not a folder"):
+        SoraDiT.from_wan(tmp_path / "nowhere")
+    wan().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, first in (({"ffn_dim": 57}, "blocks.0.ffn.0.bias"), ({"num_layers": 3}, "blocks.2.")):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match=f"not those of their config.*first being '{first}"):
+            SoraDiT.from_wan(tmp_path)
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        SoraDiT.from_wan(tmp_path)
+    with pytest.raises(TypeError, match="dtype must be"):
+        SoraDiT.from_wan(wan(), dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"latents": torch.zeros(1, 4, 2, 4)}, ValueError, r"latents must be \[B, 4, T, H, W\]; got \[1, 4, 2, 4\]"),
+        ({"latents": torch.zeros(1, 3, 2, 4, 4)}, ValueError, "latents must be"),
+        ({"latents": torch.zeros(1, 4, 2, 5, 4)}, ValueError, "5 rows, which patches of 2 do not divide; 4 or 6 would"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 1)}, ValueError, "1 columns, which patches of 2 do not divide; 2 would"),
+        ({"latents": torch.zeros(1, 4, 0, 4, 4)}, ValueError, "0 frames"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4).half()}, TypeError, "latents must be torch.float32 like the weights"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4, device="meta")}, ValueError, "latents must be on cpu"),
+        ({"latents": [0.0]}, TypeError, "latents must be a tensor; got list"),
+        ({"timesteps": torch.zeros(2)}, ValueError, r"clip \[1\], frame \[1, 2\] or token \[1, 8\]; got \[2\]"),
+        ({"timesteps": torch.zeros(1, 4)}, ValueError, "timesteps must be one for each"),
+        ({"timesteps": torch.zeros(1).bfloat16()}, TypeError, "timesteps must be fp32, fp64 or integers"),
+        ({"timesteps": 500}, TypeError, "timesteps must be a tensor"),
+        ({"text": torch.zeros(1, 3, 21)}, ValueError, r"text must be \[1, L, 20\]; got \[1, 3, 21\]"),
+        ({"text": torch.zeros(2, 3, 20)}, ValueError, "text must be"),
+        ({"text": torch.zeros(1, 3, 20).double()}, TypeError, "text must be torch.float32"),
+        ({"text_lens": torch.zeros(1)}, ValueError, r"text_lens must be \[1\] integers"),
+        ({"text_lens": torch.zeros(3, dtype=torch.int64)}, ValueError, "text_lens must be"),
+    ],
+)
+def test_bad_input(change, error, message):
+    given = {"latents": torch.zeros(1, 4, 2, 4, 4), "timesteps": torch.zeros(1), "text": torch.zeros(1, 3, 20)}
+    model = SoraDiT(DiTConfig.from_wan(TINY | {"num_layers": 1}))
+    assert model(**given).shape == (1, 4, 2, 4, 4)
+    with pytest.raises(error, match=message):
+        model(**given | change)
