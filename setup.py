@@ -137,7 +137,7 @@ class Step:
 def library_steps(name: str, target: Path, torch: Path) -> list[Step]:
     """The compiler calls that make one library: _C (pybind11 module), _cpu or _cuda (operations)."""
     cxx, include, lib = find_cxx(), torch / "include", torch / "lib"
-    operations = [*STABLE_ABI, f"-DSORA_LIBRARY={name}", f"-I{CSRC}", f"-isystem{include}"]
+    operations = [*STABLE_ABI, f"-DSORA_LIBRARY={name}", f"-I{CSRC}", "-isystem", str(include)]
     link_torch = [f"-L{lib}", "-ltorch_cpu"]
     steps = []
 
@@ -153,7 +153,7 @@ def library_steps(name: str, target: Path, torch: Path) -> list[Step]:
 
     shared_source = CSRC / "common" / "build_info.cpp"
     if name == "_C":
-        headers = [f"-isystem{find_pybind11(torch)}", f"-isystem{sysconfig.get_path('include')}"]
+        headers = ["-isystem", str(find_pybind11(torch)), "-isystem", sysconfig.get_path("include")]
         objects = compile_all([CSRC / "bindings.cpp"], [*cxx, *CXX_FLAGS, *headers])
         link = [*cxx, "-shared"]
     elif name == "_cpu":
@@ -185,7 +185,8 @@ def run_ninja(ninja: str, steps: list[Step]) -> int:
     def escape(text: object) -> str:
         return str(text).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
-    lines = ["ninja_required_version = 1.5", f"builddir = {BUILD}", "rule call", "  command = $line", "  description = $what",
+    lines = ["ninja_required_version = 1.5", f"builddir = {BUILD}",
+             "rule call", "  command = $line", "  description = $what",
              "rule compile", "  command = $line", "  description = $what", "  deps = gcc", "  depfile = $depfile"]
     for step in steps:
         rule = "compile" if step.depfile else "call"
@@ -223,6 +224,8 @@ class BuildLibraries(build_ext):
     def build_extensions(self) -> None:
         if not sys.platform.startswith("linux"):
             raise fail(f"csrc/ builds on Linux, not on {sys.platform}.", "Leave SORA_KERNELS_BUILD unset.")
+        import fcntl  # not everywhere a pure wheel installs
+
         os.chdir(ROOT)
         torch = find_torch()
         steps = []
@@ -232,7 +235,10 @@ class BuildLibraries(build_ext):
         for step in steps:
             step.output.parent.mkdir(parents=True, exist_ok=True)
         ninja = find_ninja()
-        if code := run_ninja(ninja, steps) if ninja else run_sequentially(steps):
+        with open(BUILD / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ninja's log takes one writer
+            code = run_ninja(ninja, steps) if ninja else run_sequentially(steps)
+        if code:
             raise fail(
                 f"compiling csrc/ failed (exit status {code}); the first error is above.",
                 "Correct it and run the same command again; what compiled is kept in build/.",

@@ -1,4 +1,4 @@
 """Benchmarks of the public operations: `python -m benchmarks.run --op all`.
- A family joins by adding `bench_<family>.py` with a list `BENCHMARKS` (see `suite.Benchmark`); nothing else
-changes.
+
+A family joins by adding `bench_<family>.py` with a list `BENCHMARKS` of `suite.Benchmark`s, nothing else.
 """

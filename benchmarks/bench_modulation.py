@@ -1,5 +1,4 @@
-"""Modulation: shift, scale and gate as a transformer has them, three of the six rows of one time
-embedding."""
+"""Modulation rows as a transformer has them: three of the six rows of one time embedding."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ def _inputs(shape: Shape, dtype: torch.dtype, draw, *, norm: bool, gate: bool) -
     names = (("gate",) if gate else ()) + (("shift", "scale") if norm else ())
     tensors = {"x": draw(B, shape.tokens, D)} | ({"y": draw(B, shape.tokens, D)} if gate else {})
     tensors |= {name: six[:, :, i] for i, name in enumerate(names)}
-    if shape.table:
+    if shape.model.table:
         tensors |= {f"{name}_table": draw(D, dtype=torch.float32) for name in names}
-    return tensors | ({"norm": shape.norm} if norm else {})
+    return tensors | ({"norm": shape.model.norm} if norm else {})
 
 
 def _flops(forward: int, backward: int, shape: Shape, mode: str) -> int:

@@ -1,17 +1,20 @@
 """One command for a GPU machine where nothing else is reachable: build, test, measure, within a time budget.
 
     python3 -m benchmarks.gpu --out DIR --minutes 8
- It needs python3 with torch and triton, and nvcc for the CUDA library; no network, no pip, no virtual
+
+It needs python3 with torch and triton, and nvcc for the CUDA library; no network, no pip, no virtual
 environment. Every step runs in a process of its own and writes under DIR as it goes; a step that fails or
-overruns does not stop the next. DIR then holds build.log, pytest.log, pytest.xml, verified.json, bench.log,
-bench.jsonl, info.json and summary.txt; `python -m benchmarks.report --add DIR` files them and brings the
-README up to date. Without a GPU it checks what can be checked, says what it left out, and exits 0. Exit
-status 1: a step failed.
+overruns does not stop the next. DIR then holds build.log, info.json, pytest.log, pytest.xml, verified.json,
+bench.log, bench.jsonl and summary.txt; `python -m benchmarks.report --add DIR` files them and brings the
+README up to date. Where the tree has no git history, SORA_KERNELS_COMMIT says which commit it is.
+
+Without a GPU it checks what can be checked, says what it left out, and exits 0. Exit status 1: a step failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -49,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument(
-        "--tests", default="tests", metavar="PATH", help="what pytest -m gpu collects (default tests)"
-    )
+    parser.add_argument("--tests", default="tests", metavar="PATH", help="what pytest -m gpu collects (default tests)")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {args.minutes}")
@@ -95,13 +96,12 @@ class Session:
         return self.steps
 
     def build(self) -> None:
-        if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+        toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+        if shutil.which("nvcc") or (toolkit / "bin" / "nvcc").exists():
             targets = "cpu,cuda"
         else:
             targets = "cpu"
-            self.done(
-                Step("build cuda", "skipped", note="no nvcc in PATH or /usr/local/cuda: no CUDA library")
-            )
+            self.done(Step("build cuda", "skipped", note=f"no nvcc in PATH or {toolkit}/bin: no CUDA library"))
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         self.step(
             f"build {targets}",
@@ -113,9 +113,7 @@ class Session:
 
     def test(self, facts: dict[str, object]) -> None:
         if importlib.util.find_spec("pytest") is None:
-            self.done(
-                Step("tests", "failed", note="pytest is not installed: no GPU test ran, nothing is verified")
-            )
+            self.done(Step("tests", "failed", note="pytest is not installed: no GPU test ran, nothing is verified"))
             return
         junit = self.out / "pytest.xml"
         junit.unlink(missing_ok=True)
@@ -185,9 +183,7 @@ class Session:
             if not ours:
                 continue
             best = min(ours, key=lambda r: r["p50_us"])
-            against = [
-                f"{own[n]['p50_us'] / best['p50_us']:.2f}" if n in own else "" for n in ("eager", "compile")
-            ]
+            against = [f"{own[n]['p50_us'] / best['p50_us']:.2f}" if n in own else "" for n in ("eager", "compile")]
             lines.append(
                 (
                     op,
@@ -232,9 +228,7 @@ class Session:
             step = self.step("collect", command, self.out / "pytest.log", self.left())
             if step.status == "failed" and "exit 5" in step.note:  # pytest: nothing collected
                 step.status = "ok"
-            self.done(
-                Step("tests", "skipped", note="pytest -m gpu needs a GPU; pytest.log lists what it would run")
-            )
+            self.done(Step("tests", "skipped", note="pytest -m gpu needs a GPU; pytest.log lists what it would run"))
         for family, ops in self.families().items():
             cases = ", ".join(shapes.DEFAULT["cuda"])
             self.done(Step(f"bench {family}", "skipped", note=f"would measure {', '.join(ops)} at {cases}"))
@@ -242,14 +236,14 @@ class Session:
 
 
 def _stop(process: subprocess.Popen) -> int:
-    """SIGINT, and after a grace SIGKILL, to the step and whatever it started."""
-    for sign, patience in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
-        os.killpg(process.pid, sign)
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
-    return process.returncode
+    """SIGINT first, on which pytest still writes its report; after a grace SIGKILL, to all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 if __name__ == "__main__":

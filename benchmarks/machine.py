@@ -1,5 +1,4 @@
-"""Where a figure was taken: device, driver, versions, commit. Every row and every test record carries
-these."""
+"""Where a figure was taken: device, driver, versions, commit. Every row and test record carries these."""
 
 from __future__ import annotations
 
@@ -45,6 +44,15 @@ def driver(device: torch.device | str) -> str | None:
             .strip()
         )
     return None
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def installed(distribution: str) -> str | None:

@@ -1,14 +1,13 @@
-"""What our implementations are measured against: eager PyTorch, `torch.compile`, and other libraries where
-installed.
- A baseline takes the arguments of our public function, so that every candidate sees the same tensors. A
-peer is a loader `(inputs, mode) -> such a function`, which raises `Missing` with the exact reason where it
-cannot be measured.
+"""What our implementations are measured against: eager PyTorch, `torch.compile`, and installed libraries.
+
+A baseline takes the arguments of our public function, so that every candidate sees the same tensors. A peer
+is a loader `(inputs, mode) -> such a function`, which raises `Missing` with the exact reason where it cannot
+be measured.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import machine
 
 
 class Missing(RuntimeError):
@@ -39,7 +40,7 @@ def version(name: str) -> str | None:
         "comfy": "comfy-kitchen",
         "diffusers": "diffusers",
     }
-    return importlib.metadata.version(distribution[name]) if name in distribution else None
+    return machine.installed(distribution[name]) if name in distribution else None
 
 
 def _import(module: str, package: str) -> ModuleType:
@@ -76,9 +77,7 @@ def norm_modulate(
 
 
 def gate_residual(x, y, gate, *, gate_table=None):
-    return (
-        (_per_frame(x, gate) + _per_frame(y, gate) * _row(gate, gate_table, x)).reshape(x.shape).to(x.dtype)
-    )
+    return (_per_frame(x, gate) + _per_frame(y, gate) * _row(gate, gate_table, x)).reshape(x.shape).to(x.dtype)
 
 
 def gate_residual_norm_modulate(x, y, gate, shift, scale, *, gate_table=None, **kwargs):

@@ -1,8 +1,8 @@
 """Recorded results -> the README's tables and one HTML page with plots. Numbers are never written by hand.
- python -m benchmarks.report                    regenerate the blocks between the markers in README.md
-python -m benchmarks.report --add DIR          first file a run's rows and test records under
-results/<device>/ python -m benchmarks.report --html FILE        also one self-contained page with every
-row, plotted
+
+python -m benchmarks.report              regenerate the blocks between the markers in README.md
+python -m benchmarks.report --add DIR    first file a run's rows and test records under results/<device>/
+python -m benchmarks.report --html FILE  also one self-contained page with every row, plotted
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def read_jsonl(path: Path) -> list[Row]:
 def add(folder: Path, results: Path = machine.RESULTS) -> list[Path]:
     """File what `benchmarks.gpu --out folder` left (bench.jsonl, verified.json) under `results/<device>/`."""
     rows = read_jsonl(folder / "bench.jsonl") if (folder / "bench.jsonl").exists() else []
-    records = (
-        json.loads((folder / "verified.json").read_text()) if (folder / "verified.json").exists() else {}
-    )
+    records = json.loads((folder / "verified.json").read_text()) if (folder / "verified.json").exists() else {}
     if not rows and not records:
         raise BadResults(
             f"{folder} holds neither bench.jsonl nor verified.json; it should be the --out of benchmarks.gpu"
@@ -92,13 +90,15 @@ def figures(rows: Iterable[Row]) -> str:
 
 def _device_table(rows: list[Row]) -> str:
     last = max(rows, key=lambda r: r["date"])
-    where = f", {last['threads']} threads" if last["threads"] else f", driver {last['driver']}"
+    where = (
+        f", {last['threads']} thread{'s' * (last['threads'] > 1)}" if last["threads"] else f", driver {last['driver']}"
+    )
     commits = ", ".join(dict.fromkeys(r["commit"] + ("-dirty" if r["dirty"] else "") for r in rows))
     lines = [
-        f"**{last['device']}**{where}, torch {last['torch']}, measured copy {last['copy_gb_s']:.0f} GB/s, "
+        f"**{last['device']}**{where}, torch {last['torch']}, measured copy {last['copy_gb_s']:.3g} GB/s, "
         f"{last['date'][:10]}, commit {commits}",
         "",
-        "| op | shape | dtype | | our fastest | µs (p20–p80) | % of copy | vs eager | vs compile | vs best peer |",
+        "| op | shape | dtype | | fastest | µs (p20–p80) | % copy | vs eager | vs compile | vs best peer |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases: dict[tuple, list[Row]] = defaultdict(list)
@@ -117,15 +117,10 @@ def _device_table(rows: list[Row]) -> str:
         peers = [r for r in against.values() if r["kind"] == "peer"]
         peer = min(peers, key=lambda r: r["p50_us"], default=None)
         ratios = [_ratio(against.get(name), best) for name in ("eager", "compile")]
-        ratios.append(
-            f"{_ratio(peer, best)} ({peer['impl']} {peer['impl_version'] or ''})".replace(" )", ")")
-            if peer
-            else "–"
-        )
-        lines.append(
-            f"| {op} | {shape} | {dtype} | {mode} | {best['impl']} | {best['p50_us']:.0f} ({best['p20_us']:.0f}–"
-            f"{best['p80_us']:.0f}) | {best['percent_copy']:.0f} | {' | '.join(ratios)} |"
-        )
+        ratios.append(f"{_ratio(peer, best)} ({_library(peer)})" if peer else "–")
+        time = f"{best['p50_us']:.0f} ({best['p20_us']:.0f}–{best['p80_us']:.0f})"
+        cells = (op, shape, dtype, mode, best["impl"], time, f"{best['percent_copy']:.0f}", *ratios)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -134,6 +129,10 @@ def _ratio(other: Row | None, ours: Row) -> str:
         return "–"
     ratio = other["p50_us"] / ours["p50_us"]
     return f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}× (slower)**"
+
+
+def _library(row: Row) -> str:
+    return " ".join(filter(None, (row["impl"], row["impl_version"])))
 
 
 def _cell(text: str) -> str:
@@ -185,9 +184,7 @@ def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
     try:
         import matplotlib
     except ImportError as error:
-        raise BadResults(
-            "--html draws with matplotlib, which is not installed (pip install matplotlib)"
-        ) from error
+        raise BadResults("--html draws with matplotlib, which is not installed (pip install matplotlib)") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same rows give the same file
     parts = []
@@ -205,9 +202,7 @@ def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
     )  # fmt: skip
     head = "".join(f"<th>{c}</th>" for c in columns)
     ordered = sorted(rows, key=lambda r: tuple(str(r[c]) for c in columns[:7]))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_show(row[c])}</td>" for c in columns) + "</tr>\n" for row in ordered
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_show(row[c])}</td>" for c in columns) + "</tr>\n" for row in ordered)
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}"
         "small{color:#777;font-weight:normal}svg{max-width:100%;height:auto}"
@@ -216,8 +211,9 @@ def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
     )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>sora_kernels benchmarks</title>"
-        f"<style>{style}</style><h1>sora_kernels benchmarks</h1><p>Share of the copy bandwidth measured in the same "
-        f"run, counting the fewest bytes each op can move; whiskers from p20 to p80.</p>\n{''.join(parts)}"
+        f"<style>{style}</style><h1>sora_kernels benchmarks</h1><p>Share of the copy bandwidth "
+        f"measured in the same run, counting the fewest bytes each op can move; "
+        f"whiskers from p20 to p80.</p>\n{''.join(parts)}"
         f"<h2>Every row</h2><table><tr>{head}</tr>\n{body}</table></html>\n"
     )
 
@@ -225,9 +221,7 @@ def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
 def _plot(rows: list[Row]) -> str:
     from matplotlib.figure import Figure
 
-    names = sorted(
-        {r["impl"] for r in rows}, key=lambda n: (n not in ("cuda", "triton", "cpu", "reference"), n)
-    )
+    names = sorted({r["impl"] for r in rows}, key=lambda n: (n not in ("cuda", "triton", "cpu", "reference"), n))
     shapes = sorted({r["shape"] for r in rows})
     figure = Figure(figsize=(10, 0.6 + 0.22 * len(shapes) * (len(names) + 1)))
     axes = figure.add_subplot()
@@ -237,10 +231,12 @@ def _plot(rows: list[Row]) -> str:
         at = [s * (len(names) + 1) + index for s, shape in enumerate(shapes) if shape in own]
         taken = [own[shape] for shape in shapes if shape in own]
         share = [r["percent_copy"] for r in taken]
-        whisker = [[p - p * r["p50_us"] / r["p80_us"] for p, r in zip(share, taken, strict=True)],
-                   [p * r["p50_us"] / r["p20_us"] - p for p, r in zip(share, taken, strict=True)]]  # fmt: skip
-        axes.barh(at, share, xerr=whisker, height=0.9, color=palette[index % len(palette)], label=name,
-                  error_kw={"linewidth": 0.8, "ecolor": "#555"})  # fmt: skip
+        whiskers = [
+            [r["percent_copy"] * (1 - r["p50_us"] / r["p80_us"]) for r in taken],
+            [r["percent_copy"] * (r["p50_us"] / r["p20_us"] - 1) for r in taken],
+        ]
+        color = palette[index % len(palette)]
+        axes.barh(at, share, xerr=whiskers, height=0.9, color=color, label=name, error_kw={"linewidth": 0.8})
     axes.set_yticks([s * (len(names) + 1) + (len(names) - 1) / 2 for s in range(len(shapes))], shapes)
     axes.invert_yaxis()
     axes.set_xlabel("% of measured copy bandwidth")
@@ -266,9 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for path in add(args.add, args.results) if args.add else ():
             print(f"wrote {path}")
-        print(
-            f"{args.readme}: {'updated' if update_readme(args.readme, args.results) else 'already up to date'}"
-        )
+        changed = update_readme(args.readme, args.results)
+        print(f"{args.readme}: {'updated' if changed else 'already up to date'}")
         if args.html:
             verified.write_beside(args.html, page(load_rows(args.results), args.results))
             print(f"wrote {args.html}")

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +26,8 @@ from .suite import IMPLS, MODES, Benchmark, Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = (
-    "op", "shape", "dtype", "mode", "impl", "p50 µs", "p20–p80", "GB/s", "% copy", "TFLOP/s", "% mm", "x eager",
-    "error", "bound", "MiB",
+    "op", "shape", "dtype", "mode", "impl", "p50 µs", "p20–p80", "GB/s", "% copy", "TFLOP/s", "% mm",
+    "x eager", "x compile", "error", "bound", "MiB",
 )  # fmt: skip
 
 
@@ -60,17 +62,15 @@ def _run(args: argparse.Namespace) -> int:
     for impl in args.impl:
         for op in ops:
             _known(f"impl of {op}", impl, benchmarks[op].names)
+    if os.environ.get("TRITON_INTERPRET") == "1" and ("triton" in args.impl or device.type == "cuda"):
+        raise BadRequest("TRITON_INTERPRET=1 is set, and the interpreter's time means nothing; unset it")
     modes = MODES if args.mode == "both" else (args.mode,)
-    for shape_id in ids:
-        _fits(shapes.SHAPES[shape_id], device)
+    ids = _fitting(ids, device, named=bool(args.shape))
     sink = _sink(args.json)
 
     facts = machine.facts(device)
     ceilings = timing.ceilings(device, (dtype,), budget_s=min(2.0, args.budget))
-    print(
-        f"{facts['device']}, {_ceilings_line(ceilings)}; "
-        f"commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}"
-    )
+    print(f"{facts['device']}, {_ceilings_line(ceilings)}; commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
     rows, lost, end = [], None, time.monotonic() + (args.stop_after or float("inf"))
     cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
     for done, (benchmark, shape) in enumerate(cases):
@@ -113,7 +113,7 @@ def make_row(
 ) -> dict[str, object]:
     """One line of the results. Figures are null where there is none; `status` and `reason` say why."""
     stats, name = result.stats, str(dtype).removeprefix("torch.")
-    copy, matmul = ceilings.copy, ceilings.matmul[name]
+    copy, matmul = result.copy or ceilings.copy, ceilings.matmul[name]
     bandwidth = stats and result.bytes / stats.p50
     rate = stats and result.flops / stats.p50
     if device.type == "cuda":
@@ -148,49 +148,69 @@ def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.de
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows that have figures, then, plainly, what has none and why."""
-    eager = {_case(r): r["p50_us"] for r in rows if r["impl"] == "eager" and r["status"] == "ok"}
-    cells = [_cells(r, eager.get(_case(r))) for r in rows if r["status"] == "ok"]
+    """The rows that have figures, then, plainly, where we lose, and what has no figure and why."""
+    timed: dict[tuple[object, ...], dict[str, dict[str, object]]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            timed[_case(row)][row["impl"]] = row
+    lines = [_cells(row, timed[_case(row)]) for row in rows if row["status"] == "ok"]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
+    columns, lines = _narrowed(COLUMNS, lines, width)
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(COLUMNS, cells))
+        print(plain_table(columns, lines))
     else:
-        table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
-        for line in cells:
+        table = Table(*columns, box=box.SIMPLE_HEAD)
+        for line in lines:
             table.add_row(*line)
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
-    lost = [
-        r
-        for r in rows
-        if r["kind"] == "ours" and r["status"] == "ok" and r["p50_us"] > eager.get(_case(r), 1e99)
-    ]
-    for row in lost:
-        print(f"slower than eager: {_name(row)}, {eager[_case(row)] / row['p50_us']:.2f}x")
-    for line in dict.fromkeys(
-        f"{r['status']}: {_name(r)}: {r['reason']}" for r in rows if r["status"] != "ok"
-    ):
-        print(line)
+        Console(width=width).print(table)
+    for own in timed.values():
+        for ours in (r for r in own.values() if r["kind"] == "ours"):
+            for other in (r for r in own.values() if r["kind"] != "ours" and r["p50_us"] < ours["p50_us"]):
+                ratio = other["p50_us"] / ours["p50_us"]
+                print(f"slower than {other['impl']}: {_name(ours)} at {ours['shape']}, {ratio:.2f}x")
+    missing: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok":
+            missing[row["status"], _name(row), row["reason"]].append(row["shape"])
+    for (status, name, reason), at in missing.items():
+        print(f"{status}: {name} at {', '.join(dict.fromkeys(at))}: {reason}")
 
 
 def plain_table(columns: Iterable[str], lines: list[tuple[str, ...]]) -> str:
     table = [tuple(columns), *lines]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table
-    )
+    widths = _widths(table)
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
 
 
-def _cells(row: dict[str, object], eager: float | None) -> tuple[str, ...]:
+def _narrowed(columns: tuple[str, ...], lines: list[tuple[str, ...]], width: int) -> tuple:
+    """The table without as many of its lesser columns as it takes to fit; the rows on file have them all."""
+    for lesser in ("MiB", "TFLOP/s", "GB/s", "p20–p80", "dtype", "% mm"):
+        if sum(w + 3 for w in _widths([columns, *lines])) <= width:
+            break
+        at = columns.index(lesser)
+        columns, *lines = ((*line[:at], *line[at + 1 :]) for line in (columns, *lines))
+    return columns, lines
+
+
+def _widths(table: list[tuple[str, ...]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*table, strict=True)]
+
+
+def _cells(row: dict[str, object], own: dict[str, dict[str, object]]) -> tuple[str, ...]:
+    """`own` holds the rows of the same case: the ratios are against its eager and compile."""
     dtype = {str(v).removeprefix("torch."): k for k, v in DTYPES.items()}[row["dtype"]]
     memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
+    eager, compiled = (
+        f"{own[name]['p50_us'] / row['p50_us']:.2f}" if name in own else "" for name in ("eager", "compile")
+    )
     return (
         row["op"], row["shape"], dtype, row["mode"], row["impl"], f"{row['p50_us']:.1f}",
         f"{row['p20_us']:.1f}–{row['p80_us']:.1f}", f"{row['gb_s']:.1f}", f"{row['percent_copy']:.0f}",
-        f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}",
-        f"{eager / row['p50_us']:.2f}" if eager else "",
+        f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}", eager, compiled,
         f"{row['max_error']:.1e}", f"{row['error_bound']:.1e}", memory,
     )  # fmt: skip
 
@@ -200,7 +220,7 @@ def _case(row: dict[str, object]) -> tuple[object, ...]:
 
 
 def _name(row: dict[str, object]) -> str:
-    return f"{row['op']} {row['impl']} {row['mode']} at {row['shape']}"
+    return f"{row['op']} {row['impl']} {row['mode']}"
 
 
 def _ceilings_line(ceilings: timing.Ceilings) -> str:
@@ -212,9 +232,7 @@ def _device(name: str | None) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadRequest("--device cuda: torch sees no CUDA device here; use --device cpu")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise BadRequest("TRITON_INTERPRET=1 is set: the interpreter's time means nothing; unset it")
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 def _known(what: str, name: str, known: Iterable[str]) -> str:
@@ -223,19 +241,27 @@ def _known(what: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
-def _fits(shape: shapes.Shape, device: torch.device) -> None:
-    """The fp64 oracle with its gradients is the largest thing a measurement holds: some 24 times x."""
-    need = 24 * 8 * shape.elements
+def _fitting(ids: list[str], device: torch.device, *, named: bool) -> list[str]:
+    """The shapes that fit; one that was asked for by name and does not is refused.
+
+    The fp64 oracle with its gradients is the largest thing a measurement holds: some 24 times x.
+    """
     if device.type == "cuda":
         have = torch.cuda.mem_get_info(device)[0]
     else:
-        have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if need > have:
-        fitting = ", ".join(s.id for s in shapes.SHAPES.values() if 24 * 8 * s.elements <= have) or "none"
-        raise BadRequest(
-            f"--shape {shape.id}: the check against fp64 needs about {need / 2**30:.1f} GiB, and "
-            f"{have / 2**30:.1f} GiB are free on {device}; shapes that fit: {fitting}"
-        )
+        have = machine.available_memory()
+    need = {shape.id: 24 * 8 * shape.elements for shape in shapes.SHAPES.values()}
+    fitting = [name for name in shapes.SHAPES if need[name] <= have]
+    for name in ids:
+        if name not in fitting:
+            message = (
+                f"--shape {name}: the check against fp64 needs about {need[name] / 2**30:.1f} GiB, of which "
+                f"{have / 2**30:.1f} are free on {device}; shapes that fit: {', '.join(fitting) or 'none'}"
+            )
+            if named:
+                raise BadRequest(message)
+            print(f"left out: {message}")
+    return [name for name in ids if name in fitting]
 
 
 def _sink(path: str | None):
@@ -259,9 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode", choices=(*MODES, "both"), default="both", help="both: forward and backward, a row each"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument(
-        "--peers", action="store_true", help="also torch.compile and the libraries that are installed"
-    )
+    parser.add_argument("--peers", action="store_true", help="also torch.compile and the libraries that are installed")
     parser.add_argument("--json", metavar="FILE", help="append one line per row as it comes")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -269,9 +293,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=float, default=2.0, metavar="S", help="seconds per op, shape and mode (default 2)"
     )
     parser.add_argument("--stop-after", type=float, metavar="S", help="begin no further case after S seconds")
-    parser.add_argument(
-        "--graph", action="store_true", help="time the forward from a CUDA graph, without launch gaps"
-    )
+    parser.add_argument("--graph", action="store_true", help="time the forward from a CUDA graph, without launch gaps")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -1,79 +1,97 @@
-"""Shapes to measure at, by name: those of public models (latent grid after patching), and small ones for a
-CPU."""
+"""Shapes to measure at, by name: clips in public models (sizes from `sora_model.presets`), and small ones."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import dataclasses
+import math
+
+from sora_model.presets import SHAPES as MODELS
+from sora_model.presets import ModelShape
+
+Grid = tuple[int, int, int]
+ROWS = ("clip", "frame", "token")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Shape:
-    """One clip inside one transformer.
+    """One batch of clips inside one transformer.
 
     grid   (T, H, W) in tokens; S = T·H·W
     rows   who shares a row of shift, scale and gate: "clip" `[B,1,D]`, "frame" `[B,T,D]`, "token" `[B,S,D]`
-    table  the model adds a learned `[D]` table to each modulation
-    text   tokens of text that join the video's in attention
     """
 
     id: str
-    model: str
-    grid: tuple[int, int, int]
-    dim: int
-    heads: int
-    batch: int = 1
+    model: ModelShape
+    grid: Grid
     rows: str = "clip"
-    norm: str = "layer"
-    table: bool = False
-    text: int = 0
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise ValueError(f"rows must be one of {', '.join(ROWS)}; got {self.rows!r}")
 
     @property
     def tokens(self) -> int:
-        T, H, W = self.grid
-        return T * H * W
+        return math.prod(self.grid)
 
     @property
     def elements(self) -> int:
-        return self.batch * self.tokens * self.dim
+        """Of x `[B,S,D]`."""
+        return self.batch * self.tokens * self.model.dim
 
     @property
-    def modulation(self) -> tuple[int, int, int]:
-        """Shape of one modulation row tensor."""
-        return self.batch, {"clip": 1, "frame": self.grid[0], "token": self.tokens}[self.rows], self.dim
+    def modulation(self) -> Grid:
+        """`[B, rows, D]` of one shift, scale or gate."""
+        rows = {"clip": 1, "frame": self.grid[0], "token": self.tokens}[self.rows]
+        return self.batch, rows, self.model.dim
 
     def describe(self) -> dict[str, object]:
-        return asdict(self) | {"tokens": self.tokens}
+        """For the record: what the numbers behind the name were."""
+        model = dataclasses.asdict(self.model)
+        del model["clips"], model["layers"]
+        own = dict(batch=self.batch, grid=self.grid, tokens=self.tokens, rows=self.rows)
+        return model | own
 
 
-_WAN = dict(grid=(21, 30, 52), table=True)
-_ALL = (
-    Shape("wan1.3b-480p", "Wan2.1 1.3B, 81 frames 480x832", dim=1536, heads=12, **_WAN),
-    Shape("wan1.3b-frames", "the same, a timestep per frame", dim=1536, heads=12, rows="frame", **_WAN),
-    Shape("wan14b-480p", "Wan2.1 14B, 81 frames 480x832", dim=5120, heads=40, **_WAN),
-    Shape("wan14b-720p", "Wan2.1 14B, 81 frames 720x1280", (21, 45, 80), 5120, 40, table=True),
-    Shape("wan2.2-5b", "Wan2.2 TI2V 5B, 121 frames 704x1280, a timestep per token", (31, 22, 40), 3072, 24,
-          rows="token", table=True),
-    Shape("hunyuan-720p", "HunyuanVideo 13B, 129 frames 720x1280", (33, 45, 80), 3072, 24, text=256),
-    Shape("hunyuan1.5-720p", "HunyuanVideo 1.5 8B, 121 frames 720x1280", (31, 45, 80), 2048, 16, text=256),
-    Shape("opensora2-768p", "Open-Sora 2 11B, 129 frames 576x1024", (33, 36, 64), 3072, 24, text=512),
-    Shape("cogvideox-2b", "CogVideoX 2B, 49 frames 480x720", (13, 30, 45), 1920, 30, text=226),
-    Shape("cogvideox-5b", "CogVideoX 5B, 49 frames 480x720", (13, 30, 45), 3072, 48, text=226),
-    Shape("mochi", "Mochi 1 10B, 163 frames 480x848", (28, 30, 53), 3072, 24, norm="rms", text=256),
-    Shape("ltx-2b", "LTX-Video 2B, 121 frames 512x768", (16, 16, 24), 2048, 32, norm="rms", table=True),
-    Shape("ltx2-19b", "LTX-2 19B, 121 frames 1024x1536", (16, 32, 48), 4096, 32, norm="rms", table=True),
-    Shape("latte-xl", "Latte XL/2, 16 frames 256x256, heads of 72", (16, 16, 16), 1152, 16),
-    Shape("h3-31b", "MiniMax-H3 31B, 121 frames 768x1344", (31, 24, 42), 5376, 56, rows="token", norm="rms"),
-    Shape("cpu-8192x1536", "a quarter of wan1.3b-480p", (8, 32, 32), 1536, 12, table=True),
-    Shape("cpu-frames", "eight frames, a timestep each", (8, 16, 16), 1536, 12, rows="frame", table=True),
-    Shape("cpu-tokens", "a timestep per token", (8, 16, 16), 1536, 12, rows="token", table=True),
-    Shape("cpu-rms", "LTX's norm, an odd width", (8, 16, 16), 1155, 11, norm="rms"),
-    Shape("toy", "a few frames 64x64", (5, 4, 4), 192, 6, batch=2, table=True),
-)  # fmt: skip
-SHAPES = {shape.id: shape for shape in _ALL}
+def _clip(id: str, model: str, clip: str, rows: str | None = None) -> Shape:
+    return Shape(id, MODELS[model], MODELS[model].clips[clip], rows or MODELS[model].rows)
+
+
+_WAN = MODELS["wan2.1-1.3b"]
+_TOY = dataclasses.replace(_WAN, dim=192, heads=6, head_width=32, ffn_dim=512, rope=(6, 5, 5), text=16)
+_ODD = dataclasses.replace(MODELS["ltx-2b"], dim=1155, heads=11, head_width=105, table=False)
+
+SHAPES = {
+    shape.id: shape
+    for shape in (
+        _clip("wan1.3b-480p", "wan2.1-1.3b", "480x832x81"),
+        _clip("wan1.3b-frames", "wan2.1-1.3b", "480x832x81", rows="frame"),  # a timestep per frame
+        _clip("wan14b-480p", "wan2.1-14b", "480x832x81"),
+        _clip("wan14b-720p", "wan2.1-14b", "720x1280x81"),
+        _clip("wan2.2-5b", "wan2.2-5b", "704x1280x121"),
+        _clip("hunyuan-720p", "hunyuan-13b", "720x1280x129"),
+        _clip("hunyuan1.5-720p", "hunyuan1.5-8b", "720x1280x121"),
+        _clip("opensora2-576p", "opensora2-11b", "576x1024x129"),
+        _clip("cogvideox-2b", "cogvideox-2b", "480x720x49"),
+        _clip("cogvideox-5b", "cogvideox-5b", "480x720x49"),
+        _clip("mochi-480p", "mochi-10b", "480x848x163"),
+        _clip("ltx-2b", "ltx-2b", "512x768x121"),
+        _clip("ltx2-19b", "ltx2-19b", "1024x1536x121"),
+        _clip("latte-xl", "latte-xl", "256x256x16"),
+        _clip("h3-768p", "minimax-h3", "768x1344x121"),
+        Shape("cpu-8192x1536", _WAN, (8, 32, 32)),
+        Shape("cpu-frames", _WAN, (8, 16, 16), rows="frame"),
+        Shape("cpu-tokens", _WAN, (8, 16, 16), rows="token"),
+        Shape("cpu-rms", _ODD, (8, 16, 16)),
+        Shape("toy", _TOY, (5, 4, 4), batch=2),
+    )
+}
 
 # what runs when no shape is named, most important first: a run may end early when its time is up
 DEFAULT = {
-    "cuda": ("wan1.3b-480p", "wan14b-720p", "wan2.2-5b", "wan1.3b-frames", "hunyuan-720p", "ltx2-19b",
-             "latte-xl", "h3-31b", "cogvideox-5b", "ltx-2b"),
+    "cuda": (
+        "wan1.3b-480p", "wan14b-720p", "wan2.2-5b", "wan1.3b-frames", "hunyuan-720p", "ltx2-19b", "latte-xl",
+        "h3-768p", "cogvideox-5b", "ltx-2b",
+    ),
     "cpu": ("cpu-8192x1536", "cpu-frames", "cpu-tokens", "cpu-rms", "toy"),
 }  # fmt: skip

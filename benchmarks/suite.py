@@ -23,9 +23,7 @@ from .shapes import Shape
 Inputs = dict[str, Any]
 IMPLS = ("cpu", "triton", "cuda", "reference")
 MODES = ("fwd", "bwd")
-PEER_SLACK = (
-    10  # another library may round more often than our rule allows; beyond this it computes something else
-)
+PEER_SLACK = 10  # another library may round more often than our rule allows; beyond this it computes something else
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,14 @@ class Result:
     error_bound: float | None = None
     error_in: str | None = None
     peak_memory: int | None = None
+    copy: float | None = None  # bytes/s of a plain copy, where it took turns with the candidates
 
 
 def discover() -> dict[str, Benchmark]:
     """Every benchmark of every `bench_<family>.py`, by op."""
     package = importlib.import_module(__package__)
     found: dict[str, Benchmark] = {}
-    for module in sorted(
-        m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("bench_")
-    ):
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name.startswith("bench_")):
         for benchmark in importlib.import_module(f".{module}", __package__).BENCHMARKS:
             found[benchmark.op] = benchmark
     return found
@@ -96,14 +93,16 @@ def family(benchmark: Benchmark) -> str:
 
 
 def our_impls(op: str, device: torch.device) -> tuple[str, ...]:
-    """The implementations to measure when none is named: those that run here, else the reference."""
-    able = [i for i in IMPLS[:-1] if _dispatch.why_not(op, i, device.type) is None]
+    """The implementations to measure when none is named: those that run here, else the reference.
+
+    Triton on a CPU is the interpreter, whose time means nothing.
+    """
+    native = [i for i in IMPLS[:-1] if i != "triton" or device.type == "cuda"]
+    able = [i for i in native if _dispatch.why_not(op, i, device.type) is None]
     return tuple(able) or ("reference",)
 
 
-def make_inputs(
-    benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
-) -> Inputs:
+def make_inputs(benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -128,35 +127,43 @@ def measure(
     device = torch.device(device)
     inputs = make_inputs(benchmark, shape, dtype, device, seed)
     case = _Case(benchmark, inputs, with_grads="bwd" in modes)
+    beside, moved = {}, 0
+    if device.type == "cpu":  # a CPU is seldom idle: its copy bandwidth is taken in the same rounds
+        beside["copy"], moved = timing.copying(device)
     for mode in modes:
         results: dict[str, Result] = {}
         calls: dict[str, Callable[[], object]] = {}
         for name in candidates:
             try:
                 fn = _load(benchmark, name, inputs, mode)
-                error, bound, where = case.check(fn, mode)
-                verdict = dict(max_error=error, error_bound=bound, error_in=where)
-                if not error <= bound * (1 if name in IMPLS else PEER_SLACK):
-                    reason = f"wrong: error {error:.3g} in {where} exceeds its bound {bound:.3g}"
+                worst, bound, where = case.check(fn, mode)
+                verdict = dict(max_error=worst, error_bound=bound, error_in=where)
+                if not worst <= bound * (1 if name in IMPLS else PEER_SLACK):
+                    reason = f"wrong: error {worst:.3g} in {where} exceeds its bound {bound:.3g}"
                     results[name] = Result(name, mode, "failed", reason, **verdict)
                     continue
                 calls[name] = case.call(fn, mode)
                 peak = timing.peak_memory(calls[name], device)
+                if graph and mode == "fwd":
+                    calls[name] = timing.captured(calls[name])
                 results[name] = Result(name, mode, "ok", peak_memory=peak, **verdict)
-            except (peers.Missing, _dispatch.Unavailable) as error:
+            except peers.Missing as error:
                 results[name] = Result(name, mode, "unavailable", str(error))
+            except _dispatch.Unavailable as error:
+                why = _dispatch.why_not(benchmark.op, name, device.type, dtype, mode == "bwd")
+                results[name] = Result(name, mode, "unavailable", why or str(error).splitlines()[0])
             except Exception as error:  # one candidate's crash must not take the others' figures
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                calls.pop(name, None)
                 results[name] = Result(name, mode, "failed", reason)
                 if not _alive(device):
                     yield results[name]
                     raise DeviceLost(f"{benchmark.op} {name} {mode} at {shape.id}: {reason}") from error
-        graphed = graph and mode == "fwd"
-        with torch.set_grad_enabled(mode == "bwd"):
-            times = timing.interleaved(calls, budget_s, device=device, graph=graphed)
+        times = timing.interleaved(calls | beside, budget_s, device=device)
+        copy = moved / times["copy"].p50 if beside and times else None
         for name, result in results.items():
             if name in times:
-                work = dict(bytes=case.bytes(mode), flops=benchmark.flops(shape, mode))
+                work = dict(bytes=case.bytes(mode), flops=benchmark.flops(shape, mode), copy=copy)
                 result = Result(**(vars(result) | dict(stats=times[name]) | work))
             yield result
 
@@ -210,9 +217,7 @@ class _Case:
         """The fewest bytes the op can move: each tensor it needs once."""
         tensors = tensors_of(self.inputs)
         if mode == "fwd":
-            return nbytes(
-                *tensors.values(), *self.grad_outputs
-            )  # an incoming gradient is as large as its output
+            return nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient is as large as its output
         spec = self.benchmark
         named = [tensors[n] for n in (*spec.backward_reads, *spec.backward_writes) if n in tensors]
         return nbytes(*named, *self.grad_outputs)

@@ -1,14 +1,19 @@
 """How time is taken.
- CUDA: device events around one call, with a cold L2 (a buffer larger than the cache is *read* before each
-sample: the lines it leaves behind are clean, so the timed call does not pay for writing them back). The
-read also keeps the device busy while the host enqueues the call, so the launch itself stays out of the
-figure. CPU: the host clock around enough calls to fill `SAMPLE_S`; caches are as the previous call left
-them. Both: the candidates take turns, in an order that rotates from round to round, so that drift of clocks
-or of a shared machine falls on all of them alike; p20, p50 and p80 over the rounds.
+
+CUDA: device events around one call, with a cold L2 (a buffer larger than the cache is *read* before each
+sample: the lines it leaves behind are clean, so the timed call does not pay for writing them back). The read
+also keeps the device busy while the host enqueues the call, so the launch itself stays out of the figure.
+
+CPU: the host clock around enough calls to fill `SAMPLE_S`; caches are as the previous call left them.
+
+Both: the candidates take turns, in an order shuffled from round to round, so that drift of clocks, a busy
+neighbour and what the call before left in the caches fall on all of them alike; p20, p50, p80 over the rounds.
 """
 
 from __future__ import annotations
 
+import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +21,8 @@ from dataclasses import dataclass
 import torch
 
 SAMPLE_S = 100e-6  # a CPU sample lasts at least this long, or the clock's own noise shows
-MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+FLUSH_BYTES = 1 << 30  # read between samples: well above any L2, and long enough to hide the launch of a backward
+MIN_ROUNDS, MAX_ROUNDS, MAX_CALLS = 5, 1000, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -41,46 +47,40 @@ def interleaved(
     budget_s: float = 1.0,
     *,
     device: torch.device | str = "cpu",
-    graph: bool = False,
     warmup: int = 2,
 ) -> dict[str, Stats]:
-    """Time the candidates in turn, round after round, until `budget_s` is spent (at least `MIN_ROUNDS`).
-
-    `graph` (CUDA) replays each candidate from a CUDA graph: for calls of several small launches, whose gaps
-    would otherwise be timed too.
-    """
+    """Time the candidates in turn, round after round, until `budget_s` is spent (at least `MIN_ROUNDS`)."""
     if budget_s <= 0:
         raise ValueError(f"budget_s: expected seconds > 0, got {budget_s}")
     device = torch.device(device)
-    if graph and device.type != "cuda":
-        raise ValueError(f"graph: CUDA graphs need a CUDA device, got {device}; leave graph off")
     fns = dict(candidates)
     if not fns:
         return {}
     for fn in fns.values():
         for _ in range(max(warmup, 1)):
             fn()
-    if graph:
-        fns = {name: captured(fn) for name, fn in fns.items()}
     clock: Callable[[Callable[[], object], int], float]
     if device.type == "cuda":
         clock, calls = _cuda_clock(device), dict.fromkeys(fns, 1)
     else:
         clock, calls = _host_clock, {name: _calls_per_sample(fn) for name, fn in fns.items()}
 
-    names, seconds = list(fns), {name: [] for name in fns}
+    order, shuffle, seconds = list(fns), random.Random(0).shuffle, {name: [] for name in fns}
     end = time.perf_counter() + budget_s
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() >= end:
             break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        shuffle(order)
+        for name in order:
             seconds[name].append(clock(fns[name], calls[name]))
-    return {name: Stats.of(seconds[name], calls[name]) for name in names}
+    return {name: Stats.of(seconds[name], calls[name]) for name in fns}
 
 
 def captured(fn: Callable[[], object]) -> Callable[[], None]:
-    """`fn` as the replay of a CUDA graph. Its warm-up runs on a side stream, as capture demands."""
+    """`fn` as the replay of a CUDA graph: for calls of several small launches, whose gaps would be timed too.
+
+    The warm-up runs on a side stream, as capture demands.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -101,12 +101,15 @@ def _host_clock(fn: Callable[[], object], calls: int) -> float:
 
 
 def _calls_per_sample(fn: Callable[[], object]) -> int:
-    return max(1, min(10_000, round(SAMPLE_S / max(_host_clock(fn, 1), 1e-7))))
+    calls = 1
+    while calls < MAX_CALLS and calls * _host_clock(fn, calls) < SAMPLE_S:
+        calls *= 2
+    return calls
 
 
 def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object], int], float]:
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.zeros(max(2 * l2, 512 << 20) // 4, device=device)
+    flush = torch.zeros(max(2 * l2, FLUSH_BYTES) // 4, device=device)
     sink = torch.zeros((), device=device)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -132,21 +135,24 @@ class Ceilings:
 def ceilings(device: torch.device | str, dtypes: tuple[torch.dtype, ...], budget_s: float = 2.0) -> Ceilings:
     """Measure copy bandwidth and, per dtype, a square matrix product on random data (zeros run faster)."""
     device = torch.device(device)
-    gpu = device.type == "cuda"
-    words, side = ((1 << 30) // 4, 8192) if gpu else ((64 << 20) // 4, 1024)
-    source = torch.randn(words, device=device)
-    target = torch.empty_like(source)
     share = budget_s / (1 + len(dtypes))
-    copy = interleaved({"copy": lambda: target.copy_(source)}, share, device=device)["copy"]
-    matmul = {}
+    copy, moved = copying(device)
+    bandwidth = moved / interleaved({"copy": copy}, share, device=device)["copy"].p50
+    side, matmul = 8192 if device.type == "cuda" else 1024, {}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         product = torch.empty_like(a)
-        stats = interleaved(
-            {"matmul": lambda a=a, b=b, c=product: torch.mm(a, b, out=c)}, share, device=device
-        )
+        stats = interleaved({"matmul": lambda a=a, b=b, c=product: torch.mm(a, b, out=c)}, share, device=device)
         matmul[str(dtype).removeprefix("torch.")] = 2 * side**3 / stats["matmul"].p50
-    return Ceilings(2 * 4 * words / copy.p50, matmul)
+    return Ceilings(bandwidth, matmul)
+
+
+def copying(device: torch.device | str) -> tuple[Callable[[], object], int]:
+    """A copy between buffers larger than any cache, and the bytes it reads and writes."""
+    size = 1 << 30 if torch.device(device).type == "cuda" else 64 << 20
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 2 * size
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | None:
@@ -164,9 +170,9 @@ def peak_memory(fn: Callable[[], object], device: torch.device | str) -> int | N
         torch.cuda.synchronize(device)
         del kept
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself on stderr, each time
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         kept = fn()
         del kept
     results = getattr(profile.profiler, "kineto_results", None)

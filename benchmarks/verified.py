@@ -1,8 +1,8 @@
-"""Which implementation of which family has passed its tests on which device: records made from pytest's own
-report.
- `results/<device>/verified.json` holds `{family: {impl: {passed, failed, device, date, commit, dirty,
-...}}}`. A family is the `<family>` of `tests/test_<family>.py`; an implementation is what stands between
-the brackets of a test's id.
+"""Which implementation of which family passed its tests on which device, from pytest's own report.
+
+`results/<device>/verified.json` holds `{family: {impl: {passed, failed, device, date, commit, dirty, ...}}}`.
+The family is that of `tests/test_<family>.py`. The implementation stands in a test's parameters, as in
+`test_backward[triton-...]`, or begins its name, as in `test_triton_backward[...]`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def from_junit(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, in
         if case.find("skipped") is not None:
             continue
         module = re.search(r"(?:^|\.)test_(\w+)$", case.get("classname", "").split(".Test")[0])
-        words = re.search(r"\[(.*)\]", case.get("name", ""))
-        named = [w for w in re.split(r"[^a-z]+", words[1]) if w in IMPLS] if words else []
-        if module is None or not named:
+        name, _, parameters = case.get("name", "").partition("[")
+        words = [*re.split(r"[^a-z]+", parameters), name.split("_")[1] if "_" in name else ""]
+        impl = next((word for word in words if word in IMPLS), None)
+        if module is None or impl is None:
             continue
         broken = case.find("failure") is not None or case.find("error") is not None
-        count = counts.setdefault(module[1], {}).setdefault(named[0], {"passed": 0, "failed": 0})
+        count = counts.setdefault(module[1], {}).setdefault(impl, {"passed": 0, "failed": 0})
         count["failed" if broken else "passed"] += 1
     return counts
 
@@ -72,8 +73,7 @@ def verified_on(family: str, impl: str, results: str | os.PathLike[str] = machin
             when += f", {entry['passed'] + entry['failed']} tests before its time ran out"
         if entry["failed"]:
             said.append(
-                f"{entry['failed']} of {entry['failed'] + entry['passed']} tests fail on "
-                f"{entry['device']} ({when})"
+                f"{entry['failed']} of {entry['failed'] + entry['passed']} tests fail on {entry['device']} ({when})"
             )
         else:
             said.append(f"verified on {entry['device']} ({when})")

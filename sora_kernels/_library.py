@@ -120,6 +120,8 @@ def vjp(
     Leaves are taken in fp32 (fp64 for fp64 inputs), so a gradient is rounded once, on the way into its destination.
     """
     wanted = [name for name, destination in destinations.items() if destination is not None]
+    if not wanted:
+        return
     leaves = dict(inputs)
     with torch.enable_grad(), _autograd_keys():
         for name in wanted:

@@ -13,11 +13,13 @@ def error_bound(oracle: Tensor, baseline: Tensor, terms: int = 1) -> float:
     """2 × the largest error of plain PyTorch in the same dtype + the rounding that no implementation can avoid.
 
     That is one rounding at the store, eps(dtype) · max|oracle|, and, where an element is a sum of n = `terms` fp32
-    values in an order of one's own, their independent roundings, √n · eps(fp32) · max|oracle|.
+    values in an order of one's own, their independent roundings, √n · eps(fp32) · max|oracle|. Below the normal
+    numbers of the dtype a rounding is one step of its subnormals.
     """
     baseline_error = (baseline.double() - oracle).abs().max().item()
-    rounding = torch.finfo(baseline.dtype).eps + (terms**0.5 * torch.finfo(torch.float32).eps if terms > 1 else 0.0)
-    return 2 * baseline_error + rounding * oracle.abs().max().item()
+    info = torch.finfo(baseline.dtype)
+    rounding = info.eps + (terms**0.5 * torch.finfo(torch.float32).eps if terms > 1 else 0.0)
+    return 2 * baseline_error + rounding * max(oracle.abs().max().item(), info.smallest_normal)
 
 
 def max_error(actual: Tensor, oracle: Tensor) -> float:

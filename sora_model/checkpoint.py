@@ -30,7 +30,8 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder that replaces `path` when the block ends well, and vanishes otherwise."""
+    """Yields a temporary path in the same folder that replaces `path` when the block ends well, and vanishes
+    otherwise."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)

@@ -5,8 +5,8 @@
 A token is one patch of latent cells. The timestep reaches every block as six rows (adaLN: shift, scale, gate,
 twice), made once and shared by the blocks, each of which adds a table of its own. Source: arXiv 2503.20314.
 
-In the margin: B clips, S = T'·H'·W' tokens, N timesteps a clip (1, T' or S), L text tokens, D width,
-H heads (or height), E = D/H.
+In the margin: B clips, S = T'·H'·W' tokens, N timesteps a clip (1, T' or S), L text tokens, width D, heads H
+(in a video: height) of E = D/H.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from sora_kernels import (
     qk_norm_rope,
     spacetime_attention,
 )
-
-from .checkpoint import CheckpointError, read_wan_directory
 
 Grid = tuple[int, int, int]
 
@@ -59,7 +57,7 @@ class DiTConfig:
             raise ValueError(f"DiTConfig: patch must be three integers (t, h, w); got {self.patch!r}")
         object.__setattr__(self, "patch", tuple(self.patch))
         for field in dataclasses.fields(self):
-            if field.type == "int":
+            if field.type == "int":  # annotations are kept as strings
                 _check_size(field.name, getattr(self, field.name), 2**20)
         for size in self.patch:
             _check_size("patch", size, 64)
@@ -72,6 +70,8 @@ class DiTConfig:
             raise ValueError(f"DiTConfig: freq_dim must be even (cosines and sines); got {self.freq_dim}")
         if not 0 < self.eps < 1:
             raise ValueError(f"DiTConfig: eps must lie between 0 and 1; got {self.eps}")
+        if self.parameters > 10**12:
+            raise ValueError(f"DiTConfig: no model has {self.parameters:,} parameters; give smaller sizes")
 
     @property
     def parameters(self) -> int:
@@ -90,13 +90,12 @@ class DiTConfig:
 
     @classmethod
     def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
-        """From the config.json of a diffusers WanTransformer3DModel.
-
-        Raises ValueError for another model's config, and for Wan models that want an image.
-        """
+        """From the config of a diffusers WanTransformer3DModel. ValueError for another, or one that wants an image."""
         names = {"num_attention_heads": "heads", "num_layers": "layers", "patch_size": "patch"}
         if missing := [name for name in (*names, "attention_head_dim", "ffn_dim") if name not in config]:
             raise ValueError(f"not the config of a WanTransformer3DModel: it lacks {', '.join(missing)}")
+        for name in ("num_attention_heads", "attention_head_dim"):
+            _check_size(name, config[name], 2**20)
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if config.get(name) is not None:
                 raise ValueError(f"{name}={config[name]}: only text-to-video Wan models are supported")
@@ -232,17 +231,16 @@ class SoraDiT(nn.Module):
         Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
         """
         grid = self._check(latents, timesteps, text, text_lens)
-        x = patch_embed3d(latents, self.patch_embedding.weight, self.patch_embedding.bias, impl=impl)
+        patches = self.patch_embedding
+        x = patch_embed3d(latents, patches.weight, patches.bias, impl=impl)                  # [B, S, D]
         time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
         rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
         text = self.text_embedding(text)                                                     # [B, L, D]
         for block in self.blocks:
             x = block(x, rows, text, text_lens, grid, impl)                                  # [B, S, D]
         shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]
-        where = {"grid": grid, "patch": self.config.patch}
-        return final_layer(
-            x, shift, scale, self.head.weight, self.head.bias, **where, eps=self.config.eps, impl=impl
-        )
+        how = {"grid": grid, "patch": self.config.patch, "eps": self.config.eps, "impl": impl}
+        return final_layer(x, shift, scale, self.head.weight, self.head.bias, **how)         # [B, C, T, H, W]
 
     def _embed(self, timesteps: Tensor) -> Tensor:
         weight = self.time_embedding[0].weight
@@ -298,6 +296,8 @@ class SoraDiT(nn.Module):
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for a model that
         wants an image.
         """
+        from .checkpoint import CheckpointError, read_wan_directory  # the model itself needs no safetensors
+
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
         is_module = isinstance(source, nn.Module)

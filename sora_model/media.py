@@ -4,13 +4,14 @@
     for frame in read_video("ball.mp4"): ...        # uint8 [H,W,3]
     probe("ball.mp4")                               # VideoInfo(width=64, height=64, frames=17, fps=8.0, ...)
 
-Files are never trusted. They are opened by Python and handed to FFmpeg as bytes, so that no name can reach FFmpeg's protocols
-("concat:", "http:", a NUL byte); sizes are checked in the header before a frame is decoded and again in every frame; and
-whatever the decoder raises arrives as ``MediaError``.
+Files are never trusted. They are opened by Python and handed to FFmpeg as bytes, so that no name can reach
+FFmpeg's protocols ("concat:", "http:", a NUL byte); sizes are checked in the header before a frame is decoded
+and again in every frame; and whatever the decoder raises arrives as ``MediaError``.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -33,6 +34,7 @@ __all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "probe", "read
 MAX_PIXELS = 4096 * 2304
 MAX_FRAMES = 7200
 _MAX_SIDE = 16384
+_MAX_STREAMS = 16
 _SIZE_TAG = "sora_size"
 _UNSPECIFIED = 2
 # x264's output depends on its number of threads, which by default is that of the machine.
@@ -46,7 +48,7 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file's header says: size in pixels, number of frames (None when not recorded), frames and seconds, codec."""
+    """What a file's header says; ``frames`` is None when it is not recorded, ``duration`` in seconds."""
 
     width: int
     height: int
@@ -56,77 +58,49 @@ class VideoInfo:
     codec: str
 
 
-def write_video(
-    path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float = 8, *, crf: int = 18
-) -> Path:
+def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: float = 8, *, crf: int = 18) -> Path:
     """Write frames to an H.264 MP4 (4:2:0, BT.709 limited range, tagged so) and return its path.
 
-    frames: iterable of uint8 [H,W,3] sRGB, all of one size; consumed one at a time. fps > 0, kept as an exact fraction.
-    crf: x264's quality, 0 (best) to 51.
+    frames: iterable of uint8 [H,W,3] sRGB, all of one size; consumed one at a time. fps > 0, kept as an exact
+    fraction. crf: x264's quality, 0 (best) to 51.
 
-    The file appears whole or not at all: it is written beside ``path`` and renamed over it at the end. When ``frames`` raises,
-    or the run is interrupted, nothing stays behind, an older file at ``path`` is as it was, and the exception goes on unchanged.
-    The path is tried before the first frame is asked for. The same frames give the same bytes under one version of PyAV.
+    The file appears whole or not at all: it is written beside ``path`` and renamed over it at the end. When
+    ``frames`` raises, or the run is interrupted, nothing stays behind, an older file at ``path`` is as it
+    was, and the exception goes on unchanged. The path is tried before the first frame is asked for. The same
+    frames give the same bytes under one version of PyAV.
 
-    Odd sizes: 4:2:0 chroma needs even sides, and the 4:4:4 profile that does not plays in few browsers and phones. So an
-    odd side is stored one pixel longer, the edge repeated, with the true size in the file's metadata: every player shows the
-    clip, ``read_video`` and ``probe`` give back the size that was written.
+    Odd sizes: 4:2:0 chroma needs even sides, and the 4:4:4 profile that does not plays in few browsers and
+    phones. So an odd side is stored one pixel longer, the edge repeated, with the true size in the file's
+    metadata: every player shows the clip, ``read_video`` and ``probe`` give back the size that was written.
 
-    Raises MediaError for a path that cannot be written, no frames, or a failing encoder; ValueError or TypeError for
-    other bad arguments.
+    Raises MediaError for a path that cannot be written, no frames, or a failing encoder; ValueError or
+    TypeError for other bad arguments.
     """
     rate = _rate(fps)
     if isinstance(crf, bool) or not isinstance(crf, int) or not 0 <= crf <= 51:
         raise ValueError(f"crf must be a whole number from 0 to 51, got {crf!r}")
     with _replacing(_target(path)) as (target, part):
         source = iter(frames)
-        try:
-            first = _frame(next(source), None, 0)
-        except StopIteration:
-            raise MediaError(f"no frames to write to {target}; give at least one") from None
-        height, width = first.shape[:2]
-        options = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
-        with av.open(str(part), "w", format="mp4", options=options) as container:
-            pad = ((0, height % 2), (0, width % 2), (0, 0))
-            if height % 2 or width % 2:
-                container.metadata[_SIZE_TAG] = f"{width}x{height}"
-            stream = container.add_stream(
-                "libx264", rate=rate, options={"crf": str(crf), "threads": _ENCODER_THREADS}
-            )
-            stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-            codec = stream.codec_context
-            # 1 is BT.709 for the first three and limited range for the last, in the numbering of ITU-T H.273.
-            codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
-            image, index = first, 0
-            while image is not None:
-                picture = av.VideoFrame.from_ndarray(
-                    np.ascontiguousarray(np.pad(image, pad, mode="edge")), format="rgb24"
-                ).reformat(
-                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                )
-                picture.pts, picture.time_base = index, 1 / rate
-                with _as_media_error(f"cannot write {target}"):
-                    container.mux(stream.encode(picture))
-                index += 1
-                image = _frame(next(source, None), first, index)
-            with _as_media_error(f"cannot write {target}"):
-                container.mux(stream.encode())
-                container.close()
+        first = next(source, None)
+        if first is None:
+            raise MediaError(f"no frames to write to {_show(target)}; give at least one")
+        _encode(target, part, _frame(first, None, 0), source, rate, crf)
     return target
 
 
 def read_video(
     path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
 ) -> Iterator[np.ndarray]:
-    """Frames of a local video file, uint8 [H,W,3] sRGB, decoded as they are asked for. MP4/MOV, WebM/MKV and AVI.
+    """Frames of a local video file (MP4, MOV, WebM, MKV, AVI), uint8 [H,W,3] sRGB, decoded as asked for.
 
-    The file is opened and its header checked at the call. max_pixels (width x height) and max_frames are refusals, not
-    truncations: a header that announces more raises before anything is decoded, a stream that brings more than announced
-    raises there. Raises MediaError, also for a file that is cut short, damaged, or not a video.
+    The file is opened and its header checked at the call. max_pixels (width x height) and max_frames are
+    refusals, not truncations: a header that announces more raises before anything is decoded, a stream that
+    brings more than announced raises there. Raises MediaError, also for a file that is cut short, too damaged
+    to decode, or not a video.
     """
     _limit("max_pixels", max_pixels)
     _limit("max_frames", max_frames)
-    file, container = _open(path)
+    file, container = _open(path, max_pixels)
     try:
         info = _inspect(path, file, container, max_pixels, max_frames)
     except BaseException:
@@ -137,10 +111,43 @@ def read_video(
 
 
 def probe(path: str | os.PathLike) -> VideoInfo:
-    """What the header of a video file says, without decoding a frame. Raises MediaError as ``read_video`` does."""
-    file, container = _open(path)
+    """What the header of a video file says; no frame is decoded. Raises MediaError as ``read_video`` does."""
+    file, container = _open(path, MAX_PIXELS)
     with file, container:
         return _inspect(path, file, container, None, None)
+
+
+def _encode(target: Path, part: Path, first: np.ndarray, rest: Iterator[np.ndarray], rate: Fraction, crf: int) -> None:
+    height, width = first.shape[:2]
+    odd = height % 2, width % 2
+    flags = "+faststart+use_metadata_tags" if any(odd) else "+faststart"
+    failed = f"cannot write {_show(target)}: the encoder or the disk refused"
+    with _as_media_error(failed):
+        container = av.open(str(part), "w", format="mp4", options={"movflags": flags, "fflags": "+bitexact"})
+    try:
+        if any(odd):
+            container.metadata[_SIZE_TAG] = f"{width}x{height}"
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "threads": _ENCODER_THREADS})
+        stream.width, stream.height, stream.pix_fmt = width + odd[1], height + odd[0], "yuv420p"
+        codec = stream.codec_context
+        # 1 is BT.709 for the first three and limited range for the last, in the numbering of ITU-T H.273.
+        codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
+        for index, image in enumerate(itertools.chain([first], rest)):
+            image = np.pad(_frame(image, first, index), ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+            with _as_media_error(failed):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                picture.pts, picture.time_base = index, 1 / rate
+                container.mux(stream.encode(picture))
+        with _as_media_error(failed):
+            container.mux(stream.encode())
+            container.close()
+    except BaseException:
+        # Closing writes the end of a file that is about to be removed; the first failure is the one to tell.
+        with suppress(Exception):
+            container.close()
+        raise
 
 
 def _decode(path, file: BinaryIO, container, info: VideoInfo, max_pixels: int, max_frames: int) -> Iterator[np.ndarray]:
@@ -176,7 +183,7 @@ def _decode(path, file: BinaryIO, container, info: VideoInfo, max_pixels: int, m
             raise MediaError(f"cannot read {_show(path)}: it holds no frame that can be decoded")
 
 
-def _open(path: str | os.PathLike):
+def _open(path: str | os.PathLike, max_pixels: int):
     try:
         name = os.fspath(path)
     except TypeError:
@@ -201,7 +208,8 @@ def _open(path: str | os.PathLike):
                 + ("it is empty" if not head else "it is not an MP4, MOV, WebM, MKV or AVI video")
             )
         with _as_media_error(f"cannot read {_show(path)}: it is cut short or damaged"):
-            return file, av.open(file, format=kind)
+            # FFmpeg decodes a few pictures to learn what the streams hold: they are under the limit too.
+            return file, av.open(file, format=kind, stream_options=[{"max_pixels": str(max_pixels)}] * _MAX_STREAMS)
     except BaseException:
         file.close()
         raise
@@ -217,7 +225,7 @@ def _inspect(path, file: BinaryIO, container, max_pixels: int | None, max_frames
             raise MediaError(f"cannot read {_show(path)}: its header gives a size of {width}x{height}")
         if max_pixels is not None and width * height > max_pixels:
             raise MediaError(
-                f"{_show(path)} is {width}x{height} = {width * height} pixels a frame, the limit is "
+                f"{_show(path)} is {width}x{height}, {width * height} pixels; the limit is "
                 f"max_pixels={max_pixels}; raise it, or scale the video down"
             )
         frames = stream.frames or None
@@ -253,9 +261,7 @@ def _limit(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
 
 
-def _frame(image, first: np.ndarray | None, index: int) -> np.ndarray | None:
-    if image is None and first is not None:
-        return None
+def _frame(image, first: np.ndarray | None, index: int) -> np.ndarray:
     image = np.asarray(image)
     if image.dtype != np.uint8:
         raise TypeError(f"frame {index} must be uint8, got {image.dtype}; scale to 0..255 and round first")
@@ -289,7 +295,7 @@ def _target(path: str | os.PathLike) -> Path:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
-    """A new file beside ``target`` that takes its place when the block ends well and vanishes when it does not."""
+    """A new file beside ``target``: takes its place when the block ends well, vanishes when it does not."""
     # An absolute path, so that no part of the name can be taken for a protocol.
     part = Path(os.path.abspath(target.parent)) / f".{secrets.token_hex(8)}.part"
     try:
@@ -310,7 +316,7 @@ def _replacing(target: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def _as_media_error(message: str) -> Iterator[None]:
-    """FFmpeg's errors, and what PyAV raises on damaged files (IndexError, UnicodeDecodeError, ...), as MediaError."""
+    """FFmpeg's errors, and what else PyAV raises on damaged files (IndexError, ...), as MediaError."""
     try:
         yield
     except MediaError:

@@ -26,7 +26,8 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def check_prompt(prompt: object) -> str:
-    """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with a word."""
+    """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with
+    a word."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
     if len(prompt) > MAX_CHARACTERS:
@@ -43,7 +44,8 @@ def split_words(prompt: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class WordTextConfig:
-    """Shape and vocabulary of a `WordTextEncoder`. `words` are in the order of their embeddings, after the specials."""
+    """Shape and vocabulary of a `WordTextEncoder`. `words` are in the order of their embeddings, after the
+    specials."""
 
     words: tuple[str, ...]
     dim: int = 64
@@ -103,15 +105,17 @@ class WordTextEncoder(nn.Module):
         return [word for word in dict.fromkeys(split_words(prompt)) if word not in self._ids]
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Token numbers `[B, L]`, int64, padded with 0 to the longest prompt. A prompt of too many words raises ValueError."""
+        """Token numbers `[B, L]`, int64, padded with 0 to the longest prompt. A prompt of too many words raises
+        ValueError."""
         rows = [[self._ids.get(word, _UNKNOWN) for word in split_words(prompt)] or [_NULL] for prompt in prompts]
         longest = max(map(len, rows))
         if longest > self.max_tokens:
-            raise ValueError(f"prompt has {longest} words; this text encoder takes at most {self.max_tokens}, so shorten it")
+            raise ValueError(f"prompt has {longest} words; this text encoder takes {self.max_tokens} at most, so shorten it")
         return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows])
 
     def forget(self, ids: Tensor, *, words: float, prompts: float, generator: torch.Generator) -> Tensor:
-        """Training noise: each word becomes <unk> with chance `words`, each whole prompt the empty one with chance `prompts`."""
+        """Training noise: each word becomes <unk> with chance `words`, each whole prompt the empty one with chance
+        `prompts`."""
         lost = torch.rand(ids.shape, generator=generator) < words
         ids = torch.where(lost & (ids >= len(_SPECIALS)), _UNKNOWN, ids)
         dropped = torch.rand(len(ids), generator=generator) < prompts
@@ -135,8 +139,8 @@ class WordTextEncoder(nn.Module):
 class UMT5TextEncoder:
     """Wan's text encoder: the encoder half of UMT5 and its tokenizer, from local folders through `transformers`.
 
-    Prompts are cleaned as Wan does (HTML entities, white space), cut at 512 tokens, and embeddings behind a text's end
-    are zero; the transformer sees all 512. Nothing is downloaded: a missing folder raises `CheckpointError`.
+    Prompts are cleaned as Wan does (HTML entities, white space), cut at 512 tokens, and embeddings behind a text's
+    end are zero; the transformer sees all 512. Nothing is downloaded: a missing folder raises `CheckpointError`.
     """
 
     max_tokens = 512
@@ -152,7 +156,7 @@ class UMT5TextEncoder:
         try:
             from transformers import AutoTokenizer, UMT5EncoderModel
         except ImportError as error:
-            raise CheckpointError("Wan weights need the text encoder of `transformers`: pip install transformers") from error
+            raise CheckpointError("Wan weights need `transformers` for their text encoder: install it") from error
         folders = {name: Path(path) / name for name in ("text_encoder", "tokenizer")}
         for name, folder in folders.items():
             if not folder.is_dir():

@@ -11,19 +11,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_kernels.attention import spacetime_attention
-from sora_kernels.causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
+from sora_kernels import (
+    causal_conv3d,
+    downsample_conv3d,
+    norm_modulate,
+    norm_silu,
+    spacetime_attention,
+    upsample_conv3d,
+)
 
 from . import checkpoint
 
-EPS = 1e-24  # Wan's norm divides by max(‖x‖, 1e-12)
+EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
+_MOST = 4096  # channels, or blocks, that any level may have: refused before anything is allocated
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,20 @@ class VAEConfig:
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = (self.base_dim, self.z_dim, self.num_res_blocks, self.in_channels, self.out_channels)
-        if not all(isinstance(n, int) and n > 0 for n in (*counts, *self.dim_mult, self.decoder_dim)):
-            raise ValueError(f"VAEConfig: every width and count must be a positive integer; got {self}")
-        if not self.dim_mult or len(self.temporal_downsample) != len(self.dim_mult) - 1:
+        sizes = {"z_dim": self.z_dim, "num_res_blocks": self.num_res_blocks}
+        sizes |= {"in_channels": self.in_channels, "out_channels": self.out_channels}
+        sizes |= {f"base_dim * {m} of dim_mult": self.base_dim * m for m in self.dim_mult}
+        sizes |= {f"decoder_base_dim * {m} of dim_mult": self.decoder_dim * m for m in self.dim_mult}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or not 0 < size <= _MOST:
+                raise ValueError(f"VAEConfig: {name} must be a whole number from 1 to {_MOST}; got {size!r}")
+        if not 0 < len(self.dim_mult) <= 8:
+            raise ValueError(f"VAEConfig: dim_mult must name 1 to 8 levels; got {self.dim_mult}")
+        steps = self.temporal_downsample
+        if len(steps) != len(self.dim_mult) - 1 or not all(isinstance(step, bool) for step in steps):
             raise ValueError(
-                f"VAEConfig: temporal_downsample has one entry per step between the {len(self.dim_mult)} levels of "
-                f"dim_mult={self.dim_mult}, so {len(self.dim_mult) - 1}; got {self.temporal_downsample}"
+                f"VAEConfig: temporal_downsample must be {len(self.dim_mult) - 1} booleans, one per step between the "
+                f"levels of dim_mult={self.dim_mult}; got {steps}"
             )
         if any(self.decoder_dim * mult % 2 for mult in self.dim_mult[1:]):
             raise ValueError(
@@ -166,8 +179,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
         B, C, T, H, W = x.shape
         h = x.permute(0, 2, 3, 4, 1).reshape(B * T, H * W, C)                        # [BT, HW, C]
-        h = self.to_qkv(F.rms_norm(h, (C,), self.norm, EPS))                         # [BT, HW, 3C]
-        q, k, v = h.unflatten(-1, (3, 1, C)).unbind(2)                               # 3 x [BT, HW, 1, C]
+        h = norm_modulate(h, None, None, norm="rms", weight=self.norm, eps=EPS, impl=run.impl)
+        q, k, v = self.to_qkv(h).unflatten(-1, (3, 1, C)).unbind(2)                  # 3 x [BT, HW, 1, C]
         h = spacetime_attention(q, k, v, impl=run.impl).flatten(2)                   # [BT, HW, C]
         h = self.proj(h).view(B, T, H, W, C).permute(0, 4, 1, 2, 3)                  # [B, C, T, H, W]
         return x + h
@@ -297,7 +310,7 @@ class CausalVAE(nn.Module):
     def forward(
         self, video: Tensor, *, sample: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: (reconstruction, mean, logvar); latents are drawn from the posterior, or its mean if not `sample`.
+        """For training: (reconstruction, mean, logvar); decodes a draw from the posterior, or its mean if not `sample`.
 
         The reconstruction is not clamped, so that gradients reach values beyond [-1, 1].
         """
@@ -326,9 +339,12 @@ class CausalVAE(nn.Module):
     def encode_chunk(self, video: Tensor, cache: VAECache | None = None) -> tuple[Tensor, Tensor, VAECache]:
         """(mean, logvar, cache) of the next frames of a clip: 4n+1 of them at its start (no cache), 4n later on."""
         self._check("video", video, self.config.in_channels)
-        B, _, T, H, W = video.shape
-        self.config.latent_shape(T + (cache is not None), H, W)
-        run = self._streaming("encode", cache)
+        run, step = self._streaming("encode", cache), self.config.temporal_factor
+        if cache is not None and video.shape[2] % step:
+            raise ValueError(
+                f"after the first chunk, a chunk must have a multiple of {step} frames; got {video.shape[2]}"
+            )
+        self.config.latent_shape(video.shape[2] + (cache is not None), *video.shape[3:])
         return *self._posterior(self.encoder(video, run)), VAECache("encode", tuple(run.future))
 
     def decode_chunk(
@@ -389,7 +405,8 @@ class CausalVAE(nn.Module):
         missing files, for weights of another model, and for features of Wan 2.2's VAE.
         """
         if isinstance(source, nn.Module):
-            config, state, where = dict(source.config), source.state_dict(), type(source).__name__
+            config, state, where = getattr(source, "config", {}), source.state_dict(), type(source).__name__
+            config = {"_class_name": where, **config}
         else:
             config, state = checkpoint.read_wan_directory(source)
             where = os.fspath(source)
@@ -441,28 +458,23 @@ def _regroup(pieces: Tensor | Iterable[Tensor], first: int, step: int) -> Iterat
         yield torch.cat(held, 2)
 
 
-# Wan's names -> ours: a norm is its weight, a Sequential's convolution is the convolution, a list of one is its entry
-_WAN_NAMES = ((".gamma", ""), (".resample.1.", ".resample."), (".upsamplers.0.", ".upsampler."), (".attentions.0.", ".attention."))
-_WAN_FIELDS = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "in_channels", "out_channels", "decoder_base_dim",
-               "latents_mean", "latents_std")  # fmt: skip
-# what Wan 2.1 leaves at these values, and this model does not have
-_WAN_FIXED = {"attn_scales": [], "dropout": 0.0, "is_residual": False, "patch_size": None}
+# a norm is its weight; the convolution of a Sequential, and the one entry of a list, stand for themselves
+_WAN_NAMES = ((".gamma", ""), ("resample.1", "resample"), ("upsamplers.0", "upsampler"), ("attentions.0", "attention"))
+_WAN_RENAMED = {"temperal_downsample": "temporal_downsample"}
+_WAN_FIXED = {"attn_scales": (), "dropout": 0.0, "is_residual": False, "patch_size": None}  # so in Wan 2.1
 
 
 def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of VAEConfig from those of AutoencoderKLWan."""
-    kind = config.get("_class_name", "AutoencoderKLWan")
-    if kind != "AutoencoderKLWan":
-        raise checkpoint.CheckpointError(f"{where} holds a {kind}; CausalVAE.from_wan takes an AutoencoderKLWan")
+    """The fields of a VAEConfig from those of an AutoencoderKLWan."""
+    if (kind := config.get("_class_name")) != "AutoencoderKLWan":
+        raise checkpoint.CheckpointError(f"{where} is a {kind}; CausalVAE.from_wan takes an AutoencoderKLWan")
+    config = {_WAN_RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     for name, value in _WAN_FIXED.items():
-        if (list(config[name]) if isinstance(value, list) else config[name]) != value if name in config else False:
+        if config.get(name, value) != value:
             raise checkpoint.CheckpointError(
                 f"{where} has {name}={config[name]!r}; CausalVAE is Wan 2.1's VAE, where it is {value!r}"
             )
-    fields = {name: config[name] for name in _WAN_FIELDS if name in config}
-    if "temperal_downsample" in config:
-        fields["temporal_downsample"] = config["temperal_downsample"]
-    return fields
+    return {f.name: config[f.name] for f in fields(VAEConfig) if f.name in config}
 
 
 def _wan_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""SoraDiT against diffusers' WanTransformer3DModel: the same weights give the same output and the same gradients."""
+"""SoraDiT against diffusers' WanTransformer3DModel: the same weights give the same output and gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -17,17 +18,19 @@ from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
 diffusers = pytest.importorskip("diffusers")
 
 TINY = {
-    "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4,
-    "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "cross_attn_norm": True, "rope_max_seq_len": 64,
+    "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4,
+    "out_channels": 4, "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "rope_max_seq_len": 64,
 }  # fmt: skip
 CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
     "heads of 24, an odd grid": ({}, (3, 6, 10), "clip", 7),
     "heads of 32, a timestep per token": ({"attention_head_dim": 32}, (5, 2, 6), "token", 5),
-    "3 heads of 64": ({"attention_head_dim": 64, "num_attention_heads": 3, "num_layers": 1}, (2, 6, 2), "clip", 3),
+    "3 heads of 64": ({"attention_head_dim": 64, "num_attention_heads": 3}, (2, 6, 2), "clip", 3),
     "heads of 128": ({"attention_head_dim": 128, "num_layers": 1}, (1, 6, 14), "token", 2),
     "no norm before cross-attention": ({"cross_attn_norm": False}, (3, 2, 6), "clip", 4),
-    "a patch in time, other channels out": ({"patch_size": [2, 3, 1], "out_channels": 6}, (4, 9, 5), "token", 6),
-    "two tokens": ({}, (1, 2, 4), "clip", 2),
+    "a patch in time, other channels out": (
+        {"patch_size": [2, 3, 1], "out_channels": 6}, (4, 9, 5), "token", 6
+    ),
+    "one row": ({}, (1, 2, 10), "clip", 3),
 }
 
 
@@ -63,7 +66,7 @@ def inputs(config, sizes, per="clip", length=7, batch=2, seed=1):
     torch.manual_seed(seed)
     patch = config.patch_size if hasattr(config, "patch_size") else config.patch
     tokens = [n // p for n, p in zip(sizes, patch, strict=True)]
-    times = {"clip": (batch,), "frame": (batch, tokens[0]), "token": (batch, tokens[0] * tokens[1] * tokens[2])}[per]
+    times = {"clip": (batch,), "frame": (batch, tokens[0]), "token": (batch, math.prod(tokens))}[per]
     return (
         torch.randn(batch, config.in_channels, *sizes),
         torch.rand(times) * 1000,
@@ -86,29 +89,43 @@ def run(model, latents, timesteps, text, **how):
     return {"output": out.detach()} | dict(zip(("latents", "text", *names), grads, strict=True))
 
 
-def assert_rounds_like(baseline, actual, oracle, name):
-    """The project's error rule in the Euclidean norm.
+def assert_rounds_like(baseline, actual, oracle):
+    """The project's error rule for the gradients of a whole model: per module, in the Euclidean norm.
 
-    Which of two programs errs more in its worst element, after a whole model, is chance; which errs more overall is not.
+    After some twenty operations chance decides which program errs more in its worst element, and a bias's
+    gradient, a sum that may cancel, carries the errors of the weight's: they are taken together.
     """
-    error, plain = ((t.double() - oracle).norm().item() for t in (actual, baseline))
-    bound = 2 * plain + torch.finfo(actual.dtype).eps * oracle.norm().item()
-    assert oracle.dtype == torch.float64 and oracle.norm() > 0, name
-    assert error <= bound, f"{name}: error {error:.3e} exceeds {bound:.3e}, of {oracle.norm():.3e}"
+    modules = {}
+    for name in oracle:
+        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    for module, names in modules.items():
+        values, errors, plain = (
+            torch.cat([t.flatten() for t in tensors]).norm().item()
+            for tensors in (
+                [oracle[n] for n in names],
+                [actual[n].double() - oracle[n] for n in names],
+                [baseline[n].double() - oracle[n] for n in names],
+            )
+        )
+        bound = 2 * plain + torch.finfo(actual[names[0]].dtype).eps * values
+        assert values > 0 and errors <= bound, f"{module}: {errors:.3e} exceeds {bound:.3e}, of {values:.3e}"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_output_and_gradients_as_wan(case):
     changes, sizes, per, length = CASES[case]
     theirs = wan(**changes)
+    ours = SoraDiT.from_wan(theirs)
     batch = inputs(theirs.config, sizes, per, length)
-    ours, plain = run(SoraDiT.from_wan(theirs), *batch), run(theirs, *batch)
+    plain = run(theirs, *batch)
     with float_means_double():
-        oracle = run(double(theirs), *batch)
-    assert ours.keys() == plain.keys() == oracle.keys()
-    assert_matches_oracle(ours["output"], oracle["output"], plain["output"])
-    for name, exact in oracle.items():
-        assert_rounds_like(plain[name], ours[name], exact, name)
+        exact = run(double(theirs), *batch)
+    assert all(value.dtype == torch.float64 for value in exact.values())
+    for impl in ("auto", "reference"):
+        result = run(ours, *batch, impl=impl)
+        assert result.keys() == exact.keys()
+        assert_matches_oracle(result["output"], exact["output"], plain["output"])
+        assert_rounds_like(plain, result, exact)
 
 
 def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path):
@@ -130,7 +147,7 @@ def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path):
 def test_a_saved_directory_gives_the_same_model_as_the_module(tmp_path, sharded):
     theirs = wan()
     theirs.save_pretrained(tmp_path, max_shard_size="100KB" if sharded else "1GB")
-    assert len(list(tmp_path.glob("*.safetensors"))) == (5 if sharded else 1)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == sharded
     read, taken = SoraDiT.from_wan(tmp_path), SoraDiT.from_wan(theirs)
     assert read.config == taken.config == DiTConfig.from_wan(theirs.config)
     assert read.state_dict().keys() == taken.state_dict().keys()
@@ -170,23 +187,14 @@ def test_padded_text_is_not_seen():
     assert torch.count_nonzero(grad[0, 5:]) == torch.count_nonzero(grad[1, 2:]) == 0
 
 
-@pytest.mark.parametrize("per", ["clip", "frame", "token"])
-def test_reference_and_auto_agree(per):
-    theirs = wan()
-    batch = inputs(theirs.config, (2, 6, 10), per)
-    model = SoraDiT.from_wan(theirs)
-    auto, reference = run(model, *batch), run(model, *batch, impl="reference")
-    exact = run(model.double(), *batch, impl="reference")
-    for name in exact:
-        assert_rounds_like(reference[name], auto[name], exact[name], name)
-
-
 def test_impl_reaches_every_op(monkeypatch):
     import sora_model.dit as dit
 
     seen = {}
-    for name in ("final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patch_embed3d",
-                 "qk_norm_rope", "spacetime_attention"):  # fmt: skip
+    for name in (
+        "final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patch_embed3d",
+        "qk_norm_rope", "spacetime_attention",
+    ):  # fmt: skip
         original = getattr(dit, name)
 
         def spy(*args, name=name, original=original, **kwargs):
@@ -229,7 +237,7 @@ def test_initialisation_is_that_of_wan():
 
 def test_training_from_scratch_fits_a_batch():
     torch.manual_seed(0)
-    model = SoraDiT(DiTConfig(dim=24, heads=2, layers=1, ffn_dim=48, in_channels=4, out_channels=4, text_dim=8))
+    model = SoraDiT(DiTConfig(24, 2, layers=1, ffn_dim=48, in_channels=4, out_channels=4, text_dim=8))
     batch = inputs(model.config, (2, 4, 4))
     target = torch.randn_like(batch[0])
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
@@ -294,6 +302,7 @@ def test_presets_are_the_public_models():
         ({"patch": 2}, "patch must be three integers"),
         ({"patch": (1, 2, 0)}, "patch must be an integer"),
         ({"eps": 0.0}, "eps must lie"),
+        ({"dim": 2**19, "layers": 1000}, "no model has 2,[0-9,]* parameters"),
     ],
 )
 def test_bad_config(change, message):
@@ -308,6 +317,8 @@ def test_bad_config(change, message):
         ({"added_kv_proj_dim": 48}, "added_kv_proj_dim=48: only text-to-video"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be"),
         ({"patch_size": None}, "patch must be"),
+        ({"num_attention_heads": "2"}, "num_attention_heads must be an integer"),
+        ({"attention_head_dim": None}, "attention_head_dim must be an integer"),
     ],
 )
 def test_wan_configs_that_are_refused(change, message):
@@ -316,7 +327,7 @@ def test_wan_configs_that_are_refused(change, message):
 
 
 def test_foreign_configs_and_weights_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="not the config of a WanTransformer3DModel: it lacks num_attention_heads"):
+    with pytest.raises(ValueError, match="not the config of a WanTransformer3DModel: it lacks num_att"):
         DiTConfig.from_wan({"_class_name": "AutoencoderKLWan", "base_dim": 96})
     with pytest.raises(CheckpointError, match="not a folder"):
         SoraDiT.from_wan(tmp_path / "nowhere")
@@ -337,27 +348,28 @@ def test_foreign_configs_and_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"latents": torch.zeros(1, 4, 2, 4)}, ValueError, r"latents must be \[B, 4, T, H, W\]; got \[1, 4, 2, 4\]"),
+        ({"latents": torch.zeros(1, 4, 2, 4)}, ValueError, r"be \[B, 4, T, H, W\]; got \[1, 4, 2, 4\]"),
         ({"latents": torch.zeros(1, 3, 2, 4, 4)}, ValueError, "latents must be"),
-        ({"latents": torch.zeros(1, 4, 2, 5, 4)}, ValueError, "5 rows, which patches of 2 do not divide; 4 or 6 would"),
-        ({"latents": torch.zeros(1, 4, 2, 4, 1)}, ValueError, "1 columns, which patches of 2 do not divide; 2 would"),
+        ({"latents": torch.zeros(1, 4, 2, 5, 4)}, ValueError, "5 rows, which patches of 2 do not .* 4 or 6"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 1)}, ValueError, "1 columns, which patches of 2 do not .*; 2"),
         ({"latents": torch.zeros(1, 4, 0, 4, 4)}, ValueError, "0 frames"),
-        ({"latents": torch.zeros(1, 4, 2, 4, 4).half()}, TypeError, "latents must be torch.float32 like the weights"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4).half()}, TypeError, "must be torch.float32 like the"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4, device="meta")}, ValueError, "latents must be on cpu"),
         ({"latents": [0.0]}, TypeError, "latents must be a tensor; got list"),
-        ({"timesteps": torch.zeros(2)}, ValueError, r"clip \[1\], frame \[1, 2\] or token \[1, 8\]; got \[2\]"),
+        ({"timesteps": torch.zeros(2)}, ValueError, r"\[1\], frame \[1, 2\] or token \[1, 8\]; got \[2\]"),
         ({"timesteps": torch.zeros(1, 4)}, ValueError, "timesteps must be one for each"),
         ({"timesteps": torch.zeros(1).bfloat16()}, TypeError, "timesteps must be fp32, fp64 or integers"),
         ({"timesteps": 500}, TypeError, "timesteps must be a tensor"),
-        ({"text": torch.zeros(1, 3, 21)}, ValueError, r"text must be \[1, L, 20\]; got \[1, 3, 21\]"),
+        ({"text": torch.zeros(1, 3, 21)}, ValueError, r"must be \[1, L, 20\]; got \[1, 3, 21\]"),
         ({"text": torch.zeros(2, 3, 20)}, ValueError, "text must be"),
         ({"text": torch.zeros(1, 3, 20).double()}, TypeError, "text must be torch.float32"),
         ({"text_lens": torch.zeros(1)}, ValueError, r"text_lens must be \[1\] integers"),
-        ({"text_lens": torch.zeros(3, dtype=torch.int64)}, ValueError, "text_lens must be"),
+        ({"text_lens": torch.zeros(3).long()}, ValueError, "text_lens must be"),
     ],
 )
 def test_bad_input(change, error, message):
-    given = {"latents": torch.zeros(1, 4, 2, 4, 4), "timesteps": torch.zeros(1), "text": torch.zeros(1, 3, 20)}
+    latents, timesteps, text = torch.zeros(1, 4, 2, 4, 4), torch.zeros(1), torch.zeros(1, 3, 20)
+    given = {"latents": latents, "timesteps": timesteps, "text": text}
     model = SoraDiT(DiTConfig.from_wan(TINY | {"num_layers": 1}))
     assert model(**given).shape == (1, 4, 2, 4, 4)
     with pytest.raises(error, match=message):

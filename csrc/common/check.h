@@ -1,6 +1,6 @@
-// What an operation may rely on about its arguments, checked with messages that print what came.
-// The public functions in Python validate first; these checks keep a direct call of a private op from reading
-// memory it does not own.
+// The arguments of an operation, checked with messages that print what came. The public functions in Python validate
+// first; these checks keep a direct call of a private op from reading memory it does not own. Methods are constexpr so
+// that device code may call them.
 
 #pragma once
 
@@ -47,7 +47,7 @@ struct Tokens {
   void* data = nullptr;
   int64_t stride_b = 0, stride_s = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 // Modulation rows [B, F, D]: token s of S reads row s / (S / F). Outer strides may be 0. Each tensor has its own dtype.
@@ -56,7 +56,7 @@ struct Rows {
   ScalarType dtype = ScalarType::Float;
   int64_t stride_b = 0, stride_f = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 // One vector [D], contiguous.
@@ -64,16 +64,16 @@ struct Vector {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 // F is 0 until a modulation tensor names it.
 struct Shape {
   int64_t B = 0, S = 0, D = 0, F = 0;
 
-  int64_t rows() const { return B * S; }
-  int64_t modulation_rows() const { return F ? F : 1; }
-  int64_t rows_per_modulation() const { return S / modulation_rows(); }
+  constexpr int64_t rows() const { return B * S; }
+  constexpr int64_t modulation_rows() const { return F ? F : 1; }
+  constexpr int64_t rows_per_modulation() const { return S / modulation_rows(); }
 };
 
 inline Tokens tokens(const char* name, const Tensor& t, const Tensor& x) {

@@ -9,15 +9,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
 #define SORA_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
 #define SORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")))
 #define SORA_AVX2 __attribute__((target("avx2,fma,bmi2")))
-#include <emmintrin.h>
 #else
 #define SORA_AVX512
 #define SORA_AVX2
@@ -116,22 +113,5 @@ SORA_INLINE Half from_float<Half>(float value) {
   const uint32_t magnitude = doubled > 0xff000000u ? 0x7e00u : half;
   return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | magnitude)};
 }
-
-// Uninitialised fp32 rows of one thread, each on a cache line of its own.
-class Scratch {
- public:
-  Scratch(int64_t rows, int64_t length)
-      : stride_((length + 15) / 16 * 16),
-        data_(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(rows * stride_) * sizeof(float))),
-              &std::free) {
-    if (!data_ && rows * length > 0) throw std::bad_alloc();
-  }
-
-  float* row(int64_t i) const { return data_.get() + i * stride_; }
-
- private:
-  int64_t stride_;
-  std::unique_ptr<float, decltype(&std::free)> data_;
-};
 
 }  // namespace sora

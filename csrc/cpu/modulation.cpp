@@ -8,6 +8,7 @@
 // widened to fp32 in L1, normalised there by two passes, and rounded once at the store.
 
 #include "common/check.h"
+#include "common/memory.h"
 #include "common/simd.h"
 
 #include <torch/csrc/stable/library.h>
@@ -31,6 +32,11 @@ void with_dtype(ScalarType dtype, const F& f) {
 template <class T>
 SORA_INLINE T* row_of(const Tokens& t, int64_t b, int64_t s) {
   return static_cast<T*>(t.data) + b * t.stride_b + s * t.stride_s;
+}
+
+void advise_huge_pages(const Tokens& t, const Shape& shape, int64_t element_size) {
+  const bool contiguous = t.stride_s == shape.D && (shape.B == 1 || t.stride_b == shape.S * shape.D);
+  if (t && contiguous) sora::advise_huge_pages(t.data, shape.rows() * shape.D * element_size);
 }
 
 // ---- rows of any dtype, widened to fp32 and back
@@ -208,8 +214,11 @@ void forward(const ForwardParams& p, ScalarType dtype) {
   const int64_t rows = p.shape.rows(), D = p.shape.D;
   if (rows == 0 || D == 0) return;
   const int64_t grain = std::max<int64_t>(1, 16384 / D);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    with_dtype(dtype, [&](auto t) { dispatch<Forward<decltype(t), kGate, kNorm>>(p, begin, end); });
+  with_dtype(dtype, [&](auto t) {
+    for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      dispatch<Forward<decltype(t), kGate, kNorm>>(p, begin, end);
+    });
   });
 }
 
@@ -446,8 +455,11 @@ void backward(BackwardParams& p, ScalarType dtype) {
   p.chunking = &chunking;
   p.partials = second_pass ? partials.row(0) : nullptr;
 
-  torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
-    with_dtype(dtype, [&](auto t) { dispatch<Backward<decltype(t), kGate, kNorm>>(p, begin, end); });
+  with_dtype(dtype, [&](auto t) {
+    for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
+    torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
+      dispatch<Backward<decltype(t), kGate, kNorm>>(p, begin, end);
+    });
   });
   if (!second_pass) return;
   torch::stable::parallel_for(0, (p.shape.D + kColumns - 1) / kColumns, 1,

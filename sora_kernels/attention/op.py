@@ -75,7 +75,7 @@ def spacetime_attention(
     _check_kv_lens(op, kv_lens, k)
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
     dense = not mode[0] and kv_lens is None and not return_lse
 
@@ -99,9 +99,7 @@ def _check_heads(op, q, k, v) -> None:
     B, _, H, E = q.shape
     heads = k.shape[2]
     if k.shape[0] != B or k.shape[3] != E:
-        raise ValueError(
-            f"{op}: k must be [B, Sk, Hk, E] with B={B} and E={E} from q; got {_check.shape_of(k)}"
-        )
+        raise ValueError(f"{op}: k must be [B, Sk, Hk, E] with B={B} and E={E} from q; got {_check.shape_of(k)}")
     if heads != H and (heads == 0 or H % heads):
         raise ValueError(f"{op}: the heads of k and v must divide the {H} heads of q; got {heads}")
     if k.dtype != q.dtype:
@@ -117,7 +115,9 @@ def _check_kv_lens(op, kv_lens, k) -> None:
         got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
         raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
     if tuple(kv_lens.shape) != (k.shape[0],):
-        raise ValueError(f"{op}: kv_lens must have one length per batch, [{k.shape[0]}]; got {_check.shape_of(kv_lens)}")
+        raise ValueError(
+            f"{op}: kv_lens must have one length per batch, [{k.shape[0]}]; got {_check.shape_of(kv_lens)}"
+        )
     _check.same_device(op, k, {"kv_lens": kv_lens}, "k")
     if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
         least, most = (int(n) for n in kv_lens.aminmax())

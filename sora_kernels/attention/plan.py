@@ -20,7 +20,7 @@ class AttentionPlan:
     """For each query tile its key tiles, and whether each is seen whole or masked by coordinates.
 
     Tiles hold tokens that are neighbours: runs of the sequence, or boxes of the video grid and runs of the text.
-    All tensors are built on the device without a host synchronisation. P is the batch where `kv_lens` was given, else 1.
+    All tensors are built on the device without a host synchronisation. P is the batch if `kv_lens` was given, else 1.
 
     key_tiles  [P, Nq, Nk] int32: the key tiles a query tile visits, in rising order; after them -1
     kinds      [P, Nq, Nk] int32, in step with key_tiles: FULL (2) all pairs are seen, MASKED (1) ask the
@@ -165,7 +165,9 @@ def resolve(
             if given:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) (or grids) to know where the tokens are; got none")
     if window is None and max(stride) > 1:
-        raise ValueError(f"{op}: stride={stride} groups the queries of a window; give window as well, or leave stride 1")
+        raise ValueError(
+            f"{op}: stride={stride} groups the queries of a window; give window as well, or leave stride 1"
+        )
     if grid is not None:
         T, H, W = grid = _check.triple(op, "grid", grid)
         if k_len != T * H * W + text_len:
@@ -186,7 +188,7 @@ def resolve(
             raise ValueError(f"{op}: grids {clips} hold {total} tokens; q has {q_len} and k has {k_len}")
         if grids is not None and text_len:
             raise ValueError(
-                f"{op}: text_len must be 0 with grids, as text would join clips that must not see each other; got {text_len}"
+                f"{op}: text_len must be 0 with grids: text would join clips that do not see each other; got {text_len}"
             )
     if window is not None and not chunk and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
         window = None

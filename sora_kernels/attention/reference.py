@@ -1,7 +1,7 @@
-"""Spacetime attention in plain PyTorch: the specification of ``spacetime_attention``.
+"""Spacetime attention in plain PyTorch: the specification of `spacetime_attention`.
 
-Every mode reduces to two questions about coordinates: which box of the video does a query reach (``reach``), and does
-a key lie in it (``visible``). The kernels' plans are built from the same two functions.
+Every mode reduces to two questions about coordinates: which box of the video does a query reach (`reach`), and does
+a key lie in it (`visible`). The kernels' plans are built from the same two functions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SCORES = 1 << 24  # scores held at a time: queries are worked off in chunks of r
 def token_table(
     length: int, grids: Sequence[Sequence[int]], text_len: int, text_first: bool, device: torch.device
 ) -> Tensor:
-    """``[length, 7]`` int64: (clip, t, h, w, T, H, W) of each token; text has clip -1, and without grids all is text.
+    """`[length, 7]` int64: (clip, t, h, w, T, H, W) of each token; text has clip -1, and without grids all is text.
 
-    When ``length`` is shorter than the grids and the text together, the first frames are missing (a KV cache).
+    When `length` is shorter than the grids and the text together, the first frames are missing (a KV cache).
     """
     text = torch.full((text_len if grids else length, 7), -1, dtype=torch.int64, device=device)
     clips = []
@@ -36,9 +36,9 @@ def token_table(
 def reach(
     queries: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The box ``[lo, hi)`` over (clip, t, h, w) that each query sees, and ``kept``: it also sees all frames below it.
+    """The box `[lo, hi)` over (clip, t, h, w) that each query sees, and `kept`: it also sees all frames below it.
 
-    ``window`` is empty for none, ``chunk`` 0 for not causal.
+    `window` is empty for none, `chunk` 0 for not causal.
     """
     clip, size = queries[:, 0], queries[:, 4:]
     lo, hi, kept = [clip], [clip + 1], size[:, 0]
@@ -61,8 +61,10 @@ def reach(
     return torch.stack(lo, -1).masked_fill(text, -FAR), torch.stack(hi, -1).masked_fill(text, FAR), kept
 
 
-def visible(queries: Tensor, keys: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int) -> Tensor:
-    """Bool ``[Sq, Sk]``: which query sees which key. Both are rows of :func:`token_table`."""
+def visible(
+    queries: Tensor, keys: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int
+) -> Tensor:
+    """Bool `[Sq, Sk]`: which query sees which key. Both are rows of :func:`token_table`."""
     lo, hi, kept = reach(queries, window, stride, chunk, sink)
     clip, t = keys[:, 0], keys[:, 1]
     seen = (t < kept[:, None]) & (clip == queries[:, :1])
@@ -76,7 +78,7 @@ def masks(
     q: Tensor, k: Tensor, kv_lens: Tensor | None, grids: Sequence[int], window: Sequence[int],
     stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool,
 ) -> Iterator[tuple[slice, Tensor | None]]:  # fmt: skip
-    """Chunks of query rows and their masks, broadcastable to ``[B, H, rows, Sk]``; None sees everything."""
+    """Chunks of query rows and their masks, broadcastable to `[B, H, rows, Sk]`; None sees everything."""
     B, Sq, H, _ = q.shape
     Sk = k.shape[1]
     rows = max(1, min(Sq, SCORES // max(B * H * Sk, 1)))
@@ -104,7 +106,7 @@ def softmax(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def widen(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``[B, H, S, E]`` in the computing dtype, k and v with q's heads; padded keys become 0 whatever they held."""
+    """`[B, H, S, E]` in the computing dtype, k and v with q's heads; padded keys become 0 whatever they held."""
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, v = (x.to(compute).transpose(1, 2) for x in (q, k, v))
     if kv_lens is not None:
@@ -120,10 +122,10 @@ def spacetime_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output in q's dtype and the natural log-sum-exp of the scaled scores in fp32 (fp64 for fp64).
 
-    ``grids`` is flat, (T, H, W) after (T, H, W); empty means plain attention.
+    `grids` is flat, (T, H, W) after (T, H, W); empty means plain attention.
     """
     Q, K, V = widen(q, k, v, kv_lens)
-    outs, lses = [Q.new_zeros(Q[:, :, :0].shape)], [Q.new_zeros(Q[:, :, :0, 0].shape)]
+    outs, lses = [Q[:, :, :0]], [Q.new_zeros(Q.shape[:2] + (0,))]
     for rows, mask in masks(q, k, kv_lens, grids, window, stride, chunk, sink, text_len, text_first):
         p, lse = softmax(scale * Q[:, :, rows] @ K.mT, mask)
         outs.append(p @ V)
@@ -138,7 +140,7 @@ def spacetime_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v by the formula, chunk by chunk, so that memory stays bounded.
 
-    ``dS = P * (dO V^T - rowsum(P * dO V^T) + dLSE)``, ``dQ = scale dS K``, ``dK = scale dS^T Q``, ``dV = P^T dO``.
+    `dS = P * (dO V^T - rowsum(P * dO V^T) + dLSE)`, `dQ = scale dS K`, `dK = scale dS^T Q`, `dV = P^T dO`.
     """
     Q, K, V = widen(q, k, v, kv_lens)
     dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)

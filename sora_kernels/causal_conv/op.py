@@ -25,7 +25,7 @@ def norm_silu(
     """SiLU(norm(x) · weight + bias), the activation in front of a VAE's convolutions.
 
         rms    norm(x)[c] = x[c] / sqrt(mean_c(x²) + eps)             over the C channels of each pixel
-        group  norm(x)    = (x − mean) / sqrt(var + eps)              over each of `groups` groups of channels and T, H, W
+        group  norm(x)    = (x − mean) / sqrt(var + eps)              over a group of C/groups channels and T, H, W
 
     x       [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides.
     weight  [C]; bias [C] or None; of any float dtype.
@@ -43,7 +43,7 @@ def norm_silu(
     _check.exact(op, "weight", weight, (C,), "[C], one per channel of x")
     if bias is not None:
         _check.exact(op, "bias", bias, (C,), "[C], one per channel of x")
-    if norm == "group" and (groups < 1 or C % groups):
+    if norm == "group" and (not isinstance(groups, int) or groups < 1 or C % groups):
         raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups}")
     _check.positive(op, "eps", eps)
     _check.same_device(op, x, {"weight": weight, "bias": bias})
@@ -129,7 +129,7 @@ def upsample_conv3d(
         y = causal_conv3d(u, weight, bias),   u[t, h, w] = x[t // ft, h // fh, w // fw]
 
     x       [B, C, T, H, W], float32, bfloat16, float16 or float64; T may be 0.
-    weight  [O, C, kt, kh, kw], kh and kw odd (a Conv2d weight is weight[:, :, None]). bias [O] or None. Any float dtype.
+    weight  [O, C, kt, kh, kw], kh and kw odd (for a Conv2d: weight[:, :, None]). bias [O] or None. Any float dtype.
     factor  (t, h, w), each at least 1. The result is [B, O, ft·T, fh·H, fw·W].
     cache   None: the frames before x are zeros. [B, C, ceil((kt−1)/ft), H, W] in x's dtype: they are the frames before
             x, before upsampling, and (y, cache for the next chunk) is returned.
@@ -138,7 +138,7 @@ def upsample_conv3d(
     op = "upsample_conv3d"
     _check_conv(op, x, weight, bias, same=True)
     factor = _check.triple(op, "factor", factor)
-    past = reference.past_frames("upsample", weight.shape[2], factor[0])
+    past = reference.upsample_past(weight.shape[2], factor[0])
     if cache is not None:
         _check_cache(op, x, cache, past, "ceil((kt - 1) / factor[0])")
     shape = (x.shape[0], weight.shape[0], *(size * f for size, f in zip(x.shape[2:], factor, strict=True)))
@@ -176,7 +176,7 @@ def downsample_conv3d(
         )
     if x.shape[2] % factor[0]:
         raise ValueError(f"{op}: the frames of x must be a multiple of factor[0]={factor[0]}; got {x.shape[2]}")
-    past = reference.past_frames("downsample", weight.shape[2], factor[0])
+    past = reference.downsample_past(weight.shape[2], factor[0])
     if cache is not None:
         _check_cache(op, x, cache, past, "kt - factor[0]")
     shape = (x.shape[0], weight.shape[0], *(size // f for size, f in zip(x.shape[2:], factor, strict=True)))
@@ -230,9 +230,7 @@ class _CausalConv3d(torch.autograd.Function):
         x, weight, bias, cache, norm_weight, pre = ctx.saved_tensors
         need = ctx.needs_input_grad
         plain_residual = need[4] and norm_weight is None  # its gradient is `dout` itself
-        dx, dweight, dbias, dcache = (
-            _like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False)
-        )
+        dx, dweight, dbias, dcache = (_like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False))
         dresidual = _like_if(need[4] and not plain_residual, pre)
         dnorm = _like_if(need[5], norm_weight)
         args = (dout, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
@@ -307,10 +305,14 @@ def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):
-    out.copy_(reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps))
+    if out.numel() > 0:
+        out.copy_(reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps))
 
 
 def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
+    if dout.numel() == 0:
+        return _zero(dx, dweight, dbias)
+
     def function(x, weight, bias):
         return reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps)
 
@@ -332,7 +334,7 @@ def _causal_conv3d_bwd(
     dout, x, weight, cache, norm_weight, pre, stride, norm_eps, dx, dweight, dbias, dcache, dresidual, dnorm_weight
 ):
     if norm_weight is not None:
-        dpre = torch.empty_like(pre, dtype=reference.accumulate(pre[:0]).dtype)
+        dpre = torch.empty_like(pre, dtype=torch.promote_types(pre.dtype, torch.float32))
         _norm_silu_bwd(dout, pre, norm_weight, None, 0, norm_eps, dpre, dnorm_weight, None)
         dout = dpre
         if dresidual is not None:
@@ -371,10 +373,7 @@ def _downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, d
 def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache):
     """Backward of conv3d(source(x, cache)): aten's, then the adjoint of `source`. The forward is not run again."""
     if dout.numel() == 0:
-        for destination in (dx, dweight, dbias, dcache):
-            if destination is not None:
-                destination.zero_()
-        return
+        return _zero(dx, dweight, dbias, dcache)
     padded, padding = source(reference.accumulate(x), cache)
     mask = [dx is not None or dcache is not None, dweight is not None, dbias is not None]
     dpadded, dw, db = torch.ops.aten.convolution_backward(
@@ -388,6 +387,12 @@ def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache
     if mask[0]:
         inputs = {"x": x, "cache": cache}
         _library.vjp(lambda x, cache: source(x, cache)[0], inputs, (dpadded,), {"x": dx, "cache": dcache})
+
+
+def _zero(*destinations):
+    for destination in destinations:
+        if destination is not None:
+            destination.zero_()
 
 
 _library.define(
@@ -414,9 +419,7 @@ _library.define(
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
 )
-_RESAMPLE_FWD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()"
-)
+_RESAMPLE_FWD = "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()"
 _RESAMPLE_BWD = (
     "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
     "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()"

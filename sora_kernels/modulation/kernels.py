@@ -89,25 +89,26 @@ def modulation_bwd_kernel(
     total_dweight = tl.zeros([BLOCK_D], tl.float32)
     total_dbias = tl.zeros([BLOCK_D], tl.float32)
 
-    for frame in range(first_frame, min(first_frame + frames_per_program, frames)):
+    # Bounds that are 1 are compile-time constants to Triton: the loop folds away, and with it the registers it carries.
+    for i in range(frames_per_program):
+        frame = first_frame + i
+        inside = live & (frame < frames)
         b = frame // F
         f = frame % F
         scale = 1.0 + scale_table
         if scale_ptr is not None:
-            scale += tl.load(scale_ptr + b * scale_stride_b + f * scale_stride_f + cols, live, 0.0).to(tl.float32)
+            scale += tl.load(scale_ptr + b * scale_stride_b + f * scale_stride_f + cols, inside, 0.0).to(tl.float32)
         gate = gate_table
         if gate_ptr is not None:
-            gate += tl.load(gate_ptr + b * gate_stride_b + f * gate_stride_f + cols, live, 0.0).to(tl.float32)
+            gate += tl.load(gate_ptr + b * gate_stride_b + f * gate_stride_f + cols, inside, 0.0).to(tl.float32)
         P = tl.zeros([BLOCK_D], tl.float32)
         Q = tl.zeros([BLOCK_D], tl.float32)
         R = tl.zeros([BLOCK_D], tl.float32)
 
-        begin = chunk * tokens_per_chunk
-        end = min(begin + tokens_per_chunk, tokens_per_frame)
-        for token in range(begin, end, ROWS):
-            t = token + tl.arange(0, ROWS)
+        for j in range(0, tokens_per_chunk, ROWS):  # a chunk is a multiple of ROWS
+            t = chunk * tokens_per_chunk + j + tl.arange(0, ROWS)
             s = f * tokens_per_frame + t
-            mask = (t < end)[:, None] & live[None, :]
+            mask = (t < tokens_per_frame)[:, None] & inside[None, :]
             dx = tl.zeros([ROWS, BLOCK_D], tl.float32)
             if dout_ptr is not None:
                 x = load_rows(x_ptr, b * x_stride_b + s * x_stride_s, cols, mask)
@@ -135,11 +136,11 @@ def modulation_bwd_kernel(
         dscale = weight * Q + bias * P
         row = (frame * chunks + chunk) * D + cols
         if dgate_ptr is not None:
-            tl.store(dgate_ptr + row, R.to(dgate_ptr.dtype.element_ty), live)
+            tl.store(dgate_ptr + row, R.to(dgate_ptr.dtype.element_ty), inside)
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + row, P.to(dshift_ptr.dtype.element_ty), live)
+            tl.store(dshift_ptr + row, P.to(dshift_ptr.dtype.element_ty), inside)
         if dscale_ptr is not None:
-            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), live)
+            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), inside)
         total_dgate += R
         total_dshift += P
         total_dscale += dscale

@@ -42,9 +42,10 @@ def patch_embed3d(
     for axis, n, p in zip("THW", size, patch, strict=True):
         if n % p:
             raise ValueError(
-                f"{op}: video's {axis} must be a multiple of the patch {p}; got {n}; pad or crop it to {n - n % p + p} or {n - n % p}"
+                f"{op}: video's {axis} must be a multiple of the patch {p}; got {n}; "
+                f"pad it to {n - n % p + p} or crop it to {n - n % p}"
             )
-    S = math.prod(n // p for n, p in zip(size, patch, strict=True))
+    S = math.prod([n // p for n, p in zip(size, patch, strict=True)])
     if bias is not None:
         _check.exact(op, "bias", bias, (D,), "[D], as weight has rows")
     if pos is not None:
@@ -188,9 +189,7 @@ def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
 _library.define(
     "patch_embed3d_fwd",
     "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
-    reference=lambda video, weight, bias, pos, out: out.copy_(
-        reference.patch_embed3d(video, weight, bias, pos=pos)
-    ),
+    reference=lambda video, weight, bias, pos, out: out.copy_(reference.patch_embed3d(video, weight, bias, pos=pos)),
 )
 _library.define(
     "patch_embed3d_bwd",

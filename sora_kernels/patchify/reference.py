@@ -14,20 +14,20 @@ def accumulate(x: Tensor) -> Tensor:
 
 
 def patchify3d(video: Tensor, patch: Sequence[int]) -> Tensor:
-    """``[B, C, T*pt, H*ph, W*pw]`` -> ``[B, T*H*W, pt*ph*pw*C]``: one row of features, ordered (pt, ph, pw, C), a patch."""
+    """`[B, C, T*pt, H*ph, W*pw]` -> `[B, T*H*W, pt*ph*pw*C]`: a row of features, ordered (pt, ph, pw, C), per patch."""
     pt, ph, pw = patch
     x = video.unflatten(2, (-1, pt)).unflatten(4, (-1, ph)).unflatten(6, (-1, pw))
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4).flatten(1, 3)
 
 
 def unpatchify3d(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], channels: int) -> Tensor:
-    """The inverse: ``[B, T*H*W, pt*ph*pw*C]`` -> ``[B, C, T*pt, H*ph, W*pw]``."""
+    """The inverse: `[B, T*H*W, pt*ph*pw*C]` -> `[B, C, T*pt, H*ph, W*pw]`."""
     x = tokens.unflatten(1, tuple(grid)).unflatten(4, (*patch, channels))
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor | None = None, *, pos: Tensor | None = None) -> Tensor:
-    """``tokens[b, s] = weight . patch[b, s] + bias + pos[s]``, patches in (t, h, w) order."""
+    """`tokens[b, s] = weight . patch[b, s] + bias + pos[s]`, patches in (t, h, w) order."""
     x = accumulate(patchify3d(video, weight.shape[2:]))
     y = x @ accumulate(weight).permute(2, 3, 4, 1, 0).flatten(0, 3)
     for term in (bias, pos):
@@ -36,7 +36,7 @@ def patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor | None = None, *, 
 
 
 def rows(t: Tensor | None, x: Tensor) -> Tensor | float:
-    """Modulation ``[D]``, ``[B,D]`` or ``[B,F,D]`` (F divides S) as it broadcasts against x ``[B,S,D]``."""
+    """Modulation `[D]`, `[B,D]` or `[B,F,D]` (F divides S) as it broadcasts against x `[B,S,D]`."""
     if t is None:
         return 0.0
     t = accumulate(t[:, None] if t.ndim == 2 else t)
@@ -47,7 +47,7 @@ def final_layer(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor | None = None, *,
     grid: Sequence[int], patch: Sequence[int], norm: str = "layer", eps: float = 1e-6,
 ) -> Tensor:  # fmt: skip
-    """``unpatchify(linear(norm(x) * (1 + scale) + shift))``, rounded once, at the end."""
+    """`unpatchify(linear(norm(x) * (1 + scale) + shift))`, rounded once, at the end."""
     h = accumulate(x)
     if norm == "layer":
         h = h - h.mean(-1, keepdim=True)

@@ -137,9 +137,7 @@ def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
         return cos, sin, [], [], list(origin)
     T, H, W = grid = _check.triple(op, "grid", grid)
     if T * H * W + text_len != S:
-        raise ValueError(
-            f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}"
-        )
+        raise ValueError(f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}")
     _check.positive(op, "theta", theta)
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:

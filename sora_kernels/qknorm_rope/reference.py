@@ -1,4 +1,4 @@
-"""QK-norm and 3D rotary embedding in plain PyTorch: the specification of ``qk_norm_rope``."""
+"""QK-norm and 3D rotary embedding in plain PyTorch: the specification of `qk_norm_rope`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles(
+def rotary_freqs(
     grid: Sequence[int], split: Sequence[int], theta: float, origin: Sequence[int], device: torch.device
-) -> Tensor:
-    """Angles ``[T*H*W, sum(split)]`` in fp64: ``(i_axis + origin_axis) * theta ** (-j / split_axis)``."""
-    axes = []
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, `[T*H*W, sum(split)]` in fp64, of `(x + origin) * theta ** (-j / n)` for pair j of an axis' n."""
+    tables = []
     for axis, (size, pairs) in enumerate(zip(grid, split, strict=True)):
         position = torch.arange(size, dtype=torch.float64, device=device) + origin[axis]
         exponent = torch.arange(pairs, dtype=torch.float64, device=device) / max(pairs, 1)
         angle = torch.outer(position, theta**-exponent)
-        shape = [1, 1, 1, pairs]
-        shape[axis] = size
-        axes.append(angle.view(shape).expand(*grid, pairs))
-    return torch.cat(axes, dim=-1).reshape(-1, sum(split))
+        shape = [2, 1, 1, 1, pairs]
+        shape[1 + axis] = size
+        tables.append(torch.stack((angle.cos(), angle.sin())).view(shape).expand(2, *grid, pairs))
+    cos, sin = torch.cat(tables, dim=-1).flatten(1, 3)
+    return cos, sin
 
 
 def normalise(x: Tensor, weight: Tensor | None, norm: str | None, across: str, eps: float) -> Tensor:
-    """Norm of ``x [B,S,H,E]`` over E (``across="head"``) or over H*E (``across="width"``)."""
+    """Norm of `x [B,S,H,E]` over E (`across="head"`) or over H*E (`across="width"`)."""
     if norm is None:
         return x
     dims = (-1,) if across == "head" else (-2, -1)
@@ -37,7 +38,7 @@ def normalise(x: Tensor, weight: Tensor | None, norm: str | None, across: str, e
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the first ``cos.shape[0]`` tokens of x and the first ``2 * cos.shape[1]`` channels of each head."""
+    """Rotates the first `cos.shape[0]` tokens of x and the first `2 * cos.shape[1]` channels of each head."""
     tokens, pairs = cos.shape
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     turned = x[:, :tokens, :, : 2 * pairs]
@@ -61,11 +62,10 @@ def qk_norm_rope(
     q, k, *, q_weight=None, k_weight=None, norm="rms", across="head", grid=None, freqs=None, split=None,
     theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, eps=1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``text_len`` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
+    """`text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
     if grid is not None:
         split = split or default_split(rotary_dim or q.shape[-1])
-        angles = rotary_angles(grid, split, theta, origin, q.device)
-        freqs = angles.cos(), angles.sin()
+        freqs = rotary_freqs(grid, split, theta, origin, q.device)
     results = []
     for x, weight in ((q, q_weight), (k, k_weight)):
         y = normalise(x if x.dtype == torch.float64 else x.float(), weight, norm, across, eps)

@@ -1,7 +1,8 @@
-"""The procedural world: captioned clips whose physics is known exactly, drawn from a seed at any size and length.
+"""The procedural world: captioned clips whose physics is known exactly, drawn from a seed at any size and
+length.
 
-    clip = world.sample(7, scene="occluder")           # .video uint8 [17,64,64,3], .caption, .state (the truth per frame)
-    videos, captions, clips = world.batch(range(32))   # uint8 [32,17,64,64,3]
+    clip = world.sample(7, scene="occluder")  # .video uint8 [17,64,64,3], .caption, .state: the truth
+    videos, captions, clips = world.batch(range(32))  # uint8 [32,17,64,64,3]
 
 ``readout`` reads colour, shape, way and reappearance back from any clip and scores it against a prompt.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from . import readout
 from .captions import VOCABULARY, can_write, eval_prompts, write
-from .render import render
+from .render import paint
 from .scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -55,7 +56,7 @@ class Sample:
 
     @property
     def pixels(self) -> np.ndarray:
-        """Centroid of the object in array coordinates: fp64 [T,2] (x, y), where a pixel's centre is a whole number."""
+        """Centroid in array coordinates: fp64 [T,2] (x, y), where a pixel's centre is a whole number."""
         return self.state.position * min(self.video.shape[1:3]) - 0.5
 
 
@@ -71,12 +72,14 @@ def sample(
 ) -> Sample:
     """The clip of a seed.
 
-    The same arguments give the same bytes. The scene depends on the seed and on the aspect ratio of ``size`` = (H, W) only:
-    more frames continue the same clip, another ``fps`` samples the same motion, a larger size of the same ratio shows the same
-    scene finer. The caption is true of the frames there are, and so may change with their number.
+    The same arguments give the same bytes. The scene depends on the seed and on the aspect ratio of ``size``
+    = (H, W) only: more frames continue the same clip, another ``fps`` samples the same motion, a larger size
+    of the same ratio shows the same scene finer. The caption is true of the frames there are, and so may
+    change with their number.
 
-    scene: one of ``SCENES``, drawn when None. split: ``"train"`` never shows a pair of ``HELD_OUT``, ``"held_out"`` only those.
-    prompt_spec: fixes any of colour, shape, direction, background. Raises ValueError or TypeError naming the argument.
+    scene: one of ``SCENES``, drawn when None. split: ``"train"`` never shows a pair of ``HELD_OUT``,
+    ``"held_out"`` only those. prompt_spec: fixes any of colour, shape, direction, background. Raises
+    ValueError or TypeError naming the argument.
     """
     _check(seed, scene, frames, size, fps, split)
     fixed = _check_spec(prompt_spec)
@@ -86,11 +89,11 @@ def sample(
     unit = min(height, width)
     drawn = draw(dice, scene or kind, (width / unit, height / unit), split, fixed)
     state = drawn.state(np.arange(frames) / fps)
-    return Sample(render(drawn, state, (height, width)), write(dice, drawn, state), drawn, state, float(fps), int(seed))
+    return Sample(paint(drawn, state, (height, width)), write(dice, drawn, state), drawn, state, float(fps), int(seed))
 
 
 def batch(seeds: Iterable[int], **options) -> tuple[np.ndarray, list[str], list[Sample]]:
-    """Clips of several seeds: (video uint8 [N,T,H,W,3], captions, samples). ``options`` are those of ``sample``."""
+    """Clips of several seeds: (uint8 [N,T,H,W,3], captions, samples). ``options`` as for ``sample``."""
     clips = [sample(seed, **options) for seed in seeds]
     if not clips:
         raise ValueError("seeds is empty; give at least one seed")

@@ -1,7 +1,8 @@
 """Captions: one small grammar that writes them, recognises them, and knows every word they can hold.
 
-A template is a sentence with slots in braces; ``SLOTS`` gives what may stand in each. Which templates are true of a clip
-is decided from its state. The fixed evaluation prompts are built here too, from other templates of the same words.
+A template is a sentence with slots in braces; ``SLOTS`` gives what may stand in each. Which templates are
+true of a clip is decided from its state. The fixed evaluation prompts are built here too, from other
+templates of the same words.
 """
 
 from __future__ import annotations
@@ -59,18 +60,17 @@ REAPPEARING = (
     f"{THING} is hidden by {{behind}} for a moment",
 )
 TAIL = " on a {back} background"
-TEMPLATES = tuple(
-    dict.fromkeys(STILL + MOVING + PACED + BOUNCING + BESIDE + NEARING + HIDING + REAPPEARING)
-)
+TEMPLATES = tuple(dict.fromkeys(STILL + MOVING + PACED + BOUNCING + BESIDE + NEARING + HIDING + REAPPEARING))
 SLOW, QUICK = 0.48, 0.65
 _SEEN_MOVING = 0.03
 
 
 def write(dice: Dice, scene: Scene, state: State) -> str:
-    """A caption that is true of the clip: what it shows, the way the object first moves, and what becomes of it.
+    """A caption that is true of the clip: what it shows, where it first moves, and what becomes of it.
 
-    "slowly" and "quickly" mean below ``SLOW`` and above ``QUICK`` shorter sides per second, "bounces" that the object
-    meets an edge within the clip, "comes out" that ``state.reappears``, a way that it is where the object first heads.
+    "slowly" and "quickly" mean below ``SLOW`` and above ``QUICK`` shorter sides per second, "bounces" that
+    the object meets an edge within the clip, "comes out" that ``state.reappears``, a way that it is where the
+    object first heads.
     """
     way = float(abs(state.position - state.position[:1]).max())
     speed = float((state.velocity[0] ** 2).sum() ** 0.5)
@@ -156,9 +156,9 @@ _NOVEL_OCCLUDER = (
 def eval_prompts() -> list[tuple[str, dict]]:
     """40 fixed prompts that no training clip bears, each with what its clip must show.
 
-    16 name the held-out (colour, shape) pairs, four each, half of them in the grammar's own wording; 24 name other pairs in
-    wordings the grammar never writes. ``expected``: scene, colour, shape, direction (None when not said), reappears
-    (True, or None where there is no wall), held_out.
+    16 name the held-out (colour, shape) pairs, four each, half of them in the grammar's own wording; 24 name
+    other pairs in wordings the grammar never writes. ``expected``: scene, colour, shape, direction (None when
+    not said), reappears (True, or None where there is no wall), held_out.
     """
     prompts: list[tuple[str, dict]] = []
 

@@ -1,13 +1,14 @@
-"""Reads a clip of the world back: which colour and shape the object has, where it is, when it is hidden, which way it goes.
+"""Reads a clip back: the object's colour and shape, where it is, when it is hidden, which way it goes.
 
-It knows the world (a plain background, at most one full-height wall, one object of a named colour and shape) and nothing
-about the clip's seed, so it measures generated clips and true ones alike. On true clips it is a measure of itself: the
-read-out floor, kept by the tests, which every published figure should be read against.
+It knows the world (a plain background, at most one full-height wall, one object of a named colour and shape)
+and nothing about the clip's seed, so it measures generated clips and true ones alike. On true clips it is a
+measure of itself: the read-out floor, kept by the tests, which every published figure should be read against.
 
-What it does, in order: the median of each column over frames and rows is the still part, background and wall; what differs
-from it is the object; its colour is the median of the most different pixels, named by hue; each pixel's coverage is its projection
-on the line from background to that colour; the centroid is the coverage's first moment; the shape is the one whose rendering,
-scaled to the measured area and perhaps out of focus, correlates with the coverage best.
+What it does, in order: the median of each column over frames and rows is the still part, background and wall;
+what differs from it is the object; its colour is the median of the most different pixels, named by hue; each
+pixel's coverage is its projection on the line from background to that colour; the centroid is the coverage's
+first moment; the shape is the one whose rendering, scaled to the measured area and perhaps out of focus,
+correlates with the coverage best.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ _LEAST_AREA = 4.0
 class Reading:
     """What was read. Lengths in pixels, arrays of length T.
 
-    colour, shape: names, None when no object is seen · position [T,2] (x, y) of the visible part's centroid, where a
-    pixel's centre is a whole number, NaN where absent · visible [T], area relative to the whole object · present [T] bool ·
-    likeness: correlation with each shape, 1 is perfect · wall: (left, right) columns, or None.
+    colour, shape: names, None when no object is seen · position [T,2] (x, y) of the visible part's centroid,
+    where a pixel's centre is a whole number, NaN where absent · visible [T], area relative to the whole
+    object · present [T] bool · likeness: correlation with each shape, 1 is perfect · wall: (left, right)
+    columns, or None.
     """
 
     colour: str | None
@@ -56,7 +58,7 @@ class Reading:
         return bool(len(later) and seen[later[0] :].any())
 
     def heading(self, fps: float = 8) -> str | None:
-        """The way the object goes in its first half second in sight: right, left, up or down; None when it stays."""
+        """Where the object goes in its first half second in sight; None when it stays or is not seen."""
         frames = np.flatnonzero(self.present)
         if len(frames) < 2:
             return None
@@ -73,7 +75,7 @@ def read(video: np.ndarray) -> Reading:
     """Read a clip [T,H,W,3], uint8 or floating point in [0, 1]. Raises ValueError for anything else."""
     pixels = _pixels(video)
     still = np.median(pixels, axis=(0, 1))
-    background, wall = _background(still)
+    background, wall = _background(still, narrowest=min(pixels.shape[1:3]) / 8)
     difference = pixels - still
     distance = np.sqrt(np.einsum("thwc,thwc->thw", difference, difference))
     if wall is not None:
@@ -127,18 +129,17 @@ def _pixels(video: np.ndarray) -> np.ndarray:
     return video.astype(np.float32) * 255
 
 
-def _background(still: np.ndarray) -> tuple[np.ndarray, tuple[int, int] | None]:
+def _background(still: np.ndarray, narrowest: float) -> tuple[np.ndarray, tuple[int, int] | None]:
     """Background colour and wall span from the colours [W,3] of the still columns."""
     names = [(c, False) for c in BACKGROUNDS.values()] + [(c, True) for c in WALLS.values()]
     palette = np.array([c for c, _ in names], np.float32)
     nearest = np.argmin(((still[:, None] - palette) ** 2).sum(-1), axis=1)
     is_wall = np.array([w for _, w in names])[nearest]
-    # A clip that is wall from side to side has no background to speak of: take the whole as background.
-    if is_wall.all() or not is_wall.any():
-        return np.median(still, axis=0), None
     edges = np.flatnonzero(np.diff(np.concatenate(([0], is_wall.astype(np.int8), [0]))))
-    runs = edges.reshape(-1, 2)
-    left, right = max(runs.tolist(), key=lambda run: run[1] - run[0])
+    left, right = max(edges.reshape(-1, 2).tolist(), key=lambda run: run[1] - run[0], default=(0, 0))
+    # A clip that is wall from side to side has no background to speak of: take the whole as background.
+    if right - left < narrowest or right - left == len(still):
+        return np.median(still, axis=0), None
     # Edge columns are a blend of both; they belong to neither.
     inner = np.ones(len(still), dtype=bool)
     inner[max(0, left - 1) : right + 1] = False
@@ -159,9 +160,10 @@ def _name(rgb: np.ndarray) -> str:
 
 
 def _isolate(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Median (x, y) of each frame's solid pixels, NaN where there are too few; and the coverage within 2 pixels of them.
+    """Where each frame's object roughly is ([T,2], NaN where absent), and the coverage near it alone.
 
-    The rest is dropped, and so is what lies farther than any shape of the object's area reaches: noise and stray spots.
+    Rough is the median of the solid pixels. Near is within 2 pixels of a solid one that is no farther than a
+    shape of that area reaches; the rest, noise and stray spots, becomes 0.
     """
     solid = cover > 0.5
     coarse = np.full((len(cover), 2), np.nan)
@@ -201,7 +203,10 @@ def _moments(cover: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _likeness(cover: np.ndarray, position: np.ndarray, visible: np.ndarray, whole: float) -> dict[str, float]:
-    """Cosine of the coverage with each shape's rendering, sharp or out of focus, over up to 9 frames that show the whole."""
+    """Cosine of the coverage with each shape's rendering, sharp or out of focus.
+
+    Taken over up to 9 frames that show the whole object.
+    """
     frames = np.argsort(np.abs(visible - 1))[:9]
     frames = frames[np.abs(visible[frames] - 1) <= 0.1]
     seen = cover[frames]
@@ -211,8 +216,13 @@ def _likeness(cover: np.ndarray, position: np.ndarray, visible: np.ndarray, whol
     for shape in SHAPES:
         radius = math.sqrt(whole / float(area_left_of(shape, 1.0, np.array(math.inf))))
         ideals = (coverage(shape, radius, dx, dy, ramp) for ramp in (1.0, 2.5, 4.0))
-        likeness[shape] = max(float((seen * i).sum() / np.sqrt((seen**2).sum() * (i**2).sum())) for i in ideals)
+        likeness[shape] = max(_cosine(seen, ideal) for ideal in ideals)
     return likeness
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    norm = math.sqrt(float((a * a).sum()) * float((b * b).sum()))
+    return float((a * b).sum()) / norm if norm > 0 else 0.0
 
 
 def _nothing(frames: int, wall: tuple[int, int] | None) -> Reading:

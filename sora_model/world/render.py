@@ -1,4 +1,4 @@
-"""Rendering of scenes: anti-aliased by the area a shape covers of each pixel, taken from its signed distance."""
+"""Rendering: anti-aliased by the area a shape covers of each pixel, from its signed distance."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import math
 
 import numpy as np
 
-from .scenes import BACKGROUNDS, COLOURS, RING_INNER, RING_OUTER, SQUARE_HALF, TRIANGLE, WALLS, Scene, State, extent
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    RING_INNER,
+    RING_OUTER,
+    SQUARE_HALF,
+    TRIANGLE,
+    WALLS,
+    Scene,
+    State,
+    extent,
+)
 
 # Pixels of the object's surroundings painted at a time: bounds the memory of a long or large clip.
 _BLOCK = 1 << 20
 
 
 def coverage(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray, ramp: float = 1.0) -> np.ndarray:
-    """Covered fraction of pixels whose centres lie (dx, dy) from the shape's centroid; all in pixels, broadcast.
+    """Covered fraction of pixels whose centres lie (dx, dy) from the shape's centroid; all in pixels,
+    broadcast.
 
-    ``clip(1/2 - d/ramp, 0, 1)`` with d the signed distance to the outline: at ``ramp`` 1 the covered area to second order, and
-    exact for the axis-aligned square, a product of two interval overlaps. A wider ramp is an outline out of focus.
+    ``clip(1/2 - d/ramp, 0, 1)`` with d the signed distance to the outline: at ``ramp`` 1 the covered area to
+    second order, and exact for the axis-aligned square, a product of two interval overlaps. A wider ramp is
+    an outline out of focus.
     """
 
     def inside(depth: np.ndarray) -> np.ndarray:
@@ -36,7 +49,7 @@ def coverage(shape: str, radius: float, dx: np.ndarray, dy: np.ndarray, ramp: fl
     return inside(radius - d)
 
 
-def render(scene: Scene, state: State, size: tuple[int, int]) -> np.ndarray:
+def paint(scene: Scene, state: State, size: tuple[int, int]) -> np.ndarray:
     """Frames uint8 [T,H,W,3] of ``scene`` in ``state``, for ``size`` = (H, W)."""
     height, width = size
     unit = min(height, width)
@@ -65,7 +78,7 @@ def render(scene: Scene, state: State, size: tuple[int, int]) -> np.ndarray:
         dy = (rows + 0.5 - centre[:, 1:]).astype(np.float32)[:, :, None]
         # The wall is in front: where it covers a part of the pixel, only the rest can show the object.
         alpha = coverage(scene.shape, scene.radius * unit, dx, dy) * behind[columns][:, None, :]
-        paint = canvas[rows[:, :, None], columns[:, None, :]] + alpha[..., None] * colour
+        picture = canvas[rows[:, :, None], columns[:, None, :]] + alpha[..., None] * colour
         index = np.arange(first, first + len(centre))[:, None, None]
-        video[index, rows[:, :, None], columns[:, None, :]] = np.rint(paint).astype(np.uint8)
+        video[index, rows[:, :, None], columns[:, None, :]] = np.rint(picture).astype(np.uint8)
     return video

@@ -1,8 +1,9 @@
 """Scenes of the procedural world: what is in them, and where everything is at any time, in closed form.
 
-Lengths are in units of the frame's shorter side, the origin is the frame's top-left corner, x points right and y
-down, times are in seconds. A scene holds one object; it moves at constant speed and reflects elastically from
-the edges of the frame, so its state at time t needs no simulation: it is a triangle wave per axis.
+Lengths are in units of the frame's shorter side, the origin is the frame's top-left corner, x points right
+and y down, times are in seconds. A scene holds one object; it moves at constant speed and reflects
+elastically from the edges of the frame, so its state at time t needs no simulation: it is a triangle wave per
+axis.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "ring")
 SCENES: tuple[str, ...] = ("bounce", "occluder")
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (10, 10, 14), "navy": (16, 24, 58), "grey": (66, 68, 72)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (10, 10, 14),
+    "navy": (16, 24, 58),
+    "grey": (66, 68, 72),
+}
 WALLS: dict[str, tuple[int, int, int]] = {"grey": (132, 134, 140), "brown": (104, 70, 44)}
 DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 
-# One pair per shape, every colour at most once: both halves of each pair are seen in training, never together.
+# One pair per shape, every colour at most once: training shows both halves of each pair, never together.
 HELD_OUT: tuple[tuple[str, str], ...] = (
     ("green", "circle"),
     ("orange", "square"),
@@ -43,8 +48,9 @@ SQUARE_HALF = math.sqrt(math.pi) / 2
 TRIANGLE = 1.35
 RING_OUTER, RING_INNER = 1.12, 0.56
 
-# Walls begin and end on this grid, so that at the usual sizes no pixel is half wall: there an object that touches the wall
-# shares its pixels with it and the covered areas, multiplied, are only approximately the visible one.
+# Walls begin and end on this grid, so that at the usual sizes no pixel is half wall: there an object that
+# touches the wall shares its pixels with it and the covered areas, multiplied, are only approximately the
+# visible one.
 WALL_GRID = 64
 
 
@@ -99,11 +105,11 @@ class Wall:
 
 @dataclass(frozen=True)
 class State:
-    """The truth about the object in each frame. Units as in the module docstring; arrays are fp64 of length T.
+    """The truth about the object in each frame, in the module's units; arrays have length T.
 
-    position [T,2] (x, y of the centroid) · velocity [T,2] (units per second, after any reflection up to that time) ·
-    visible [T], the fraction of the object's area that the wall does not cover, exact · hidden [T] bool, visible == 0 ·
-    bounces [T], number of reflections up to that time.
+    position [T,2] (x, y of the centroid) · velocity [T,2] (units per second, after any reflection up to that
+    time) · visible [T], the fraction of the object's area that the wall does not cover, exact · hidden [T]
+    bool, visible == 0 · bounces [T], number of reflections up to that time.
     """
 
     times: np.ndarray
@@ -129,7 +135,7 @@ class State:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object before a plain background, perhaps with a wall before it. ``box`` is the frame (width, height)."""
+    """One object before a plain background, perhaps behind a wall. ``box`` is the frame (width, height)."""
 
     kind: str
     colour: str
@@ -175,7 +181,7 @@ def pairs(split: str) -> list[tuple[str, str]]:
 
 
 class Dice:
-    """Draws from one seed. Only ``Generator.random`` is used: NumPy keeps its stream fixed between versions."""
+    """Draws from one seed, by ``Generator.random`` alone: its stream is the same in every NumPy."""
 
     def __init__(self, seed: int) -> None:
         self._rng = np.random.Generator(np.random.PCG64(seed))
@@ -193,9 +199,7 @@ class Dice:
 
 def draw(dice: Dice, kind: str, box: tuple[float, float], split: str, fixed: Mapping[str, str]) -> Scene:
     """Draw a scene of ``kind``; ``fixed`` may give colour, shape, direction and background."""
-    allowed = [
-        (c, s) for c, s in pairs(split) if fixed.get("colour", c) == c and fixed.get("shape", s) == s
-    ]
+    allowed = [(c, s) for c, s in pairs(split) if fixed.get("colour", c) == c and fixed.get("shape", s) == s]
     if not allowed:
         raise ValueError(
             f"prompt_spec asks for {dict(fixed)}, which is not in split {split!r}; use split='all' or one of "

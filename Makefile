@@ -1,0 +1,95 @@
+# make demo [PROMPT="..."]   a sentence in, a clip in out/ and a table of the operations out
+# make test                  ruff and the tests
+# make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan13b"
+# make lint                  ruff only
+# make build                 the compiled libraries: C++, and CUDA where nvcc is found
+# make gpu [OUT=dir] [MINUTES=8]   on a bare GPU machine: build, GPU tests, benchmarks; no network, no .venv
+#
+# The first use creates .venv; TORCH="torch==2.12.0" chooses another torch, PYTHON another interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= $(or $(file <.venv/.torch),torch==2.13.0)
+OUT ?= out/gpu
+MINUTES ?= 8
+ARGS ?= --op all
+PROMPT ?= a red ball bounces on the floor
+# The demo reads it from the environment, as it was typed: quotes, blanks and $ mean nothing here.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+NVCC := $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>/dev/null)
+comma := ,
+TARGETS := cpu$(if $(NVCC),$(comma)cuda)
+SOURCES := setup.py $(shell find csrc -type f)
+
+say = printf '==> %s\n' $(1)
+failed = { printf '\n%s\n    %s\n' $(1) $(2) >&2; exit 1; }
+
+.PHONY: help demo test lint bench build gpu check-machine FORCE
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: build
+	@$(PY) -m sora_model.demo
+
+test: build
+	@$(call say,'ruff'); .venv/bin/ruff check . || $(call failed,'ruff found the problems above.','.venv/bin/ruff check --fix . repairs most of them.')
+	@$(call say,'pytest'); OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 -m 'not gpu and not slow' \
+	  || $(call failed,'Tests failed; see above.','$(PY) -m pytest tests/test_NAME.py -x runs one file alone.')
+
+lint: .venv/.installed
+	@.venv/bin/ruff check .
+
+bench: build
+	@$(PY) -m benchmarks.run $(ARGS)
+
+gpu:
+	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes "$(MINUTES)"
+
+build: .venv/.built
+
+.venv/.built: .venv/.installed $(SOURCES)
+	@$(call say,'building csrc/ for $(TARGETS)')
+	@SORA_KERNELS_BUILD=$(TARGETS) $(PY) setup.py -q build_ext --inplace \
+	  || $(call failed,'Building csrc/ failed; the first error is above.','Correct it and run make build again.')
+	@touch $@
+
+.venv/.installed: .venv/.torch pyproject.toml
+	@$(call say,'installing the package and its extras')
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
+	@SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/constraints.txt -e '.[triton,model,diffusers,bench,dev]' \
+	  || $(call failed,'Installing the dependencies failed; see above.','Check the network and run make again.')
+	@touch $@
+
+# Installed again when TORCH= names another torch than last time.
+.venv/.torch: .venv/.created $(if $(filter-out $(file <.venv/.torch),$(TORCH)),FORCE)
+	@$(call say,'installing $(TORCH)')
+	@$(PIP) install $(TORCH) 'setuptools>=77' wheel \
+	  || $(call failed,'Installing $(TORCH) failed; see above.','Check the network or choose another with TORCH=.')
+	@printf '%s' '$(TORCH)' > $@
+
+.venv/.created: | check-machine
+	@$(call say,'creating .venv with $(PYTHON)')
+	@$(PYTHON) -m venv .venv \
+	  || $(call failed,'$(PYTHON) cannot create a virtual environment.','Debian: apt install python3-venv.')
+	@touch $@
+
+FORCE:
+
+check-machine:
+	@command -v $(PYTHON) >/dev/null \
+	  || $(call failed,'$(PYTHON) not found.','Install Python 3.10 or newer or name yours with PYTHON=.')
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || $(call failed,"$$($(PYTHON) --version 2>&1) is too old.",'Install Python 3.10 or newer or name yours with PYTHON=.')
+	@$(PYTHON) -c 'import venv, ensurepip' \
+	  || $(call failed,'$(PYTHON) cannot create virtual environments.','Debian: apt install python3-venv.')
+	@command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || command -v clang++ >/dev/null \
+	  || $(call failed,'No C++ compiler found.','Debian: apt install g++; or name yours with CXX=.')

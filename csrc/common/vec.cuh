@@ -1,0 +1,65 @@
+// 16-byte vectors of T, widened to fp32 after the load and rounded once at the store.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace sora {
+
+template <class T>
+struct alignas(16) Vec {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) { return value; }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
+
+// Read once and not kept in L1: tokens pass by, the modulation rows beside them are what L1 should hold.
+template <class T>
+__device__ __forceinline__ Vec<T> load_streaming(const T* from) {
+  uint4 raw;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(from));
+  return *reinterpret_cast<const Vec<T>*>(&raw);
+}
+
+template <class T>
+__device__ __forceinline__ void store_vec(T* to, const Vec<T>& vec) {
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&vec);
+}
+
+template <class T, int N>
+__device__ __forceinline__ void load_as_float(const T* from, float (&to)[N]) {
+  static_assert(N % Vec<T>::kSize == 0 || Vec<T>::kSize % N == 0);
+  if constexpr (N >= Vec<T>::kSize) {
+#pragma unroll
+    for (int i = 0; i < N; i += Vec<T>::kSize) {
+      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from + i));
+      const Vec<T>& vec = *reinterpret_cast<const Vec<T>*>(&raw);
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) to[i + j] = to_float(vec.values[j]);
+    }
+  } else {  // four 16-bit values beside a vector of four fp32 ones
+    const uint2 raw = __ldg(reinterpret_cast<const uint2*>(from));
+    const T* values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int j = 0; j < N; ++j) to[j] = to_float(values[j]);
+  }
+}
+
+}  // namespace sora

@@ -1,0 +1,256 @@
+// norm_modulate, forward:  out = n * (1 + scale + scale_table) + shift + shift_table,  n = xhat * weight + bias.
+//
+// A row of x is read once, with 16-byte loads, and stays in the registers of one, four or sixteen warps; mean and
+// variance are two passes over those registers. Rows too long for that, or not 16-byte aligned, take the looping kernel.
+
+#include "common/check.h"
+#include "common/reduce.cuh"
+#include "common/stream.cuh"
+#include "common/vec.cuh"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+namespace sora {
+namespace {
+
+// kWarps warps share a row of at most kMaxWidth elements, kElements per thread.
+template <class T_, int kWarps_, int kElements_>
+struct NormModulateTraits {
+  using T = T_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kElements = kElements_;
+  static constexpr int kVec = Vec<T>::kSize;
+  static constexpr int kVecs = kElements / kVec;
+  static constexpr int kRowThreads = kWarps * kWarp;
+  static constexpr int kRowsPerBlock = kWarps == 1 ? 4 : 1;
+  static constexpr int kThreads = kRowThreads * kRowsPerBlock;
+  static constexpr int kMaxWidth = kRowThreads * kElements;
+  // The row in fp32 and 48 more. Left to itself, ptxas spills a word to reach the next step of occupancy.
+  static constexpr int kRegisters = kElements + 48;
+  static constexpr int kMinBlocks = 65536 / (kRegisters * kThreads);
+
+  static_assert(kElements % kVec == 0, "a thread holds whole vectors");
+  static_assert(kElements <= 48, "more would spill");
+  static_assert(kThreads >= 128 && kThreads <= 1024);
+  static_assert(kMinBlocks >= 1, "a block must fit the register file");
+  static_assert(kWarps == 1 || kRowsPerBlock == 1, "row_sum synchronises the block");
+};
+
+struct NormModulateParams {
+  Shape shape;
+  Tokens x, out;
+  Rows shift, scale;
+  Vector weight, bias, shift_table, scale_table;
+  bool rms;
+  float eps;
+};
+
+// The dtype is the same for all threads: one predictable branch instead of a kernel for each combination.
+template <int N>
+__device__ __forceinline__ void load_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {
+  if (dtype == ScalarType::Float) {
+    load_as_float(static_cast<const float*>(data) + offset, to);
+  } else if (dtype == ScalarType::BFloat16) {
+    load_as_float(static_cast<const __nv_bfloat16*>(data) + offset, to);
+  } else {
+    load_as_float(static_cast<const __half*>(data) + offset, to);
+  }
+}
+
+__device__ __forceinline__ float load_any(const void* data, ScalarType dtype, int64_t offset) {
+  if (dtype == ScalarType::Float) return static_cast<const float*>(data)[offset];
+  if (dtype == ScalarType::BFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[offset]);
+  return to_float(static_cast<const __half*>(data)[offset]);
+}
+
+// to += the N values at `offset`; nothing where there are none.
+template <int N>
+__device__ __forceinline__ void add_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {
+  if (!data) return;
+  float values[N];
+  load_any(data, dtype, offset, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] += values[i];
+}
+
+// xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).
+template <int N>
+__device__ __forceinline__ void modulate(const NormModulateParams& p, int64_t b, int64_t f, int d, float (&values)[N]) {
+  float factor[N];
+  if (p.weight) {
+    load_any(p.weight.data, p.weight.dtype, d, factor);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] *= factor[i];
+  }
+  add_any(p.bias.data, p.bias.dtype, d, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i) factor[i] = 1.0f;
+  add_any(p.scale.data, p.scale.dtype, b * p.scale.stride_b + f * p.scale.stride_f + d, factor);
+  add_any(p.scale_table.data, p.scale_table.dtype, d, factor);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] *= factor[i];
+  add_any(p.shift.data, p.shift.dtype, b * p.shift.stride_b + f * p.shift.stride_f + d, values);
+  add_any(p.shift_table.data, p.shift_table.dtype, d, values);
+}
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_modulate_kernel(
+    const __grid_constant__ NormModulateParams p) {
+  using T = typename Traits::T;
+  constexpr int kVec = Traits::kVec, kVecs = Traits::kVecs;
+  __shared__ float shared[Traits::kWarps];
+
+  const int D = static_cast<int>(p.shape.D), thread = threadIdx.x % Traits::kRowThreads;
+  const int64_t row = int64_t{blockIdx.x} * Traits::kRowsPerBlock + threadIdx.x / Traits::kRowThreads;
+  if (row >= p.shape.rows()) return;  // whole warps only; a row of several warps has its block to itself
+  const int64_t b = row / p.shape.S, s = row % p.shape.S;
+  const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride_b + s * p.x.stride_s;
+  T* out = static_cast<T*>(p.out.data) + b * p.out.stride_b + s * p.out.stride_s;
+
+  // Vector v of a thread is columns (v * kRowThreads + thread) * kVec onwards: neighbours read neighbouring 16 bytes.
+  const auto column = [&](int v) { return (v * Traits::kRowThreads + thread) * kVec; };
+  float values[kVecs][kVec];
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    Vec<T> vec{};
+    if (column(v) < D) vec = load_streaming(x + column(v));
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[v][i] = to_float(vec.values[i]);
+  }
+
+  float sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum += values[v][i];
+  }
+  const float mean = p.rms ? 0.0f : row_sum<Traits::kWarps>(sum, shared) / D;
+
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    if (column(v) >= D) continue;  // beyond the row the zeros are not deviations
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) squares += (values[v][i] - mean) * (values[v][i] - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_sum<Traits::kWarps>(squares, shared) / D + p.eps);
+
+  const int64_t f = s / p.shape.rows_per_modulation();
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    if (column(v) >= D) continue;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[v][i] = (values[v][i] - mean) * rstd;
+    modulate(p, b, f, column(v), values[v]);
+    Vec<T> vec;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) vec.values[i] = from_float<T>(values[v][i]);
+    store_vec(out + column(v), vec);
+  }
+}
+
+constexpr int kLoopWarps = 8;
+
+// Any width and any alignment: three passes over the row, the second and third of which L2 serves.
+template <class T>
+__global__ __launch_bounds__(kLoopWarps* kWarp) void norm_modulate_loop_kernel(
+    const __grid_constant__ NormModulateParams p) {
+  __shared__ float shared[kLoopWarps];
+  const int64_t D = p.shape.D, b = blockIdx.x / p.shape.S, s = blockIdx.x % p.shape.S;
+  const int64_t f = s / p.shape.rows_per_modulation();
+  const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride_b + s * p.x.stride_s;
+  T* out = static_cast<T*>(p.out.data) + b * p.out.stride_b + s * p.out.stride_s;
+
+  float sum = 0.0f, squares = 0.0f;
+  for (int64_t d = threadIdx.x; d < D; d += blockDim.x) sum += to_float(x[d]);
+  const float mean = p.rms ? 0.0f : row_sum<kLoopWarps>(sum, shared) / D;
+  for (int64_t d = threadIdx.x; d < D; d += blockDim.x) squares += (to_float(x[d]) - mean) * (to_float(x[d]) - mean);
+  const float rstd = 1.0f / sqrtf(row_sum<kLoopWarps>(squares, shared) / D + p.eps);
+
+  const auto load_row = [&](const Rows& row, int64_t d) {
+    return row ? load_any(row.data, row.dtype, b * row.stride_b + f * row.stride_f + d) : 0.0f;
+  };
+  const auto load_vector = [&](const Vector& vector, int64_t d, float missing) {
+    return vector ? load_any(vector.data, vector.dtype, d) : missing;
+  };
+  for (int64_t d = threadIdx.x; d < D; d += blockDim.x) {
+    const float n = (to_float(x[d]) - mean) * rstd * load_vector(p.weight, d, 1.0f) + load_vector(p.bias, d, 0.0f);
+    const float scale = 1.0f + load_row(p.scale, d) + load_vector(p.scale_table, d, 0.0f);
+    const float shift = load_row(p.shift, d) + load_vector(p.shift_table, d, 0.0f);
+    out[d] = from_float<T>(n * scale + shift);
+  }
+}
+
+// Every row of every tensor starts on a 16-byte boundary (8 for 16-bit modulation beside fp32 tokens).
+bool rows_are_aligned(const NormModulateParams& p, int element_size) {
+  const int vec = 16 / element_size;
+  const auto aligned = [&](const void* data, int size, int64_t stride_b, int64_t stride_s) {
+    const int64_t bytes = std::min(16, vec * size);
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride_b * size % bytes == 0 && stride_s * size % bytes == 0;
+  };
+  const auto tokens = [&](const Tokens& t) { return aligned(t.data, element_size, t.stride_b, t.stride_s); };
+  const auto size = [](ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; };
+  const auto row = [&](const Rows& r) { return aligned(r.data, size(r.dtype), r.stride_b, r.stride_f); };
+  const auto vector = [&](const Vector& v) { return aligned(v.data, size(v.dtype), 0, 0); };
+  return p.shape.D % vec == 0 && tokens(p.x) && tokens(p.out) && row(p.shift) && row(p.scale) && vector(p.weight) &&
+         vector(p.bias) && vector(p.shift_table) && vector(p.scale_table);
+}
+
+template <class Traits>
+bool launch_if_it_fits(const NormModulateParams& p, cudaStream_t stream) {
+  if (p.shape.D > Traits::kMaxWidth) return false;
+  const int64_t blocks = (p.shape.rows() + Traits::kRowsPerBlock - 1) / Traits::kRowsPerBlock;
+  norm_modulate_kernel<Traits><<<static_cast<unsigned>(blocks), Traits::kThreads, 0, stream>>>(p);
+  return true;
+}
+
+// The narrowest that holds the row: few idle lanes, and one warp per row (no barrier) up to 1536 columns.
+template <class T>
+void launch(const NormModulateParams& p, cudaStream_t stream) {
+  const bool launched =
+      rows_are_aligned(p, sizeof(T)) && (launch_if_it_fits<NormModulateTraits<T, 1, 16>>(p, stream) ||
+                                         launch_if_it_fits<NormModulateTraits<T, 1, 32>>(p, stream) ||
+                                         launch_if_it_fits<NormModulateTraits<T, 1, 48>>(p, stream) ||
+                                         launch_if_it_fits<NormModulateTraits<T, 4, 24>>(p, stream) ||
+                                         launch_if_it_fits<NormModulateTraits<T, 4, 48>>(p, stream) ||
+                                         launch_if_it_fits<NormModulateTraits<T, 16, 32>>(p, stream));
+  if (!launched) {
+    norm_modulate_loop_kernel<T><<<static_cast<unsigned>(p.shape.rows()), kLoopWarps * kWarp, 0, stream>>>(p);
+  }
+  SORA_CUDA_CHECK(cudaGetLastError());
+}
+
+void norm_modulate_fwd(const Tensor& x, const OptionalTensor& shift, const OptionalTensor& scale,
+                       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& shift_table,
+                       const OptionalTensor& scale_table, bool rms, double eps, const Tensor& out) {
+  NormModulateParams p{.shape = shape_of("x", x)};
+  p.x = tokens("x", x, x);
+  p.out = tokens("out", out, x);
+  p.shift = rows("shift", shift, x, p.shape);
+  p.scale = rows("scale", scale, x, p.shape);
+  p.weight = vector("weight", weight, x);
+  p.bias = vector("bias", bias, x);
+  p.shift_table = vector("shift_table", shift_table, x);
+  p.scale_table = vector("scale_table", scale_table, x);
+  p.rms = rms;
+  p.eps = static_cast<float>(eps);
+  SORA_CHECK(p.shape.rows() <= INT32_MAX, "x: expected at most 2^31 - 1 rows, got ", describe(x));
+  if (p.shape.rows() == 0 || p.shape.D == 0) return;
+
+  const DeviceGuard guard(x.get_device_index());
+  const cudaStream_t stream = current_stream(x.get_device_index());
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return launch<__nv_bfloat16>(p, stream);
+    case ScalarType::Half: return launch<__half>(p, stream);
+    default: return launch<float>(p, stream);
+  }
+}
+
+}  // namespace
+}  // namespace sora
+
+STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CUDA, m) {
+  m.impl("_norm_modulate_fwd_cuda", TORCH_BOX(&sora::norm_modulate_fwd));
+}

@@ -1,0 +1,91 @@
+"""How good is a checkpoint? Clips of fixed prompts that training never saw, read back by the world's read-out.
+
+`evaluate` gives the share of clips that show the colour, the shape, the way and the reappearance their prompt
+names. Beside it stand the two ceilings: the read-out's score on true clips of the world, and on true clips after
+the VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import world
+from .pipeline import Sora
+from .train import to_video
+
+QUESTIONS = ("colour", "shape", "moves", "reappears")
+
+
+def evaluate(
+    sora: Sora,
+    *,
+    prompts: Sequence[tuple[str, dict]] | None = None,
+    seed: int = 0,
+    true_clips: int = 40,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Scores `sora` on `prompts` (those of `world.eval_prompts()` by default), one clip each, made with `seed` and
+    `options`.
+
+    Returns a JSON-ready dict: `score` (share of right answers to each of `QUESTIONS`, among the prompts that ask
+    it), `held_out` (the same over prompts whose colour and shape never occurred together in training), `floor` and
+    `vae` (the same read-out on true clips, and after encode and decode, with the mean `psnr` in dB), and every
+    prompt's own answers.
+    """
+    prompts = world.eval_prompts() if prompts is None else list(prompts)
+    rows = []
+    for done, (prompt, expected) in enumerate(prompts, 1):
+        clip = sora.generate(prompt, seed=seed, **options)
+        rows.append(
+            {"prompt": prompt, "expected": expected, **world.readout.score(clip.frames, expected, fps=clip.fps)}
+        )
+        if progress is not None:
+            progress(done, len(prompts))
+    true, coded = _true_clips(sora, true_clips)
+    return {
+        "prompts": len(rows),
+        "seed": seed,
+        "steps": options.get("steps") or sora.defaults.steps,
+        "guidance": sora.defaults.guidance if options.get("guidance") is None else options["guidance"],
+        "score": _shares(rows),
+        "held_out": _shares([row for row in rows if row["expected"].get("held_out")]),
+        "floor": true,
+        "vae": coded,
+        "clips": rows,
+    }
+
+
+@torch.no_grad()
+def _true_clips(sora: Sora, count: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    true, coded, psnr = [], [], []
+    defaults = sora.defaults
+    for seed in range(10**13, 10**13 + count):
+        sample = world.sample(seed, frames=defaults.frames, size=defaults.size, fps=defaults.fps, split="all")
+        expected = {
+            "colour": sample.scene.colour,
+            "shape": sample.scene.shape,
+            "direction": sample.scene.direction if np.ptp(sample.state.position[:5], axis=0).max() > 0.05 else None,
+            "reappears": sample.state.reappears if sample.scene.wall is not None else None,
+        }
+        video = to_video(sample.video[None]).to(sora.device)
+        back = sora.vae.decode(sora.vae.encode(video)[0])
+        psnr.append(-10 * math.log10(float((back - video).square().mean()) / 4))
+        pixels = back[0].movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()
+        true.append(world.readout.score(sample.video, expected, fps=defaults.fps))
+        coded.append(world.readout.score(pixels, expected, fps=defaults.fps))
+    return _shares(true), _shares(coded) | {"psnr": round(float(np.mean(psnr)), 2)}
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The share of right answers to each question, among the rows that ask it; None where none does."""
+    shares = {}
+    for question in QUESTIONS:
+        answers = [row[question] for row in rows if row[question] is not None]
+        shares[question] = round(sum(answers) / len(answers), 4) if answers else None
+    return shares

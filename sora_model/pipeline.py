@@ -1,0 +1,405 @@
+"""From a sentence to a clip: text encoder, transformer, flow sampler and streaming VAE decoder behind one class.
+
+sora = Sora.from_pretrained()                    # the shipped toy checkpoint
+clip = sora.generate("a red circle bounces", seconds=2, seed=1)
+clip.save("out/clip.mp4")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import flow, media
+from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
+from .dit import DiTConfig, SoraDiT
+from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
+from .vae import CausalVAE, VAEConfig
+
+TOY = Path(__file__).parent / "checkpoints" / "toy"
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total), called as a clip is made."""
+
+_MAX_SIDE, _MAX_STEPS = 8192, 10_000
+_PARTS = {
+    "transformer": (SoraDiT, DiTConfig),
+    "vae": (CausalVAE, VAEConfig),
+    "text_encoder": (WordTextEncoder, WordTextConfig),
+}
+
+
+class TooLargeError(ValueError):
+    """A request that would need more memory than there is; the message says what would fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint was trained for, and how it is best sampled. `size` is (height, width)."""
+
+    frames: int
+    size: tuple[int, int]
+    fps: float
+    steps: int
+    guidance: float
+    shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A finished clip: `frames` uint8 `[T, H, W, 3]` sRGB, and what it was made from."""
+
+    frames: np.ndarray
+    fps: float
+    prompt: str
+    seed: int
+    steps: int
+    guidance: float
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes an H.264 MP4, whole or not at all, and returns its path. Raises `media.MediaError` if it cannot."""
+        return media.write_video(path, self.frames, self.fps)
+
+
+class Sora:
+    """A text-to-video model ready to use. Build it by `from_pretrained`."""
+
+    def __init__(
+        self, dit: SoraDiT, vae: CausalVAE, text: WordTextEncoder | UMT5TextEncoder, defaults: Defaults
+    ) -> None:
+        self.dit, self.vae, self.text, self.defaults = dit, vae, text, defaults
+        if dit.config.in_channels != vae.config.z_dim or dit.config.out_channels != vae.config.z_dim:
+            raise CheckpointError(
+                f"the transformer works on {dit.config.in_channels} -> {dit.config.out_channels} latent channels, the VAE "
+                f"has {vae.config.z_dim}: they are parts of different checkpoints"
+            )
+        if dit.config.text_dim != text.dim:
+            raise CheckpointError(
+                f"the transformer takes text of width {dit.config.text_dim}, the text encoder gives {text.dim}: "
+                "they are parts of different checkpoints"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] = "toy",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Sora:
+        """Loads a checkpoint folder: one written by `save_pretrained`, "toy" for the shipped one, or Wan 2.1's in
+        the diffusers layout.
+
+        A Wan folder (Wan2.1-T2V-1.3B-Diffusers, say) has transformer/, vae/, text_encoder/, tokenizer/, scheduler/
+        and model_index.json. `device` defaults to a GPU where there is one; `dtype`, of the transformer, to bf16
+        there and fp32 on a CPU. Only local safetensors are read. Raises `CheckpointError` for what is missing,
+        damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory.
+        """
+        folder = TOY if os.fspath(source) == "toy" else Path(source)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if not folder.exists():
+            raise CheckpointError(
+                f"there is no checkpoint at {folder}; give the folder that holds model_index.json, or 'toy'"
+            )
+        if folder.is_file():
+            read_tensors(folder)
+            raise CheckpointError(
+                f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json"
+            )
+        index = read_json(folder / "model_index.json")
+        kind = index.get("_class_name")
+        weights, free = (
+            sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
+            _available(torch.device("cpu")),
+        )
+        if weights > free:
+            raise TooLargeError(
+                f"the weights in {folder} take {_gib(weights)}, and {_gib(free)} of memory are free; use a smaller model"
+            )
+        if kind == "Sora":
+            parts = {name: _read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
+            defaults = build(Defaults, index, str(folder / "model_index.json"))
+            sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
+        elif kind == "WanPipeline":
+            sora = _read_wan(
+                cls, folder, index, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+            )
+        else:
+            raise CheckpointError(
+                f"{folder / 'model_index.json'} describes a {kind!r}; supported are 'Sora' and 'WanPipeline'"
+            )
+        sora.dit.to(device).eval().requires_grad_(False)
+        sora.vae.to(device, torch.float32).eval().requires_grad_(False)
+        sora.text.to(device)
+        return sora
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
+        """Writes the checkpoint, weights in `dtype`, each file atomically. Only with a `WordTextEncoder`."""
+        if not isinstance(self.text, WordTextEncoder):
+            raise TypeError("only a checkpoint with a WordTextEncoder can be saved; keep the Wan folder it came from")
+        for name, module in (("transformer", self.dit), ("vae", self.vae), ("text_encoder", self.text)):
+            config = dataclasses.asdict(module.config)
+            write_tensors(
+                Path(folder) / name / "model.safetensors", {k: v.to(dtype) for k, v in module.state_dict().items()}
+            )
+            write_json(Path(folder) / name / "config.json", config)
+        write_json(Path(folder) / "model_index.json", {"_class_name": "Sora"} | dataclasses.asdict(self.defaults))
+
+    @property
+    def device(self) -> torch.device:
+        return self.dit.head_table.device
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        seconds: float | None = None,
+        size: tuple[int, int] | None = None,
+        fps: float | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        impl: str = "auto",
+        progress: Progress | None = None,
+    ) -> Clip:
+        """Makes a clip of what `prompt` says.
+
+        seconds    length; the clip has round(seconds * fps) frames
+        size       (height, width), multiples of the VAE's factor times the patch (16 for the toy and for Wan)
+        fps        frames per second of the file; the motion is that of the rate the model was trained at
+        steps      of the Euler sampler; more is slower and finer
+        guidance   how strongly to follow the prompt; 1 is not at all beyond the training data
+        impl       of every kernel: "auto", "reference", "cpu", "triton" or "cuda"
+
+        What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
+        another `impl` gives it up to rounding. Raises ValueError or TypeError that names the argument,
+        `TooLargeError` before anything is allocated.
+        """
+        plan = self._plan(prompt, seconds, size, fps, seed, steps, guidance, impl)
+        frames = np.concatenate(list(self._frames(plan, impl, progress)))
+        return Clip(frames, plan.fps, prompt, seed, plan.steps, plan.guidance)
+
+    def generate_to(self, path: str | os.PathLike[str], prompt: str, **options: Any) -> Path:
+        """`generate(prompt, **options)` straight into an MP4: written as it is decoded, whole or not at all.
+
+        Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
+        """
+        impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
+        known = ("seconds", "size", "fps", "seed", "steps", "guidance")
+        if unknown := sorted(options.keys() - set(known)):
+            raise TypeError(
+                f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
+            )
+        plan = self._plan(prompt, *(({"seed": 0} | options).get(name) for name in known), impl)
+        frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
+        return media.write_video(path, frames, plan.fps)
+
+    @torch.no_grad()
+    def _frames(self, plan: _Plan, impl: str, progress: Progress | None) -> Iterator[np.ndarray]:
+        """The clip's frames, a chunk at a time as the VAE decodes it: uint8 `[t, H, W, 3]`."""
+        dtype = self.dit.patch_embedding.weight.dtype
+        text, lens = self.text.encode([plan.prompt, ""])
+        text, lens = text.to(self.device, dtype), lens.to(self.device) if self.text.masks_padding else None
+        prompt, null = ((text[i : i + 1], None if lens is None else lens[i : i + 1]) for i in range(2))
+
+        def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
+            return self.dit(x.to(dtype), flow.TIME_SCALE * t.float(), text, lens, impl=impl).float()
+
+        noise = flow.draw_noise(
+            (1, *plan.latents), generator=torch.Generator().manual_seed(plan.seed), device=self.device
+        )
+        latents = flow.sample(
+            flow.guided(model, prompt, null, plan.guidance),
+            noise,
+            steps=plan.steps,
+            shift=self.defaults.shift,
+            progress=None if progress is None else lambda done, total: progress("denoise", done, total),
+        )
+        self.vae.impl = impl
+        done = 0
+        for video in self.vae.decode_stream(self.vae.denormalize(latents)):
+            pixels = (
+                video[0].movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()[: plan.frames - done]
+            )
+            done += len(pixels)
+            if progress is not None:
+                progress("decode", done, plan.frames)
+            if len(pixels):
+                yield pixels
+
+    def _plan(
+        self, prompt: Any, seconds: Any, size: Any, fps: Any, seed: Any, steps: Any, guidance: Any, impl: str
+    ) -> _Plan:
+        defaults, vae = self.defaults, self.vae.config
+        check_prompt(prompt)
+        fps = _number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
+        seconds = _number("seconds", defaults.frames / fps if seconds is None else seconds, 0, 86_400)
+        if not (frames := round(seconds * fps)):
+            raise ValueError(
+                f"seconds={seconds} at {fps} frames per second is less than one frame; ask for at least {1 / fps:.3g}"
+            )
+        steps = _whole("steps", defaults.steps if steps is None else steps, 1, _MAX_STEPS)
+        seed = _whole("seed", seed, 0, 2**63 - 1)
+        guidance = _number("guidance", defaults.guidance if guidance is None else guidance, -100, 100)
+        height, width = self._check_size(defaults.size if size is None else size)
+        if isinstance(self.text, WordTextEncoder):
+            self.text.tokenize([prompt])
+        unknown = self.text.unknown(prompt)
+        if unknown:
+            warnings.warn(f"this checkpoint does not know: {', '.join(unknown)}", stacklevel=3)
+        coded = vae.temporal_factor * self.dit.config.patch[0]
+        padded = math.ceil((frames - 1) / coded) * coded + 1
+        needed, free = self._memory(padded, height, width, impl), _available(self.device)
+        if needed > free:
+            raise TooLargeError(
+                f"{width}x{height} with {frames} frames needs about {_gib(needed)} and {_gib(free)} are free; "
+                + self._would_fit(padded, height, width, impl, free)
+            )
+        return _Plan(prompt, frames, fps, seed, steps, guidance, vae.latent_shape(padded, height, width))
+
+    def _check_size(self, size: Any) -> tuple[int, int]:
+        try:
+            height, width = size
+        except (TypeError, ValueError):
+            raise ValueError(f"size must be (height, width), got {size!r}") from None
+        for name, side, patch in (
+            ("height", height, self.dit.config.patch[1]),
+            ("width", width, self.dit.config.patch[2]),
+        ):
+            unit = self.vae.config.spatial_factor * patch
+            if isinstance(side, bool) or not isinstance(side, int) or not unit <= side <= _MAX_SIDE:
+                raise ValueError(f"size: the {name} must be a whole number from {unit} to {_MAX_SIDE}, got {side!r}")
+            if side % unit:
+                below = side // unit * unit
+                raise ValueError(
+                    f"size: the {name} must be a multiple of {unit}, got {side}; {below} or {below + unit} would fit"
+                )
+        return height, width
+
+    def _memory(self, frames: int, height: int, width: int, impl: str) -> int:
+        """About the bytes that a clip needs beyond the weights, at the larger of its two stages."""
+        dit, vae = self.dit.config, self.vae.config
+        cells = math.prod(vae.latent_shape(frames, height, width)[1:])
+        tokens = 2 * cells // math.prod(dit.patch)
+        wide = self.dit.patch_embedding.weight.element_size()
+        denoise = tokens * (10 * dit.dim + 2 * dit.ffn_dim) * wide + 8 * cells * vae.z_dim * 4
+        if impl == "reference":
+            denoise += 3 * dit.heads * tokens * tokens * 2
+        chunk = vae.temporal_factor * height * width
+        decode = chunk * vae.decoder_dim * 4 * 16 + 2 * 12 * vae.decoder_dim * height * width * 4
+        return max(denoise, decode) + 2 * frames * height * width * 3
+
+    def _would_fit(self, frames: int, height: int, width: int, impl: str, free: int) -> str:
+        factor = self.vae.config.temporal_factor
+        shorter = next(
+            (n for n in _halving(frames - 1, factor) if self._memory(n + 1, height, width, impl) <= free), None
+        )
+        units = [self.vae.config.spatial_factor * patch for patch in self.dit.config.patch[1:]]
+        smaller = next(
+            (
+                (h, w)
+                for h, w in ((_down(height >> k, units[0]), _down(width >> k, units[1])) for k in range(1, 14))
+                if self._memory(frames, h, w, impl) <= free
+            ),
+            None,
+        )
+        offers = []
+        if smaller:
+            offers.append(f"{smaller[1]}x{smaller[0]} with as many frames")
+        if shorter is not None:
+            offers.append(f"{shorter + 1} frames at this size")
+        return f"{' or '.join(offers)} would fit" if offers else "ask for a smaller and shorter clip"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    prompt: str
+    frames: int
+    fps: float
+    seed: int
+    steps: int
+    guidance: float
+    latents: tuple[int, int, int, int]
+
+
+def _read_part(folder: Path, kind: type, config_kind: type) -> Any:
+    config = build(config_kind, read_json(folder / "config.json"), str(folder / "config.json"))
+    module = kind(config)
+    load_into(module, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
+    return module.eval()
+
+
+def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Sora:
+    for name in ("transformer_2", "image_encoder"):
+        if (folder / name).is_dir() or (index.get(name) or [None])[0] is not None:
+            raise CheckpointError(f"{folder} has a part {name!r}: only Wan 2.1's text-to-video models are supported")
+    missing = [name for name in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks the folder {missing[0]!r} of a Wan checkpoint; copy it whole")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(scheduler) if scheduler.exists() else {}
+    shift = config.get("flow_shift", config.get("shift", 3.0))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
+        raise CheckpointError(f"{scheduler}: the flow shift must be a positive number, got {shift!r}")
+    try:
+        dit, vae = SoraDiT.from_wan(folder / "transformer", dtype=dtype), CausalVAE.from_wan(folder / "vae")
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    text = UMT5TextEncoder.from_directory(folder)
+    return cls(
+        dit, vae, text, Defaults(frames=81, size=(480, 832), fps=16, steps=50, guidance=5.0, shift=float(shift))
+    )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes of memory that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not least <= value <= most or (name == "seconds" and value == 0):
+        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
+    return float(value)
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
+    return value
+
+
+def _halving(n: int, unit: int) -> Iterator[int]:
+    while n > 0:
+        n = _down(n // 2, unit) if n >= 2 * unit else 0
+        yield n
+
+
+def _down(n: int, unit: int) -> int:
+    return max(unit, n // unit * unit)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

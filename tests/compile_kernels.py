@@ -1,0 +1,141 @@
+"""Compile the Triton kernels of every family for GPUs that need not be present, and print what came out as JSON lines.
+
+The launchers are called with tensors on the meta device; in place of each kernel stands a recorder that keeps the
+launch, so what is compiled is exactly what would be launched: tile sizes, warps and specialisation included.
+Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kernels.py sm_80,sm_90 [family ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+def specialise(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """The source and options that the JIT would compile for this launch of pointers aligned to 16 bytes."""
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "num_ctas", "maxnreg") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or isinstance(value, bool):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value == 1:
+            signature[parameter.name], constants[(index,)] = "constexpr", 1
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+class Recorder:
+    def __init__(self, kernel: triton.JITFunction, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def record(call: Callable[[], None], *modules) -> list:
+    """The kernel launches that `call` makes from these modules."""
+    launches: list = []
+    patched = [(m, n, k) for m in modules for n, k in vars(m).items() if isinstance(k, triton.JITFunction)]
+    patched = [(m, n, k) for m, n, k in patched if n.endswith("_kernel")]
+    for module, name, kernel in patched:
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        call()
+    finally:
+        for module, name, kernel in patched:
+            setattr(module, name, kernel)
+    return launches
+
+
+def measure(kernel, args, kwargs, capability: int) -> dict:
+    source, options = specialise(kernel, args, dict(kwargs))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return dict(
+        kernel=kernel.__name__, registers=found["REG"], stack=found["STACK"], local=found["LOCAL"],
+        shared=compiled.metadata.shared, num_warps=compiled.metadata.num_warps,
+        loads=ptx.count("ld.global"), vector_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.[bu]32|v2\.b64)", ptx)),
+        wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
+    )  # fmt: skip
+
+
+def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """(case, launch, modules) for the widths of public models, in the row layouts that choose another tiling."""
+    from sora_kernels import _triton
+    from sora_kernels.modulation import kernels
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for D in (64, 1152, 1536, 3072, 5120):
+        for name, frames in (("per clip", 1), ("per token", 4096)):
+            x, y, x_new, out, dx, dy = (empty(1, 4096, D) for _ in range(6))
+            gate, shift, scale, dgate, dshift, dscale = (empty(1, frames, D) for _ in range(6))
+            tables = [empty(D, dtype=torch.float32) for _ in range(6)]
+
+            def forward(x=x, y=y, gate=gate, shift=shift, scale=scale, tables=tables, x_new=x_new, out=out):
+                kernels.gate_residual_norm_modulate_fwd(
+                    x, y, gate, shift, scale, None, None, *tables[:3], False, 1e-6, x_new, out
+                )
+
+            def backward(
+                dx_new=x, dout=out, x_new=x_new, y=y, gate=gate, scale=scale, tables=tables,
+                grads=(dx, dy, dgate, dshift, dscale),
+            ):  # fmt: skip
+                kernels.gate_residual_norm_modulate_bwd(
+                    dx_new, dout, x_new, y, gate, scale, None, None, tables[0], tables[2], False, 1e-6,
+                    *grads, None, None, *tables[3:],
+                )  # fmt: skip
+
+            yield f"D={D} forward {name}", forward, (kernels, _triton)
+            yield f"D={D} backward {name}", backward, (kernels, _triton)
+
+
+FAMILIES = {"modulation": modulation}
+
+
+def main() -> None:
+    capabilities = [int(sm.removeprefix("sm_")) for sm in sys.argv[1].split(",")]
+    for family in sys.argv[2:] or FAMILIES:
+        for case, call, modules in FAMILIES[family]():
+            for kernel, args, kwargs in record(call, *modules):
+                for capability in capabilities:
+                    row = measure(kernel, args, kwargs, capability)
+                    print(json.dumps(dict(family=family, case=case, sm=capability, **row)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+    importlib.invalidate_caches()
+    main()

@@ -1,0 +1,410 @@
+"""The benchmark suite: honest timing, correctness before figures, complete rows, reports from results alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import sora_kernels
+from benchmarks import gpu, machine, peers, report, run, shapes, suite, timing, verified
+
+FIELDS = {
+    "op", "family", "impl", "kind", "impl_version", "shape", "dims", "dtype", "mode", "status", "reason",
+    "p20_us", "p50_us", "p80_us", "samples", "timer", "bytes", "gb_s", "percent_copy", "flops", "tflop_s",
+    "percent_matmul", "copy_gb_s", "matmul_tflop_s", "max_error", "error_bound", "error_in", "peak_memory",
+    "device", "driver", "threads", "cuda", "python", "torch", "triton", "commit", "dirty", "date",
+}  # fmt: skip
+OP = "norm_modulate"
+
+
+def invoke(tmp_path, *arguments, budget="0.02"):
+    target = tmp_path / "rows.jsonl"
+    status = run.main(["--device", "cpu", "--budget", budget, "--json", str(target), *arguments])
+    return status, report.read_jsonl(target) if target.exists() else []
+
+
+@pytest.fixture
+def quick_ceilings(monkeypatch):
+    known = timing.Ceilings(2e9, {"float32": 1e12, "bfloat16": 1e12})
+    monkeypatch.setattr(timing, "ceilings", lambda *_, **__: known)
+
+
+# Timing
+
+
+def test_interleaved_takes_turns_in_an_order_that_changes():
+    calls = []
+    candidates = {name: functools.partial(calls.append, name) for name in "abc"}
+    # a call long enough that one is a sample
+    slow = {name: lambda fn=fn: (fn(), time.sleep(2e-4)) for name, fn in candidates.items()}
+    stats = timing.interleaved(slow, 0.02, warmup=1)
+    rounds = calls[6:]  # after one warm-up and one estimate each
+    assert len(rounds) == 3 * stats["a"].samples >= 15
+    turns = [rounds[i : i + 3] for i in range(0, len(rounds), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+
+
+def test_interleaved_tells_a_slow_call_from_a_fast_one_and_orders_its_percentiles():
+    stats = timing.interleaved({"fast": lambda: time.sleep(1e-4), "slow": lambda: time.sleep(2e-3)}, 0.1)
+    assert stats["slow"].p50 > 2e-3 and stats["slow"].p20 > 3 * stats["fast"].p20
+    assert all(s.p20 <= s.p50 <= s.p80 for s in stats.values())
+
+
+def test_percentiles_are_those_of_the_samples():
+    stats = timing.Stats.of([float(i) for i in reversed(range(101))])
+    assert (stats.p20, stats.p50, stats.p80, stats.samples) == (20, 50, 80, 101)
+
+
+def test_a_very_short_call_is_repeated_until_the_clock_can_see_it():
+    stats = timing.interleaved({"pass": lambda: None}, 0.01)["pass"]
+    assert stats.calls >= 256 and 0 < stats.p50 < 1e-5
+
+
+def test_peak_memory_counts_what_a_call_holds_at_once():
+    x = torch.randn(1000, 100)
+    one = timing.peak_memory(lambda: x.exp(), "cpu")
+    assert one == 400_000
+    assert timing.peak_memory(lambda: (x.exp(), x.exp()), "cpu") == 2 * one
+    assert timing.peak_memory(lambda: [x.exp().sum() for _ in range(3)], "cpu") < 1.1 * one
+
+
+def test_ceilings_are_positive_rates_and_refuse_no_budget():
+    found = timing.ceilings("cpu", (torch.float32,), budget_s=0.02)
+    assert 1e8 < found.copy < 1e13 and 1e8 < found.matmul["float32"] < 1e15
+    with pytest.raises(ValueError, match="budget_s"):
+        timing.interleaved({"pass": lambda: None}, 0)
+
+
+# The command
+
+
+def test_a_run_gives_complete_rows(tmp_path, capsys):
+    status, rows = invoke(tmp_path, "--op", OP, "--shape", "toy", "--impl", "reference", "--threads", "1")
+    assert status == 0
+    assert [(r["impl"], r["mode"]) for r in rows] == [
+        ("reference", "fwd"), ("eager", "fwd"), ("reference", "bwd"), ("eager", "bwd"),
+    ]  # fmt: skip
+    shape = shapes.SHAPES["toy"]
+    D = shape.model.dim
+    for row in rows:
+        assert set(row) == FIELDS
+        assert row["status"] == "ok" and row["family"] == "modulation" and row["threads"] == 1
+        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["gb_s"] == pytest.approx(row["bytes"] / row["p50_us"] / 1e3)
+        assert row["percent_copy"] == pytest.approx(100 * row["gb_s"] / row["copy_gb_s"])
+        assert row["tflop_s"] == pytest.approx(row["flops"] / row["p50_us"] / 1e6)
+        assert 0 < row["max_error"] <= row["error_bound"] < 1e-3
+        assert row["peak_memory"] >= 4 * shape.elements
+    # fp32: x, out, two rows per clip of B = 2, two tables
+    assert rows[0]["bytes"] == 4 * (2 * shape.elements + 2 * 2 * D + 2 * D)
+    # dout, x, dx; scale, dscale, dshift; its table, two gradients of tables
+    assert rows[2]["bytes"] == 4 * (3 * shape.elements + 3 * 2 * D + 3 * D)
+    assert OP in capsys.readouterr().out
+
+
+def test_rows_are_appended_to_the_file(tmp_path, quick_ceilings):
+    arguments = ("--op", OP, "--shape", "toy", "--impl", "reference", "--mode", "fwd")
+    assert len(invoke(tmp_path, *arguments)[1]) == 2
+    assert len(invoke(tmp_path, *arguments)[1]) == 4
+
+
+@pytest.mark.parametrize("op", ["norm_modulate", "gate_residual", "gate_residual_norm_modulate"])
+@pytest.mark.parametrize("shape", ["cpu-frames", "cpu-tokens", "cpu-rms"])
+def test_eager_and_reference_agree_in_every_row_layout(op, shape):
+    full = shapes.SHAPES[shape]
+    small = dataclasses.replace(full, grid=(2, 3, 2), model=dataclasses.replace(full.model, dim=33))
+    benchmark = suite.discover()[op]
+    results = list(suite.measure(benchmark, small, ("reference", "eager", "diffusers"), budget_s=1e-3))
+    passed = {(r.impl, r.mode) for r in results if r.status == "ok"}
+    assert passed >= {(i, m) for i in ("reference", "eager") for m in ("fwd", "bwd")}
+    assert not [r for r in results if r.status == "failed"]
+
+
+def wrong(error):
+    """The public function with its result spoiled."""
+    function = getattr(sora_kernels, OP)
+
+    @functools.wraps(function)
+    def spoiled(*args, **kwargs):
+        return error(function(*args, **kwargs))
+
+    return spoiled
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda out: out * (1 + 1e-4), lambda out: out.index_fill(1, torch.tensor([7]), float("nan"))],
+    ids=["slightly off", "NaN in one row"],
+)
+def test_a_wrong_implementation_gets_no_figure(tmp_path, capsys, monkeypatch, quick_ceilings, spoil):
+    monkeypatch.setattr(sora_kernels, OP, wrong(spoil))
+    status, rows = invoke(tmp_path, "--op", OP, "--shape", "toy", "--impl", "reference", "--mode", "fwd")
+    assert status == 1
+    refused, eager = rows
+    assert refused["status"] == "failed" and "exceeds its bound" in refused["reason"]
+    assert all(refused[f] is None for f in ("p20_us", "p50_us", "p80_us", "gb_s", "percent_copy", "tflop_s"))
+    assert refused["max_error"] > refused["error_bound"]
+    assert eager["status"] == "ok" and eager["p50_us"] > 0
+    assert f"failed: {OP} reference fwd at toy: wrong" in capsys.readouterr().out
+
+
+def test_an_output_that_was_not_written_is_seen(tmp_path, monkeypatch, quick_ceilings):
+    def unwritten(x, *args, **kwargs):
+        return torch.empty_like(x)
+
+    unwritten.__module__ = "sora_kernels.modulation.op"
+    monkeypatch.setattr(sora_kernels, OP, unwritten)
+    status, rows = invoke(tmp_path, "--op", OP, "--shape", "toy", "--impl", "reference", "--mode", "fwd")
+    assert status == 1 and rows[0]["max_error"] == float("inf")
+
+
+def test_a_crash_is_a_row_and_does_not_end_the_run(tmp_path, monkeypatch, quick_ceilings):
+    def crash(out):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(sora_kernels, OP, wrong(crash))
+    status, rows = invoke(tmp_path, "--op", OP, "--shape", "toy", "--impl", "reference")
+    assert status == 1
+    assert [r["status"] for r in rows] == ["failed", "ok"] * 2 and rows[0]["reason"] == "RuntimeError: boom"
+
+
+def test_an_implementation_named_but_unavailable_gives_its_reason(tmp_path, capsys, quick_ceilings):
+    status, rows = invoke(tmp_path, "--op", OP, "--shape", "toy", "--impl", "cuda", "--mode", "fwd")
+    assert status == 1 and rows[0]["status"] == "unavailable"
+    assert "cuda needs tensors on a CUDA device" in rows[0]["reason"]
+    assert rows[0]["reason"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--op", "norm_modulat"], "unknown op 'norm_modulat'; there are: .*norm_modulate"),
+        (["--shape", "sora"], "unknown shape 'sora'; there are: .*wan14b-720p.*toy"),
+        (["--op", OP, "--impl", "rocm"], "unknown impl of norm_modulate 'rocm'; there are: cpu, triton, cuda"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--budget", "-1"], "--budget: expected seconds > 0, got -1"),
+        (["--graph"], "--graph: CUDA graphs need a CUDA device"),
+        (["--json", "/proc/nowhere/rows.jsonl"], "--json /proc/nowhere/rows.jsonl: cannot write there"),
+    ],
+)
+def test_a_bad_request_says_what_exists(capsys, arguments, said):
+    assert run.main(["--device", "cpu", *arguments]) == 2
+    out = capsys.readouterr()
+    assert re.search(said, out.err) and not out.out
+
+
+def test_a_shape_too_large_for_the_machine_is_refused_before_it_starts(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+    assert run.main(["--device", "cpu", "--shape", "wan14b-720p"]) == 2
+    err = capsys.readouterr().err
+    assert "needs about 69.2 GiB" in err and "toy" in err.split("shapes that fit:")[1]
+
+
+def test_a_peer_that_is_not_installed_says_why(monkeypatch):
+    benchmark, shape = suite.discover()[OP], shapes.SHAPES["toy"]
+    monkeypatch.setitem(sys.modules, "quack", None)
+    (result,) = suite.measure(benchmark, shape, ("quack",), modes=("fwd",), budget_s=1e-3)
+    assert result.status == "unavailable" and "quack-kernels is not usable here" in result.reason
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+def test_losses_are_said_with_and_without_rich(capsys, monkeypatch, rich):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    rows = [
+        make_row(impl="cpu", p50=200.0),
+        make_row(impl="eager", p50=100.0, kind="baseline"),
+        make_row(impl="compile", p50=300.0, kind="baseline"),
+        make_row(impl="cuda", status="unavailable", reason="no nvcc"),
+        make_row(impl="cuda", status="unavailable", reason="no nvcc", shape="latte-xl"),
+    ]
+    run.print_table(rows)
+    out = capsys.readouterr().out
+    assert "slower than eager: norm_modulate cpu fwd at toy, 0.50x" in out and "slower than compile" not in out
+    assert "unavailable: norm_modulate cuda fwd at toy, latte-xl: no nvcc" in out
+    (line,) = (line.split() for line in out.splitlines() if " cpu " in line and "slower" not in line)
+    assert line[5:7] == ["200.0", "180.0–240.0"] and line[11:13] == ["0.50", "1.50"]
+
+
+def test_a_narrow_terminal_loses_the_lesser_columns_only():
+    columns, lines = run._narrowed(run.COLUMNS, [("0123456789",) * len(run.COLUMNS)], 110)
+    assert {"op", "shape", "impl", "p50 µs", "x eager", "error", "bound"} <= set(columns)
+    assert "MiB" not in columns and len(lines[0]) == len(columns) < len(run.COLUMNS)
+
+
+# Reports
+
+
+def make_row(impl="triton", p50=100.0, kind="ours", **changes):
+    figures = {"p20_us": 0.9 * p50, "p50_us": p50, "p80_us": 1.2 * p50, "percent_copy": 8000 / p50}
+    row = dict.fromkeys(FIELDS) | figures | {
+        "op": OP, "impl": impl, "kind": kind, "shape": "toy", "dtype": "float32", "mode": "fwd", "status": "ok",
+        "gb_s": 1.0, "tflop_s": 0.1, "percent_matmul": 1.0, "max_error": 1e-6, "error_bound": 2e-6,
+        "device": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "copy_gb_s": 4300.0, "commit": "1a2b3c",
+        "dirty": False, "date": "2026-11-20T10:00:00+00:00",
+    }  # fmt: skip
+    return row | changes
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "nvidia-h200"
+    folder.mkdir(parents=True)
+    rows = [
+        make_row(p50=80.0),
+        make_row(impl="cuda", p50=160.0),
+        make_row(impl="eager", p50=240.0, kind="baseline"),
+        make_row(impl="compile", p50=60.0, kind="baseline"),
+        make_row(impl="diffusers", p50=400.0, kind="peer", impl_version="0.42"),
+        make_row(p50=999.0, date="2026-11-19T10:00:00+00:00"),
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "results"
+
+
+def test_the_readme_block_is_made_from_the_results_and_is_stable(tmp_path, results):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nafter\n")
+    arguments = ["--readme", str(readme), "--results", str(results)]
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert (
+        "| norm_modulate | toy | float32 | fwd | triton | 80 (72–96) | 100 "
+        "| 3.00× | **0.75× (slower)** | 5.00× (diffusers 0.42) |"
+    ) in text
+    assert "999" not in text  # an older figure of the same case gives way
+    stamp = readme.stat().st_mtime_ns
+    assert report.main(arguments) == 0
+    assert readme.read_text() == text and readme.stat().st_mtime_ns == stamp
+
+
+def test_a_readme_without_markers_is_left_alone(tmp_path, results, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    assert report.main(["--readme", str(readme), "--results", str(results)]) == 1
+    assert "<!-- figures:begin -->" in capsys.readouterr().err and readme.read_text() == "no markers\n"
+
+
+def test_a_broken_results_file_is_named(results, tmp_path, capsys):
+    (results / "nvidia-h200" / "b.jsonl").write_text("{oops\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- figures:begin -->\n<!-- figures:end -->")
+    assert report.main(["--readme", str(readme), "--results", str(results)]) == 1
+    assert "b.jsonl:1 is not a line of JSON" in capsys.readouterr().err
+
+
+def test_the_page_stands_alone_and_plots_every_case(results):
+    pytest.importorskip("matplotlib")
+    page = report.page(report.load_rows(results))
+    assert page.count("<svg") == 1 and "<h2>norm_modulate, fwd, float32" in page
+    assert "http-equiv" not in page and "<script" not in page and "src=" not in page
+    assert page == report.page(report.load_rows(results))
+
+
+JUNIT = """<testsuites><testsuite name="pytest">
+<testcase classname="tests.test_modulation" name="test_backward[triton-bfloat16-layer]"/>
+<testcase classname="tests.test_modulation" name="test_triton_on_gpu[bfloat16-1]"/>
+<testcase classname="tests.test_modulation" name="test_cuda_forward[1]"><failure message="x"/></testcase>
+<testcase classname="tests.test_modulation" name="test_cuda_forward[2]"/>
+<testcase classname="tests.test_attention" name="test_triton_forward[1]"><skipped/></testcase>
+<testcase classname="tests.test_layout" name="test_names"/>
+</testsuite></testsuites>"""
+
+
+def test_test_records_say_what_passed_where(tmp_path):
+    (tmp_path / "pytest.xml").write_text(JUNIT)
+    facts = {"device": "NVIDIA H200", "date": "2026-11-20T10:00", "commit": "1a2b3c", "dirty": False}
+    verified.record(tmp_path / "pytest.xml", tmp_path / "run" / "verified.json", facts)
+    report.add(tmp_path / "run", tmp_path / "results")
+    said = functools.partial(verified.verified_on, results=tmp_path / "results")
+    assert said("modulation", "triton") == "verified on NVIDIA H200 (2026-11-20, 1a2b3c)"
+    assert said("modulation", "cuda") == "1 of 2 tests fail on NVIDIA H200 (2026-11-20, 1a2b3c)"
+    assert said("attention", "triton") == said("modulation", "cpu") == "not yet run on a GPU"
+    assert "| modulation | triton | verified on NVIDIA H200" in report.verification(tmp_path / "results")
+
+
+def test_a_run_is_filed_under_its_device(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "bench.jsonl").write_text(json.dumps(make_row()) + "\n")
+    (target,) = report.add(out, tmp_path / "results")
+    assert target == tmp_path / "results" / "nvidia-h200" / "202611201000-1a2b3c.jsonl"
+    assert report.load_rows(tmp_path / "results") == [make_row()]
+    with pytest.raises(report.BadResults, match="neither bench.jsonl nor verified.json"):
+        report.add(tmp_path, tmp_path / "results")
+
+
+# The GPU machine's command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+def test_without_a_gpu_it_says_what_it_left_out(tmp_path, capsys):
+    test = tmp_path / "test_tiny.py"
+    test.write_text("import pytest\n\n@pytest.mark.gpu\ndef test_triton_on_gpu(): pass\n")
+    out = tmp_path / "out"
+    status = gpu.main(["--out", str(out), "--minutes", "5", "--tests", str(test)])
+    said = capsys.readouterr().out
+    assert status == 0
+    assert "no GPU" in said and "build        skipped" in said and "tests        skipped" in said
+    assert "would measure norm_modulate" in said and "collect      ok" in said
+    assert (out / "summary.txt").read_text() == said
+    assert "test_triton_on_gpu" in (out / "pytest.log").read_text()
+
+
+def test_a_step_that_overruns_or_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
+    session = gpu.Session(tmp_path, time.monotonic() + 60, "tests")
+    log = tmp_path / "log"
+    steps = [
+        session.step("slow", ["sh", "-c", "echo begun; sleep 60; echo never"], log, 1.0),
+        session.step("bad", ["sh", "-c", "echo broken; exit 3"], log, 60),
+        session.step("good", ["sh", "-c", "echo fine"], log, 60),
+    ]
+    assert [step.status for step in steps] == ["timeout", "failed", "ok"]
+    assert steps[0].seconds < 30 and steps[1].note == "exit 3, see log"
+    said = capsys.readouterr().out
+    assert "begun" in said and "broken" in said and "fine" not in said
+    assert log.read_text().split() == ["begun", "broken", "fine"]
+
+
+def test_a_bad_request_of_the_gpu_command_is_refused(tmp_path, capsys):
+    for arguments, said in (
+        (["--out", str(tmp_path), "--minutes", "0"], "--minutes: expected more than 0"),
+        (["--out", "/proc/nowhere"], "--out /proc/nowhere: cannot write there"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            gpu.main(arguments)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_suite_needs_torch_alone():
+    """A GPU machine has torch and triton, and may have nothing else of ours."""
+    missing = ["av", "rich", "typer", "PIL", "safetensors", "diffusers", "transformers", "matplotlib"]
+    code = (
+        f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
+        "import benchmarks.gpu\nfrom benchmarks import run, shapes, suite\n"
+        "case = suite.discover()['norm_modulate'], shapes.SHAPES['toy'], ('reference', 'diffusers')\n"
+        "print([r.status for r in suite.measure(*case, modes=('fwd',), budget_s=1e-3)])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
+    assert found.stdout == "['ok', 'unavailable']\n", found.stderr
+
+
+def test_every_benchmark_names_inputs_that_exist():
+    for op, benchmark in suite.discover().items():
+        inputs = suite.make_inputs(benchmark, shapes.SHAPES["toy"], torch.float32, torch.device("cpu"), 0)
+        named = {*benchmark.differentiable, *benchmark.backward_reads, *benchmark.backward_writes}
+        assert named <= set(inputs), op
+        assert set(benchmark.backward_writes) <= set(benchmark.differentiable), op
+        assert benchmark.flops(shapes.SHAPES["toy"], "bwd") > benchmark.flops(shapes.SHAPES["toy"], "fwd") > 0
+    assert all(name in shapes.SHAPES for names in shapes.DEFAULT.values() for name in names)
+    assert peers.version("eager") is None

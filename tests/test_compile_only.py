@@ -1,0 +1,56 @@
+"""Performance tests without a GPU: what the Triton compiler makes of every launch, for four generations of GPUs.
+
+Loads must be 16 bytes wide, nothing may spill, shared memory must fit. It is no proof of speed, but a kernel that fails
+here is slow everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TARGETS = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may use
+# Rows of 5120 fill the register file: 8 live arrays x 8192 padded columns. A few words then go through L1.
+STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    targets = ",".join(f"sm_{capability}" for capability in TARGETS)
+    script = pathlib.Path(__file__).with_name("compile_kernels.py")
+    result = subprocess.run([sys.executable, script, targets], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+pytestmark = [pytest.mark.compile_only, pytest.mark.xdist_group("compile_only")]
+
+
+def test_every_family_with_triton_kernels_is_compiled(rows):
+    sources = pathlib.Path(__file__).parent.parent.glob("sora_kernels/*/kernels*.py")
+    assert {row["family"] for row in rows} == {p.parent.name for p in sources if "@triton.jit" in p.read_text()}
+    assert {row["sm"] for row in rows} == set(TARGETS)
+
+
+def test_nothing_spills(rows):
+    spilled = [r for r in rows if r["local"] or r["stack"] > STACK_BYTES.get(r["case"], 0)]
+    assert not spilled, spilled
+
+
+def test_shared_memory_fits(rows):
+    assert all(row["shared"] <= TARGETS[row["sm"]] * 1024 for row in rows)
+
+
+def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
+    """A row of 64 of the per-token backward is one short load per thread, and is left out."""
+    checked = [r for r in rows if r["case"] != "D=64 backward per token"]
+    narrow = [r for r in checked if r["vector_loads"] < r["loads"]]
+    assert checked and not narrow, narrow

@@ -1,0 +1,290 @@
+"""What only the compiled libraries can get wrong: threads, instruction sets, conversions, symbols, machine code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import sora_kernels  # noqa: F401  (registers the ops)
+from sora_kernels import _library
+from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
+from sora_kernels.testing import assert_matches_oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+cpu_library = pytest.mark.skipif(_library.load_error("cpu") is not None, reason=str(_library.load_error("cpu")))
+
+
+def inputs(B: int, S: int, D: int, F: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    draw = lambda *shape, dtype=dtype: torch.randn(*shape).to(dtype)  # noqa: E731
+    tables = {name: draw(D, dtype=torch.float32) for name in ("gate_table", "shift_table", "scale_table")}
+    rows = {name: draw(B, F, D) for name in ("gate", "shift", "scale")}
+    return {"x": draw(B, S, D), "y": draw(B, S, D), "weight": draw(D), "bias": draw(D), **rows, **tables}
+
+
+def run(tensors: dict[str, torch.Tensor], grads: list[torch.Tensor], impl: str) -> dict[str, torch.Tensor]:
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    outputs = gate_residual_norm_modulate(**leaves, impl=impl)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    return {"x_new": outputs[0].detach(), "out": outputs[1].detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+@cpu_library
+@pytest.mark.parametrize(
+    "B, S, D, F",
+    [(1, 1100, 40, 1), (2, 96, 33, 12), (1, 37, 130, 37)],
+    ids=["row-split-over-chunks", "rows-share-a-chunk", "row-per-token"],
+)
+def test_results_do_not_depend_on_the_number_of_threads(B, S, D, F):
+    tensors, grads = inputs(B, S, D, F), [torch.randn(B, S, D), torch.randn(B, S, D)]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(run(tensors, grads, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for name, expected in results[0].items():
+        assert expected.isfinite().all(), name
+        for other in results[1:]:
+            assert torch.equal(other[name], expected), name
+
+
+@cpu_library
+def test_sums_over_many_tokens_keep_their_precision():
+    B, S, D = 1, 30000, 5
+    tensors = inputs(B, S, D, 1)
+    grads = [torch.randn(B, S, D), torch.randn(B, S, D) + 1]
+    actual, plain = run(tensors, grads, "cpu"), run(tensors, grads, "reference")
+    double = lambda t: t.double()  # noqa: E731
+    oracle = run({name: double(t) for name, t in tensors.items()}, list(map(double, grads)), "reference")
+    for name in oracle:
+        assert_matches_oracle(actual[name], oracle[name], plain[name], name, terms=1 if name in "xy" else S)
+
+
+@cpu_library
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_every_16_bit_value_survives_widening_and_rounding(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 256, 256)
+    out = gate_residual(x, torch.zeros_like(x), torch.zeros(256), impl="cpu")
+    assert torch.equal(out.isnan(), x.isnan())
+    finite = ~x.isnan()
+    assert torch.equal((out + 0.0)[finite], (x + 0.0)[finite])
+
+
+@cpu_library
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_rounding_is_to_nearest_even_with_subnormals_and_overflow(dtype):
+    bits = torch.randint(-(2**15), 2**15, (2, 1, 512, 257), dtype=torch.int16)
+    x, y = bits.view(dtype).nan_to_num(0.0)
+    # gate 1 makes x + gate * y one fp32 addition, fused or not: the only rounding left to compare is the last
+    out = gate_residual(x, y, torch.ones(257), impl="cpu")
+    expected = (x.float() + y.float()).to(dtype)
+    assert expected.isinf().any() and (expected[expected != 0].abs() < torch.finfo(dtype).tiny).any()
+    assert torch.equal(out, expected)
+
+
+@cpu_library
+def test_strided_and_expanded_tensors_give_the_same_bits_as_contiguous_ones():
+    B, S, D = 2, 12, 40
+    wide = torch.randn(B, S + 3, 2 * D)
+    x = wide[:, 2 : S + 2, D // 2 : D // 2 + D]
+    y = torch.randn(1, 1, D).expand(B, S, D)
+    shift, scale, gate = torch.randn(B, 3 * D).chunk(3, dim=-1)
+    grads = [torch.ones(()).expand(B, S, D), torch.randn(S, B, D).transpose(0, 1)]
+    tensors = {"x": x, "y": y, "gate": gate, "shift": shift[:, None], "scale": scale[:, None]}
+    strided = run(tensors, grads, "cpu")
+    contiguous = run({k: t.contiguous() for k, t in tensors.items()}, [g.contiguous() for g in grads], "cpu")
+    for name in contiguous:
+        assert torch.equal(strided[name], contiguous[name]), name
+
+
+@cpu_library
+def test_private_ops_refuse_what_they_cannot_read():
+    forward = _library.call("norm_modulate_fwd", "cpu")
+    x, scale = torch.randn(2, 6, 8), torch.randn(2, 4, 8)
+    nothing = [None] * 4
+    with pytest.raises(RuntimeError, match=r"scale: expected a number of rows .* divides S = 6, got Float \(2, 4, 8\)"):
+        forward(x, None, scale, *nothing, False, 1e-6, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match=r"out: expected the shape of x, got Float \(2, 5, 8\)"):
+        forward(x, None, None, *nothing, False, 1e-6, torch.empty(2, 5, 8))
+    with pytest.raises(RuntimeError, match=r"x: expected float32, bfloat16 or float16, got Double"):
+        forward(x.double(), None, None, *nothing, False, 1e-6, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match=r"x: expected a last stride of 1"):
+        forward(x.mT, None, None, *nothing, False, 1e-6, torch.empty(2, 8, 6))
+
+
+ISA_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from tests.test_csrc import inputs, run
+torch.manual_seed(1)
+results = {}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    tensors = inputs(2, 9, 131, 3, dtype)
+    grads = [torch.randn(2, 9, 131).to(dtype) for _ in range(2)]
+    double = run({k: t.double() for k, t in tensors.items()}, [g.double() for g in grads], "reference")
+    results[dtype] = (run(tensors, grads, "cpu"), double, run(tensors, grads, "reference"))
+torch.save(results, sys.argv[2])
+"""
+
+
+def cpu_flags() -> set[str]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return set(re.findall(r"^flags\s*:(.*)$", text, re.M)[0].split()) if "flags" in text else set()
+
+
+@cpu_library
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set_meets_the_error_rule(isa, tmp_path):
+    needed = {"baseline": set(), "avx2": {"avx2", "fma", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512vl"}}[isa]
+    if missing := needed - cpu_flags():
+        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
+    environment = os.environ | {"SORA_KERNELS_CPU_ISA": isa}
+    command = [sys.executable, "-c", ISA_SCRIPT, str(ROOT), str(tmp_path / "results.pt")]
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path)
+    for dtype, (actual, oracle, plain) in torch.load(tmp_path / "results.pt").items():
+        for name in oracle:
+            assert_matches_oracle(actual[name], oracle[name], plain[name], f"{dtype} {name}", terms=18)
+
+
+@cpu_library
+def test_an_unknown_instruction_set_is_named(tmp_path):
+    script = (
+        "import torch; from sora_kernels.modulation import norm_modulate; "
+        "norm_modulate(torch.ones(1, 2, 8), None, None, impl='cpu')"
+    )
+    environment = os.environ | {"SORA_KERNELS_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "SORA_KERNELS_CPU_ISA=mmx: expected baseline, avx2 or avx512" in result.stderr
+
+
+def tool(name: str) -> str:
+    """A CUDA tool: from PATH, the toolkit, or the copy in triton's wheel; skips with what was looked for."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    triton = Path(sysconfig.get_path("purelib")) / "triton" / "backends" / "nvidia" / "bin"
+    for candidate in (shutil.which(name), home / "bin" / name, triton / name):
+        if candidate and Path(candidate).exists():
+            return str(candidate)
+    pytest.skip(f"{name} is not in PATH, {home / 'bin'} or triton's wheel")
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory) -> Path:
+    """_cuda.so, built from these sources: the one in place where it is newer than they are, else a fresh one."""
+    tool("nvcc")
+    built = ROOT / "sora_kernels" / "_cuda.so"
+    sources = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "common").iterdir()]
+    if built.exists() and built.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        return built
+    target = tmp_path_factory.mktemp("cuda")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(target)]
+    environment = os.environ | {"SORA_KERNELS_BUILD": "cuda"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return target / "sora_kernels" / "_cuda.so"
+
+
+def torch_cpp_symbols(library: Path) -> list[str]:
+    table = subprocess.run(["nm", "-D", "-C", str(library)], capture_output=True, text=True, check=True).stdout
+    return [line for line in table.splitlines() if re.search(r"\b(at|c10|torch)::", line)]
+
+
+def test_cuda_library_keeps_to_the_stable_abi(cuda_library):
+    assert torch_cpp_symbols(cuda_library) == []
+
+
+@cpu_library
+def test_cpu_library_keeps_to_the_stable_abi():
+    library = ROOT / "sora_kernels" / "_cpu.so"
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    assert torch_cpp_symbols(library) == []
+
+
+def test_cuda_library_loads_without_a_gpu(cuda_library):
+    """Under a CPU-only torch too: torch's CUDA half is looked up when a kernel is launched."""
+    script = (
+        f"import ctypes, torch; library = ctypes.CDLL({str(cuda_library)!r}); "
+        "library.sora_kernels_build_info.restype = ctypes.c_char_p; "
+        "print(library.sora_kernels_build_info().decode())"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output)["library"] == "_cuda"
+
+
+@pytest.fixture(scope="session")
+def machine_code(cuda_library) -> dict[str, dict[str, str]]:
+    """architecture -> function -> SASS"""
+    dump = subprocess.run([tool("cuobjdump"), "-sass", str(cuda_library)], capture_output=True, text=True, check=True)
+    code: dict[str, dict[str, str]] = {}
+    for section in re.split(r"^arch = ", dump.stdout, flags=re.M)[1:]:
+        architecture, _, body = section.partition("\n")
+        functions = re.split(r"^\s*Function : ", body, flags=re.M)[1:]
+        code.setdefault(architecture.strip(), {}).update(
+            {name.strip(): text for name, _, text in (f.partition("\n") for f in functions)}
+        )
+    return code
+
+
+def test_machine_code_for_every_architecture(machine_code):
+    assert set(ARCHITECTURES) <= {name for name, functions in machine_code.items() if functions}
+    kernels = [set(machine_code[architecture]) for architecture in ARCHITECTURES]
+    assert kernels[0] and kernels[0] == kernels[1] == kernels[2]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_uses_local_memory(machine_code, architecture):
+    spilling = [name for name, sass in machine_code[architecture].items() if re.search(r"\b(STL|LDL)\b", sass)]
+    assert spilling == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_modulation_reads_and_writes_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "norm_modulate_kernel" in n}
+    assert len(kernels) == 18  # three dtypes, six traits
+    for name, sass in kernels.items():
+        assert re.search(r"\bLDG\.E\S*\.128", sass), f"{name}: no 128-bit load"
+        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+        assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("D", [8, 512, 1536, 1537, 3072, 5120, 5376, 16384, 20000])
+def test_cuda_forward_meets_the_error_rule(D, dtype, require):
+    require("norm_modulate", "cuda", "cuda", dtype)
+    tensors = {k: v for k, v in inputs(2, 6, D, 3, dtype).items() if k not in ("y", "gate", "gate_table")}
+    for norm in ("layer", "rms"):
+        oracle = norm_modulate(**{k: v.double() for k, v in tensors.items()}, norm=norm, impl="reference")
+        plain = norm_modulate(**tensors, norm=norm, impl="reference")
+        actual = norm_modulate(**{k: v.cuda() for k, v in tensors.items()}, norm=norm, impl="cuda")
+        assert_matches_oracle(actual.cpu(), oracle, plain, f"norm_modulate {norm}")
+
+
+@pytest.mark.gpu
+def test_cuda_forward_runs_on_the_current_stream_and_in_a_graph(require):
+    require("norm_modulate", "cuda", "cuda")
+    x = torch.randn(1, 64, 1536, device="cuda")
+    out = torch.empty_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm_modulate(x, None, None, impl="cuda", out=out)
+    x.copy_(torch.randn_like(x))
+    out.fill_(float("nan"))
+    graph.replay()
+    expected = norm_modulate(x.double(), None, None, impl="reference")
+    assert_matches_oracle(out, expected, norm_modulate(x, None, None, impl="reference"))

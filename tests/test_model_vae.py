@@ -1,0 +1,381 @@
+"""CausalVAE against diffusers' AutoencoderKLWan, streaming against one shot, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from sora_kernels import Unavailable
+from sora_kernels.testing import assert_matches_oracle
+from sora_model.checkpoint import CheckpointError
+from sora_model.vae import CausalVAE, VAECache, VAEConfig, _wan_state
+
+TINY = VAEConfig(base_dim=4, z_dim=2, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(False, True))
+CASES = {  # config of AutoencoderKLWan; latent height and width; frames
+    "Wan's shape": (dict(base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1), (1, 3), 5),
+    "an image": (dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1), (2, 1), 1),
+    "two blocks, nine frames": (
+        dict(base_dim=6, z_dim=3, dim_mult=[1, 2, 2], num_res_blocks=2, temperal_downsample=[True, True]), (3, 5), 9,
+    ),
+    "no time": (dict(base_dim=4, z_dim=2, dim_mult=[1, 3], num_res_blocks=1, temperal_downsample=[False]), (5, 3), 5),
+    "a wider decoder": (
+        dict(
+            base_dim=4, decoder_base_dim=8, z_dim=5, dim_mult=[2, 1, 2], num_res_blocks=1,
+            temperal_downsample=[True, True], in_channels=4, out_channels=4,
+        ),
+        (3, 2), 5,
+    ),
+}  # fmt: skip
+
+
+def wan(config, seed=0):
+    """An AutoencoderKLWan with random weights, the gammas of its norms included."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    z_dim = config["z_dim"]
+    statistics = {"latents_mean": [0.1 * i for i in range(z_dim)], "latents_std": [1.0 + i for i in range(z_dim)]}
+    model = diffusers.AutoencoderKLWan(**{**statistics, **config}).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def video_for(vae, latent_size, frames, batch=1, seed=0):
+    s = vae.config.spatial_factor
+    g = torch.Generator().manual_seed(seed)
+    shape = (batch, vae.config.in_channels, frames, *(n * s for n in latent_size))
+    return torch.rand(shape, generator=g) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return CausalVAE(TINY)
+
+
+def close(actual, expected, tolerance=2e-5):
+    """Equal up to the rounding of a deep fp32 network: a few hundred eps of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+def run(model, video):
+    """Posterior, reconstruction and all gradients, those of the parameters under their names in CausalVAE."""
+    x = video.clone().requires_grad_()
+    model.zero_grad()
+    if isinstance(model, CausalVAE):
+        mean, logvar = model.encode(x)
+        decoded = model.decode(mean)
+    else:
+        posterior = model.encode(x).latent_dist
+        mean, logvar, decoded = posterior.mean, posterior.logvar, model.decode(posterior.mean).sample
+    (decoded.sin().sum() + mean.sin().sum() + logvar.sin().sum()).backward()
+    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return {"mean": mean, "logvar": logvar, "decoded": decoded, "grad video": x.grad}, grads
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_function_as_diffusers(case, monkeypatch):
+    """Encode, decode and every gradient: no farther from diffusers in fp64 than twice diffusers in fp32."""
+    config, size, frames = CASES[case]
+    theirs = wan(config)
+    ours = CausalVAE.from_wan(theirs)
+    video = video_for(ours, size, frames)
+    shapes = {name: value.shape for name, value in ours.named_parameters()}
+    actual, baseline = run(ours, video), run(theirs, video)
+    double = CausalVAE.from_wan(theirs.double())
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+    double = run(double, video.double())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # diffusers upsamples in fp32, fp64 or not
+    oracle = run(theirs, video.double())
+    widest = 27 * max(shape[0] for shape in shapes.values())
+    for i, terms in enumerate((widest, video.numel())):  # how many values any one element of the results is a sum of
+        expected, plain = (_wan_state(results[i], shapes) for results in (oracle, baseline))
+        assert expected.keys() == actual[i].keys()
+        for name, value in expected.items():
+            close(double[i][name], value, 1e-11)
+            assert_matches_oracle(actual[i][name], value, plain[name], name, terms=terms)
+
+
+def test_clamped_like_diffusers():
+    theirs = wan(CASES["no time"][0])
+    ours = CausalVAE.from_wan(theirs)
+    with torch.no_grad():
+        for model in (theirs.decoder, ours.decoder):
+            model.conv_out.weight.mul_(30)
+        latents = torch.randn(1, 2, 2, 3, 3)
+        close(ours.decode(latents), theirs.decode(latents).sample)
+        free = ours.decode(latents, clamp=False)
+    assert ours.decode(latents).abs().max() == 1 and free.abs().max() > 1
+    assert torch.equal(free.clamp(-1, 1), ours.decode(latents))
+
+
+def test_from_a_directory(tmp_path):
+    theirs = wan(CASES["two blocks, nine frames"][0])
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    expected = CausalVAE.from_wan(theirs)
+    for folder in ("one", "shards"):
+        vae = CausalVAE.from_wan(tmp_path / folder)
+        assert vae.config == expected.config
+        assert vae.config.latents_std == (1.0, 2.0, 3.0)
+        for (name, a), b in zip(vae.state_dict().items(), expected.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in CausalVAE.from_wan(tmp_path / "half").parameters()} == {torch.bfloat16}
+
+
+def test_defaults_are_those_of_wan():
+    """127 million parameters, of which 53.6 in the encoder, and every name and shape of a Wan 2.1 checkpoint."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs, ours = diffusers.AutoencoderKLWan(), CausalVAE()
+    shapes = {name: value.shape for name, value in ours.state_dict().items()}
+    state = _wan_state(theirs.state_dict(), shapes)
+    assert {name: value.shape for name, value in state.items()} == shapes
+    assert sum(p.numel() for p in ours.parameters()) == 126_892_531
+    assert ours.config.spatial_factor == 8 and ours.config.temporal_factor == 4
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_streams_equal_one_shot(tiny, chunk):
+    video = video_for(tiny, (3, 2), 13, batch=2)
+    with torch.no_grad():
+        mean, logvar = tiny.encode(video)
+        encoded = list(tiny.encode_stream(video, chunk=chunk))
+        frames = list(tiny.decode_stream(mean, chunk=chunk))
+        whole = tiny.decode(mean)
+    latent_frames = 7  # 1 + 12 / 2
+    sizes = [min(chunk, latent_frames - start) for start in range(0, latent_frames, chunk)]
+    assert [m.shape[2] for m, _ in encoded] == sizes
+    assert [f.shape[2] for f in frames] == [2 * n - (i == 0) for i, n in enumerate(sizes)]
+    close(torch.cat([m for m, _ in encoded], 2), mean)
+    close(torch.cat([v for _, v in encoded], 2), logvar)
+    close(torch.cat(frames, 2), whole)
+
+
+def test_a_stream_takes_pieces_of_any_length(tiny):
+    video = video_for(tiny, (2, 3), 9)
+    with torch.no_grad():
+        mean, _ = tiny.encode(video)
+        from_frames = torch.cat([m for m, _ in tiny.encode_stream(video.split(1, 2))], 2)
+        from_pieces = torch.cat([m for m, _ in tiny.encode_stream(video.split([4, 2, 3], 2))], 2)
+        decoded = torch.cat(list(tiny.decode_stream(mean.split([2, 3], 2))), 2)
+        close(decoded, tiny.decode(mean))
+    assert torch.equal(from_frames, from_pieces)
+    close(from_frames, mean)
+
+
+def test_the_cache_is_the_only_state(tiny):
+    """Two clips, interleaved; a chunk decoded twice from the same cache; a clip left and taken up again."""
+    latents = torch.randn(2, 1, 2, 4, 2, 3)
+    with torch.no_grad():
+        alone = [list(tiny.decode_stream(z)) for z in latents]
+        caches = [None, None]
+        for i in range(4):
+            for clip in (0, 1):
+                before = caches[clip]
+                frames, caches[clip] = tiny.decode_chunk(latents[clip][:, :, i : i + 1], before)
+                again, _ = tiny.decode_chunk(latents[clip][:, :, i : i + 1], before)
+                assert torch.equal(frames, alone[clip][i]) and torch.equal(frames, again)
+        _, cache = tiny.decode_chunk(latents[0][:, :, :2])
+        resumed = list(tiny.decode_stream(latents[0][:, :, 2:], cache))
+    for a, b in zip(resumed, alone[0][2:], strict=True):
+        close(a, b)
+
+
+def test_the_cache_does_not_grow(tiny):
+    def size(cache):
+        return sum(t.untyped_storage().nbytes() for t in cache.tensors)
+
+    with torch.no_grad():
+        _, first = tiny.decode_chunk(torch.randn(1, 2, 1, 2, 2))
+        _, later = tiny.decode_chunk(torch.randn(1, 2, 5, 2, 2), first)
+        _, last = tiny.decode_chunk(torch.randn(1, 2, 1, 2, 2), later)
+    assert size(first) == size(later) == size(last)
+
+
+def test_later_frames_do_not_touch_earlier_ones(tiny):
+    video = video_for(tiny, (2, 2), 9)
+    changed = video.clone()
+    changed[:, :, 5:] = -changed[:, :, 5:]
+    with torch.no_grad():
+        (a, _), (b, _) = tiny.encode(video), tiny.encode(changed)
+        assert torch.equal(a[:, :, :3], b[:, :, :3]) and not torch.equal(a[:, :, 3], b[:, :, 3])
+        close(tiny.encode(video[:, :, :1])[0], a[:, :, :1])
+        c, d = tiny.decode(a), tiny.decode(b)
+        assert torch.equal(c[:, :, :5], d[:, :, :5]) and not torch.equal(c[:, :, 5], d[:, :, 5])
+
+
+def test_gradients_through_a_stream(tiny):
+    latents = torch.randn(1, 2, 3, 2, 3)
+
+    def grads(decode):
+        z = latents.clone().requires_grad_()
+        tiny.zero_grad()
+        decode(z).sin().sum().backward()
+        return z.grad, tiny.decoder.up_blocks[0].upsampler.time_conv.weight.grad, tiny.decoder.conv_in.weight.grad
+
+    for streamed, whole in zip(
+        grads(lambda z: torch.cat(list(tiny.decode_stream(z)), 2)), grads(tiny.decode), strict=True
+    ):
+        close(streamed, whole, 2e-4)
+
+
+def test_training_brings_the_error_down():
+    torch.manual_seed(0)
+    vae = CausalVAE(TINY)
+    video = torch.linspace(-1, 1, 6).view(2, 3, 1, 1, 1).expand(2, 3, 5, 8, 4).contiguous()  # two clips of one colour
+    optimizer = torch.optim.Adam(vae.parameters(), 5e-3)
+    losses = []
+    for step in range(20):
+        recon, mean, logvar = vae(video, generator=torch.Generator().manual_seed(step))
+        loss = (recon - video).square().mean() + 1e-6 * (mean.square() + logvar.exp() - logvar).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert max(losses[-3:]) < 0.3 * losses[0]
+    assert all(p.grad is not None for p in vae.parameters())
+
+
+def test_forward_draws_from_the_posterior(tiny):
+    video = video_for(tiny, (2, 2), 5)
+    with torch.no_grad():
+        mean, logvar = tiny.encode(video)
+        recon, same_mean, _ = tiny(video, sample=False)
+        assert torch.equal(same_mean, mean)
+        assert torch.equal(recon, tiny.decode(mean, clamp=False))
+        g = torch.Generator().manual_seed(3)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+        drawn = tiny(video, generator=g)[0]
+        assert torch.equal(drawn, tiny.decode(mean + (0.5 * logvar).exp() * noise, clamp=False))
+
+
+def test_latent_statistics():
+    vae = CausalVAE(dataclasses.replace(TINY, latents_mean=(1.0, -2.0), latents_std=(0.5, 4.0)))
+    z = torch.randn(2, 2, 3, 1, 1)
+    expected = (z - torch.tensor([1.0, -2.0]).view(2, 1, 1, 1)) / torch.tensor([0.5, 4.0]).view(2, 1, 1, 1)
+    torch.testing.assert_close(vae.normalize(z), expected)
+    torch.testing.assert_close(vae.denormalize(vae.normalize(z)), z)
+    vae.set_latent_statistics((0.0, 0.0), torch.tensor([2.0, 2.0]))
+    assert vae.config.latents_std == (2.0, 2.0)
+    torch.testing.assert_close(vae.normalize(z), z / 2)
+    assert not any("latents" in name for name in vae.state_dict()), "the config holds them"
+
+
+def test_config_round_trip():
+    config = dataclasses.replace(TINY, latents_mean=(0.1, 0.2), latents_std=(1.5, 1e-3))
+    assert VAEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_reference_and_auto_agree(tiny):
+    video = video_for(tiny, (2, 3), 5)
+    reference = CausalVAE(TINY, impl="reference")
+    reference.load_state_dict(tiny.state_dict())
+    with torch.no_grad():
+        close(tiny.encode(video)[0], reference.encode(video)[0])
+        latents = tiny.encode(video)[0]
+        close(tiny.decode(latents), reference.decode(latents))
+    with pytest.raises(Unavailable, match="cuda"):
+        CausalVAE(TINY, impl="cuda").decode(latents)
+
+
+def test_half_precision(tiny):
+    video = video_for(tiny, (2, 2), 5)
+    half = CausalVAE(TINY).to(torch.bfloat16)
+    half.load_state_dict(tiny.state_dict())
+    with torch.no_grad():
+        expected = tiny(video, sample=False)[0]
+        actual = half(video.bfloat16(), sample=False)[0]
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+Z = torch.zeros(1, 2, 3, 2, 2)
+BAD = {
+    "frames": (lambda v: v.encode(torch.zeros(1, 3, 6, 8, 8)), r"2n\+1 frames; got 6; 5 or 7 would fit"),
+    "height": (lambda v: v.encode(torch.zeros(1, 3, 5, 6, 8)), "height.*multiple of 4; got 6; 4 or 8 would fit"),
+    "width": (lambda v: v.encode(torch.zeros(1, 3, 5, 8, 3)), "width.*multiple of 4; got 3; 4 would fit"),
+    "channels": (lambda v: v.encode(torch.zeros(1, 4, 5, 8, 8)), r"video must be a tensor \[B, 3, T, H, W\].*4, 5"),
+    "rank": (lambda v: v.encode(torch.zeros(3, 5, 8, 8)), r"video must be a tensor \[B, 3, T, H, W\]"),
+    "not a tensor": (lambda v: v.decode([1, 2]), "latents must be a tensor.*got list"),
+    "no frames": (lambda v: v.decode(Z[:, :, :0]), "none of them 0"),
+    "latent channels": (lambda v: v.decode(torch.zeros(1, 3, 1, 2, 2)), r"latents must be a tensor \[B, 2, T, H, W\]"),
+    "dtype": (lambda v: v.decode(Z.double()), r"latents must be torch.float32.*got torch.float64"),
+    "device": (lambda v: v.decode(Z.to("meta")), "latents must be torch.float32 on cpu.*on meta"),
+    "a later chunk": (
+        lambda v: v.encode_chunk(torch.zeros(1, 3, 3, 8, 8), v.encode_chunk(torch.zeros(1, 3, 1, 8, 8))[2]),
+        "a multiple of 2 frames; got 3",
+    ),
+    "a stream's end": (lambda v: list(v.encode_stream(torch.zeros(1, 3, 4, 8, 8))), "a multiple of 2 frames; got 1"),
+    "chunk 0": (lambda v: list(v.decode_stream(Z, chunk=0)), "chunk must be at least 1"),
+    "cache of the encoder": (
+        lambda v: v.decode_chunk(Z, v.encode_chunk(torch.zeros(1, 3, 1, 8, 8))[2]), "got that of encode_chunk",
+    ),
+    "cache a list": (lambda v: v.decode_chunk(Z, [Z]), "VAECache.*got list"),
+    "cache of another size": (
+        lambda v: v.decode_chunk(torch.zeros(1, 2, 1, 3, 3), v.decode_chunk(Z)[1]), "cache must have shape",
+    ),
+    "widths": (lambda v: VAEConfig(base_dim=0), "base_dim . 1 .* must be a whole number from 1"),
+    "absurd widths": (lambda v: VAEConfig(base_dim=10**9), "from 1 to 4096; got 1000000000"),
+    "levels": (lambda v: VAEConfig(dim_mult=(1, 2)), r"temporal_downsample must be 1 booleans"),
+    "factors": (lambda v: VAEConfig(temporal_downsample=(1, 2, 3)), "3 booleans"),
+    "odd widths": (lambda v: VAEConfig(base_dim=3, dim_mult=(1, 1), temporal_downsample=(True,)), "must be even"),
+    "statistics": (lambda v: VAEConfig(latents_mean=(1.0,)), "latents_mean must be 16 finite numbers"),
+    "std": (lambda v: v.set_latent_statistics(None, (1.0, 0.0)), "latents_std must be positive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(tiny, case):
+    call, message = BAD[case]
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        call(tiny)
+
+
+def test_the_cache_is_its_kind_and_tensors(tiny):
+    with torch.no_grad():
+        _, cache = tiny.decode_chunk(Z)
+    assert isinstance(cache, VAECache) and cache.kind == "decode"
+    assert all(not t.requires_grad for t in cache.tensors)
+
+
+def test_checkpoints_of_something_else(tmp_path):
+    config = CASES["no time"][0]
+    theirs = wan(config)
+
+    def saved(name, **changes):
+        folder = tmp_path / name
+        theirs.save_pretrained(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+        return folder
+
+    for name, changes, message in (
+        ("residual", {"is_residual": True}, "is_residual=True.*Wan 2.1"),
+        ("patches", {"patch_size": 2}, "patch_size=2"),
+        ("attention", {"attn_scales": [0.5]}, "attn_scales"),
+        ("other", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL; .* takes an AutoencoderKLWan"),
+        ("wider", {"base_dim": 8}, "should have the shape"),
+        ("deeper", {"num_res_blocks": 2}, "lacks .* of the"),
+        ("nonsense", {"dim_mult": "wide"}, "does not describe a VAEConfig"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            CausalVAE.from_wan(saved(name, **changes))
+    folder = saved("truncated")
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        CausalVAE.from_wan(folder)
+    with pytest.raises(CheckpointError, match="pickle"):
+        CausalVAE.from_wan(tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        CausalVAE.from_wan(tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="is a Linear"):
+        CausalVAE.from_wan(torch.nn.Linear(2, 2))

@@ -1,0 +1,366 @@
+"""patch_embed3d, unpatchify3d, final_layer: the formula, the layouts, gradients, contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sora_kernels import Unavailable, final_layer, norm_modulate, patch_embed3d, unpatchify3d
+from sora_kernels.patchify import reference
+from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NORMS = dict(layer=torch.nn.functional.layer_norm, rms=torch.nn.functional.rms_norm)
+
+
+def op_samples() -> list[tuple[str, tuple]]:
+    torch.manual_seed(0)
+    empty = torch.empty_like
+    video, weight, bias, pos = (
+        torch.randn(2, 3, 2, 4, 6),
+        torch.randn(5, 3, 1, 2, 2),
+        torch.randn(5),
+        torch.randn(12, 5),
+    )
+    tokens = torch.randn(2, 12, 5)
+    layout = ([2, 2, 3], [1, 2, 2], 3)
+    features, clip = torch.randn(2, 12, 12), torch.randn(2, 3, 2, 4, 6)
+    shift, scale, out_weight, out_bias = torch.randn(2, 1, 5), torch.randn(5), torch.randn(12, 5), torch.randn(12)
+    inputs = (tokens, shift, scale, out_weight, out_bias)
+    settings = ([2, 2, 3], [1, 2, 2], "layer", 1e-6)
+    return [
+        ("patch_embed3d_fwd", (video, weight, bias, pos, empty(tokens))),
+        ("patch_embed3d_fwd", (video, weight, None, None, empty(tokens))),
+        ("patch_embed3d_bwd", (tokens, video, weight, bias, pos, *map(empty, (video, weight, bias, pos)))),
+        ("patch_embed3d_bwd", (tokens, video, weight, None, None, None, empty(weight), None, None)),
+        ("unpatchify3d_fwd", (features, *layout, empty(clip))),
+        ("unpatchify3d_bwd", (clip, *layout, empty(features))),
+        ("final_layer_fwd", (*inputs, *settings, empty(clip))),
+        ("final_layer_bwd", (clip, *inputs, *settings, *map(empty, inputs))),
+        ("final_layer_bwd", (clip, tokens, None, None, out_weight, None, *settings, empty(tokens), *[None] * 4)),
+    ]
+
+
+# patch_embed3d
+
+EMBED = [
+    # B, C, (T, H, W) in patches, patch, D, bias, pos
+    (2, 3, (2, 3, 4), (1, 2, 2), 5, True, 3),
+    (1, 1, (3, 1, 5), (2, 1, 3), 7, True, 2),
+    (3, 5, (1, 2, 1), (1, 1, 1), 1, False, 0),
+    (1, 16, (1, 1, 1), (1, 2, 2), 33, False, 2),
+]
+
+
+def embed_inputs(case, dtype=torch.float64):
+    B, C, grid, patch, D, bias, pos = case
+    torch.manual_seed(0)
+    S = grid[0] * grid[1] * grid[2]
+    inputs = dict(
+        video=torch.randn(B, C, *(n * p for n, p in zip(grid, patch, strict=True))),
+        weight=torch.randn(D, C, *patch) / 3,
+        bias=torch.randn(D) if bias else None,
+        pos={0: None, 2: torch.randn(S, D), 3: torch.randn(B, S, D)}[pos],
+    )
+    return {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
+
+
+def conv3d(video, weight, bias, pos):
+    """What a model writes: a Conv3d, flattened to tokens, and an addition."""
+    tokens = torch.nn.functional.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).mT
+    return tokens if pos is None else tokens + pos
+
+
+@pytest.mark.parametrize("case", EMBED)
+def test_patch_embed3d_is_a_strided_conv3d(case):
+    inputs = embed_inputs(case)
+    B, S, D = case[0], case[2][0] * case[2][1] * case[2][2], case[4]
+    grads = [torch.randn(B, S, D, dtype=torch.float64)]
+    ours, theirs = (outputs_and_grads(f, inputs, grads) for f in (patch_embed3d, conv3d))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", EMBED)
+def test_patch_embed3d_error_rule(case, dtype, device):
+    inputs = {name: None if t is None else t.to(device) for name, t in embed_inputs(case, dtype).items()}
+    double = {name: None if t is None else t.double() for name, t in inputs.items()}
+    shape = (case[0], case[2][0] * case[2][1] * case[2][2], case[4])
+    grads = [torch.randn(shape).to(device, dtype)]
+    with poison_empty():
+        ours = outputs_and_grads(patch_embed3d, inputs, grads)
+    oracle = outputs_and_grads(conv3d, double, [grads[0].double()])
+    baseline = outputs_and_grads(conv3d, inputs, grads)
+    for name, result in ours.items():
+        assert_matches_oracle(result, oracle[name], baseline[name], name)
+
+
+def test_patch_embed3d_rounds_once_for_mixed_dtypes():
+    inputs = embed_inputs(EMBED[0], torch.float32)
+    inputs["video"] = inputs["video"].bfloat16()
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    out = patch_embed3d(**leaves)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert {name: t.grad.dtype for name, t in leaves.items()} == {name: t.dtype for name, t in inputs.items()}
+    oracle = conv3d(*(t.detach().double() for t in inputs.values()))
+    assert (out.double() - oracle).abs().max() <= 2**-8 * oracle.abs().max()
+
+
+# unpatchify3d
+
+
+def test_unpatchify3d_element_by_element():
+    (T, H, W), (pt, ph, pw), C = (2, 3, 1), (2, 1, 3), 2
+    tokens = torch.arange(2.0 * T * H * W * pt * ph * pw * C).reshape(2, T * H * W, -1)
+    out = unpatchify3d(tokens, (T, H, W), (pt, ph, pw), C)
+    assert out.shape == (2, C, T * pt, H * ph, W * pw)
+    for b, c, f, y, x in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
+        t, i, h, j, w, k = f // pt, f % pt, y // ph, y % ph, x // pw, x % pw
+        assert out[b, c, f, y, x] == tokens[b, (t * H + h) * W + w, ((i * ph + j) * pw + k) * C + c]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(layout, dtype):
+    torch.manual_seed(0)
+    video = torch.randn(2, 3, 4, 3, 10).to(dtype)
+    tokens = reference.patchify3d(video, (2, 3, 5))
+    assert torch.equal(unpatchify3d(tokens, (2, 1, 2), (2, 3, 5), 3), video)
+    arranged = arrange(tokens, layout).requires_grad_()
+    grad = arrange(video, layout)
+    with poison_empty():
+        out = unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3)
+        (result,) = torch.autograd.grad(out, arranged, grad)
+    assert torch.equal(out, reference.unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3))
+    assert torch.equal(result, reference.patchify3d(grad, (2, 3, 5)))
+
+
+# final_layer
+
+FINAL = [
+    # B, grid, patch, C, D, shape of shift, shape of scale, norm, bias
+    (2, (2, 2, 3), (1, 2, 2), 3, 8, (2, 1, 8), (2, 1, 8), "layer", True),
+    (2, (3, 1, 2), (2, 1, 3), 1, 5, (2, 3, 5), (2, 6, 5), "rms", False),
+    (1, (1, 1, 1), (1, 1, 1), 16, 33, (33,), (1, 33), "layer", True),
+    (3, (1, 2, 2), (1, 2, 1), 2, 16, None, (16,), "rms", True),
+    (1, (2, 1, 2), (1, 1, 2), 2, 6, (1, 2, 6), None, "layer", False),
+]
+
+
+def final_inputs(case, dtype=torch.float64):
+    B, grid, patch, C, D, shift, scale, norm, bias = case
+    torch.manual_seed(0)
+    features = patch[0] * patch[1] * patch[2] * C
+    inputs = dict(
+        x=torch.randn(B, grid[0] * grid[1] * grid[2], D) * 2 + 1,
+        shift=None if shift is None else torch.randn(shift),
+        scale=None if scale is None else torch.randn(scale) / 2,
+        weight=torch.randn(features, D) / D**0.5,
+        bias=torch.randn(features) if bias else None,
+    )
+    inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
+    return inputs, dict(grid=grid, patch=patch, norm=norm)
+
+
+def composition(x, shift, scale, weight, bias, *, grid, patch, norm):
+    """Norm, modulate, linear, einops' rearrange: everything in the dtype of x."""
+
+    def rows(t):
+        t = t[:, None] if t.ndim == 2 else t
+        return t if t.ndim == 1 else t.repeat_interleave(x.shape[1] // t.shape[1], 1)
+
+    y = NORMS[norm](x, x.shape[-1:], eps=1e-6)
+    y = y if scale is None else y * (1 + rows(scale))
+    y = y if shift is None else y + rows(shift)
+    y = torch.nn.functional.linear(y, weight, bias)
+    (T, H, W), (pt, ph, pw) = grid, patch
+    y = y.reshape(-1, T, H, W, pt, ph, pw, weight.shape[0] // (pt * ph * pw))
+    return torch.einsum("bthwijkc->bctihjwk", y).reshape(-1, y.shape[-1], T * pt, H * ph, W * pw)
+
+
+def final_grad(case, dtype):
+    B, grid, patch, C = case[:4]
+    return torch.randn(B, C, *(n * p for n, p in zip(grid, patch, strict=True))).to(dtype)
+
+
+@pytest.mark.parametrize("case", FINAL)
+def test_final_layer_is_the_composition(case):
+    inputs, settings = final_inputs(case)
+    grads = [final_grad(case, torch.float64)]
+    ours, theirs = (
+        outputs_and_grads(lambda f=f, **kw: f(**kw, **settings), inputs, grads) for f in (final_layer, composition)
+    )
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-11, atol=1e-11)
+
+
+def test_final_layer_is_the_ops_one_after_another():
+    inputs, settings = final_inputs(FINAL[1])
+    x, shift, scale, weight, _ = inputs.values()
+    tokens = norm_modulate(x, shift, scale, norm="rms") @ weight.T
+    expected = unpatchify3d(tokens, settings["grid"], settings["patch"], 1)
+    torch.testing.assert_close(final_layer(**inputs, **settings), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", FINAL)
+def test_final_layer_error_rule(case, dtype, device):
+    inputs, settings = final_inputs(case, dtype)
+    inputs = {name: None if t is None else t.to(device) for name, t in inputs.items()}
+    double = {name: None if t is None else t.double() for name, t in inputs.items()}
+    grad = final_grad(case, dtype).to(device)
+    with poison_empty():
+        ours = outputs_and_grads(lambda **kw: final_layer(**kw, **settings), inputs, [grad])
+    oracle = outputs_and_grads(lambda **kw: composition(**kw, **settings), double, [grad.double()])
+    baseline = outputs_and_grads(lambda **kw: composition(**kw, **settings), inputs, [grad])
+    for name, result in ours.items():
+        assert_matches_oracle(result, oracle[name], baseline[name], name)
+
+
+# All of them
+
+
+def calls():
+    embed, (final, settings) = embed_inputs(EMBED[0]), final_inputs(FINAL[1])
+    return {
+        "patch_embed3d": (patch_embed3d, embed, torch.randn(2, 24, 5, dtype=torch.float64)),
+        "final_layer": (lambda **kw: final_layer(**kw, **settings), final, final_grad(FINAL[1], torch.float64)),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_inputs_and_gradients(layout, name):
+    function, inputs, grad = calls()[name]
+    arranged = {n: None if t is None else arrange(t, layout) for n, t in inputs.items()}
+    dense = {n: None if t is None else t.contiguous() for n, t in arranged.items()}
+    ours = outputs_and_grads(function, arranged, [arrange(grad, layout)])
+    expected = outputs_and_grads(function, dense, [arrange(grad, layout).contiguous()])
+    for n, result in ours.items():
+        torch.testing.assert_close(result, expected[n], rtol=1e-12, atol=1e-12)
+
+
+def test_channels_last_video():
+    inputs = embed_inputs(EMBED[0])
+    expected = patch_embed3d(**inputs)
+    inputs["video"] = inputs["video"].to(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(patch_embed3d(**inputs), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_gradcheck(name):
+    function, inputs, _ = calls()[name]
+    given = {n: t.requires_grad_() for n, t in inputs.items() if t is not None}
+    absent = {n: None for n, t in inputs.items() if t is None}
+    assert torch.autograd.gradcheck(
+        lambda *args: function(**dict(zip(given, args, strict=True)), **absent), tuple(given.values()), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("name", calls())
+def test_backward_repeats_bitwise(name):
+    function, inputs, grad = calls()[name]
+    inputs = {n: None if t is None else t.float() for n, t in inputs.items()}
+    first, second = (outputs_and_grads(function, inputs, [grad.float()]) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_empty():
+    for shape in ((0, 3, 2, 4, 6), (2, 3, 0, 4, 6)):
+        video = torch.empty(shape, requires_grad=True)
+        weight, bias = torch.randn(5, 3, 1, 2, 2, requires_grad=True), torch.randn(5, requires_grad=True)
+        tokens = patch_embed3d(video, weight, bias)
+        tokens.sum().backward()
+        assert tokens.shape == (shape[0], shape[2] * 6, 5)
+        assert torch.equal(weight.grad, torch.zeros_like(weight)) and torch.equal(bias.grad, torch.zeros(5))
+    x = torch.empty(0, 6, 4, requires_grad=True)
+    out = final_layer(x, None, None, torch.randn(8, 4), grid=(1, 2, 3), patch=(1, 2, 2))
+    out.sum().backward()
+    assert out.shape == (0, 2, 1, 4, 6) and x.grad.shape == x.shape
+    assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2).shape == (0, 2, 1, 4, 6)
+
+
+def test_compiles_whole_with_dynamic_shapes():
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def run(video, weight, out_weight, shift, scale):
+        grid = (video.shape[2], video.shape[3] // 2, video.shape[4] // 2)
+        tokens = patch_embed3d(video, weight)
+        video = final_layer(tokens, shift, scale, out_weight, grid=grid, patch=(1, 2, 2))
+        return unpatchify3d(tokens, grid, (1, 1, 1), tokens.shape[2]).sum() + video.sin().sum()
+
+    for size in ((2, 4, 6), (3, 2, 8)):
+        torch.manual_seed(0)
+        shapes = (2, 3, *size), (5, 3, 1, 2, 2), (12, 5), (2, 1, 5), (5,)
+        tensors = [torch.randn(s, requires_grad=True) for s in shapes]
+        eager = run._torchdynamo_orig_callable(*tensors)
+        compiled = run(*tensors)
+        assert torch.equal(compiled, eager)
+        for a, b in zip(torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+video, weight = torch.zeros(2, 3, 2, 4, 6), torch.zeros(5, 3, 1, 2, 2)
+tokens = torch.zeros(2, 12, 12)
+ERRORS = {
+    patch_embed3d: (
+        dict(video=video, weight=weight),
+        [
+            (dict(video=[1]), TypeError, "video must be a tensor .B, C, T, H, W.; got list"),
+            (dict(video=video[0]), ValueError, "video must be .B, C, T, H, W.; got shape .3, 2, 4, 6."),
+            (dict(video=video.long()), TypeError, "video must be float32"),
+            (dict(weight=weight[0]), ValueError, "weight must be .D, C, pt, ph, pw."),
+            (dict(weight=weight[:, :2]), ValueError, "video's C=3 channels; got 2"),
+            (dict(weight=torch.zeros(5, 3, 1, 3, 2)), ValueError, "video's H must be a multiple of the patch 3; got 4"),
+            (dict(weight=torch.zeros(5, 3, 1, 0, 2)), ValueError, "the patch .* must be at least 1"),
+            (dict(bias=torch.zeros(4)), ValueError, r"bias must have shape \[5\].*got \[4\]"),
+            (dict(pos=torch.zeros(11, 5)), ValueError, r"pos must have shape \[12, 5\].*got \[11, 5\]"),
+            (dict(pos=torch.zeros(1, 12, 5)), ValueError, r"pos must have shape \[2, 12, 5\]"),
+            (dict(bias=torch.zeros(5, device="meta")), ValueError, "bias must be on video's device"),
+            (dict(impl="cuda"), Unavailable, "reference: usable"),
+        ],
+    ),
+    unpatchify3d: (
+        dict(tokens=tokens, grid=(2, 2, 3), patch=(1, 2, 2), channels=3),
+        [
+            (dict(tokens=tokens[0]), ValueError, "tokens must be"),
+            (dict(grid=(2, 2, 2)), ValueError, r"grid \(2, 2, 2\) makes 8 tokens; tokens has 12"),
+            (dict(grid=(2.0, 2, 3)), ValueError, "grid must be three integers"),
+            (dict(patch=(1, -2, 2)), ValueError, "patch must be at least 1"),
+            (dict(channels=4), ValueError, r"pt\*ph\*pw\*C = 16 features for patch \(1, 2, 2\) and channels 4; got 12"),
+            (dict(channels=0), ValueError, "channels must be an integer of at least 1; got 0"),
+            (dict(impl="cuda"), Unavailable, "reference: usable"),
+        ],
+    ),
+    final_layer: (
+        dict(x=tokens, shift=None, scale=None, weight=torch.zeros(8, 12), grid=(2, 2, 3), patch=(1, 2, 2)),
+        [
+            (dict(x=tokens[0]), ValueError, "x must be"),
+            (dict(grid=(1, 2, 3)), ValueError, "makes 6 tokens; x has 12; text tokens must be cut off first"),
+            (dict(shift=torch.zeros(2, 5, 12)), ValueError, "shift has F=5 rows, which must divide S=12"),
+            (dict(scale=torch.zeros(3, 12)), ValueError, "scale must be .*B=2, S=12, D=12.*got .3, 12."),
+            (dict(weight=torch.zeros(8, 11)), ValueError, "x's width D=12; got 11"),
+            (dict(weight=torch.zeros(7, 12)), ValueError, r"multiple of pt\*ph\*pw = 4 rows for patch .*; got 7"),
+            (dict(bias=torch.zeros(7)), ValueError, r"bias must have shape \[8\]"),
+            (dict(norm="batch"), ValueError, "norm must be one of 'layer', 'rms'"),
+            (dict(eps=-1.0), ValueError, "eps must be positive"),
+            (dict(weight=torch.zeros(8, 12, device="meta")), ValueError, "weight must be on x's device"),
+            (dict(impl="cuda"), Unavailable, "reference: usable"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "function, change, error, message",
+    [(f, *case) for f, (_, cases) in ERRORS.items() for case in cases],
+    ids=[f"{f.__name__}-{m}" for f, (_, cases) in ERRORS.items() for _, _, m in cases],
+)
+def test_errors(function, change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        function(**ERRORS[function][0] | change)
+    assert function.__name__ in str(caught.value)
