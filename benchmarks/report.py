@@ -139,21 +139,30 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+WITHOUT_A_GPU = {
+    "reference": "tested",
+    "cpu": "tested",
+    "triton": "interpreter fp32, fp16; compiled for sm_80–120",
+    "cuda": "compiled for sm_80, 90a, 100; SASS audited",
+}
+
+
 def verification(results: Path = machine.RESULTS) -> str:
-    """Family x implementation -> the devices its tests have passed on."""
+    """The capability matrix: function x implementation x direction, and where its tests have passed."""
     import sora_kernels
     from sora_kernels import _library
 
-    impls: dict[str, set[str]] = defaultdict(set)
-    for op in sora_kernels.__all__:
-        function = getattr(sora_kernels, op)
-        families = function.__module__.split(".")
-        if len(families) > 2:
-            impls[families[1]].update(_library.impls(f"{op}_fwd"))
-    lines = ["| family | implementation | on a GPU |", "|---|---|---|"]
-    for family in sorted(impls):
-        for impl in (i for i in ("triton", "cuda") if i in impls[family]):
-            lines.append(f"| {family} | {impl} | {verified.verified_on(family, impl, results)} |")
+    lines = [
+        "| function | implementation | forward | backward | by `make test` | on a GPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    functions = [getattr(sora_kernels, name) for name in sora_kernels.__all__]
+    ops = [(f.__module__.split(".")[1], f.__name__) for f in functions if _library.impls(f"{f.__name__}_fwd")]
+    for family, op in sorted(ops):
+        for impl in (i for i in WITHOUT_A_GPU if i in _library.impls(f"{op}_fwd")):
+            backward = "yes" if impl in _library.impls(f"{op}_bwd") else "–"
+            gpu = "–" if impl == "cpu" else verified.verified_on(family, impl, results)
+            lines.append(f"| `{op}` | {impl} | yes | {backward} | {WITHOUT_A_GPU[impl]} | {gpu} |")
     return "\n".join(lines)
 
 

@@ -49,12 +49,15 @@ def choose(
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def why_not(
     op: str, impl: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = False
 ) -> str | None:
     """None where `impl` runs `op` on this device type and dtype, else the reason why not."""
     return _why_not(op, impl, device, dtype, grad)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, and triton with it.
+why_not._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -61,7 +61,8 @@ def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., Non
         return getattr(importlib.import_module(module), name)
 
     def kernel(*args) -> None:
-        function()(*args)
+        with torch._C._DisableAutocast():  # the dtypes are the op's own business: fp32 products stay fp32
+            function()(*args)
 
     return kernel
 

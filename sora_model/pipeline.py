@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_kernels._dispatch import IMPLS
+
 from . import flow, media
 from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
 from .dit import DiTConfig, SoraDiT
@@ -241,6 +243,8 @@ class Sora:
     ) -> _Plan:
         defaults, vae = self.defaults, self.vae.config
         check_prompt(prompt)
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
         fps = _number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
         seconds = _number("seconds", defaults.frames / fps if seconds is None else seconds, 0, 86_400)
         if not (frames := round(seconds * fps)):

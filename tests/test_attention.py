@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_kernels import Unavailable, attention_plan, spacetime_attention
+from sora_kernels.attention import plan as plan_module
 from sora_kernels.attention import reference
 from sora_kernels.attention.plan import resolve
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
@@ -429,6 +430,20 @@ def test_compiles_whole_with_dynamic_shapes(mode):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["dense", "window"])
+def test_autocast_changes_nothing(name):
+    inputs, mode = make(name, torch.float32)
+    grads = [torch.randn_like(inputs["q"])]
+
+    def run():
+        return outputs_and_grads(lambda **kw: spacetime_attention(**kw, **mode), inputs, grads)
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = run()
+    assert all(torch.equal(ours[n], expected[n]) for n in expected)
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Refuses what would make a GPU wait for the host or the host for a GPU: .item(), bool(), data-dependent shapes."""
 
@@ -439,16 +454,20 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["cross", "causal_window_sink_cache", "packed_window", "window_text_start"])
-def test_no_host_synchronisation(name):
+def test_no_host_synchronisation(name, monkeypatch):
     inputs, mode = make(name)
     q_len, k_len, _ = MODES[name]
     given = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
     flat = resolve("test", q_len, k_len, *(given | mode).values())
     lens = torch.full((inputs["q"].shape[0],), k_len)
+    given_lens = dict(mode, kv_lens=lens, tile=(1, 2, 2))
+    monkeypatch.setattr(
+        plan_module, "check_kv_lens", lambda *args: None
+    )  # it may read CPU lengths
     with NoSynchronisation():
         reference.spacetime_attention(*inputs.values(), lens, *flat, 1.0)
         reference.spacetime_attention_backward(inputs["q"], None, *inputs.values(), lens, *flat, 1.0)
-        plan = attention_plan(q_len, k_len, **mode, kv_lens=lens, tile=(1, 2, 2))
+        plan = attention_plan(q_len, k_len, **given_lens)
         plan.flops(1, 1)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             plan.counts.sum().item()
@@ -557,6 +576,9 @@ def test_errors(change, error, message):
 def test_plan_errors():
     for settings, message in (
         (dict(q_len=8, grid=(2, 2, 3)), "attention_plan: grid"),
+        (dict(q_len=-1), "q_len must be an integer of at least 0; got -1"),
+        (dict(q_len=3, k_len=2.0), "k_len must be an integer of at least 0; got 2.0"),
+        (dict(q_len=3, kv_lens=torch.tensor([4])), "kv_lens must lie between 0 and Sk=3; got 4 to 4"),
         (dict(q_len=12, grid=(2, 2, 3), tile=0), "tile must be at least 1"),
         (dict(q_len=12, grid=(2, 2, 3), tile=(1, 2)), "tile must be three integers"),
     ):

@@ -109,7 +109,7 @@ def encoder():
 def test_words_are_lowered_and_freed_of_punctuation(encoder):
     assert split_words("A RED circle, bounces!  (don't)") == ["a", "red", "circle", "bounces", "don't"]
     assert torch.equal(encoder.tokenize(["A RED circle, bounces!"]), encoder.tokenize(["a red circle bounces"]))
-    assert encoder.unknown("a red Elephant, an elephant and a giraffe") == ["elephant", "an", "giraffe"]
+    assert encoder.unknown("a red Elephant, an elephant and a giraffe") == ["elephant", "giraffe"]
     assert all(not encoder.unknown(prompt) for prompt, _ in world.eval_prompts())
 
 

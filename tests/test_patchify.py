@@ -270,6 +270,16 @@ def test_backward_repeats_bitwise(name):
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.parametrize("name", calls())
+def test_autocast_changes_nothing(name):
+    function, inputs, grad = calls()[name]
+    inputs = {n: None if t is None else t.float() for n, t in inputs.items()}
+    expected = outputs_and_grads(function, inputs, [grad.float()])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outputs_and_grads(function, inputs, [grad.float()])
+    assert all(torch.equal(ours[n], expected[n]) for n in expected)
+
+
 def test_empty():
     for shape in ((0, 3, 2, 4, 6), (2, 3, 0, 4, 6)):
         video = torch.empty(shape, requires_grad=True)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
 from . import reference
-from .plan import resolve
+from .plan import check_kv_lens, resolve
 
 
 def spacetime_attention(
@@ -72,7 +72,13 @@ def spacetime_attention(
     mode = resolve(op, q.shape[1], k.shape[1], grid, grids, window, stride, causal, sink, text_len, text_at)
     if grids is not None and q.shape[0] != 1:
         raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {q.shape[0]}")
-    _check_kv_lens(op, kv_lens, k)
+    check_kv_lens(op, kv_lens, k.shape[1])
+    if kv_lens is not None:
+        _check.same_device(op, q, {"kv_lens": kv_lens}, "q")
+        if kv_lens.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{op}: kv_lens must have one length per batch, [{q.shape[0]}]; got {_check.shape_of(kv_lens)}"
+            )
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if not abs(scale) < math.inf:
@@ -106,23 +112,6 @@ def _check_heads(op, q, k, v) -> None:
         raise TypeError(f"{op}: k must have q's dtype {q.dtype}; got {k.dtype}; cast it with .to()")
     _check.same_device(op, q, {"k": k}, "q")
     _check.like(op, "v", v, k, "k")
-
-
-def _check_kv_lens(op, kv_lens, k) -> None:
-    if kv_lens is None:
-        return
-    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
-        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
-        raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
-    if tuple(kv_lens.shape) != (k.shape[0],):
-        raise ValueError(
-            f"{op}: kv_lens must have one length per batch, [{k.shape[0]}]; got {_check.shape_of(kv_lens)}"
-        )
-    _check.same_device(op, k, {"kv_lens": kv_lens}, "k")
-    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
-        least, most = (int(n) for n in kv_lens.aminmax())
-        if least < 0 or most > k.shape[1]:
-            raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k.shape[1]}; got {least} to {most}")
 
 
 # The private ops

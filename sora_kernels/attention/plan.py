@@ -98,6 +98,10 @@ def attention_plan(
     """
     op = "attention_plan"
     k_len = q_len if k_len is None else k_len
+    for name, n in (("q_len", q_len), ("k_len", k_len)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
+    check_kv_lens(op, kv_lens, k_len)
     flat, window, stride, chunk, sink, text_len, text_first = resolve(
         op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at
     )
@@ -195,6 +199,21 @@ def resolve(
     if len(clips) < 2 and window is None and not chunk:
         clips, sink = [], 0
     return [n for g in clips for n in g], list(window or ()), list(stride), chunk, sink, text_len, text_at == "start"
+
+
+def check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
+    """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
+    if kv_lens is None:
+        return
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
+        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+        raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
+    if kv_lens.ndim != 1:
+        raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
+    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
+        least, most = (int(n) for n in kv_lens.aminmax())
+        if least < 0 or most > k_len:
+            raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")
 
 
 def _tiles(tokens: Tensor, sizes: Sequence[Sequence[int]], tile: int | tuple[int, ...]) -> tuple[Tensor, int]:

@@ -26,7 +26,7 @@ def token_table(
     clips = []
     for clip, (T, H, W) in enumerate(grids):
         i = torch.arange(T * H * W, dtype=torch.int64, device=device)
-        where = (torch.full_like(i, clip), i // max(H * W, 1), i // max(W, 1) % max(H, 1), i % max(W, 1))
+        where = (torch.full_like(i, clip), i // (H * W), i // W % H, i % W)
         clips.append(torch.stack((*where, *(torch.full_like(i, n) for n in (T, H, W))), dim=-1))
     video = torch.cat(clips) if clips else text[:0]
     video = video[video.shape[0] - (length - text.shape[0]) :]
@@ -64,7 +64,7 @@ def reach(
 def visible(
     queries: Tensor, keys: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int
 ) -> Tensor:
-    """Bool `[Sq, Sk]`: which query sees which key. Both are rows of :func:`token_table`."""
+    """Bool `[Sq, Sk]`: which query sees which key. Both are rows of a `token_table`."""
     lo, hi, kept = reach(queries, window, stride, chunk, sink)
     clip, t = keys[:, 0], keys[:, 1]
     seen = (t < kept[:, None]) & (clip == queries[:, :1])
@@ -87,9 +87,9 @@ def masks(
     keys = token_table(Sk, clips, text_len, text_first, q.device)
     real = None if kv_lens is None else torch.arange(Sk, device=k.device) < kv_lens.view(B, 1, 1, 1)
     for start in range(0, Sq, rows):
-        chunk_of_rows = slice(start, start + rows)
-        mask = visible(queries[chunk_of_rows], keys, window, stride, chunk, sink) if clips else None
-        yield chunk_of_rows, real if mask is None else mask if real is None else mask & real
+        part = slice(start, start + rows)
+        mask = visible(queries[part], keys, window, stride, chunk, sink) if clips else None
+        yield part, real if mask is None else mask if real is None else mask & real
 
 
 def softmax(scores: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,374 @@
+"""From a sentence to a clip: the shipped checkpoint, a tiny directory of Wan's structure, and everything that must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sora_model import media, pipeline, train, world
+from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
+from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
+from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
+
+
+@pytest.fixture(scope="module")
+def toy() -> Sora:
+    return Sora.from_pretrained("toy", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def random_checkpoint(tmp_path_factory):
+    """A whole checkpoint of our own layout, tiny and untrained."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
+    dit = train.SoraDiT(config)
+    torch.nn.init.normal_(dit.head.weight, std=0.3)
+    vae = train.CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
+    vae.set_latent_statistics([0.1] * 4, [1.5] * 4)
+    text = WordTextEncoder(WordTextConfig(words=world.VOCABULARY, dim=16))
+    folder = tmp_path_factory.mktemp("own") / "checkpoint"
+    Sora(dit, vae, text, train.TOY_DEFAULTS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(random_checkpoint, tmp_path):
+    return shutil.copytree(random_checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """A directory of the structure of Wan2.1-T2V-1.3B-Diffusers, written by diffusers and transformers, tiny and random."""
+    return make_wan_directory(tmp_path_factory.mktemp("wan") / "Wan-tiny")
+
+
+def make_wan_directory(folder):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    vocabulary = ["<pad>", "</s>", "<unk>", *world.VOCABULARY]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    transformers.UMT5EncoderModel(
+        transformers.UMT5Config(
+            vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False
+        )
+    ).save_pretrained(folder / "text_encoder")
+    diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=32, ffn_dim=48, num_layers=2, rope_max_seq_len=64,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.1, 0.9, 1.3, 0.7],
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ).save_pretrained(folder / "scheduler")
+    parts = {
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    }
+    write_json(folder / "model_index.json", {"_class_name": "WanPipeline", "_diffusers_version": "0.33.0", **parts})
+    return folder
+
+
+# --- the shipped checkpoint ---
+
+
+@pytest.mark.parametrize("prompt", ["a red circle moves right", "a blue square passes behind a wall", "a yellow triangle"])
+def test_the_shipped_checkpoint_shows_the_colour_that_the_prompt_names(toy, prompt):
+    clip = toy.generate(prompt, steps=12, seed=1)
+    assert clip.frames.shape == (17, 64, 64, 3) and clip.frames.dtype == np.uint8 and clip.fps == 8
+    assert world.readout.read(clip.frames).colour == prompt.split()[1]
+
+
+def test_the_shipped_checkpoint_is_small_and_tells_how_it_was_made_and_how_good_it_is():
+    assert sum(file.stat().st_size for file in TOY.rglob("*.safetensors")) <= 12 * 2**20
+    record = read_json(TOY / "training.json")
+    assert record["command"] and record["step"] == record["dit"]["steps"]
+    losses = [json.loads(line)["loss"] for line in (TOY / "dit_log.jsonl").read_text().splitlines()]
+    assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
+    result = read_json(TOY / "eval.json")
+    assert [row["prompt"] for row in result["clips"]] == [prompt for prompt, _ in world.eval_prompts()]
+    for question in ("colour", "shape"):
+        answers = [row[question] for row in result["clips"]]
+        assert result["score"][question] == pytest.approx(sum(answers) / len(answers), abs=1e-3)
+
+
+def test_same_seed_same_clip_and_another_seed_another(toy):
+    def make(seed):
+        return toy.generate("a green ring bounces", steps=3, seed=seed).frames
+
+    assert np.array_equal(make(5), make(5))
+    assert np.abs(make(5).astype(int) - make(6)).max() > 20
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_reference_and_auto_give_the_same_clip_within_rounding(toy, guidance):
+    options = dict(steps=4, seed=3, seconds=1.1, guidance=guidance)
+    auto = toy.generate("a purple square slides left", **options).frames
+    reference = toy.generate("a purple square slides left", impl="reference", **options).frames
+    assert auto.std() > 5
+    assert np.abs(auto.astype(int) - reference).max() <= 2
+
+
+def test_length_and_rate_are_those_asked_for(toy):
+    clip = toy.generate("a red ring", steps=1, seconds=0.5, fps=12)
+    assert clip.frames.shape[0] == 6 and clip.fps == 12
+    assert toy.generate("a red ring", steps=1, seconds=0.1).frames.shape[0] == 1
+    assert toy.generate("a red ring", steps=1, seconds=0.1, size=(32, 80)).frames.shape == (1, 32, 80, 3)
+
+
+def test_a_saved_clip_reads_back_and_the_streamed_file_is_the_same(toy, tmp_path):
+    clip = toy.generate("a white circle bounces", steps=3, seed=2)
+    assert isinstance(clip, Clip) and clip.save(tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    frames = np.stack(list(media.read_video(tmp_path / "a.mp4")))
+    assert np.abs(frames.astype(int) - clip.frames).mean() < 4
+    toy.generate_to(tmp_path / "b.mp4", "a white circle bounces", steps=3, seed=2)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_progress_is_told_and_unknown_words_are_reported(toy):
+    told = []
+    with pytest.warns(UserWarning, match="does not know: elephant, trumpet"):
+        toy.generate("a red elephant, a trumpet", steps=2, seconds=0.6, progress=lambda *event: told.append(event))
+    assert told[:2] == [("denoise", 1, 2), ("denoise", 2, 2)] and told[-1] == ("decode", 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.generate("a red circle", steps=1, seconds=0.1)
+
+
+# --- Wan ---
+
+
+def test_a_wan_directory_runs_end_to_end_as_diffusers_does(wan, monkeypatch):
+    import diffusers
+
+    monkeypatch.setattr(UMT5TextEncoder, "max_tokens", 16)
+    sora = Sora.from_pretrained(wan, device="cpu")
+    assert sora.defaults.shift == 3.0 and sora.defaults.size == (480, 832)
+    prompt, steps, shape = "a red circle moves right", 4, (1, 4, 3, 4, 6)
+    clip = sora.generate(prompt, steps=steps, seconds=9 / 16, size=(32, 48), guidance=5.0, seed=11)
+
+    # the same in diffusers' own modules, under the same sampler
+    dit = diffusers.WanTransformer3DModel.from_pretrained(wan / "transformer").eval()
+    vae = diffusers.AutoencoderKLWan.from_pretrained(wan / "vae").eval()
+    text, _ = UMT5TextEncoder.from_directory(wan).encode([prompt, ""])
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0, steps + 1)[:-1].tolist())
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            with_prompt, without = dit(torch.cat([latents] * 2), t.expand(2), text, return_dict=False)[0].chunk(2)
+            latents = scheduler.step(without + 5.0 * (with_prompt - without), t, latents).prev_sample
+        mean, std = (torch.tensor(vae.config[f"latents_{name}"]).view(-1, 1, 1, 1) for name in ("mean", "std"))
+        video = vae.decode(latents * std + mean).sample[0]
+    expected = video.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).movedim(0, -1).numpy()
+    assert clip.frames.shape == expected.shape == (9, 32, 48, 3) and clip.fps == 16
+    assert expected.std() > 1
+    assert np.abs(clip.frames.astype(int) - expected).max() <= 1
+
+
+def test_the_wan_text_encoder_pads_with_zeros_to_512(wan):
+    text, lens = UMT5TextEncoder.from_directory(wan).encode(["a red  circle", "&quot;ring&quot;"])
+    assert text.shape == (2, 512, 16) and lens.tolist() == [4, 4]
+    assert text[0, 4:].abs().max() == 0 and text[0, :4].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: shutil.rmtree(d / "tokenizer"), "lacks the folder 'tokenizer'"),
+        (lambda d: (d / "vae" / "config.json").unlink(), r"config\.json is missing"),
+        (lambda d: write_json(d / "scheduler" / "scheduler_config.json", {"flow_shift": -2}), "flow shift must be positive"),
+        (lambda d: (d / "transformer_2").mkdir(), "'transformer_2': only Wan 2.1"),
+        (
+            lambda d: edit(d / "transformer" / "diffusion_pytorch_model.safetensors", lambda s: s.pop("proj_out.bias")),
+            "head.bias|proj_out.bias",
+        ),
+        (lambda d: (d / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 64), "text encoder in .* cannot be read"),
+    ],
+)
+def test_a_damaged_wan_directory_is_refused(wan, tmp_path, damage, said):
+    folder = shutil.copytree(wan, tmp_path / "wan")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=said):
+        Sora.from_pretrained(folder)
+
+
+# --- bad checkpoints ---
+
+
+def edit(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("open('/tmp/sora-pickle-ran', 'w')",))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DIT = ("transformer", "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda d: (d / "model_index.json").unlink(), r"model_index\.json is missing"),
+        (lambda d: (d / "model_index.json").write_text("[1]"), "must hold a JSON object"),
+        (lambda d: (d / "model_index.json").write_text('{"_class_name": "StableDiffusion"}'), "'StableDiffusion'; supported"),
+        (lambda d: (d / "vae" / "config.json").write_bytes(b"\xff{"), "not valid JSON"),
+        (lambda d: (d / "vae" / "model.safetensors").unlink(), "missing .found there: config.json"),
+        (lambda d: truncate(d.joinpath(*DIT)), "not a whole safetensors file"),
+        (lambda d: d.joinpath(*DIT).write_bytes(b""), "not a whole safetensors file"),
+        (lambda d: d.joinpath(*DIT).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "not a whole safetensors file"),
+        (lambda d: d.joinpath(*DIT).write_bytes(pickle.dumps(Exploit())), "not a whole safetensors file"),
+        (lambda d: edit(d.joinpath(*DIT), lambda s: s.pop("head.bias")), "lacks 1 of .*'head.bias'"),
+        (lambda d: edit(d.joinpath(*DIT), lambda s: s.update(extra=torch.ones(1))), "1 unknown ones .first: 'extra'"),
+        (lambda d: edit(d.joinpath(*DIT), lambda s: s.update({"head.bias": torch.ones(3)})), r"head.bias.*\(16,\).*\(3,\)"),
+        (lambda d: edit(d.joinpath(*DIT), lambda s: s["head.bias"].fill_(float("nan"))), "NaN"),
+        (lambda d: change_config(d / "transformer", dim=-1), "dim must be an integer from 1"),
+        (lambda d: change_config(d / "transformer", depth=2), "does not describe a DiTConfig"),
+        (lambda d: change_config(d / "vae", z_dim=6, latents_mean=None, latents_std=None), "shape"),
+        (lambda d: change_config(d / "text_encoder", words=["a b"]), "words must be distinct"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_with_what_was_expected_and_found(copied, damage, said):
+    damage(copied)
+    with pytest.raises(CheckpointError, match=said):
+        Sora.from_pretrained(copied)
+
+
+def change_config(folder, **changes):
+    write_json(folder / "config.json", read_json(folder / "config.json") | changes)
+
+
+def test_pickles_are_refused_unopened(tmp_path):
+    for name in ("model.pt", "model.ckpt", "diffusion_pytorch_model.bin"):
+        file = tmp_path / name
+        file.write_bytes(pickle.dumps(Exploit()))
+        with pytest.raises(CheckpointError, match="is a pickle, which can run code"):
+            Sora.from_pretrained(file)
+        file.unlink()
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        Sora.from_pretrained(tmp_path / "nowhere")
+
+
+def test_parts_of_different_checkpoints_do_not_go_together(random_checkpoint):
+    one = Sora.from_pretrained(random_checkpoint, device="cpu")
+    other = WordTextEncoder(WordTextConfig(words=("a",), dim=8))
+    with pytest.raises(CheckpointError, match="takes text of width 16, the text encoder gives 8"):
+        Sora(one.dit, one.vae, other, one.defaults)
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(2)})
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sora_model.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_tensors(path, {"x": torch.zeros(2)})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "b.json", {"x": float("nan")})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+    assert torch.equal(read_tensors(path)["x"], torch.ones(2))
+
+
+# --- bad requests ---
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"prompt": ""}, ValueError, "no word"),
+        ({"prompt": "red " * 4000}, ValueError, "characters; at most"),
+        ({"prompt": None}, TypeError, "prompt must be a str"),
+        ({"size": (65, 64)}, ValueError, "height must be a multiple of 16, got 65; 64 or 80 would fit"),
+        ({"size": (64, 8)}, ValueError, "width must be a whole number from 16 to 8192, got 8"),
+        ({"size": (-64, 64)}, ValueError, "got -64"),
+        ({"size": (10**9, 10**9)}, ValueError, "from 16 to 8192"),
+        ({"size": 64}, ValueError, r"size must be \(height, width\), got 64"),
+        ({"size": (64.0, 64)}, ValueError, "got 64.0"),
+        ({"seconds": 0}, ValueError, "seconds must lie between"),
+        ({"seconds": -1}, ValueError, "seconds must lie between"),
+        ({"seconds": float("nan")}, ValueError, "seconds must lie between"),
+        ({"seconds": 0.01}, ValueError, "less than one frame"),
+        ({"seconds": "2"}, TypeError, "seconds must be a number"),
+        ({"fps": 0}, ValueError, "fps must lie between"),
+        ({"steps": 0}, ValueError, "steps must lie between 1"),
+        ({"steps": 2.5}, TypeError, "steps must be a whole number"),
+        ({"seed": -1}, ValueError, "seed must lie between 0"),
+        ({"guidance": float("inf")}, ValueError, "guidance must lie between"),
+        ({"impl": "fast"}, ValueError, "impl must be one of auto, reference"),
+        ({"size": (4096, 4096), "seconds": 3600}, TooLargeError, "4096x4096 with 28800 frames needs about .* would fit"),
+        ({"size": (4096, 4096), "seconds": 60, "impl": "reference"}, TooLargeError, "would fit"),
+    ],
+)
+def test_a_bad_request_is_refused_before_anything_is_computed(random_checkpoint, monkeypatch, options, kind, said):
+    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+    monkeypatch.setattr(sora.text, "encode", lambda prompts: pytest.fail("the request was not refused"))
+    with pytest.raises(kind, match=said):
+        sora.generate(**{"prompt": "a red circle"} | options)
+
+
+def test_what_would_fit_is_offered_and_does_fit(random_checkpoint, monkeypatch):
+    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+    monkeypatch.setattr(pipeline, "_available", lambda device: 40 * 2**20)
+    with pytest.raises(TooLargeError) as caught:
+        sora.generate("a red circle", size=(512, 1024), seconds=20, steps=1)
+    import re
+
+    width, height = map(int, re.search(r"free; (\d+)x(\d+) with", str(caught.value)).groups())
+    assert width == 2 * height
+    sora._plan("a red circle", 20, (height, width), None, 0, 1, None, "auto")
+
+
+def test_weights_larger_than_memory_are_refused_before_they_are_read(random_checkpoint, monkeypatch):
+    monkeypatch.setattr(pipeline, "_available", lambda device: 1000)
+    with pytest.raises(TooLargeError, match="weights in .* take .* 0 MiB of memory are free"):
+        Sora.from_pretrained(random_checkpoint)
+
+
+def test_a_prompt_of_too_many_words_and_a_path_that_cannot_be_written_leave_nothing(random_checkpoint, tmp_path):
+    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+    with pytest.raises(ValueError, match="33 words"):
+        sora.generate("red " * 33)
+    with pytest.raises(media.MediaError, match="no folder"):
+        sora.generate_to(tmp_path / "none" / "a.mp4", "a red circle", steps=1)
+    with pytest.raises(TypeError, match="no argument 'sze'"):
+        sora.generate_to(tmp_path / "a.mp4", "a red circle", sze=(64, 64))
+
+    def fail(*event):
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        sora.generate_to(tmp_path / "a.mp4", "a red circle", steps=1, seconds=0.1, progress=fail)
+    assert list(tmp_path.iterdir()) == []
