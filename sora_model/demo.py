@@ -1,4 +1,5 @@
-"""What `make demo` runs: a clip of $PROMPT in out/, then every operation beside its fp64 oracle, eager PyTorch and torch.compile.
+"""What `make demo` runs: a clip of $PROMPT in out/, then every operation beside its fp64 oracle, eager PyTorch and
+torch.compile.
 
 PROMPT="a blue square bounces" python -m sora_model.demo
 """
@@ -159,7 +160,8 @@ def table(console: Console) -> list[str]:
     """Prints the table and returns the names of operations whose error exceeds its bound."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = Table(
-        title=f"forward, fp32, {device.type}, {torch.get_num_threads()} threads; batch {B}, {S} tokens of width {D}, video {list(VIDEO)}"
+        title=f"forward, fp32, {device.type}, {torch.get_num_threads()} threads; "
+        f"batch {B}, {S} tokens of width {D}; video {list(VIDEO)}"
     )
     for column in ("operation", "auto is", "error", "bound", "ms", "eager ms", "compile ms", "x eager", "x compile"):
         result.add_column(column, justify="left" if column in ("operation", "auto is") else "right", no_wrap=True)
@@ -188,7 +190,8 @@ def table(console: Console) -> list[str]:
                     candidates["compile"] = lambda f=compiled, a=arguments: f(**a)
             ms = interleaved(candidates, device)
             result.add_row(
-                op, _dispatch.choose(op, "auto", first), f"{error:.1e}", f"[{'red' if op in wrong else 'green'}]{bound:.1e}[/]",
+                op, _dispatch.choose(op, "auto", first),
+                f"{error:.1e}", f"[{'red' if op in wrong else 'green'}]{bound:.1e}[/]",
                 *(f"{ms[name]:.3f}" if name in ms else "-" for name in ("ours", "eager", "compile")),
                 *(f"{ms[name] / ms['ours']:.2f}" if name in ms else "-" for name in ("eager", "compile")),
             )  # fmt: skip

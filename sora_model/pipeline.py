@@ -81,8 +81,8 @@ class Sora:
         self.dit, self.vae, self.text, self.defaults = dit, vae, text, defaults
         if dit.config.in_channels != vae.config.z_dim or dit.config.out_channels != vae.config.z_dim:
             raise CheckpointError(
-                f"the transformer works on {dit.config.in_channels} -> {dit.config.out_channels} latent channels, the VAE "
-                f"has {vae.config.z_dim}: they are parts of different checkpoints"
+                f"the transformer works on {dit.config.in_channels} -> {dit.config.out_channels} latent channels, "
+                f"the VAE has {vae.config.z_dim}: they are parts of different checkpoints"
             )
         if dit.config.text_dim != text.dim:
             raise CheckpointError(
@@ -107,7 +107,7 @@ class Sora:
         damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory.
         """
         folder = TOY if os.fspath(source) == "toy" else Path(source)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _device(device)
         if not folder.exists():
             raise CheckpointError(
                 f"there is no checkpoint at {folder}; give the folder that holds model_index.json, or 'toy'"
@@ -125,7 +125,8 @@ class Sora:
         )
         if weights > free:
             raise TooLargeError(
-                f"the weights in {folder} take {_gib(weights)}, and {_gib(free)} of memory are free; use a smaller model"
+                f"the weights in {folder} take {_gib(weights)}, and {_gib(free)} of memory are free; "
+                "use a smaller model"
             )
         if kind == "Sora":
             parts = {name: _read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
@@ -364,6 +365,17 @@ def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch
     return cls(
         dit, vae, text, Defaults(frames=81, size=(480, 832), fps=16, steps=50, guidance=5.0, shift=float(shift))
     )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    cuda = torch.cuda.is_available()
+    try:
+        device = torch.device(device or ("cuda" if cuda else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
+    if device.type == "cuda" and not cuda:
+        raise ValueError("device is 'cuda', but torch finds no GPU here; use 'cpu'")
+    return device
 
 
 def _available(device: torch.device) -> int:

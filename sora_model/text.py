@@ -110,7 +110,7 @@ class WordTextEncoder(nn.Module):
         rows = [[self._ids.get(word, _UNKNOWN) for word in split_words(prompt)] or [_NULL] for prompt in prompts]
         longest = max(map(len, rows))
         if longest > self.max_tokens:
-            raise ValueError(f"prompt has {longest} words; this text encoder takes {self.max_tokens} at most, so shorten it")
+            raise ValueError(f"prompt has {longest} words; this encoder takes {self.max_tokens} at most: shorten it")
         return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows])
 
     def forget(self, ids: Tensor, *, words: float, prompts: float, generator: torch.Generator) -> Tensor:

@@ -101,7 +101,7 @@ class Settings:
         return self.lr * min(1.0, (step + 1) / (self.warmup + 1), left)
 
 
-VAE_SETTINGS = Settings(steps=2400, batch=8, lr=7e-4, save_every=100, weight_decay=0.0)
+VAE_SETTINGS = Settings(steps=2300, batch=8, lr=7e-4, save_every=100, weight_decay=0.0)
 DIT_SETTINGS = Settings(steps=5000, batch=32, lr=1e-3, warmup=200, ema=0.998, save_every=250)
 
 
@@ -279,18 +279,17 @@ def to_video(frames: np.ndarray | Tensor) -> Tensor:
 def vae_batch(settings: Settings, step: int) -> Tensor:
     """Videos of a VAE training step: fp32 `[B, 3, T, H, W]`.
 
-    T is 1 for the first tenth of the steps, and then 5, 9 or 17. The last fifth sees whole frames, half as many
-    clips; all others see windows of half the height and width, near the object: most of the learning for a quarter
-    of the price.
+    T is 1 for the first tenth of the steps, then 5, 9 or 17. The last fifth sees whole clips; all other steps see
+    windows of half the height and width, near the object: most of the learning for a quarter of the price.
     """
     generator = _generator(settings.seed, step)
     draw = torch.rand(1, generator=generator).item()
     whole = step >= settings.steps - settings.steps // 5
-    batch = settings.batch // 2 if whole else settings.batch
     if step < settings.steps // 10:
-        frames, clips = 1, 2 * batch
+        frames, clips = 1, 2 * settings.batch
     else:
-        frames, clips = (5, batch) if draw < 0.65 else (9, batch // 2) if draw < 0.95 else (17, batch // 2)
+        frames = FRAMES if whole else 5 if draw < 0.65 else 9 if draw < 0.95 else FRAMES
+        clips = settings.batch if frames == 5 else max(settings.batch // (4 if whole else 2), settings.workers)
     starts = torch.randint(0, FRAMES - frames + 1, (clips,), generator=generator).tolist()
     first = ((settings.seed << 32) + step) * 64
     samples = [world.sample(first + i) for i in range(clips)]
@@ -309,10 +308,10 @@ def vae_batch(settings: Settings, step: int) -> Tensor:
 def start_direct(vae: CausalVAE) -> None:
     """Initialises a VAE so that a coarse picture passes straight through it.
 
-    Every convolution on the way starts as an orthogonal map of the channels at the newest frame and the centre pixel, one
-    over time as the identity (a clip's first frame goes around those), plus 0.3 of the default noise; every branch beside
-    the way starts small. After 150 steps this is worth 7 dB over the default. The posterior starts narrow, lest the decoder
-    must first learn through noise.
+    Every convolution on the way starts as an orthogonal map of the channels at the newest frame and the centre
+    pixel, one over time as the identity (a clip's first frame goes around those), plus 0.3 of the default noise;
+    every branch beside the way starts small. After 150 steps this is worth 7 dB over the default. The posterior
+    starts narrow, lest the decoder must first learn through noise.
     """
     for module in vae.modules():
         way: list[nn.Conv3d | None] = []
@@ -365,7 +364,7 @@ def train_vae(
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
 
     load_into(vae, fit(vae, loss_at, settings, run, label="VAE"), str(run))
-    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + 128), progress=False)
+    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + 64), progress=False)
     vae.set_latent_statistics(latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist())
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
     write_json(Path(run) / "config.json", dataclasses.asdict(vae.config))
@@ -395,6 +394,12 @@ def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress
         return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
 
 
+def _captions(seed: int) -> list[str]:
+    """Four true captions of a clip."""
+    sample = world.sample(seed)
+    return [sample.caption, *(write_caption(Dice(k), sample.scene, sample.state) for k in range(3))]
+
+
 def train_dit(
     run: str | Path,
     vae: CausalVAE,
@@ -419,10 +424,11 @@ def train_dit(
     seeds = range(first, first + clips)
     cache = run / "latents.safetensors"
     if not cache.exists():
-        write_tensors(cache, {"latents": encode_clips(vae.to(device), seeds)})
-    latents = vae.cpu().normalize(read_tensors(cache)["latents"])
-    if len(latents) != clips:
-        raise CheckpointError(f"{cache} holds {len(latents)} clips, not {clips}; remove it or keep that number")
+        write_tensors(cache, {"latents": encode_clips(vae.to(device), seeds), "mean": vae.latents_mean})
+    stored = read_tensors(cache)
+    if len(stored["latents"]) != clips or not torch.equal(stored["mean"], vae.latents_mean.cpu()):
+        raise CheckpointError(f"{cache} holds {len(stored['latents'])} clips, or those of another VAE; remove it")
+    latents = vae.cpu().normalize(stored["latents"])
     torch.manual_seed(settings.seed)
     channels = latents.shape[1]
     config = dataclasses.replace(config or DIT["toy"], in_channels=channels, out_channels=channels)
@@ -432,9 +438,7 @@ def train_dit(
         for layer in (embedding[0], embedding[2]):
             nn.init.xavier_uniform_(layer.weight)
     model.to(device)
-    samples = [world.sample(seed) for seed in seeds]
-    captions = [[s.caption, *(write_caption(Dice(k), s.scene, s.state) for k in range(3))] for s in samples]
-    del samples
+    captions = [_captions(seed) for seed in seeds]
 
     def loss_at(step: int, part: slice) -> Tensor:
         generator = _generator(settings.seed, step)

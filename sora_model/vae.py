@@ -29,7 +29,6 @@ from sora_kernels import (
 from . import checkpoint
 
 EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
-_MOST = 4096  # channels, or blocks, that any level may have: refused before anything is allocated
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,10 @@ class VAEConfig:
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = {"z_dim": self.z_dim, "num_res_blocks": self.num_res_blocks}
-        sizes |= {"in_channels": self.in_channels, "out_channels": self.out_channels}
-        sizes |= {f"base_dim * {m} of dim_mult": self.base_dim * m for m in self.dim_mult}
-        sizes |= {f"decoder_base_dim * {m} of dim_mult": self.decoder_dim * m for m in self.dim_mult}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or not 0 < size <= _MOST:
-                raise ValueError(f"VAEConfig: {name} must be a whole number from 1 to {_MOST}; got {size!r}")
+        names = ("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels", "decoder_dim")
+        for name, size in [*((name, getattr(self, name)) for name in names), *(("dim_mult", m) for m in self.dim_mult)]:
+            if not isinstance(size, int) or not 0 < size <= 4096:
+                raise ValueError(f"VAEConfig: {name} must be a whole number from 1 to 4096; got {size!r}")
         if not 0 < len(self.dim_mult) <= 8:
             raise ValueError(f"VAEConfig: dim_mult must name 1 to 8 levels; got {self.dim_mult}")
         steps = self.temporal_downsample
@@ -74,6 +70,9 @@ class VAEConfig:
                 f"VAEConfig: temporal_downsample must be {len(self.dim_mult) - 1} booleans, one per step between the "
                 f"levels of dim_mult={self.dim_mult}; got {steps}"
             )
+        squares = sum((self.base_dim * m) ** 2 + (self.decoder_dim * m) ** 2 for m in self.dim_mult)
+        if (about := 27 * (2 * self.num_res_blocks + 1) * squares) > 10**10:
+            raise ValueError(f"VAEConfig: no VAE has about {about:,} parameters; give smaller sizes")
         if any(self.decoder_dim * mult % 2 for mult in self.dim_mult[1:]):
             raise ValueError(
                 f"VAEConfig: the decoder halves its channels at each step, so its base width {self.decoder_dim} times "
@@ -411,10 +410,12 @@ class CausalVAE(nn.Module):
             config, state = checkpoint.read_wan_directory(source)
             where = os.fspath(source)
         vae = cls(checkpoint.build(VAEConfig, _wan_config(config, where), where), impl=impl)
+        dtypes = {value.dtype for value in state.values()}
+        if len(dtypes) == 1:
+            vae.to(dtypes.pop())
         shapes = {name: value.shape for name, value in vae.state_dict().items()}
         checkpoint.load_into(vae, _wan_state(state, shapes), where)
-        dtypes = {value.dtype for value in state.values()}
-        return vae.to(dtypes.pop()) if len(dtypes) == 1 else vae
+        return vae
 
     def _posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:                  # [B, 2Z, T', H', W']
         mean, logvar = _Pass(self.impl).conv(moments, self.quant_conv).chunk(2, 1)   # 2 x [B, Z, T', H', W']

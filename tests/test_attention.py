@@ -461,9 +461,7 @@ def test_no_host_synchronisation(name, monkeypatch):
     flat = resolve("test", q_len, k_len, *(given | mode).values())
     lens = torch.full((inputs["q"].shape[0],), k_len)
     given_lens = dict(mode, kv_lens=lens, tile=(1, 2, 2))
-    monkeypatch.setattr(
-        plan_module, "check_kv_lens", lambda *args: None
-    )  # it may read CPU lengths
+    monkeypatch.setattr(plan_module, "check_kv_lens", lambda *args: None)  # it may read CPU lengths
     with NoSynchronisation():
         reference.spacetime_attention(*inputs.values(), lens, *flat, 1.0)
         reference.spacetime_attention_backward(inputs["q"], None, *inputs.values(), lens, *flat, 1.0)

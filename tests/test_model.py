@@ -244,7 +244,12 @@ def test_vae_training_learns_and_measures_its_latents(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"steps": 0}, "steps"), ({"batch": 3}, "multiple of workers"), ({"lr": float("nan")}, "lr"), ({"seed": -1}, "seed")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch": 3}, "multiple of workers"),
+        ({"lr": float("nan")}, "lr"),
+        ({"seed": -1}, "seed"),
+    ],
 )
 def test_settings_name_what_is_wrong(changes, said):
     with pytest.raises(ValueError, match=said):

@@ -1,4 +1,5 @@
-"""From a sentence to a clip: the shipped checkpoint, a tiny directory of Wan's structure, and everything that must be refused."""
+"""From a sentence to a clip: the shipped checkpoint, a tiny directory of Wan's structure, and everything that must
+be refused."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def toy() -> Sora:
 def random_checkpoint(tmp_path_factory):
     """A whole checkpoint of our own layout, tiny and untrained."""
     torch.manual_seed(0)
-    config = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
+    config = dataclasses.replace(
+        train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16
+    )
     dit = train.SoraDiT(config)
     torch.nn.init.normal_(dit.head.weight, std=0.3)
     vae = train.CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
@@ -47,7 +50,8 @@ def copied(random_checkpoint, tmp_path):
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
-    """A directory of the structure of Wan2.1-T2V-1.3B-Diffusers, written by diffusers and transformers, tiny and random."""
+    """A directory of the structure of Wan2.1-T2V-1.3B-Diffusers, written by diffusers and transformers, tiny and
+    random."""
     return make_wan_directory(tmp_path_factory.mktemp("wan") / "Wan-tiny")
 
 
@@ -66,7 +70,13 @@ def make_wan_directory(folder):
     ).save_pretrained(folder / "tokenizer")
     transformers.UMT5EncoderModel(
         transformers.UMT5Config(
-            vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=False
+            vocab_size=len(vocabulary),
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            tie_word_embeddings=False,
         )
     ).save_pretrained(folder / "text_encoder")
     diffusers.WanTransformer3DModel(
@@ -94,7 +104,9 @@ def make_wan_directory(folder):
 # --- the shipped checkpoint ---
 
 
-@pytest.mark.parametrize("prompt", ["a red circle moves right", "a blue square passes behind a wall", "a yellow triangle"])
+@pytest.mark.parametrize(
+    "prompt", ["a red circle moves right", "a blue square passes behind a wall", "a yellow triangle"]
+)
 def test_the_shipped_checkpoint_shows_the_colour_that_the_prompt_names(toy, prompt):
     clip = toy.generate(prompt, steps=12, seed=1)
     assert clip.frames.shape == (17, 64, 64, 3) and clip.frames.dtype == np.uint8 and clip.fps == 8
@@ -199,13 +211,21 @@ def test_the_wan_text_encoder_pads_with_zeros_to_512(wan):
     [
         (lambda d: shutil.rmtree(d / "tokenizer"), "lacks the folder 'tokenizer'"),
         (lambda d: (d / "vae" / "config.json").unlink(), r"config\.json is missing"),
-        (lambda d: write_json(d / "scheduler" / "scheduler_config.json", {"flow_shift": -2}), "flow shift must be positive"),
+        (
+            lambda d: write_json(d / "scheduler" / "scheduler_config.json", {"flow_shift": -2}),
+            "flow shift must be a positive number, got -2",
+        ),
         (lambda d: (d / "transformer_2").mkdir(), "'transformer_2': only Wan 2.1"),
         (
-            lambda d: edit(d / "transformer" / "diffusion_pytorch_model.safetensors", lambda s: s.pop("proj_out.bias")),
+            lambda d: edit(
+                d / "transformer" / "diffusion_pytorch_model.safetensors", lambda s: s.pop("proj_out.bias")
+            ),
             "head.bias|proj_out.bias",
         ),
-        (lambda d: (d / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 64), "text encoder in .* cannot be read"),
+        (
+            lambda d: (d / "text_encoder" / "model.safetensors").write_bytes(b"\0" * 64),
+            "text encoder in .* cannot be read",
+        ),
     ],
 )
 def test_a_damaged_wan_directory_is_refused(wan, tmp_path, damage, said):
@@ -241,7 +261,10 @@ DIT = ("transformer", "model.safetensors")
     [
         (lambda d: (d / "model_index.json").unlink(), r"model_index\.json is missing"),
         (lambda d: (d / "model_index.json").write_text("[1]"), "must hold a JSON object"),
-        (lambda d: (d / "model_index.json").write_text('{"_class_name": "StableDiffusion"}'), "'StableDiffusion'; supported"),
+        (
+            lambda d: (d / "model_index.json").write_text('{"_class_name": "StableDiffusion"}'),
+            "'StableDiffusion'; supported",
+        ),
         (lambda d: (d / "vae" / "config.json").write_bytes(b"\xff{"), "not valid JSON"),
         (lambda d: (d / "vae" / "model.safetensors").unlink(), "missing .found there: config.json"),
         (lambda d: truncate(d.joinpath(*DIT)), "not a whole safetensors file"),
@@ -250,7 +273,10 @@ DIT = ("transformer", "model.safetensors")
         (lambda d: d.joinpath(*DIT).write_bytes(pickle.dumps(Exploit())), "not a whole safetensors file"),
         (lambda d: edit(d.joinpath(*DIT), lambda s: s.pop("head.bias")), "lacks 1 of .*'head.bias'"),
         (lambda d: edit(d.joinpath(*DIT), lambda s: s.update(extra=torch.ones(1))), "1 unknown ones .first: 'extra'"),
-        (lambda d: edit(d.joinpath(*DIT), lambda s: s.update({"head.bias": torch.ones(3)})), r"head.bias.*\(16,\).*\(3,\)"),
+        (
+            lambda d: edit(d.joinpath(*DIT), lambda s: s.update({"head.bias": torch.ones(3)})),
+            r"head.bias.*\(16,\).*\(3,\)",
+        ),
         (lambda d: edit(d.joinpath(*DIT), lambda s: s["head.bias"].fill_(float("nan"))), "NaN"),
         (lambda d: change_config(d / "transformer", dim=-1), "dim must be an integer from 1"),
         (lambda d: change_config(d / "transformer", depth=2), "does not describe a DiTConfig"),
@@ -328,7 +354,11 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"seed": -1}, ValueError, "seed must lie between 0"),
         ({"guidance": float("inf")}, ValueError, "guidance must lie between"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference"),
-        ({"size": (4096, 4096), "seconds": 3600}, TooLargeError, "4096x4096 with 28800 frames needs about .* would fit"),
+        (
+            {"size": (4096, 4096), "seconds": 3600},
+            TooLargeError,
+            "4096x4096 with 28800 frames needs about .* would fit",
+        ),
         ({"size": (4096, 4096), "seconds": 60, "impl": "reference"}, TooLargeError, "would fit"),
     ],
 )

@@ -213,6 +213,7 @@ template <bool kGate, bool kNorm>
 void forward(const ForwardParams& p, ScalarType dtype) {
   const int64_t rows = p.shape.rows(), D = p.shape.D;
   if (rows == 0 || D == 0) return;
+  isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   const int64_t grain = std::max<int64_t>(1, 16384 / D);
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
@@ -448,6 +449,7 @@ void store_zeros(const BackwardParams& p) {
 template <bool kGate, bool kNorm>
 void backward(BackwardParams& p, ScalarType dtype) {
   if (p.shape.D == 0) return;
+  isa();  // as in forward
   if (p.shape.rows() == 0) return store_zeros(p);
   const Chunking chunking(p.shape);
   const bool second_pass = p.sums_over_all() || (chunking.parts > 1 && p.sums_rows());

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
 from . import reference
-
-_VIDEO = "[B, C, T, H, W]"
 
 
 def norm_silu(
@@ -37,7 +37,7 @@ def norm_silu(
     Wan's VAE norm, x · sqrt(C) / max(‖x‖, 1e-12) · gamma, is norm="rms" with eps=1e-24 up to rounding.
     """
     op = "norm_silu"
-    _check.tensor(op, "x", x, _VIDEO, ndim=5)
+    _check.tensor(op, "x", x, "[B, C, T, H, W]", ndim=5)
     C = x.shape[1]
     _check.choice(op, "norm", norm, ("rms", "group"))
     _check.exact(op, "weight", weight, (C,), "[C], one per channel of x")
@@ -86,16 +86,10 @@ def causal_conv3d(
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
     stride = _check.triple(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride)
-    past = weight.shape[2] - 1
-    if cache is not None:
-        _check_cache(op, x, cache, past, "kt - 1")
-        if x.shape[2] % stride[0]:
-            raise ValueError(
-                f"{op}: with a cache, the frames of x must be a multiple of the time stride {stride[0]}; "
-                f"got {x.shape[2]}"
-            )
-    sizes = [-(-size // s) for size, s in zip(x.shape[2:], stride, strict=True)]
-    shape = (x.shape[0], weight.shape[0], *sizes)
+    _check_cache(op, x, cache, weight.shape[2] - 1, "kt - 1")
+    if cache is not None and x.shape[2] % stride[0]:
+        raise ValueError(f"{op}: with a cache, x must have a multiple of {stride[0]} frames (stride); got {x.shape[2]}")
+    shape = (x.shape[0], weight.shape[0], *(-(-size // s) for size, s in zip(x.shape[2:], stride, strict=True)))
     if residual is not None:
         _check.exact(op, "residual", residual, shape, "the shape of the result")
         if residual.dtype != x.dtype:
@@ -110,8 +104,8 @@ def causal_conv3d(
         y = _CausalConv3d.apply(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl)
     else:
         y = _empty(x, shape)
-        args = (x, weight, bias, cache, residual, norm_weight, stride, norm_eps, y, None)
-        _library.call("causal_conv3d_fwd", impl)(*args)
+        fwd = _library.call("causal_conv3d_fwd", impl)
+        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, y, None)
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
@@ -138,9 +132,7 @@ def upsample_conv3d(
     op = "upsample_conv3d"
     _check_conv(op, x, weight, bias, same=True)
     factor = _check.triple(op, "factor", factor)
-    past = reference.upsample_past(weight.shape[2], factor[0])
-    if cache is not None:
-        _check_cache(op, x, cache, past, "ceil((kt - 1) / factor[0])")
+    _check_cache(op, x, cache, reference.upsample_past(weight.shape[2], factor[0]), "ceil((kt - 1) / factor[0])")
     shape = (x.shape[0], weight.shape[0], *(size * f for size, f in zip(x.shape[2:], factor, strict=True)))
     return _resample(op, x, weight, bias, cache, factor, shape, impl)
 
@@ -170,15 +162,10 @@ def downsample_conv3d(
     _check_conv(op, x, weight, bias, same=False)
     factor = _check.triple(op, "factor", factor)
     if any(k < f for k, f in zip(weight.shape[2:], factor, strict=True)):
-        raise ValueError(
-            f"{op}: the kernel must be at least as large as factor={factor} on every axis; "
-            f"got a kernel of {list(weight.shape[2:])}"
-        )
+        raise ValueError(f"{op}: the kernel must be at least as large as factor={factor}; got {list(weight.shape[2:])}")
     if x.shape[2] % factor[0]:
         raise ValueError(f"{op}: the frames of x must be a multiple of factor[0]={factor[0]}; got {x.shape[2]}")
-    past = reference.downsample_past(weight.shape[2], factor[0])
-    if cache is not None:
-        _check_cache(op, x, cache, past, "kt - factor[0]")
+    _check_cache(op, x, cache, reference.downsample_past(weight.shape[2], factor[0]), "kt - factor[0]")
     shape = (x.shape[0], weight.shape[0], *(size // f for size, f in zip(x.shape[2:], factor, strict=True)))
     return _resample(op, x, weight, bias, cache, factor, shape, impl)
 
@@ -218,8 +205,8 @@ class _CausalConv3d(torch.autograd.Function):
         out = _empty(x, shape)
         # what the norm read: a forward that kept only its result would have to be run again in the backward
         pre = None if norm_weight is None else torch.empty_like(out)
-        args = (x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre)
-        _library.call("causal_conv3d_fwd", impl)(*args)
+        fwd = _library.call("causal_conv3d_fwd", impl)
+        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre)
         ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
         ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
         return out
@@ -228,14 +215,12 @@ class _CausalConv3d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, weight, bias, cache, norm_weight, pre = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        plain_residual = need[4] and norm_weight is None  # its gradient is `dout` itself
+        need, plain = ctx.needs_input_grad, norm_weight is None  # then the gradient of residual is `dout` itself
         dx, dweight, dbias, dcache = (_like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False))
-        dresidual = _like_if(need[4] and not plain_residual, pre)
-        dnorm = _like_if(need[5], norm_weight)
+        dresidual, dnorm = _like_if(need[4] and not plain, pre), _like_if(need[5], norm_weight)
         args = (dout, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
         _library.call("causal_conv3d_bwd", ctx.impl)(*args, dx, dweight, dbias, dcache, dresidual, dnorm)
-        return dx, dweight, dbias, dcache, dout if plain_residual else dresidual, dnorm, None, None, None, None
+        return dx, dweight, dbias, dcache, dout if need[4] and plain else dresidual, dnorm, None, None, None, None
 
 
 class _Resample(torch.autograd.Function):
@@ -263,25 +248,23 @@ class _Resample(torch.autograd.Function):
 
 
 def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, same: bool) -> None:
-    _check.tensor(op, "x", x, _VIDEO, ndim=5)
+    _check.tensor(op, "x", x, "[B, C, T, H, W]", ndim=5)
     _check.tensor(op, "weight", weight, "[O, C, kt, kh, kw]", ndim=5)
     if weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{op}: weight [O, C, kt, kh, kw] must have C = {x.shape[1]}, the channels of x; "
-            f"got {weight.shape[1]} (weight {_check.shape_of(weight)}, x {_check.shape_of(x)})"
-        )
+        shapes = f"{_check.shape_of(weight)} with x {_check.shape_of(x)}"
+        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {shapes}")
     if min(weight.shape) < 1:
         raise ValueError(f"{op}: weight must not be empty; got shape {_check.shape_of(weight)}")
     if same and not (weight.shape[3] % 2 and weight.shape[4] % 2):
-        raise ValueError(
-            f"{op}: kh and kw must be odd, so that the size stays the same; got a kernel of {list(weight.shape[2:])}"
-        )
+        raise ValueError(f"{op}: kh and kw must be odd, for a result of the same size; got {list(weight.shape[2:])}")
     if bias is not None:
         _check.exact(op, "bias", bias, (weight.shape[0],), "[O], one per output channel")
     _check.same_device(op, x, {"weight": weight, "bias": bias})
 
 
-def _check_cache(op: str, x: Tensor, cache: Tensor, past: int, formula: str) -> None:
+def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: str) -> None:
+    if cache is None:
+        return
     B, C, _, H, W = x.shape
     _check.exact(op, "cache", cache, (B, C, past, H, W), f"x's, with {formula} frames")
     if cache.dtype != x.dtype:
@@ -296,8 +279,8 @@ def _records(*tensors: Tensor | None) -> bool:
 def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in x's dtype and device, channels last where x is."""
     last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    memory_format = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    order = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
 
 
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
@@ -312,12 +295,9 @@ def _norm_silu_fwd(x, weight, bias, groups, eps, out):
 def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     if dout.numel() == 0:
         return _zero(dx, dweight, dbias)
-
-    def function(x, weight, bias):
-        return reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps)
-
-    inputs = {"x": x, "weight": weight, "bias": bias}
-    _library.vjp(function, inputs, (dout,), {"x": dx, "weight": dweight, "bias": dbias})
+    function = partial(reference.norm_silu, norm="group" if groups else "rms", groups=groups, eps=eps)
+    inputs, destinations = dict(x=x, weight=weight, bias=bias), dict(x=dx, weight=dweight, bias=dbias)
+    _library.vjp(function, inputs, (dout,), destinations)
 
 
 def _causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre):
@@ -340,41 +320,14 @@ def _causal_conv3d_bwd(
         if dresidual is not None:
             dresidual.copy_(dout)
 
-    def source(x, cache):
-        return reference.causal_input(x, weight, cache)
-
-    _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
-
-
-def _upsample_conv3d_fwd(x, weight, bias, cache, factor, out):
-    if out.numel() > 0:
-        out.copy_(reference.upsample_conv3d(x, weight, bias, factor=tuple(factor), cache=cache))
-
-
-def _upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache):
-    def source(x, cache):
-        return reference.upsample_input(x, weight, cache, tuple(factor))
-
-    _conv_bwd(source, dout, x, weight, cache, (1, 1, 1), dx, dweight, dbias, dcache)
-
-
-def _downsample_conv3d_fwd(x, weight, bias, cache, factor, out):
-    if out.numel() > 0:
-        out.copy_(reference.downsample_conv3d(x, weight, bias, factor=tuple(factor), cache=cache))
-
-
-def _downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache):
-    def source(x, cache):
-        return reference.downsample_input(x, weight, cache, tuple(factor))
-
-    _conv_bwd(source, dout, x, weight, cache, factor, dx, dweight, dbias, dcache)
+    _conv_bwd(reference.causal_input, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
 
 
 def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache):
-    """Backward of conv3d(source(x, cache)): aten's, then the adjoint of `source`. The forward is not run again."""
+    """Backward of conv3d(source(x, ...)): aten's, then the adjoint of `source`. The forward is not run again."""
     if dout.numel() == 0:
         return _zero(dx, dweight, dbias, dcache)
-    padded, padding = source(reference.accumulate(x), cache)
+    padded, padding = source(reference.accumulate(x), weight, cache)
     mask = [dx is not None or dcache is not None, dweight is not None, dbias is not None]
     dpadded, dw, db = torch.ops.aten.convolution_backward(
         dout.to(padded.dtype), padded, weight.to(padded.dtype), [weight.shape[0]],
@@ -385,8 +338,8 @@ def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache
     if dbias is not None:
         dbias.copy_(db)
     if mask[0]:
-        inputs = {"x": x, "cache": cache}
-        _library.vjp(lambda x, cache: source(x, cache)[0], inputs, (dpadded,), {"x": dx, "cache": dcache})
+        inputs, destinations = dict(x=x, cache=cache), dict(x=dx, cache=dcache)
+        _library.vjp(lambda x, cache: source(x, weight, cache)[0], inputs, (dpadded,), destinations)
 
 
 def _zero(*destinations):
@@ -419,12 +372,29 @@ _library.define(
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
 )
-_RESAMPLE_FWD = "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()"
-_RESAMPLE_BWD = (
-    "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
-    "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()"
-)
-_library.define("upsample_conv3d_fwd", _RESAMPLE_FWD, reference=_upsample_conv3d_fwd)
-_library.define("upsample_conv3d_bwd", _RESAMPLE_BWD, reference=_upsample_conv3d_bwd)
-_library.define("downsample_conv3d_fwd", _RESAMPLE_FWD, reference=_downsample_conv3d_fwd)
-_library.define("downsample_conv3d_bwd", _RESAMPLE_BWD, reference=_downsample_conv3d_bwd)
+
+
+def _define_resample(op, forward, source, strided):
+    def fwd(x, weight, bias, cache, factor, out):
+        if out.numel() > 0:
+            out.copy_(forward(x, weight, bias, factor=tuple(factor), cache=cache))
+
+    def bwd(dout, x, weight, cache, factor, *destinations):
+        read = partial(source, factor=tuple(factor))
+        _conv_bwd(read, dout, x, weight, cache, factor if strided else (1, 1, 1), *destinations)
+
+    _library.define(
+        f"{op}_fwd",
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()",
+        reference=fwd,
+    )
+    _library.define(
+        f"{op}_bwd",
+        "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
+        "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()",
+        reference=bwd,
+    )
+
+
+_define_resample("upsample_conv3d", reference.upsample_conv3d, reference.upsample_input, strided=False)
+_define_resample("downsample_conv3d", reference.downsample_conv3d, reference.downsample_input, strided=True)

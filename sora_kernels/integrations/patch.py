@@ -1,0 +1,317 @@
+"""Replace the hot steps of a host library's model by our operations, in place and reversibly.
+
+Only instances change: a `forward` bound to one module, an attention processor set the way the host offers. Classes,
+parameters and state_dict stay as they are, and importing this changes nothing. What is known of a host library is in
+the file that bears its name; it is imported, and the library with it, when a model of it is patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import _check, _dispatch, _library
+from ..testing import error_bound, max_error
+
+HOSTS = {"diffusers": ("AutoencoderKLWan", "WanTransformer3DModel")}  # library and file -> the classes it plans for
+_RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of the model: the module it is in ("" is the model), the operations for it, and why they do not run it
+    (None: they do)."""
+
+    where: str
+    ops: tuple[str, ...]
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `patch_model` did. `str(report)` is a table, repeated layers in one row.
+
+    replaced  steps that our operations run now
+    left      steps that they could run but do not here, each with its reason
+    kept      what of this host is never replaced, and why
+    """
+
+    model: str
+    impl: str
+    steps: tuple[Step, ...]
+    kept: tuple[str, ...]
+
+    @property
+    def replaced(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.reason is None)
+
+    @property
+    def left(self) -> tuple[Step, ...]:
+        return tuple(step for step in self.steps if step.reason is not None)
+
+    def __str__(self) -> str:
+        title = f"{self.model}, impl={self.impl!r}: {len(self.replaced)} of {len(self.steps)} steps replaced"
+        groups: dict[tuple[str, ...], int] = {}
+        for step in self.steps:
+            where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", step.where) or "the model"
+            outcome = f"left: {step.reason}" if step.reason else f"now {', '.join(step.ops)}"
+            groups[where, outcome] = groups.get((where, outcome), 0) + 1
+        rows = [(f"{where} ×{count}" if count > 1 else where, outcome) for (where, outcome), count in groups.items()]
+        width = max((len(where) for where, _ in rows), default=0)
+        return "\n".join([title, *(f"  {w:<{width}}  {o}" for w, o in rows), *(f"  kept: {k}" for k in self.kept)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One output tensor: the largest errors against an fp64 run of the host, patched and not, and the bound."""
+
+    name: str
+    error: float
+    host_error: float
+    bound: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify_patch` found; `ok` where every output is within its bound, `str()` for reading."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{check.name}: max error {check.error:.3e}, the host's own {check.host_error:.3e}, "
+            f"bound {check.bound:.3e}: {'within' if check.ok else 'EXCEEDED'}"
+            for check in self.checks
+        )
+
+
+# What a host library's file makes, and a patched model remembers
+
+
+@dataclasses.dataclass
+class Swap:
+    """A `forward` for one module, or (processor=True) an attention processor; not a frozen one: copies rebind it."""
+
+    module: nn.Module
+    new: Callable[..., Any]
+    processor: bool = False
+    old: Any = None
+
+    def apply(self) -> None:
+        if self.processor:
+            self.old = self.module.processor
+            self.module.set_processor(self.new)
+        else:
+            self.module.forward = self.new
+
+    def in_place(self) -> bool:
+        return (self.module.processor if self.processor else vars(self.module).get("forward")) is self.new
+
+    def undo(self) -> None:
+        if self.processor:
+            self.module.set_processor(self.old)
+        else:
+            del self.module.forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step and the swaps that bring it about (none where it is left)."""
+
+    step: Step
+    swaps: tuple[Swap, ...] = ()
+
+
+def bind(module: nn.Module, forward: Callable[..., Any]) -> Swap:
+    return Swap(module, types.MethodType(forward, module))
+
+
+def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """None where `module` still runs the forward of `cls`, which is the one a replacement was written for."""
+    if "forward" in vars(module):
+        return f"the forward of this {cls.__name__} is already replaced (by a hook, or another library)"
+    if type(module).forward is not cls.forward:
+        return f"{type(module).__name__} has a forward of its own, not that of {cls.__name__}"
+    return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Something happens when `module` is called that reading its parameters would miss."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" in vars(module) or any(hooks)
+
+
+# The public functions
+
+
+def patch_model(model: nn.Module, impl: str = "auto", *, strict: bool = False) -> Report:
+    """Let sora_kernels run the hot steps of `model`, in place; say what was replaced, what not, and why.
+
+    model   a diffusers WanTransformer3DModel (adaLN norms, gated residuals, QK-norm + rotary embedding + attention,
+            patch embedding, final layer) or AutoencoderKLWan (norm + SiLU)
+    impl    handed to every operation. A step whose operations lack an explicitly named one is left to the host
+    strict  raise `Unavailable`, and change nothing, where a step would be left
+
+    The same arithmetic as the host's, upcasts included, with fewer roundings: outputs and gradients agree within the
+    rule of `sora_kernels.testing`; `verify_patch` checks that on inputs of yours. Weights, state_dict, LoRA layers,
+    gradient checkpointing and an attention backend chosen by `set_attention_backend` keep working; copies of a
+    patched model are patched. Wrap and compile afterwards. Patching again with the same impl changes nothing.
+
+    Raises TypeError for a model no class of which is known (the message lists those that are), ValueError for an
+    unknown impl, a model patched with another impl or already compiled.
+    """
+    host = _host(model)
+    _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
+    if (record := vars(model).get(_RECORD)) is not None:
+        report: Report = record[0]
+        if report.impl != impl:
+            raise ValueError(f"patch_model: already patched with impl={report.impl!r}; call unpatch_model first")
+        return report
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("patch_model: the model is compiled already; patch it first, then compile")
+    plans, kept = host.plan(model, impl)
+    plans = [_without_missing(plan, _dispatch.FORCED if impl == "auto" else impl) for plan in plans]
+    report = Report(type(model).__name__, impl, tuple(plan.step for plan in plans), kept)
+    if strict and report.left:
+        raise _dispatch.Unavailable(f"patch_model: strict=True, and some steps would be left to the host.\n{report}")
+    swaps = [swap for plan in plans for swap in plan.swaps]
+    for swap in swaps:
+        swap.apply()
+    vars(model)[_RECORD] = (report, swaps)
+    return report
+
+
+def unpatch_model(model: nn.Module) -> None:
+    """Undo `patch_model`: afterwards the model gives, bit for bit, what it gave before.
+
+    Raises ValueError for a model that is not patched, or where something was hooked over a replacement since; nothing
+    has changed then. A graph compiled in between belongs to the patched model: compile again.
+    """
+    _, swaps = _record("unpatch_model", model)
+    _check_in_place("unpatch_model", swaps)
+    for swap in swaps:
+        swap.undo()
+    del vars(model)[_RECORD]
+
+
+def verify_patch(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
+    """Run a patched model, itself unpatched, and an fp64 copy of that on the same inputs, and compare the outputs.
+
+    An output passes where its largest error against fp64 is at most twice the unpatched model's plus one rounding to
+    the output's dtype (`sora_kernels.testing.error_bound`). Runs in eval mode without gradients; then everything,
+    the mode of each module included, is as before. Needs memory for the copy: 8 bytes a parameter.
+
+    Raises ValueError for a model that is not patched, TypeError where the model's output holds no tensor.
+    """
+    _, swaps = _record("verify_patch", model)
+    _check_in_place("verify_patch", swaps)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            ours = dict(_tensors(model(*inputs, **kwargs)))
+            with _undone(swaps):
+                theirs = dict(_tensors(model(*inputs, **kwargs)))
+                oracle = copy.deepcopy(model).double()
+            with _FloatMeansDouble():
+                exact = dict(_tensors(oracle(*_double(inputs), **_double(kwargs))))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not ours:
+        raise TypeError("verify_patch: the output of the model must hold floating-point tensors; none was found")
+    checks = []
+    for name, output in ours.items():
+        bound = error_bound(exact[name], theirs[name])
+        checks.append(Check(name, max_error(output, exact[name]), max_error(theirs[name], exact[name]), bound))
+    return Verification(tuple(checks))
+
+
+def _host(model: nn.Module) -> types.ModuleType:
+    classes = type(model).__mro__
+    for library, names in HOSTS.items():
+        if any(c.__name__ in names and c.__module__.split(".")[0] == library for c in classes):
+            return importlib.import_module(f".{library}", __package__)
+    known = "; ".join(f"{library}: {', '.join(names)}" for library, names in HOSTS.items())
+    raise TypeError(
+        f"patch_model: model must be one of the classes of {known}; got {type(model).__name__}. "
+        "Of a pipeline pass pipe.transformer or pipe.vae; patch before compiling or wrapping"
+    )
+
+
+def _without_missing(plan: Plan, impl: str) -> Plan:
+    """The plan, or, where one of its operations has no such implementation at all, the step left to the host."""
+    missing = [op for op in plan.step.ops if impl != "auto" and impl not in _library.impls(f"{op}_fwd")]
+    if plan.step.reason or not missing:
+        return plan
+    return Plan(dataclasses.replace(plan.step, reason=f"{', '.join(missing)}: no {impl} implementation"))
+
+
+def _record(function: str, model: nn.Module) -> tuple[Report, list[Swap]]:
+    record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
+    if record is None:
+        raise ValueError(f"{function}: this {type(model).__name__} is not patched; call patch_model first")
+    return record
+
+
+def _check_in_place(function: str, swaps: list[Swap]) -> None:
+    for swap in swaps:
+        if not swap.in_place():
+            raise ValueError(
+                f"{function}: a {type(swap.module).__name__} was hooked or changed after patching; undo that first"
+            )
+
+
+@contextlib.contextmanager
+def _undone(swaps: list[Swap]) -> Iterator[None]:
+    for swap in swaps:
+        swap.undo()
+    try:
+        yield
+    finally:
+        for swap in swaps:
+            swap.apply()
+
+
+class _FloatMeansDouble(TorchFunctionMode):
+    """Hosts upcast by `.float()`, which would bring an fp64 run down to fp32."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _double(item) for key, item in value.items()}
+    return type(value)(map(_double, value)) if type(value) in (list, tuple) else value
+
+
+def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors(item, f"{name}[{i}]")
