@@ -6,7 +6,7 @@ module of the same mathematics, and reads what the host has:
     module.forward = types.MethodType(sora_kernels.layers.RMSNorm.forward, module)
 
 which is what `kernelize` of Hugging Face's `kernels` does with a layer it finds in a kernel repository, and what
-`sora_kernels.integrations.patch_model` does for whole models. Parameters, state_dict and hooks of the host stay its own.
+`sora_kernels.integrations.patch_model` does for whole models. Parameters, state_dict and hooks stay the host's own.
 `has_backward` and `can_torch_compile` tell kernelize that training and compiled modes are served.
 
 Numbers, determinism and errors are those of the function named in each layer's docstring.
@@ -43,8 +43,8 @@ class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) · weight over the last axis, in one pass: `norm_modulate` with norm="rms".
 
     Host: torch.nn.RMSNorm over one axis, or any module with `weight` and `eps` or `variance_epsilon` (as in Llama, T5)
-    that multiplies by weight, not by 1 + weight. An eps of None means that of the dtype
-    of the statistics (fp32, fp64 for fp64), as in torch. x [..., D] in any float dtype; the weight may be of another one. Returns a dense tensor like x.
+    that multiplies by weight, not by 1 + weight. An eps of None means that of the dtype of the statistics, as in torch.
+    x [..., D] in any float dtype; the weight may be of another one. Returns a dense tensor like x.
     Raises ValueError where the host normalises over several axes, or its parameters are not [D].
     """
 
@@ -56,10 +56,12 @@ class RMSNorm(nn.Module):
 
 
 class NormSiLU(nn.Module):
-    """SiLU(norm(x) · weight + bias) over [B, C, T, H, W], in one pass: `norm_silu`. The SiLU that followed the host must go.
+    """SiLU(norm(x) · weight + bias) over [B, C, T, H, W], in one pass: `norm_silu`.
 
     Host: torch.nn.GroupNorm, or a channel RMS norm as in Wan's VAE, which has `gamma` [C, 1, 1, 1] and `bias` (0.0 or
-    like gamma) and no eps (1e-24 is used: equal to its clamp of the norm at 1e-12 up to rounding).
+    like gamma) and no eps (1e-24 is used: equal to its clamp of the norm at 1e-12 up to rounding). The SiLU that
+    followed the host must go: it is done already.
+    Raises ValueError for a GroupNorm without a weight, or where x is not [B, C, T, H, W].
     """
 
     has_backward = True

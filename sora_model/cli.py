@@ -136,7 +136,7 @@ def train_dit(
     batch: Annotated[int | None, typer.Option(help="Clips in a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same weights.")] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 6000,
+    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 5000,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:

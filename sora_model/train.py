@@ -102,7 +102,7 @@ class Settings:
 
 
 VAE_SETTINGS = Settings(steps=2300, batch=8, lr=7e-4, save_every=100, weight_decay=0.0)
-DIT_SETTINGS = Settings(steps=5000, batch=32, lr=1e-3, warmup=200, ema=0.998, save_every=250)
+DIT_SETTINGS = Settings(steps=4500, batch=32, lr=1e-3, warmup=200, ema=0.998, save_every=250)
 
 
 def fit(
@@ -279,17 +279,21 @@ def to_video(frames: np.ndarray | Tensor) -> Tensor:
 def vae_batch(settings: Settings, step: int) -> Tensor:
     """Videos of a VAE training step: fp32 `[B, 3, T, H, W]`.
 
-    T is 1 for the first tenth of the steps, then 5, 9 or 17. The last fifth sees whole clips; all other steps see
-    windows of half the height and width, near the object: most of the learning for a quarter of the price.
+    T is 1 for the first tenth of the steps and then 5, 9 or 17, as a rule in windows of half the height and width near
+    the object: most of the learning for a quarter of the price. The last fifth takes whole frames and 17 of them in
+    turn.
     """
     generator = _generator(settings.seed, step)
     draw = torch.rand(1, generator=generator).item()
-    whole = step >= settings.steps - settings.steps // 5
+    last = step >= settings.steps - settings.steps // 5
+    whole = last and draw < 0.5
     if step < settings.steps // 10:
         frames, clips = 1, 2 * settings.batch
+    elif last:
+        frames, clips = 5 if whole else FRAMES, settings.batch // 2
     else:
-        frames = FRAMES if whole else 5 if draw < 0.65 else 9 if draw < 0.95 else FRAMES
-        clips = settings.batch if frames == 5 else max(settings.batch // (4 if whole else 2), settings.workers)
+        frames = 5 if draw < 0.65 else 9 if draw < 0.95 else FRAMES
+        clips = settings.batch if frames == 5 else settings.batch // 2
     starts = torch.randint(0, FRAMES - frames + 1, (clips,), generator=generator).tolist()
     first = ((settings.seed << 32) + step) * 64
     samples = [world.sample(first + i) for i in range(clips)]
@@ -406,7 +410,7 @@ def train_dit(
     settings: Settings = DIT_SETTINGS,
     config: DiTConfig | None = None,
     *,
-    clips: int = 6000,
+    clips: int = 5000,
     device: str = "cpu",
     impl: str = "auto",
     on_save: Callable[[SoraDiT, WordTextEncoder, int], None] | None = None,

@@ -1,0 +1,539 @@
+"""diffusers' Wan models patched: the same outputs and gradients, the same state_dict, and back again bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sora_kernels
+from sora_kernels.integrations import patch, patch_model, unpatch_model, verify_patch
+from sora_kernels.testing import assert_matches_oracle
+
+diffusers = pytest.importorskip("diffusers")
+
+TINY = {
+    "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4,
+    "out_channels": 4, "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "rope_max_seq_len": 64,
+}  # fmt: skip
+CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
+    "heads of 24, an odd grid": ({}, (3, 6, 10), "clip", 7),
+    "a timestep per token, a patch in time, no norm before cross-attention": (
+        {"patch_size": [2, 3, 1], "out_channels": 6, "attention_head_dim": 32, "cross_attn_norm": False},
+        (4, 9, 5), "token", 5,
+    ),
+}  # fmt: skip
+OPS = (
+    "final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "qk_norm_rope",
+    "spacetime_attention",
+)  # fmt: skip
+
+
+def wan(**changes):
+    """A tiny WanTransformer3DModel whose every weight, biases and norms included, is random."""
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(**TINY | changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p), alpha=0.2 if p.ndim == 1 or "table" in name else 0.0)
+    return model
+
+
+def vae(**changes):
+    torch.manual_seed(0)
+    config = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
+    model = diffusers.AutoencoderKLWan(**config | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4} | changes)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p), alpha=0.2 if "gamma" in name else 0.0)
+    return model
+
+
+def inputs(model, sizes=(2, 4, 6), per="clip", length=4, batch=2):
+    torch.manual_seed(1)
+    config = model.config
+    tokens = math.prod(n // p for n, p in zip(sizes, config.patch_size, strict=True))
+    times = torch.rand((batch,) if per == "clip" else (batch, tokens)) * 1000
+    return torch.randn(batch, config.in_channels, *sizes), times, torch.randn(batch, length, config.text_dim)
+
+
+def output(model, *args):
+    with torch.no_grad():
+        return model(*args, return_dict=False)[0]
+
+
+def run(model, x, *rest):
+    """Output and gradients of a fixed loss: {"output", "grad x", "<parameter>": its gradient}."""
+    dtype = next(model.parameters()).dtype
+    x, *rest = (t.detach().to(dtype) for t in (x, *rest))
+    x.requires_grad_()
+    out = model(x, *rest, return_dict=False)[0]
+    weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad((out * weights).sum(), (x, *parameters))
+    return {"output": out.detach()} | dict(zip(("x.grad", *names), grads, strict=True))
+
+
+def exactly(model, *args):
+    """`run` of an unpatched model in fp64."""
+    with patch._FloatMeansDouble():
+        exact = run(copy.deepcopy(model).double(), *args)
+    assert all(value.dtype == torch.float64 for value in exact.values())
+    return exact
+
+
+def assert_rounds_like(baseline, actual, oracle):
+    """The project's error rule; for the gradients of a whole model per module, in the Euclidean norm.
+
+    After some twenty operations chance decides which program errs more in its worst element, and a bias's
+    gradient, a sum that may cancel, carries the errors of the weight's: they are taken together.
+    """
+    assert actual.keys() == oracle.keys()
+    assert_matches_oracle(actual["output"], oracle["output"], baseline["output"])
+    modules = {}
+    for name in oracle:
+        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    for module, names in modules.items():
+        values, errors, plain = (
+            torch.cat([t.flatten() for t in tensors]).norm().item()
+            for tensors in (
+                [oracle[n] for n in names],
+                [actual[n].double() - oracle[n] for n in names],
+                [baseline[n].double() - oracle[n] for n in names],
+            )
+        )
+        bound = 2 * plain + torch.finfo(actual[names[0]].dtype).eps * values
+        assert values > 0 and errors <= bound, f"{module}: {errors:.3e} exceeds {bound:.3e}, of {values:.3e}"
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, state):
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def spy(monkeypatch, counts):
+    """Count the calls of the operations by the patched models."""
+    import sora_kernels.integrations.diffusers as host
+
+    for name in OPS:
+        original = getattr(host, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(host, name, counted)
+
+
+# The transformer
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_output_and_gradients(case):
+    changes, sizes, per, length = CASES[case]
+    model = wan(**changes)
+    batch = inputs(model, sizes, per, length)
+    plain, exact = run(model, *batch), exactly(model, *batch)
+    for impl in ("auto", "reference"):
+        report = patch_model(model, impl, strict=True)
+        assert not report.left and len(report.replaced) == 2 + 3 * 2
+        actual = run(model, *batch)
+        assert_rounds_like(plain, actual, exact)
+        assert not torch.equal(actual["output"], plain["output"]), "the patch did nothing"
+        unpatch_model(model)
+
+
+def test_every_hot_step_runs_through_the_operations(monkeypatch):
+    counts = {}
+    spy(monkeypatch, counts)
+    model = wan()
+    output(model, *inputs(model))
+    assert not counts
+    patch_model(model)
+    output(model, *inputs(model))
+    per_block = {"norm_modulate": 1, "gate_residual_norm_modulate": 2, "gate_residual": 1}
+    assert counts == {name: 2 * n for name, n in per_block.items()} | {
+        "qk_norm_rope": 4, "spacetime_attention": 4, "final_layer": 1,
+    }  # fmt: skip
+
+
+def test_half_precision_with_fp32_norms_and_tables():
+    model = wan().bfloat16()
+    for name, module in model.named_modules():
+        if any(kept in name for kept in model._keep_in_fp32_modules):
+            module.float()
+    for owner in (model, *model.blocks):
+        owner.scale_shift_table.data = owner.scale_shift_table.data.float()
+    latents, times, text = inputs(model, (3, 6, 10))
+    patch_model(model)
+    verification = verify_patch(model, latents.bfloat16(), times, text.bfloat16(), return_dict=False)
+    assert verification.ok, verification
+    assert output(model, latents.bfloat16(), times, text.bfloat16()).dtype == torch.bfloat16
+
+
+def test_training_under_autocast():
+    model = wan()
+    batch = inputs(model)
+    exact = exactly(model, *batch)
+    results = []
+    for patched in (False, True):
+        if patched:
+            patch_model(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(model, *batch))
+    assert results[0]["output"].dtype == results[1]["output"].dtype
+    for result in results:
+        result["output"] = result["output"].bfloat16()  # both carry bf16 products
+    assert_rounds_like(*results, exact)
+
+
+def test_unpatching_restores_every_bit_and_nothing_ever_touches_the_weights():
+    model = wan()
+    batch = inputs(model)
+    before, state = run(model, *batch), state_of(model)
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    patch_model(model)
+    assert_unchanged(model, state)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    run(model, *batch)
+    unpatch_model(model)
+    assert_unchanged(model, state)
+    after = run(model, *batch)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys()
+        assert vars(module).get("processor") is attributes[name].get("processor")
+
+
+def test_weights_loaded_after_patching_are_used():
+    model, other = wan(), wan()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    batch = inputs(model)
+    patch_model(model)
+    model.load_state_dict(other.state_dict())
+    patch_model(other)
+    assert torch.equal(output(model, *batch), output(other, *batch))
+
+
+def test_a_copy_is_patched_and_independent():
+    model = wan()
+    batch = inputs(model)
+    plain = output(model, *batch)
+    patch_model(model)
+    patched = output(model, *batch)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(output(twin, *batch), patched)
+    unpatch_model(twin)
+    assert torch.equal(output(twin, *batch), plain)
+    assert torch.count_nonzero(output(model, *batch)) == 0
+    unpatch_model(model)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = wan()
+    batch = inputs(model)
+    patch_model(model)
+    plain = run(model, *batch)
+    model.enable_gradient_checkpointing()
+    again = run(model.train(), *batch)
+    assert all(torch.equal(again[name], value) for name, value in plain.items())
+
+
+def test_compiles_without_a_graph_break():
+    model = wan(num_layers=1)
+    batch = inputs(model)
+    patch_model(model)
+    eager = run(model, *batch)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = compiled(*batch, return_dict=False)[0]
+    torch.testing.assert_close(out, eager["output"], rtol=0, atol=2e-6)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    name = "blocks.0.attn1.to_q.weight"
+    (grad,) = torch.autograd.grad((out * weights).sum(), model.get_parameter(name))
+    torch.testing.assert_close(grad, eager[name], rtol=0, atol=1e-5 * eager[name].abs().max().item())
+
+
+def test_fused_projections():
+    model = wan()
+    batch = inputs(model)
+    patch_model(model)
+    separate = output(model, *batch)
+    with torch.no_grad():
+        for block in model.blocks:
+            for attn in (block.attn1, block.attn2):
+                attn.fuse_projections()
+                attn.to_v.weight.zero_()  # must not be read any more
+    torch.testing.assert_close(output(model, *batch), separate, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_attention_backend_chosen_in_diffusers_is_kept(monkeypatch, when):
+    counts = {}
+    spy(monkeypatch, counts)
+    model = wan()
+    batch = inputs(model)
+    exact, plain = exactly(model, *batch)["output"], output(model, *batch)
+    if when == "before":
+        model.set_attention_backend("native")
+    patch_model(model, strict=True)
+    if when == "after":
+        model.set_attention_backend("native")
+    assert_matches_oracle(output(model, *batch), exact, plain)
+    assert counts["qk_norm_rope"] == 4 and "spacetime_attention" not in counts
+    model.reset_attention_backend()
+    output(model, *batch)
+    assert counts["spacetime_attention"] == 4
+
+
+def test_a_masked_attention_is_that_of_diffusers():
+    attn = wan().blocks[0].attn2
+    x, text = torch.randn(2, 5, 48), torch.randn(2, 7, 48)
+    mask = torch.rand(2, 1, 1, 7) > 0.4
+    with torch.no_grad():
+        exact = copy.deepcopy(attn).double()(x.double(), text.double(), mask)
+        plain = attn(x, text, mask)
+        attn.set_processor(sora_kernels.integrations.diffusers.WanProcessor("auto", attn.processor))
+        assert_matches_oracle(attn(x, text, mask), exact, plain)
+        assert not torch.allclose(attn(x, text), plain)
+
+
+# What is left to the host
+
+
+class Scaled(nn.Module):
+    """A wrapper as a LoRA library would put around a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        return 2 * self.base(x)
+
+
+def custom_processor(model):
+    original = model.blocks[1].attn1.processor
+    model.blocks[1].attn1.set_processor(lambda *args: original(*args))
+
+
+def own_forward(model):
+    block = model.blocks[0]
+    block.__class__ = type("OwnBlock", (type(block),), {"forward": lambda self, x, *rest: x})
+
+
+CHANGES = {  # what another library did to the model before; where a step is left, and why
+    "hook on a norm": (
+        lambda m: m.blocks[0].norm1.register_forward_hook(lambda *_: None), "blocks.0", "norm1 has hooks"
+    ),
+    "hook on the QK-norm": (
+        lambda m: m.blocks[1].attn2.norm_q.register_forward_pre_hook(lambda *_: None), "blocks.1.attn2", "norm_q has"
+    ),
+    "another forward": (
+        lambda m: setattr(m.blocks[1], "forward", m.blocks[1].forward), "blocks.1", "is already replaced"
+    ),
+    "another processor": (custom_processor, "blocks.1.attn1", "its processor is a function"),
+    "another class": (own_forward, "blocks.0", "OwnBlock has a forward of its own"),
+    "another norm": (lambda m: setattr(m.blocks[0], "norm3", nn.LayerNorm(48)), "blocks.0", "norm3 is a LayerNorm"),
+    "another eps": (lambda m: setattr(m.blocks[0].attn1.norm_q, "eps", 1e-2), "blocks.0.attn1", "differ in eps"),
+    "a wrapped projection": (
+        lambda m: setattr(m, "proj_out", Scaled(m.proj_out)), "norm_out, proj_out", "proj_out is a Scaled"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_others_changed_is_left_alone_and_reported(change):
+    do, where, reason = CHANGES[change]
+    model = wan()
+    do(model)
+    batch = inputs(model)
+    plain = output(model, *batch)
+    exact = None if change == "another class" else exactly(model, *batch)["output"]  # its block ignores its weights
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(sora_kernels.Unavailable, match=reason):
+        patch_model(model, strict=True)
+    assert all(vars(module).keys() == attributes[name].keys() for name, module in model.named_modules())
+    report = patch_model(model)
+    assert [step.where for step in report.left] == [where]
+    assert reason in report.left[0].reason and len(report.replaced) == 7
+    if exact is not None:
+        assert_matches_oracle(output(model, *batch), exact, plain)
+    unpatch_model(model)
+    assert torch.equal(output(model, *batch), plain)
+
+
+def test_a_projection_wrapped_after_patching_still_counts():
+    model = wan()
+    batch = inputs(model)
+    patch_model(model)
+    once = output(model, *batch)
+    model.proj_out = Scaled(model.proj_out)
+    torch.testing.assert_close(output(model, *batch), 2 * once, rtol=0, atol=5e-6)
+
+
+def test_attention_to_an_image_is_left_to_diffusers():
+    model = wan(image_dim=8, added_kv_proj_dim=48, num_layers=1)
+    latents, times, text = inputs(model, (1, 2, 4), length=512, batch=1)
+    image = torch.randn(1, 257, 8)
+    with torch.no_grad():
+        report = patch_model(model)
+        assert [(s.where, s.reason) for s in report.left] == [
+            ("blocks.0.attn2", "it attends to an image as well, in a second attention of its own")
+        ]
+        verification = verify_patch(model, latents, times, text, image)
+    assert verification.ok, verification
+
+
+def test_an_implementation_that_does_not_exist_leaves_its_steps(monkeypatch):
+    monkeypatch.setitem(patch._library._overloads, "final_layer_fwd", {"reference": None})
+    model = wan()
+    report = patch_model(model, "cpu")
+    left = {step.where: step.reason for step in report.left}
+    assert left["norm_out, proj_out"] == "final_layer: no cpu implementation"
+    assert "blocks.0" not in left
+
+
+def test_the_report_reads_well():
+    lines = str(patch_model(wan(num_layers=12))).splitlines()
+    assert lines[0] == "WanTransformer3DModel, impl='auto': 38 of 38 steps replaced"
+    assert "  blocks.* ×12        now norm_modulate, gate_residual, gate_residual_norm_modulate" in lines
+    assert "  blocks.*.attn1 ×12  now qk_norm_rope, spacetime_attention" in lines
+    assert lines[-1].startswith("  kept: projections")
+    assert len(lines) == 7
+
+
+# Verification
+
+
+def test_verification_passes_and_restores_the_modes():
+    model = wan().train()
+    model.blocks[0].eval()
+    patch_model(model)
+    modes = [module.training for module in model.modules()]
+    verification = verify_patch(model, *inputs(model))
+    assert verification.ok and "output.sample: max error" in str(verification) and "within" in str(verification)
+    assert 0 < verification.checks[0].error <= verification.checks[0].bound < 1e-4
+    assert [module.training for module in model.modules()] == modes
+    unpatch_model(model)
+
+
+def test_verification_finds_a_wrong_operation(monkeypatch):
+    import sora_kernels.integrations.diffusers as host
+
+    original = host.gate_residual
+    monkeypatch.setattr(host, "gate_residual", lambda *args, **kw: original(*args, **kw) * (1 + 1e-4))
+    model = wan()
+    patch_model(model)
+    verification = verify_patch(model, *inputs(model))
+    assert not verification.ok and "EXCEEDED" in str(verification)
+
+
+def test_verification_restores_the_patch_after_an_error():
+    model = wan()
+    patch_model(model)
+    patched = output(model, *inputs(model))
+    with pytest.raises(AttributeError):
+        verify_patch(model, None, *inputs(model)[1:])
+    assert torch.equal(output(model, *inputs(model)), patched)
+
+
+# The autoencoder
+
+
+WAN22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "dim_mult": [1, 1]}
+
+
+@pytest.mark.parametrize("changes", [{}, WAN22], ids=["Wan 2.1", "Wan 2.2"])
+def test_autoencoder_same_output_and_gradients(changes):
+    model = vae(**changes)
+    clip = torch.rand(1, 3, 5, 8, 12) * 2 - 1
+    plain, exact = run(model, clip), exactly(model, clip)
+    state = state_of(model)
+    report = patch_model(model, strict=True)
+    blocks = sum(type(m).__name__ == "WanResidualBlock" for m in model.modules())
+    assert len(report.replaced) == blocks + 2 and "decoder" in {step.where for step in report.replaced}
+    actual = run(model, clip)
+    assert_rounds_like(plain, actual, exact)
+    assert not torch.equal(actual["output"], plain["output"])
+    assert verify_patch(model, clip).ok
+    assert_unchanged(model, state)
+    unpatch_model(model)
+    after = run(model, clip)
+    assert all(torch.equal(after[name], value) for name, value in plain.items())
+
+
+def test_autoencoder_with_another_activation_is_left_alone():
+    model = vae()
+    model.decoder.nonlinearity = nn.Mish()
+    model.encoder.norm_out.forward = model.encoder.norm_out.forward
+    left = {step.where: step.reason for step in patch_model(model).left}
+    assert left.keys() == {"encoder", "decoder"}
+    assert left["decoder"] == "nonlinearity is a Mish, not SiLU"
+    assert "WanRMS_norm is already replaced" in left["encoder"]
+
+
+# Errors
+
+
+def test_patching_twice():
+    model = wan()
+    first = patch_model(model)
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    assert patch_model(model) == first
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    with pytest.raises(ValueError, match="already patched with impl='auto'; call unpatch_model first"):
+        patch_model(model, "reference")
+    unpatch_model(model)
+    with pytest.raises(ValueError, match="unpatch_model: this WanTransformer3DModel is not patched"):
+        unpatch_model(model)
+    with pytest.raises(ValueError, match="verify_patch: this WanTransformer3DModel is not patched"):
+        verify_patch(model, *inputs(model))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "wan"])
+def test_unknown_models_are_refused(model):
+    with pytest.raises(TypeError, match="classes of diffusers: AutoencoderKLWan, WanTransformer3DModel; got"):
+        patch_model(model)
+
+
+def test_an_unknown_impl_is_refused():
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference'.*; got 'fastest'"):
+        patch_model(wan(), "fastest")
+
+
+def test_a_compiled_model_is_refused():
+    model = wan()
+    model.blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled already; patch it first"):
+        patch_model(model)
+
+
+def test_unpatching_under_a_later_hook_is_refused():
+    model = wan()
+    patch_model(model)
+    ours = model.blocks[0].forward
+    model.blocks[0].forward = lambda *args: ours(*args)
+    with pytest.raises(ValueError, match="a WanTransformerBlock was hooked or changed after patching"):
+        unpatch_model(model)
+    model.blocks[0].forward = ours
+    unpatch_model(model)
+
+
+def test_importing_does_not_import_the_host_library():
+    program = "import sys, sora_kernels.layers, sora_kernels.integrations; print('diffusers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
