@@ -17,7 +17,7 @@ TORCH ?= $(or $(file <.venv/.torch),torch==2.13.0)
 OUT ?= out/gpu
 MINUTES ?= 8
 ARGS ?= --op all
-PROMPT ?= a red ball bounces on the floor
+PROMPT ?= a red ball bounces around
 # The demo reads it from the environment, as it was typed: quotes, blanks and $ mean nothing here.
 override PROMPT := $(value PROMPT)
 export PROMPT
