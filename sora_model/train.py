@@ -347,13 +347,14 @@ def train_vae(
     settings: Settings = VAE_SETTINGS,
     config: VAEConfig | None = None,
     *,
+    measured: int = 64,
     device: str = "cpu",
     impl: str = "auto",
 ) -> CausalVAE:
     """Trains the VAE on clips of the world: L1 + MSE on pixels in [-1, 1] and 1e-6 of the KL divergence.
 
-    Then measures its latents' mean and standard deviation per channel and writes `run/model.safetensors` and
-    `run/config.json`.
+    Then takes the mean and standard deviation of each latent channel over `measured` other clips, and writes
+    `run/model.safetensors` and `run/config.json`.
     """
     torch.manual_seed(settings.seed)
     vae = CausalVAE(config or VAEConfig(**TOY_VAE), impl=impl).to(device)
@@ -368,7 +369,7 @@ def train_vae(
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
 
     load_into(vae, fit(vae, loss_at, settings, run, label="VAE"), str(run))
-    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + 64), progress=False)
+    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + measured), progress=False)
     vae.set_latent_statistics(latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist())
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
     write_json(Path(run) / "config.json", dataclasses.asdict(vae.config))

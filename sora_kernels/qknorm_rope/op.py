@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from .. import _check, _dispatch, _library
 from . import reference
 
+NORMS = (None, "rms", "layer")  # as the private ops number them
+MAX_TILE = 32768  # channels that one Triton program holds in registers
+
 
 def qk_norm_rope(
     q: Tensor,
@@ -66,16 +69,17 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     _check_heads(op, q, k)
-    _check.choice(op, "norm", norm, ("rms", "layer", None))
+    _check.choice(op, "norm", norm, NORMS)
     _check.choice(op, "across", across, ("head", "width"))
     _check.positive(op, "eps", eps)
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         _check_weight(op, name, weight, x, norm, across)
     cos, sin, grid, split, origin = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
-    settings = (norm or "none", across, grid, split, float(theta), origin, bool(interleaved), float(eps))
+    width = across == "width"
+    settings = (NORMS.index(norm), width, grid, split, float(theta), origin, bool(interleaved), float(eps))
     tensors = (q, k, q_weight, k_weight)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    impl = _dispatch.choose(op, impl, q, grad=grad)
+    impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
     return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, *settings, impl)
 
 
@@ -159,19 +163,50 @@ def _freqs(op, freqs, q, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
     return *freqs, 2 * freqs[0].shape[1] if rotary_dim is None else rotary_dim
 
 
+def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
+    if impl == "triton":
+        H, E = max(q.shape[2], k.shape[2]) if width else 1, q.shape[3]
+        if (tile := _power_of_2(H) * _power_of_2(E)) > MAX_TILE:
+            what = f"{H} heads of width {E} across the width" if width else f"a head width of {E}"
+            return f"triton holds up to {MAX_TILE} channels in registers; {what} would need {tile}"
+    return None
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
 # The private ops
 
 _ARGS = (
-    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, str norm, str across, "
-    "SymInt[] grid, SymInt[] split, float theta, SymInt[] origin, bool interleaved, float eps"
+    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int norm, bool width, "
+    "SymInt[] grid, int[] split, float theta, SymInt[] origin, bool interleaved, float eps"
 )
 
 
-def _keywords(cos, sin, norm, across, grid, split, theta, origin, interleaved, eps) -> dict:
+def _impls(op: str) -> dict[str, str | None]:
+    return {"triton": f"sora_kernels.qknorm_rope.kernels:{op}", "cpu": None}
+
+
+def _keywords(cos, sin, norm, width, grid, split, theta, origin, interleaved, eps) -> dict:
     return dict(
-        norm=None if norm == "none" else norm, across=across, grid=grid or None, split=split, theta=theta,
+        norm=NORMS[norm], across="width" if width else "head", grid=grid or None, split=split, theta=theta,
         freqs=None if cos is None else (cos, sin), origin=origin, interleaved=interleaved, eps=eps,
     )  # fmt: skip
+
+
+def _dense(t: Tensor) -> Tensor:
+    """Heads with a dense last axis; their other strides are the kernels' business."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return t if t is None else (t.float() if t.dtype == torch.float64 != x.dtype else t).contiguous()
+
+
+def _table(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """cos or sin in the dtype that x is multiplied in."""
+    return None if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _forward(q, k, q_weight, k_weight, *args) -> None:
@@ -192,19 +227,28 @@ def _backward(dq_out, dk_out, q, k, q_weight, k_weight, *args) -> None:
     )
 
 
-_library.define("qk_norm_rope_fwd", f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()", reference=_forward)
+_library.define("qk_norm_rope_fwd", f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()", reference=_forward,
+    impls=_impls("qk_norm_rope_fwd"))
 _library.define(
     "qk_norm_rope_bwd",
     f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "
     "Tensor(d!)? dk_weight) -> ()",
     reference=_backward,
+    impls=_impls("qk_norm_rope_bwd"),
 )
 
 
-def _qk_norm_rope(q, k, *args) -> tuple[Tensor, Tensor]:
+def _inputs(q, k, q_weight, k_weight, cos, sin) -> tuple[Tensor | None, ...]:
+    return (
+        _dense(q), _dense(k), _parameter(q_weight, q), _parameter(k_weight, q), _table(cos, q), _table(sin, q),
+    )  # fmt: skip
+
+
+def _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, *args) -> tuple[Tensor, Tensor]:
     *settings, impl = args
     q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
-    _library.call("qk_norm_rope_fwd", impl)(q, k, *settings, q_out, k_out)
+    inputs = _inputs(q, k, q_weight, k_weight, cos, sin)
+    _library.call("qk_norm_rope_fwd", impl)(*inputs, *settings, q_out, k_out)
     return q_out, k_out
 
 
@@ -219,10 +263,12 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
         *settings, impl = ctx.constants
-        tensors = ctx.saved_tensors
+        inputs = _inputs(*ctx.saved_tensors)
         grads = [
             torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip(tensors[:4], ctx.needs_input_grad[:4], strict=True)
+            for t, needed in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)
         ]
-        _library.call("qk_norm_rope_bwd", impl)(dq_out, dk_out, *tensors, *settings, *grads)
+        _library.call("qk_norm_rope_bwd", impl)(_dense(dq_out), _dense(dk_out), *inputs, *settings, *grads)
+        for i in (2, 3):  # an fp64 weight beside fp32 heads
+            grads[i] = None if grads[i] is None else grads[i].to(ctx.saved_tensors[i].dtype)
         return *grads, None, None, *(None for _ in ctx.constants)

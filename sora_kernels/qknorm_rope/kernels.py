@@ -1,0 +1,323 @@
+"""Triton kernels of `qk_norm_rope`: one forward and one backward, each launched for q and for k.
+
+Bytes per element, in units of its dtype. Forward: 2, the fewest possible: x is read once and the result written once.
+Backward: 3 (x, the incoming gradient, dx), or 2 without a norm. Weights, angles' steps and the bounded fp32 partials of
+the weights' gradients (PROGRAMS rows at most) do not grow with the clip; tables given as freqs are read once per token
+and block of heads.
+
+A channel pair (a, b) that turns together lies in one thread, whichever way the pairs are laid out: a token's heads are
+two tiles `[HEADS, PAIRS]`. Angles are fixed-point fractions of a turn in 64 bits: position · step wraps around exactly
+where an angle does, so their precision does not depend on the position, and no slow path of cos and sin is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import sum_partials
+
+PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
+
+
+@triton.jit
+def row_offsets(b, s, heads, stride_b, stride_s, stride_h, E: tl.constexpr):
+    """Of a token's heads, in 64 bits; stride_h is None where they follow each other."""
+    offset = b.to(tl.int64) * stride_b + s.to(tl.int64) * stride_s
+    if stride_h is None:
+        return offset + heads * E
+    else:
+        return offset + heads.to(tl.int64) * stride_h
+
+
+@triton.jit
+def channel_pairs(E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr):
+    """Channels a, b `[PAIRS]` of split halves, and which exist: N rotary pairs, then the channels that do not turn."""
+    j = tl.arange(0, PAIRS)
+    REST: tl.constexpr = (E - 2 * N + 1) // 2
+    a = tl.where(j < N, j, N + j)
+    b = tl.where(j < N, N + j, N + REST + j)
+    return a, b, j < N + REST, (j < N + REST) & (b < E)
+
+
+@triton.jit
+def load_pairs(
+    ptr, offsets, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """Heads at `offsets` as two fp32 tiles `[heads, PAIRS]`; 0 where there is no channel or no head."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * PAIRS)
+        x = tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < E)[None, :], 0.0)
+        return tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], PAIRS, 2)))
+    else:
+        a, b, is_a, is_b = channel_pairs(E, N, PAIRS)
+        x = tl.load(ptr + offsets[:, None] + a[None, :], live[:, None] & is_a[None, :], 0.0).to(tl.float32)
+        y = tl.load(ptr + offsets[:, None] + b[None, :], live[:, None] & is_b[None, :], 0.0).to(tl.float32)
+        return x, y
+
+
+@triton.jit
+def store_pairs(
+    ptr, offsets, x, y, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """The counterpart of `load_pairs`: rounds once, to the tensor's dtype."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * PAIRS)
+        z = tl.reshape(tl.join(x, y), (x.shape[0], 2 * PAIRS)).to(ptr.dtype.element_ty)
+        tl.store(ptr + offsets[:, None] + cols[None, :], z, live[:, None] & (cols < E)[None, :])
+    else:
+        a, b, is_a, is_b = channel_pairs(E, N, PAIRS)
+        x, y = x.to(ptr.dtype.element_ty), y.to(ptr.dtype.element_ty)
+        tl.store(ptr + offsets[:, None] + a[None, :], x, live[:, None] & is_a[None, :])
+        tl.store(ptr + offsets[:, None] + b[None, :], y, live[:, None] & is_b[None, :])
+
+
+@triton.jit
+def cos_sin(position, step):
+    """cos and sin of position · step, where 2^64 steps are one turn: fp32, to an error of 1e-7 at any position.
+
+    The upper 31 bits of the product are split into a quadrant and a rest of at most an eighth of a turn, for which the
+    minimax polynomials of single precision serve (Cephes, S. Moshier).
+    """
+    phase = ((position * step) >> 33).to(tl.int32)
+    quadrant = (phase + (1 << 28)) >> 29
+    x = (phase - (quadrant << 29)).to(tl.float32) * 2.9258361585343195e-9  # 2 pi / 2^31
+    z = x * x
+    s = x + x * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    c = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    odd = (quadrant & 1) != 0
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    return tl.where(((quadrant + 1) & 2) != 0, -cos, cos), tl.where((quadrant & 2) != 0, -sin, sin)
+
+
+@triton.jit
+def rotation(
+    s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+    SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """cos and sin `[1, PAIRS]` of token s: given, or from its coordinates; 1 and 0 for text and for what does not turn."""
+    j = tl.arange(0, PAIRS)
+    live = (j < N) & (s < tokens)
+    if cos_ptr is not None:
+        cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
+    else:
+        row = s // grid_w
+        t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
+        position = tl.where(j < SPLIT_T, t, tl.where(j < SPLIT_T + SPLIT_H, h, w)).to(tl.int64)
+        cos, sin = cos_sin(position, tl.load(steps_ptr + j, live, 0))
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def mean(x, count, WIDTH: tl.constexpr):
+    """Over each head `[heads, 1]`, or over all of them."""
+    per_head = tl.sum(x, 1) / count
+    if WIDTH:
+        return tl.sum(per_head, 0)
+    else:
+        return per_head[:, None]
+
+
+@triton.jit
+def standardize_pairs(a, b, live, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+                      N: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """(x̂, 1/σ) by two passes over registers, channels and heads that do not exist being 0."""
+    count: tl.constexpr = H * E if WIDTH else E
+    if NORM == 2:
+        PAIRS: tl.constexpr = a.shape[1]
+        if INTERLEAVED:
+            j = tl.arange(0, PAIRS)
+            is_a, is_b = 2 * j < E, 2 * j + 1 < E
+        else:
+            _, _, is_a, is_b = channel_pairs(E, N, PAIRS)
+        centre = mean(a + b, count, WIDTH)
+        a = tl.where(live[:, None] & is_a[None, :], a - centre, 0.0)
+        b = tl.where(live[:, None] & is_b[None, :], b - centre, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(mean(a * a + b * b, count, WIDTH) + eps)
+    return a * rstd, b * rstd, rstd
+
+
+@triton.jit
+def load_weight(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
+    """`[1, PAIRS]` shared by the heads, or `[heads, PAIRS]` across the width."""
+    if WIDTH:
+        return load_pairs(ptr, heads * E, live, E, N, PAIRS, INTERLEAVED)
+    else:
+        zero = tl.zeros([1], tl.int32)
+        return load_pairs(ptr, zero, zero == 0, E, N, PAIRS, INTERLEAVED)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
+    S, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
+    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A program has HEADS heads of one token. Its angles are computed once for all of them."""
+    BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
+    row = tl.program_id(0) // BLOCKS
+    heads = tl.program_id(0) % BLOCKS * HEADS + tl.arange(0, HEADS)
+    live = heads < H
+    s = row % S
+    offsets = row_offsets(row // S, s, heads, x_stride_b, x_stride_s, x_stride_h, E)
+    x, y = load_pairs(x_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
+    if NORM:
+        x, y, _ = standardize_pairs(x, y, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+        if weight_ptr is not None:
+            u, v = load_weight(weight_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
+            x, y = x * u, y * v
+    if N:
+        cos, sin = rotation(
+            s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+            SPLIT_T, SPLIT_H, N, PAIRS,
+        )  # fmt: skip
+        x, y = x * cos - y * sin, x * sin + y * cos
+    store_pairs(out_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr,
+    dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
+    rows, rows_per_program, S, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
+    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A program has HEADS heads of several tokens, and leaves the sum of g·x̂ over them in its own row of dweight.
+
+    g is dout turned back. x̂ and 1/σ are computed again from x.
+    """
+    BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
+    program = tl.program_id(0)
+    first = program // BLOCKS * rows_per_program
+    heads = program % BLOCKS * HEADS + tl.arange(0, HEADS)
+    count: tl.constexpr = H * E if WIDTH else E
+    dweight_x = tl.zeros([HEADS, PAIRS], tl.float32)
+    dweight_y = tl.zeros([HEADS, PAIRS], tl.float32)
+
+    for i in range(rows_per_program):
+        row = first + i
+        live = (heads < H) & (row < rows)
+        b, s = row // S, row % S
+        offsets = row_offsets(b, s, heads, dout_stride_b, dout_stride_s, dout_stride_h, E)
+        x, y = load_pairs(dout_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
+        if N:
+            cos, sin = rotation(
+                s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+                SPLIT_T, SPLIT_H, N, PAIRS,
+            )  # fmt: skip
+            x, y = x * cos + y * sin, y * cos - x * sin
+        if NORM:
+            offsets = row_offsets(b, s, heads, x_stride_b, x_stride_s, x_stride_h, E)
+            x_hat, y_hat = load_pairs(x_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
+            x_hat, y_hat, rstd = standardize_pairs(x_hat, y_hat, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+            dweight_x += x * x_hat
+            dweight_y += y * y_hat
+            if weight_ptr is not None:
+                u, v = load_weight(weight_ptr, heads, heads < H, E, N, PAIRS, INTERLEAVED, WIDTH)
+                x, y = x * u, y * v
+            along = mean(x * x_hat + y * y_hat, count, WIDTH)
+            shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
+            x, y = (x - shift - x_hat * along) * rstd, (y - shift - y_hat * along) * rstd
+        if dx_ptr is not None:  # freshly allocated by the caller: dense [B, S, H, E]
+            store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
+
+    if dweight_ptr is not None:
+        if WIDTH:
+            offsets, live = (program * H + heads) * E, heads < H
+        else:
+            dweight_x, dweight_y = tl.sum(dweight_x, 0)[None, :], tl.sum(dweight_y, 0)[None, :]
+            offsets = program * E + tl.zeros([1], tl.int32)
+            live = offsets >= 0
+        store_pairs(dweight_ptr, offsets, dweight_x, dweight_y, live, E, N, PAIRS, INTERLEAVED)
+
+
+def tile(H: int, E: int, width: bool) -> dict[str, int]:
+    """Constexprs of both kernels: a token's heads, or a divisor of them of 512 to 2048 channels; 16 channels a thread."""
+    block = triton.next_power_of_2(max(E, 2))
+    heads = triton.next_power_of_2(H)
+    if not width:
+        divisor = min(H & -H, max(1, 2048 // block))
+        heads = divisor if divisor * block >= 512 else min(heads, max(1, 512 // block))
+    return dict(HEADS=heads, PAIRS=block // 2, num_warps=min(max(heads * block // 512, 1), 16))
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
+    return _steps(split, theta, device)
+
+
+def _steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
+    """theta^(-j/n) / 2π of the n pairs of each axis, as int64 in units of 2^-64 of a turn."""
+    exponents = [-torch.arange(n, dtype=torch.float64, device=device) / max(n, 1) for n in split]
+    turns = theta ** torch.cat(exponents) / (2 * math.pi)
+    return ((turns - turns.round()).clamp(max=0.5 - 2.0**-53) * 2.0**64).to(torch.int64)
+
+
+def steps(split: list[int], theta: float, device: torch.device) -> torch.Tensor:
+    """Computed on the device and kept; not while a CUDA graph is captured, where nothing has a value yet."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_steps if capturing else _cached_steps)(tuple(split), theta, device)
+
+
+def _settings(x, cos, sin, grid, split, theta, origin, eps) -> tuple[tuple, tuple, dict]:
+    """The pointers of the angles, the scalars, and the constexprs of the rotation."""
+    T, H, W = grid or (0, 1, 1)
+    pairs = sum(split) if cos is None else cos.shape[1]
+    tokens = T * H * W if cos is None else cos.shape[0]
+    table = steps(split, theta, x.device) if pairs and cos is None else None
+    split_t, split_h, _ = split or (0, 0, 0)
+    return (cos, sin, table), (tokens, H, W, *origin, eps), dict(N=pairs, SPLIT_T=split_t, SPLIT_H=split_h)
+
+
+def _strides(x) -> tuple[int, int, int | None]:
+    return *x.stride()[:2], None if x.stride(2) == x.shape[3] else x.stride(2)
+
+
+def qk_norm_rope_fwd(
+    q, k, q_weight, k_weight, cos, sin, norm, width, grid, split, theta, origin, interleaved, eps, q_out, k_out
+):
+    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, eps)
+    for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
+        if x.numel() == 0:
+            continue
+        B, S, H, E = x.shape
+        config = tile(H, E, width)
+        qk_norm_rope_fwd_kernel[(B * S * triton.cdiv(H, config["HEADS"]),)](
+            x, weight, *angles, out, *_strides(x), S, *scalars, H=H, E=E, **rotary,
+            INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
+        )  # fmt: skip
+
+
+def qk_norm_rope_bwd(
+    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, norm, width, grid, split, theta, origin, interleaved, eps,
+    dq, dk, dq_weight, dk_weight,
+):  # fmt: skip
+    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, eps)
+    for dout, x, weight, dx, dweight in ((dq_out, q, q_weight, dq, dq_weight), (dk_out, k, k_weight, dk, dk_weight)):
+        if dx is None and dweight is None:
+            continue
+        if x.numel() == 0:
+            if dweight is not None:
+                dweight.zero_()
+            continue
+        B, S, H, E = x.shape
+        config = tile(H, E, width)
+        blocks = triton.cdiv(H, config["HEADS"])
+        rows = triton.cdiv(B * S, max(1, PROGRAMS // blocks))
+        programs = triton.cdiv(B * S, rows) * blocks
+        partial = None
+        if dweight is not None:
+            partial = torch.empty((1, programs, dweight.numel()), dtype=torch.float32, device=x.device)
+        qk_norm_rope_bwd_kernel[(programs,)](
+            dout, x, weight, *angles, dx, partial, *_strides(dout), *_strides(x), B * S, rows, S, *scalars,
+            H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
+        )  # fmt: skip
+        if dweight is not None:
+            sum_partials(partial, dweight.view(1, -1))
