@@ -21,7 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -122,7 +124,43 @@ def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
             yield f"D={D} backward {name}", backward, (kernels, _triton)
 
 
-FAMILIES = {"modulation": modulation}
+def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """The heads of public models: across the width and per head, both pairings, partial rotation, given freqs."""
+    from sora_kernels import _triton
+    from sora_kernels.qknorm_rope import kernels
+
+    cases = [  # heads, E, rotary_dim, norm, across the width, interleaved, freqs
+        (12, 128, 128, 1, True, True, False),
+        (40, 128, 128, 1, True, True, False),
+        (24, 128, 128, 1, False, True, False),
+        (24, 128, 96, 1, False, False, False),
+        (48, 64, 64, 2, False, True, False),
+        (16, 72, 72, 1, False, True, False),
+        (24, 96, 96, 1, False, False, False),
+        (24, 112, 112, 1, False, True, False),
+        (1, 2048, 2048, 1, False, True, True),
+    ]
+    for H, E, rotary, norm, width, interleaved, given in cases:
+        q, dout, out, dq = (torch.empty(1, 4096, H, E, dtype=torch.bfloat16, device="meta") for _ in range(4))
+        weight, dweight = (torch.empty(H * E if width else E, device="meta") for _ in range(2))
+        tables = [torch.empty(4096, rotary // 2, device="meta") if given else None for _ in range(2)]
+        n = rotary // 2
+        split = [] if given else [n - 2 * (n // 3), n // 3, n // 3]
+        settings = (*tables, norm, width, [16, 16, 16], split, 1e4, [0, 0, 0], interleaved, 1e-6)
+        none = q[:, :0]  # k is launched like q: once is enough
+
+        def forward(q=q, none=none, weight=weight, settings=settings, out=out):
+            kernels.qk_norm_rope_fwd(q, none, weight, None, *settings, out, none)
+
+        def backward(dout=dout, q=q, none=none, weight=weight, settings=settings, dq=dq, dweight=dweight):
+            kernels.qk_norm_rope_bwd(dout, none, q, none, weight, None, *settings, dq, none, dweight, None)
+
+        name = f"{H}x{E}{' across' * width} {rotary} turn {'pairs' if interleaved else 'halves'}"
+        yield f"{name} forward", forward, (kernels, _triton)
+        yield f"{name} backward", backward, (kernels, _triton)
+
+
+FAMILIES = {"modulation": modulation, "qknorm_rope": qknorm_rope}
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def modulation_bwd_kernel(
     # Bounds that are 1 are compile-time constants to Triton: the loop folds away, and with it the registers it carries.
     for i in range(frames_per_program):
         frame = first_frame + i
-        inside = live & (frame < frames)
+        inside = cols < tl.where(frame < frames, D, 0)
         b = frame // F
         f = frame % F
         scale = 1.0 + scale_table
