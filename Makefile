@@ -52,6 +52,8 @@ bench: build
 	@$(PY) -m benchmarks.run $(ARGS)
 
 gpu:
+	@$(PYTHON) -c 'import torch' 2>/dev/null \
+	  || $(call failed,'$(PYTHON) has no torch.','Name an interpreter that has torch and triton with PYTHON=.')
 	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes "$(MINUTES)"
 
 build: .venv/.built

@@ -40,7 +40,9 @@ def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
 def same_device(op: str, x: Tensor, others: dict[str, Tensor | None], x_name: str = "x") -> None:
     for name, t in others.items():
         if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on {x_name}'s device {x.device}; got {t.device}; move it with .to()")
+            raise ValueError(
+                f"{op}: {name} must be on {x_name}'s device {x.device}; got {t.device}; move it with .to()"
+            )
 
 
 def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_rows(ptr, offsets, cols, mask):
-    """Rows at `offsets` (elements, int64) of a tensor dense in its last axis, as fp32 [rows, cols]; 0 outside the mask."""
+    """Rows at `offsets` (in elements) of a tensor dense in its last axis, as fp32 [rows, cols]; 0 outside the mask."""
     return tl.load(ptr + offsets[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def error_bound(oracle: Tensor, baseline: Tensor, terms: int = 1) -> float:
-    """2 × the largest error of plain PyTorch in the same dtype + the rounding that no implementation can avoid.
+    """2 × the largest error of plain PyTorch in the same dtype + the rounding that nobody can avoid.
 
     That is one rounding at the store, eps(dtype) · max|oracle|, and, where an element is a sum of n = `terms` fp32
     values in an order of one's own, their independent roundings, √n · eps(fp32) · max|oracle|. Below the normal
@@ -30,7 +30,9 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
     return float("inf") if not torch.isfinite(error).all() else error.max().item()
 
 
-def assert_matches_oracle(actual: Tensor, oracle: Tensor, baseline: Tensor, name: str = "output", terms: int = 1) -> None:
+def assert_matches_oracle(
+    actual: Tensor, oracle: Tensor, baseline: Tensor, name: str = "output", terms: int = 1
+) -> None:
     """The project's error rule.
 
     actual    the kernel's result

@@ -1,4 +1,4 @@
-"""Seeds, devices and markers. Without a GPU, Triton kernels run in the interpreter, chosen before triton is imported."""
+"""Seeds and markers. Without a GPU, Triton kernels run in the interpreter, chosen before triton is imported."""
 
 from __future__ import annotations
 

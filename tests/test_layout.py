@@ -49,7 +49,8 @@ def test_a_family_is_the_same_files_under_the_same_name_everywhere(family):
     assert all(name in ALLOWED or re.fullmatch(r"kernels(_\w+)?\.py", name) for name in names), names
     assert (ROOT / "tests" / f"test_{family}.py").exists()
     assert family not in sora_kernels.__all__, "a folder never bears a function's name"
-    with_kernels = {i for op in _library.ops() for i in _library.impls(op) if op.rsplit("_", 1)[0] in exported(family)}
+    ops = [op for op in _library.ops() if op.rsplit("_", 1)[0] in exported(family)]
+    with_kernels = {impl for op in ops for impl in _library.impls(op)}
     if with_kernels & {"triton", "cuda"} or (ROOT / "csrc" / "cpu" / f"{family}.cpp").exists():
         assert (ROOT / "benchmarks" / f"bench_{family}.py").exists()
 
@@ -85,11 +86,12 @@ def test_reference_imports_only_torch(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triton_kernels_import_only_triton_torch_and_the_shared_primitives(family):
+    libraries = {"__future__", "functools", "math", "torch", "triton"}
     for path in (ROOT / "sora_kernels" / family).glob("kernels*.py"):
         if "@triton.jit" in path.read_text():
             for name in imports(path):
                 shared = name.startswith("sora_kernels._triton") or name.startswith(f"sora_kernels.{family}.")
-                assert shared or name.split(".")[0] in {"__future__", "torch", "triton", "math"}, f"{path}: {name}"
+                assert shared or name.split(".")[0] in libraries, f"{path}: {name}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

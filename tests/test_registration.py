@@ -68,17 +68,21 @@ CALLS = {
     ),
     "spacetime_attention": (sora_kernels.spacetime_attention, heads),
     "spacetime_attention windowed": (
-        lambda q, k, v: sora_kernels.spacetime_attention(q, k, v, grid=(3, 2, 2), window=(2, 1, 2), causal="frame"), heads,
+        lambda q, k, v: sora_kernels.spacetime_attention(q, k, v, grid=(3, 2, 2), window=(2, 1, 2), causal="frame"),
+        heads,
     ),
     "norm_silu": (sora_kernels.norm_silu, lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(4))),
     "causal_conv3d": (
-        sora_kernels.causal_conv3d, lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(5, 4, 3, 3, 3), torch.randn(5)),
+        sora_kernels.causal_conv3d,
+        lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(5, 4, 3, 3, 3), torch.randn(5)),
     ),
     "upsample_conv3d": (
-        sora_kernels.upsample_conv3d, lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
+        sora_kernels.upsample_conv3d,
+        lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
     ),
     "downsample_conv3d": (
-        sora_kernels.downsample_conv3d, lambda n: (torch.randn(n, 4, 2, 4, 4), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
+        sora_kernels.downsample_conv3d,
+        lambda n: (torch.randn(n, 4, 2, 4, 4), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
     ),
 }  # fmt: skip
 NOT_OPS = {"Unavailable", "attention_plan"}

@@ -193,7 +193,7 @@ def _backward(
     dout, dx_new, x, y, gate, scale, gate_table, scale_table, weight, bias, rms, eps, dx, dy,
     frame_grads: tuple, total_grads: tuple,
 ):  # fmt: skip
-    """frame_grads: dgate, dshift, dscale [B, F, D]. total_grads: dgate_table, dshift_table, dscale_table, dweight, dbias [D]."""
+    """frame_grads: those of gate, shift, scale [B, F, D]. total_grads: of their tables, of weight and of bias [D]."""
     wanted = [t for t in (*frame_grads, *total_grads) if t is not None]
     B, S, D = x.shape
     if x.numel() == 0:

@@ -1,4 +1,4 @@
-"""adaLN modulation: norm, scale, shift and gated residual over tokens, each in one pass, with deterministic gradients."""
+"""adaLN modulation: norm, scale, shift and gated residual over tokens, in one pass, with deterministic gradients."""
 
 from __future__ import annotations
 

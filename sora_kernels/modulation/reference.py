@@ -12,7 +12,7 @@ def accumulate(x: Tensor) -> Tensor:
 
 
 def rows(t: Tensor | None, table: Tensor | None, x: Tensor) -> Tensor | float:
-    """A modulation `[D]`, `[B,D]` or `[B,F,D]` (F divides S), plus its table `[D]`, as it broadcasts against x `[B,S,D]`."""
+    """A modulation `[D]`, `[B,D]` or `[B,F,D]` (F divides S), plus its table `[D]`, broadcastable to x `[B,S,D]`."""
     out: Tensor | float = 0.0
     if t is not None:
         B, S, D = x.shape
