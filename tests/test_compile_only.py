@@ -17,6 +17,8 @@ import pytest
 TARGETS = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may use
 # Rows of 5120 fill the register file: 8 live arrays x 8192 padded columns. A few words then go through L1.
 STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
+# One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
+NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +52,8 @@ def test_shared_memory_fits(rows):
 
 
 def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
-    """A row of 64 of the per-token backward is one short load per thread, and is left out."""
+    """A row of 64 of the per-token backward is one short load per thread, and is left out, as are partials 72 wide."""
     checked = [r for r in rows if r["case"] != "D=64 backward per token"]
-    narrow = [r for r in checked if r["vector_loads"] < r["loads"]]
+    checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or not r["case"].startswith("16x72 ")]
+    narrow = [r for r in checked if r["vector_loads"] < r["loads"] - NARROW.get(r["kernel"], 0)]
     assert checked and not narrow, narrow

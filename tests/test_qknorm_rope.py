@@ -1,28 +1,32 @@
-"""qk_norm_rope: the formula, the conventions of public models, gradients, contract."""
+"""qk_norm_rope: the formula, the conventions of public models, gradients, contract, in every implementation."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from sora_kernels._dispatch import Unavailable
+from sora_kernels.qknorm_rope import op as qknorm_op
 from sora_kernels.qknorm_rope import qk_norm_rope
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLS = pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 
 
 def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 1, 8)
     weights = torch.randn(8), torch.randn(8)
-    on_the_fly = (None, None, "rms", "head", [1, 2, 3], [2, 1, 1], 1e4, [0, 5, 0], True, 1e-6)
-    given = (torch.randn(7, 3), torch.randn(7, 3), "layer", "head", [], [], 1e4, [0, 0, 0], False, 1e-6)
-    plain = (None, None, "none", "head", [], [], 1e4, [0, 0, 0], True, 1e-6)
+    on_the_fly = (None, None, 1, False, [1, 2, 3], [2, 1, 1], 1e4, [0, 5, 0], True, 1e-6)
+    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, [], [], 1e4, [0, 0, 0], False, 1e-6)
+    plain = (None, None, 0, False, [], [], 1e4, [0, 0, 0], True, 1e-6)
     empty = torch.empty_like
     return [
         ("qk_norm_rope_fwd", (q, k, *weights, *on_the_fly, empty(q), empty(k))),
@@ -153,10 +157,12 @@ def test_freqs_equal_grid():
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
-def test_norm_alone_takes_different_lengths():
+@IMPLS
+def test_norm_alone_takes_different_lengths(impl, require):
+    require("qk_norm_rope", impl)
     torch.manual_seed(0)
-    q, k, w = (torch.randn(*s, dtype=torch.float64) for s in ((1, 5, 2, 6), (1, 9, 2, 6), (12,)))
-    q_out, k_out = qk_norm_rope(q, k, q_weight=w, k_weight=w, across="width")
+    q, k, w = (torch.randn(*s) for s in ((1, 3, 2, 6), (1, 5, 2, 6), (12,)))
+    q_out, k_out = qk_norm_rope(q, k, q_weight=w, k_weight=w, across="width", impl=impl)
     torch.testing.assert_close(q_out, normalised(q, w, across="width"))
     torch.testing.assert_close(k_out, normalised(k, w, across="width"))
 
@@ -256,16 +262,14 @@ def test_gradcheck(case):
     )
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
-def test_error_rule(case, dtype, device):
-    inputs, settings = make(case, dtype)
+def check(case, dtype, impl, device="cpu", seed=0, origin=(0, 0, 0)):
+    """The error rule on outputs and every gradient, with unwritten memory poisoned."""
+    inputs, settings = make(case, dtype, seed)
     inputs = {name: None if t is None else t.to(device) for name, t in inputs.items()}
     grads = [torch.randn(t.shape).to(device, dtype) for t in (inputs["q"], inputs["k"])]
-    angle = angles(case[0], split_of(case)).to(device)
+    angle = angles(case[0], split_of(case), origin=origin).to(device)
     with poison_empty():
-        ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings), inputs, grads)
+        ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, origin=origin, impl=impl), inputs, grads)
 
     def formula(**kw):
         return plain(*(kw[n] for n in ("q", "k", "q_weight", "k_weight")), angle, *case[5:])
@@ -274,64 +278,244 @@ def test_error_rule(case, dtype, device):
     oracle = outputs_and_grads(formula, double, [g.double() for g in grads])
     baseline = outputs_and_grads(formula, inputs, grads)
     for name, result in ours.items():
-        assert_matches_oracle(result, oracle[name], baseline[name], name)
+        x = inputs[name.split()[1][0]] if "weight" in name else None
+        terms = 1 if x is None else x.numel() // result.numel()
+        assert_matches_oracle(result, oracle[name], baseline[name], name, terms)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs_and_gradients(layout):
-    inputs, settings = make(CASES[0])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_error_rule(case, dtype, impl, require):
+    require("qk_norm_rope", impl, dtype=dtype, grad=True)
+    check(case, dtype, impl)
+
+
+# What the interpreter has time for; between them every branch of both kernels.
+SMALL = [
+    ((2, 1, 2), (3, 1), 12, None, 0, "rms", "head", True),
+    ((1, 1, 2), (1, 2), 16, 10, 1, "layer", "head", False),
+    ((1, 3, 1), (5, 2), 6, 4, 1, "rms", "width", True),
+    ((2, 1, 1), (1, 1), 7, 6, 0, "layer", "width", False),
+    ((1, 2, 1), (1, 1), 10, None, 0, None, "head", True),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SMALL)
+def test_error_rule_in_the_interpreter(case, dtype, require):
+    require("qk_norm_rope", "triton", dtype=dtype, grad=True)
+    check(case, dtype, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [
+    *CASES, *SMALL,
+    ((4, 9, 16), (40, 40), 128, None, 0, "rms", "width", True),
+    ((4, 9, 16), (24, 8), 128, 96, 77, "rms", "head", False),
+    ((2, 30, 45), (48, 48), 64, None, 226, "layer", "head", True),
+    ((16, 4, 4), (16, 16), 72, None, 3, "rms", "head", True),
+    ((3, 5, 7), (24, 24), 112, None, 0, "rms", "head", False),
+    ((1, 8, 8), (2, 2), 256, None, 0, "layer", "width", True),
+])  # fmt: skip
+def test_error_rule_on_gpu(case, dtype, impl):
+    check(case, dtype, impl, "cuda")
+
+
+@IMPLS
+def test_angles_are_exact_far_from_the_origin(impl, require):
+    """At position 100,000 an angle in fp32 has lost every digit that matters; at 2^30 even its turns."""
+    require("qk_norm_rope", impl, grad=True)
+    case = ((2, 1, 2), (1, 1), 24, None, 0, None, "head", False)
+    for origin in ((5000, 3000, 100_000), (-70_001, 1 << 30, 0)):
+        check(case, torch.float32, impl, origin=origin)
+
+
+@pytest.mark.parametrize("theta", [1.0, 256.0, 1e6, 0.5])
+def test_any_theta(theta, require):
+    require("qk_norm_rope", "cpu")
+    x = torch.randn(1, 12, 1, 12)
+    oracle, _ = qk_norm_rope(x.double(), x.double(), grid=(3, 2, 2), theta=theta, impl="reference")
+    ours, _ = qk_norm_rope(x, x, grid=(3, 2, 2), theta=theta, impl="cpu")
+    torch.testing.assert_close(ours.double(), oracle, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [(1, 1, 9), (2, 3, 33), (1, 11, 53)])
+@pytest.mark.parametrize("across", ["head", "width"])
+def test_cpu_reduces_over_any_number_of_tokens(tokens, across, require):
+    """One chunk, several, and as many as there may be with a ragged last one."""
+    require("qk_norm_rope", "cpu", grad=True)
+    check((tokens, (40, 3), 8, 6, 1, "rms", across, True), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("across", ["head", "width"])
+def test_triton_reduces_in_several_steps(across, require, monkeypatch):
+    require("qk_norm_rope", "triton", grad=True)
+    from sora_kernels.qknorm_rope import kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    check(((1, 1, 3), (3, 1), 4, None, 0, "layer", across, True), torch.float32, "triton")
+
+
+@IMPLS
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_memory_layout_does_not_change_a_bit(layout, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    inputs, settings = make(SMALL[1], torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
     arranged = {name: arrange(t, layout) for name, t in inputs.items()}
-    dense = {name: t.contiguous() for name, t in arranged.items()}
+    arranged_grads = [arrange(g, layout) for g in grads]
 
     def run(inputs, grads):
-        return outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings), inputs, grads)
+        return outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl=impl), inputs, grads)
 
-    ours = run(arranged, [arrange(g, layout) for g in grads])
-    expected = run(dense, [arrange(g, layout).contiguous() for g in grads])
+    ours = run(arranged, arranged_grads)
+    expected = run(
+        {name: t.clone().contiguous() for name, t in arranged.items()}, [g.contiguous() for g in arranged_grads]
+    )
     for name, result in ours.items():
-        torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
+        assert torch.equal(result, expected[name]), name
 
 
-def test_views_into_packed_qkv():
+@IMPLS
+def test_views_into_packed_qkv_are_not_copied(impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    by_head = torch.randn(3, 1, 2, 4, 8).transpose(2, 3)
+    for q, k, _ in (torch.randn(1, 4, 3, 2, 8).unbind(2), torch.randn(1, 4, 2, 3, 8).unbind(3), by_head):
+        assert qknorm_op._dense(q) is q, "a view with a dense last axis goes to the kernels as it is"
+        ours = qk_norm_rope(q, k, grid=(1, 2, 2), impl=impl)
+        expected = qk_norm_rope(q.contiguous(), k.contiguous(), grid=(1, 2, 2), impl=impl)
+        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+
+
+@IMPLS
+def test_given_freqs_of_any_dtype_and_layout(impl, require):
+    require("qk_norm_rope", impl, grad=True)
     torch.manual_seed(0)
-    packed = torch.randn(2, 6, 3, 2, 8)
-    q, k = packed[:, :, 0], packed[:, :, 1]
-    ours = qk_norm_rope(q, k, grid=(1, 2, 3))
-    expected = qk_norm_rope(q.contiguous(), k.contiguous(), grid=(1, 2, 3))
-    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    x, w = torch.randn(1, 3, 2, 10), torch.randn(10)
+    for dtype in (torch.float64, torch.float16):
+        angle = torch.randn(2, 6, dtype=torch.float64)
+        cos, sin = (f(angle).to(dtype)[:, ::2] for f in (torch.cos, torch.sin))
+        keywords = dict(freqs=(cos, sin), text_len=1, norm="layer")
+        ours, _ = qk_norm_rope(x, x, q_weight=w, **keywords, impl=impl)
+        keywords["freqs"] = cos.double(), sin.double()
+        oracle, _ = qk_norm_rope(x.double(), x.double(), q_weight=w.double(), **keywords, impl="reference")
+        torch.testing.assert_close(ours.double(), oracle, rtol=0, atol=2e-6)
 
 
-def test_backward_repeats_bitwise():
-    inputs, settings = make(CASES[2], torch.float32)
+@IMPLS
+@pytest.mark.parametrize("across", ["head", "width"])
+def test_backward_repeats_bitwise(across, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    case = ((1, 2, 2) if impl == "triton" else (5, 7, 9), (2, 3), 6, 4, 1, "rms", across, True)
+    inputs, settings = make(case, torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
-    first, second = (outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings), inputs, grads) for _ in range(2))
+
+    def run():
+        return outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl=impl), inputs, grads)
+
+    first, second = run(), run()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_gradient_of_one_output():
-    q, k = (torch.randn(1, 6, 1, 4, requires_grad=True) for _ in range(2))
-    q_out, k_out = qk_norm_rope(q, k, grid=(1, 2, 3))
+def test_cpu_results_do_not_depend_on_the_number_of_threads(require):
+    require("qk_norm_rope", "cpu", grad=True)
+    inputs, settings = make(((5, 7, 9), (2, 3), 6, 4, 1, "rms", "head", True), torch.float32)
+    grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl="cpu"), inputs, grads))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@IMPLS
+def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    inputs, settings = make(((1, 1, 2), (1, 2), 6, 4, 0, "rms", "head", False), torch.float32)
+    grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
+    together = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl=impl), inputs, grads)
+    for name in inputs:
+        leaf = inputs[name].clone().requires_grad_()
+        outputs = qk_norm_rope(**{**inputs, name: leaf}, **settings, impl=impl)
+        (alone,) = torch.autograd.grad(outputs, [leaf], grads)
+        assert torch.equal(alone, together[f"grad {name}"]), name
+
+
+SCRIPT = """
+import torch
+from sora_kernels import qk_norm_rope
+torch.manual_seed(0)
+q, w = torch.randn(2, 13, 3, 20), torch.randn(60)
+settings = dict(across="width", grid=(2, 2, 3), text_len=1, origin=(100, 7, 0))
+ours, _ = qk_norm_rope(q, q, q_weight=w, impl="cpu", **settings)
+oracle, _ = qk_norm_rope(q.double(), q.double(), q_weight=w.double(), impl="reference", **settings)
+print((ours - oracle).abs().max().item())
+"""
+
+
+def test_every_instruction_set_is_right(require):
+    require("qk_norm_rope", "cpu")
+    for isa in ("baseline", "avx2"):
+        command = dict(args=[sys.executable, "-c", SCRIPT], env=os.environ | {"SORA_KERNELS_CPU_ISA": isa})
+        assert float(subprocess.run(**command, capture_output=True, text=True, check=True).stdout) < 2e-6, isa
+
+
+@IMPLS
+def test_gradient_of_one_output(impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    q, k = (torch.randn(1, 2, 1, 4, requires_grad=True) for _ in range(2))
+    q_out, k_out = qk_norm_rope(q, k, grid=(1, 2, 1), impl=impl)
     k_out.sum().backward()
     assert torch.equal(q.grad, torch.zeros_like(q)) and k.grad.abs().max() > 0
 
 
-def test_weights_of_another_dtype():
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_weights_of_another_dtype(impl, require):
+    require("qk_norm_rope", impl, grad=True)
     torch.manual_seed(0)
     x, w = torch.randn(1, 4, 2, 6).bfloat16(), torch.randn(6, requires_grad=True)
-    out, _ = qk_norm_rope(x, x, q_weight=w, grid=(1, 2, 2))
+    out, _ = qk_norm_rope(x, x, q_weight=w, grid=(1, 2, 2), impl=impl)
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16 and w.grad.dtype == torch.float32
     oracle = (qk_norm_rope(x.double(), x.double(), q_weight=w.double(), grid=(1, 2, 2))[0]).bfloat16()
     torch.testing.assert_close(out, oracle, rtol=8e-3, atol=0)
 
 
+@IMPLS
+def test_an_fp64_weight_beside_fp32_heads(impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    x, w = torch.randn(1, 2, 1, 4), torch.randn(4, dtype=torch.float64, requires_grad=True)
+    out, _ = qk_norm_rope(x, x, q_weight=w, impl=impl)
+    out.sum().backward()
+    (expected,) = torch.autograd.grad(normalised(x.double(), w).sum(), [w])
+    assert w.grad.dtype == torch.float64
+    torch.testing.assert_close(w.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@IMPLS
 @pytest.mark.parametrize("shape", [(0, 6, 2, 4), (1, 0, 2, 4), (1, 6, 0, 4)])
-def test_empty(shape):
-    x = torch.empty(shape, requires_grad=True)
-    q, k = qk_norm_rope(x, x, **(dict(grid=(1, 2, 3)) if shape[1] else {}))
-    (q.sum() + k.sum()).backward()
+def test_empty(shape, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    x, w = torch.empty(shape, requires_grad=True), torch.ones(4, requires_grad=True)
+    q, k = qk_norm_rope(x, x, q_weight=w, **(dict(grid=(1, 2, 3)) if shape[1] else {}), impl=impl)
+    with poison_empty():
+        (q.sum() + k.sum()).backward()
     assert q.shape == k.shape == x.grad.shape == shape
+    assert torch.equal(w.grad, torch.zeros(4))
+
+
+def test_too_wide_for_triton(require):
+    require("qk_norm_rope", "triton")
+    x = torch.zeros(1, 1, 9, 2048)
+    qk_norm_rope(x, x, impl="reference")
+    with pytest.raises(Unavailable, match="16384 normalised channels in registers; got 18432"):
+        qk_norm_rope(x, x, across="width", impl="triton")
 
 
 def test_compiles_whole_with_dynamic_shapes():

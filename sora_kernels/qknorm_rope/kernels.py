@@ -45,9 +45,7 @@ def channel_pairs(E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def load_pairs(
-    ptr, offsets, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr
-):
+def load_pairs(ptr, offsets, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Heads at `offsets` as two fp32 tiles `[heads, PAIRS]`; 0 where there is no channel or no head."""
     if INTERLEAVED:
         cols = tl.arange(0, 2 * PAIRS)
@@ -99,9 +97,9 @@ def rotation(
     s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
     SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin `[1, PAIRS]` of token s: given, or from its coordinates; 1 and 0 for text and for what does not turn."""
+    """cos and sin `[1, PAIRS]` of token s, given or from its coordinates; 1 and 0 where nothing turns, as in text."""
     j = tl.arange(0, PAIRS)
-    live = (j < N) & (s < tokens)
+    live = j < tl.where(s < tokens, N, 0)
     if cos_ptr is not None:
         cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
     else:
@@ -156,8 +154,8 @@ def load_weight(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.co
 def qk_norm_rope_fwd_kernel(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
     S, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
-    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program has HEADS heads of one token. Its angles are computed once for all of them."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -203,7 +201,7 @@ def qk_norm_rope_bwd_kernel(
 
     for i in range(rows_per_program):
         row = first + i
-        live = (heads < H) & (row < rows)
+        live = heads < tl.where(row < rows, H, 0)
         b, s = row // S, row % S
         offsets = row_offsets(b, s, heads, dout_stride_b, dout_stride_s, dout_stride_h, E)
         x, y = load_pairs(dout_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
@@ -239,7 +237,7 @@ def qk_norm_rope_bwd_kernel(
 
 
 def tile(H: int, E: int, width: bool) -> dict[str, int]:
-    """Constexprs of both kernels: a token's heads, or a divisor of them of 512 to 2048 channels; 16 channels a thread."""
+    """Constexprs of both kernels: a token's heads, or a part of them of 512 to 2048 channels; 16 channels a thread."""
     block = triton.next_power_of_2(max(E, 2))
     heads = triton.next_power_of_2(H)
     if not width:

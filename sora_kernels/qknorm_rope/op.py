@@ -12,7 +12,7 @@ from .. import _check, _dispatch, _library
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
-MAX_TILE = 32768  # channels that one Triton program holds in registers
+MAX_CHANNELS = 16384  # that one Triton program holds in registers
 
 
 def qk_norm_rope(
@@ -46,7 +46,8 @@ def qk_norm_rope(
     q_weight, k_weight  [E] for across="head"; [H·E] (of q, of k) for across="width"; any float dtype
     across       what the statistics are taken over: each "head", or the whole "width" of all heads of a token
     grid         (T, H, W): token (t·H + h)·W + w turns by φ = (x + origin) · theta^(−j/n) for pair j of the n pairs of
-                 the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`
+                 the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`, elsewhere as
+                 64-bit fractions of a turn, exact at any position
     freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], float: the same for every head; constants
     split        rotary pairs of (t, h, w), with sum rotary_dim/2. None: (n − 2·(rotary_dim//6), rotary_dim//6,
                  rotary_dim//6) with n = rotary_dim/2, as in Wan (22, 21, 21 for E = 128)
@@ -55,11 +56,12 @@ def qk_norm_rope(
                  (with freqs: twice their width)
     origin       added to the coordinates (t, h, w); streaming passes the number of frames already made
     text_len     the last text_len tokens are normalised, not rotated: grid and freqs cover the S − text_len before
+    impl         "auto", "reference", "cpu" or "triton"
 
-    Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics, angles
-    and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype
-    plus one rounding. The backward recomputes the statistics and reduces the weights' gradients in fp32 in a fixed
-    order: two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
+    Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
+    products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
+    one rounding. The backward recomputes the statistics and reduces the weights' gradients in fp32 in a fixed order:
+    two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
 
     A rotary embedding that differs by head, over the whole width (LTX-Video), is that of one head of width H·E: pass
     q.flatten(2).unsqueeze(2).
@@ -69,7 +71,7 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     _check_heads(op, q, k)
-    _check.choice(op, "norm", norm, NORMS)
+    _check.choice(op, "norm", norm, ("rms", "layer", None))
     _check.choice(op, "across", across, ("head", "width"))
     _check.positive(op, "eps", eps)
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
@@ -165,15 +167,10 @@ def _freqs(op, freqs, q, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
 
 def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
     if impl == "triton":
-        H, E = max(q.shape[2], k.shape[2]) if width else 1, q.shape[3]
-        if (tile := _power_of_2(H) * _power_of_2(E)) > MAX_TILE:
-            what = f"{H} heads of width {E} across the width" if width else f"a head width of {E}"
-            return f"triton holds up to {MAX_TILE} channels in registers; {what} would need {tile}"
+        channels = q.shape[3] * (max(q.shape[2], k.shape[2]) if width else 1)
+        if channels > MAX_CHANNELS:
+            return f"triton holds up to {MAX_CHANNELS} normalised channels in registers; got {channels}"
     return None
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 # The private ops
@@ -227,8 +224,12 @@ def _backward(dq_out, dk_out, q, k, q_weight, k_weight, *args) -> None:
     )
 
 
-_library.define("qk_norm_rope_fwd", f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()", reference=_forward,
-    impls=_impls("qk_norm_rope_fwd"))
+_library.define(
+    "qk_norm_rope_fwd",
+    f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
+    reference=_forward,
+    impls=_impls("qk_norm_rope_fwd"),
+)
 _library.define(
     "qk_norm_rope_bwd",
     f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "

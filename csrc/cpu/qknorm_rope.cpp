@@ -1,0 +1,494 @@
+// qk_norm_rope on a CPU, forward and backward: the norm of each head or of the whole width, then the rotary embedding.
+//
+// A token's heads are read from memory once, widened to fp32 in L1 with the channels of a head in the order first
+// halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way - and
+// rounded once at the store. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
+// an angle does, so their precision does not depend on the position. No table grows with the clip.
+
+#include "common/check.h"
+#include "common/memory.h"
+#include "common/simd.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace sora {
+namespace {
+
+enum Norm : int64_t { kNone, kRms, kLayer };
+
+template <class F>
+void with_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return f(BFloat16{});
+    case ScalarType::Half: return f(Half{});
+    default: return f(float{});
+  }
+}
+
+// [B, S, H, E] with a dense last axis.
+struct Heads {
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_s = 0, stride_h = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <class T>
+  SORA_INLINE T* at(int64_t b, int64_t s, int64_t h) const {
+    return static_cast<T*>(data) + b * stride_b + s * stride_s + h * stride_h;
+  }
+};
+
+// ---- channels of one head, sorted
+
+struct Order {
+  int64_t E = 0, pairs = 0;
+  bool interleaved = false;
+};
+
+template <class T>
+SORA_INLINE void load(float* to, const T* from, const Order& order) {
+  int64_t done = 0;
+  if (order.interleaved) {
+    float *a = to, *b = to + order.pairs;
+#pragma omp simd
+    for (int64_t i = 0; i < order.pairs; ++i) a[i] = to_float(from[2 * i]), b[i] = to_float(from[2 * i + 1]);
+    done = 2 * order.pairs;
+  }
+#pragma omp simd
+  for (int64_t i = done; i < order.E; ++i) to[i] = to_float(from[i]);
+}
+
+template <class T>
+SORA_INLINE void store(T* to, const float* from, const Order& order) {
+  int64_t done = 0;
+  if (order.interleaved) {
+    const float *a = from, *b = from + order.pairs;
+#pragma omp simd
+    for (int64_t i = 0; i < order.pairs; ++i) to[2 * i] = from_float<T>(a[i]), to[2 * i + 1] = from_float<T>(b[i]);
+    done = 2 * order.pairs;
+  }
+#pragma omp simd
+  for (int64_t i = done; i < order.E; ++i) to[i] = from_float<T>(from[i]);
+}
+
+// ---- angles
+
+// cos and sin of phase, of which 2^32 are a turn, to 1e-7: a quadrant, and a rest of at most an eighth of a turn, for
+// which the minimax polynomials of single precision serve (Cephes, S. Moshier).
+SORA_INLINE void cos_sin(uint32_t phase, float& cosine, float& sine) {
+  const uint32_t quadrant = (phase + 0x20000000u) >> 30;
+  const float x = static_cast<float>(static_cast<int32_t>(phase - (quadrant << 30))) * 1.4629180792671596e-9f;
+  const float z = x * x;
+  const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
+  const float c = 1.0f - 0.5f * z +
+                  z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const uint32_t odd = 0u - (quadrant & 1u), s_bits = as_bits(s), c_bits = as_bits(c);
+  cosine = as_float(((s_bits & odd) | (c_bits & ~odd)) ^ ((quadrant + 1u) & 2u) << 30);
+  sine = as_float(((c_bits & odd) | (s_bits & ~odd)) ^ (quadrant & 2u) << 30);
+}
+
+struct Rotation {
+  const float *cos = nullptr, *sin = nullptr;  // given [tokens, pairs], or
+  int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
+  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn
+  int64_t tokens = 0, pairs = 0;
+};
+
+// One thread's angles: of the axes, only those whose coordinate changed are computed again.
+class Angles {
+ public:
+  explicit Angles(const Rotation& rotation) : rotation_(rotation), scratch_(2, rotation.pairs) {}
+
+  // False where token s does not turn.
+  SORA_INLINE bool seek(int64_t s) {
+    const Rotation& r = rotation_;
+    if (s >= r.tokens || r.pairs == 0) return false;
+    if (r.cos) {
+      cos = r.cos + s * r.pairs, sin = r.sin + s * r.pairs;
+      return true;
+    }
+    const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
+                           s % r.grid[2] + r.origin[2]};
+    float *c = scratch_.row(0), *n = scratch_.row(1);
+    for (int64_t axis = 0, begin = 0; axis < 3; begin += r.split[axis++]) {
+      if (known_ && at[axis] == at_[axis]) continue;
+      const uint64_t position = static_cast<uint64_t>(at_[axis] = at[axis]);
+      const uint64_t* steps = r.steps.data();
+#pragma omp simd
+      for (int64_t i = begin; i < begin + r.split[axis]; ++i) {
+        cos_sin(static_cast<uint32_t>(position * steps[i] >> 32), c[i], n[i]);
+      }
+    }
+    known_ = true;
+    cos = c, sin = n;
+    return true;
+  }
+
+  const float *cos = nullptr, *sin = nullptr;
+
+ private:
+  const Rotation& rotation_;
+  Scratch scratch_;
+  int64_t at_[3] = {0, 0, 0};
+  bool known_ = false;
+};
+
+// The pairs of one head turn by their angles, or (direction -1) back.
+SORA_INLINE void turn(float* v, const Angles& angles, int64_t pairs, float direction) {
+  float *a = v, *b = v + pairs;
+  const float *cos = angles.cos, *sin = angles.sin;
+#pragma omp simd
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float x = a[i], y = b[i], s = direction * sin[i];
+    a[i] = x * cos[i] - y * s;
+    b[i] = x * s + y * cos[i];
+  }
+}
+
+// ---- statistics
+
+SORA_INLINE float sum(const float* v, int64_t n) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += v[i];
+  return total;
+}
+
+SORA_INLINE float sum_of_squares(const float* v, int64_t n) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += v[i] * v[i];
+  return total;
+}
+
+SORA_INLINE float dot(const float* u, const float* v, int64_t n) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += u[i] * v[i];
+  return total;
+}
+
+// 1/sigma of `heads` heads of width E, taken together, after their mean is taken off in place. Sums go head by head.
+SORA_INLINE float centre(float* v, int64_t heads, int64_t E, int64_t norm, float eps) {
+  const float count = static_cast<float>(heads * E);
+  if (norm == kLayer) {
+    float total = 0;
+    for (int64_t h = 0; h < heads; ++h) total += sum(v + h * E, E);
+    const float mean = total / count;
+#pragma omp simd
+    for (int64_t i = 0; i < heads * E; ++i) v[i] -= mean;
+  }
+  float total = 0;
+  for (int64_t h = 0; h < heads; ++h) total += sum_of_squares(v + h * E, E);
+  return 1.0f / std::sqrt(total / count + eps);
+}
+
+struct Params {
+  int64_t B = 0, S = 0, H = 0, E = 0;
+  Heads x, out, dout, dx;
+  Vector weight, dweight;
+  Order order;
+  const Rotation* rotation = nullptr;
+  int64_t norm = kNone;
+  bool width = false;
+  float eps = 0;
+  int64_t chunk_rows = 0;      // backward
+  float* partials = nullptr;   // [chunks, weights()]
+
+  int64_t rows() const { return B * S; }
+  int64_t group() const { return width ? H : 1; }  // heads that share statistics
+  int64_t weights() const { return width ? H * E : E; }
+  int64_t chunks() const { return (rows() + chunk_rows - 1) / chunk_rows; }
+};
+
+// One thread's fp32 copy of the weight, sorted like the channels; ones where there is none.
+struct Weight {
+  static SORA_INLINE void run(const Params& p, float* to) {
+    for (int64_t i = 0; i < p.weights(); ++i) to[i] = 1.0f;
+    if (!p.weight) return;
+    switch (p.weight.dtype) {
+      case ScalarType::BFloat16: return load_as<BFloat16>(p, to);
+      case ScalarType::Half: return load_as<Half>(p, to);
+      default: return load_as<float>(p, to);
+    }
+  }
+
+  template <class T>
+  static SORA_INLINE void load_as(const Params& p, float* to) {
+    for (int64_t i = 0; i < p.weights(); i += p.E) load(to + i, static_cast<const T*>(p.weight.data) + i, p.order);
+  }
+};
+
+// ---- forward
+
+template <class T>
+struct Forward {
+  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
+    const Scratch scratch(2, H * E);
+    float *v = scratch.row(0), *weight = scratch.row(1);
+    Weight::run(p, weight);
+    Angles angles(*p.rotation);
+
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / p.S, s = row % p.S;
+      const bool turns = angles.seek(s);
+      for (int64_t h = 0; h < H; h += group) {
+        for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
+        if (p.norm != kNone) {
+          const float rstd = centre(v, group, E, p.norm, p.eps);
+#pragma omp simd
+          for (int64_t i = 0; i < span; ++i) v[i] = v[i] * rstd * weight[i];
+        }
+        for (int64_t i = 0; i < group; ++i) {
+          if (turns) turn(v + i * E, angles, p.order.pairs, 1.0f);
+          store(p.out.at<T>(b, s, h + i), v + i * E, p.order);
+        }
+      }
+    }
+  }
+};
+
+// ---- backward
+//
+// With g = dout turned back: dweight = sum of g * xhat, and dx follows from weight * g by the norm's own backward.
+// Tokens are cut into chunks whose borders depend on the sizes only, never on the number of threads. A chunk leaves one
+// fp32 partial row, and those are added in order: the result is the same bits however many threads ran.
+
+constexpr int64_t kChunks = 64;     // at most
+constexpr int64_t kMinRows = 16;    // of a chunk
+constexpr int64_t kBlockSum = 64;   // values added up before they join a longer sum, to keep its rounding error small
+
+template <class T>
+struct Backward {
+  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
+    const Scratch scratch(4, H * E);
+    float *g = scratch.row(0), *v = scratch.row(1), *weight = scratch.row(2), *block = scratch.row(3);
+    Weight::run(p, weight);
+    Angles angles(*p.rotation);
+    const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / H);
+
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      float* partial = p.partials ? p.partials + chunk * p.weights() : nullptr;
+      if (partial) std::fill_n(partial, p.weights(), 0.0f);
+      const int64_t last = std::min((chunk + 1) * p.chunk_rows, p.rows());
+      for (int64_t first = chunk * p.chunk_rows; first < last; first += block_rows) {
+        std::fill_n(block, p.weights(), 0.0f);
+        for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
+          const int64_t b = row / p.S, s = row % p.S;
+          const bool turns = angles.seek(s);
+          for (int64_t h = 0; h < H; h += group) {
+            for (int64_t i = 0; i < group; ++i) {
+              load(g + i * E, p.dout.at<const T>(b, s, h + i), p.order);
+              if (turns) turn(g + i * E, angles, p.order.pairs, -1.0f);
+            }
+            if (p.norm != kNone) {
+              for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
+              normalised(p, g, v, weight, block, span);
+            }
+            if (p.dx) {
+              for (int64_t i = 0; i < group; ++i) store(p.dx.at<T>(b, s, h + i), g + i * E, p.order);
+            }
+          }
+        }
+        if (partial) {
+#pragma omp simd
+          for (int64_t i = 0; i < p.weights(); ++i) partial[i] += block[i];
+        }
+      }
+    }
+  }
+
+  // g becomes dx; block gains this group's part of dweight.
+  static SORA_INLINE void normalised(const Params& p, float* g, float* v, const float* weight, float* block,
+                                     int64_t span) {
+    const int64_t E = p.E, group = p.group();
+    const float rstd = centre(v, group, E, p.norm, p.eps), count = static_cast<float>(span);
+#pragma omp simd
+    for (int64_t i = 0; i < span; ++i) {
+      v[i] *= rstd;
+      block[i] += g[i] * v[i];
+      g[i] *= weight[i];
+    }
+    float along = 0, shift = 0;
+    for (int64_t h = 0; h < group; ++h) along += dot(g + h * E, v + h * E, E);
+    if (p.norm == kLayer) {
+      for (int64_t h = 0; h < group; ++h) shift += sum(g + h * E, E);
+    }
+    along /= count, shift /= count;
+#pragma omp simd
+    for (int64_t i = 0; i < span; ++i) g[i] = (g[i] - shift - v[i] * along) * rstd;
+  }
+};
+
+void store_weight_gradient(const Params& p, const float* from) {
+  with_dtype(p.dweight.dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t i = 0; i < p.weights(); i += p.E) store(static_cast<T*>(p.dweight.data) + i, from + i, p.order);
+  });
+}
+
+// ---- the operations
+
+// Where nothing turns, heads that lie side by side under one norm are one long head.
+void join_heads(Params& p) {
+  for (const Heads* t : {&p.x, &p.out, &p.dout, &p.dx}) {
+    if (*t && t->stride_h != p.E) return;
+  }
+  if (!p.width || p.order.pairs > 0) return;
+  p.E *= p.H, p.H = 1;
+  p.order.E = p.E;
+}
+
+void forward(Params p, ScalarType dtype) {
+  if (p.rows() * p.H * p.E == 0) return;
+  join_heads(p);
+  isa();  // throws here, if at all: torch's parallel_for does not pass messages on
+  const int64_t grain = std::max<int64_t>(1, 16384 / (p.H * p.E));
+  with_dtype(dtype, [&](auto t) {
+    advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
+    torch::stable::parallel_for(0, p.rows(), grain, [&](int64_t begin, int64_t end) {
+      dispatch<Forward<decltype(t)>>(p, begin, end);
+    });
+  });
+}
+
+void backward(Params p, ScalarType dtype) {
+  if (!p.dx && !p.dweight) return;
+  join_heads(p);
+  isa();  // as in forward
+  p.chunk_rows = std::max(kMinRows, (p.rows() + kChunks - 1) / kChunks);
+  const int64_t chunks = p.H * p.E > 0 ? p.chunks() : 0, weights = p.weights();
+  const Scratch partials(1, p.dweight ? std::max<int64_t>(chunks, 1) * weights : 0);
+  p.partials = p.dweight ? partials.row(0) : nullptr;
+  if (p.dweight && chunks == 0) std::fill_n(p.partials, weights, 0.0f);
+  with_dtype(dtype, [&](auto t) {
+    if (p.dx) advise_huge_pages(p.dx.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      dispatch<Backward<decltype(t)>>(p, begin, end);
+    });
+  });
+  if (!p.dweight) return;
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    for (int64_t i = 0; i < weights; ++i) p.partials[i] += p.partials[chunk * weights + i];
+  }
+  store_weight_gradient(p, p.partials);
+}
+
+Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
+  if (!t) return {};
+  if (t->numel() > 0) check_common(name, *t, x);  // an empty tensor counts as contiguous with any strides
+  bool same = t->dim() == 4 && t->scalar_type() == x.scalar_type();
+  for (int64_t i = 0; same && i < 4; ++i) same = t->size(i) == x.size(i);
+  SORA_CHECK(same, name, ": expected (B, S, H, E) in the shape and dtype of ", describe(x), ", got ", describe(*t));
+  const int64_t row = x.size(2) * x.size(3);
+  const bool is_dense = t->numel() == 0 || ((t->stride(0) == x.size(1) * row || x.size(0) == 1) &&
+                                           (t->stride(1) == row || x.size(1) == 1) &&
+                                           (t->stride(2) == x.size(3) || x.size(2) == 1));
+  SORA_CHECK(!dense || is_dense, name, ": expected a contiguous tensor, got ", describe(*t));
+  return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+Vector weights(const char* name, const OptionalTensor& t, const Tensor& x, int64_t length) {
+  if (!t) return {};
+  check_common(name, *t, x);
+  SORA_CHECK(t->dim() == 1 && t->size(0) == length, name, ": expected (", length, ",), got ", describe(*t));
+  return {t->data_ptr(), t->scalar_type()};
+}
+
+const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
+  if (!t) return nullptr;
+  check_common(name, *t, x);
+  SORA_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && (t->stride(0) == t->size(1) || t->size(0) <= 1),
+             name, ": expected a contiguous float32 (tokens, pairs), got ", describe(*t));
+  return static_cast<const float*>(t->data_ptr());
+}
+
+Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
+                  const std::vector<int64_t>& grid, const std::vector<int64_t>& split, double theta,
+                  const std::vector<int64_t>& origin) {
+  Rotation r;
+  r.cos = table("cos", cos, q), r.sin = table("sin", sin, q);
+  SORA_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither");
+  if (cos) {
+    SORA_CHECK(sin->size(0) == cos->size(0) && sin->size(1) == cos->size(1), "sin: expected the shape of ",
+               describe(*cos), ", got ", describe(*sin));
+    r.tokens = cos->size(0), r.pairs = cos->size(1);
+    return r;
+  }
+  if (grid.empty()) return r;
+  SORA_CHECK(grid.size() == 3 && split.size() == 3 && origin.size() == 3,
+             "grid, split, origin: expected three integers each, got ", grid.size(), ", ", split.size(), ", ",
+             origin.size());
+  std::copy_n(grid.begin(), 3, r.grid);
+  std::copy_n(split.begin(), 3, r.split);
+  std::copy_n(origin.begin(), 3, r.origin);
+  r.tokens = grid[0] * grid[1] * grid[2];
+  for (const int64_t pairs : split) {
+    for (int64_t j = 0; j < pairs; ++j) {
+      const double turns = std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)) / (2.0 * M_PI);
+      const double fraction = (turns - std::floor(turns)) * 0x1p32, upper = std::floor(fraction);
+      r.steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
+    }
+  }
+  r.pairs = static_cast<int64_t>(r.steps.size());
+  return r;
+}
+
+Params params(const char* name, const Tensor& x, const OptionalTensor& weight, const Rotation& rotation, int64_t norm,
+              bool width, bool interleaved, double eps) {
+  SORA_CHECK(x.dim() == 4, name, ": expected (B, S, H, E), got ", describe(x));
+  Params p{.B = x.size(0), .S = x.size(1), .H = x.size(2), .E = x.size(3)};
+  SORA_CHECK(2 * rotation.pairs <= p.E && (rotation.pairs == 0 || rotation.tokens <= p.S), name, ": expected at least ",
+             rotation.tokens, " tokens of width ", 2 * rotation.pairs, " to rotate, got ", describe(x));
+  p.rotation = &rotation;
+  p.norm = norm, p.width = width, p.eps = static_cast<float>(eps);
+  p.order = {p.E, rotation.pairs, interleaved};
+  p.x = heads(name, x, x);
+  p.weight = weights("weight", weight, x, p.weights());
+  return p;
+}
+
+void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
+                      const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm, bool width,
+                      std::vector<int64_t> grid, std::vector<int64_t> split, double theta, std::vector<int64_t> origin,
+                      bool interleaved, double eps, const Tensor& q_out, const Tensor& k_out) {
+  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin);
+  Params pq = params("q", q, q_weight, r, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, r, norm, width, interleaved, eps);
+  pq.out = heads("q_out", q_out, q, true);
+  pk.out = heads("k_out", k_out, k, true);
+  forward(pq, q.scalar_type());
+  forward(pk, k.scalar_type());
+}
+
+void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
+                      const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& cos,
+                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> grid,
+                      std::vector<int64_t> split, double theta, std::vector<int64_t> origin, bool interleaved,
+                      double eps, const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
+                      const OptionalTensor& dk_weight) {
+  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin);
+  Params pq = params("q", q, q_weight, r, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, r, norm, width, interleaved, eps);
+  pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);
+  pq.dx = heads("dq", dq, q, true), pk.dx = heads("dk", dk, k, true);
+  pq.dweight = weights("dq_weight", dq_weight, q, pq.weights());
+  pk.dweight = weights("dk_weight", dk_weight, k, pk.weights());
+  backward(pq, q.scalar_type());
+  backward(pk, k.scalar_type());
+}
+
+}  // namespace
+}  // namespace sora
+
+STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+  m.impl("_qk_norm_rope_fwd_cpu", TORCH_BOX(&sora::qk_norm_rope_fwd));
+  m.impl("_qk_norm_rope_bwd_cpu", TORCH_BOX(&sora::qk_norm_rope_bwd));
+}
