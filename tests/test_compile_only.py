@@ -33,7 +33,7 @@ def rows(tmp_path_factory):
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-pytestmark = [pytest.mark.compile_only, pytest.mark.xdist_group("compile_only")]
+pytestmark = pytest.mark.compile_only
 
 
 def test_every_family_with_triton_kernels_is_compiled(rows):
