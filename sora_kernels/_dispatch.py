@@ -79,7 +79,10 @@ def _why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) ->
     if impl == "triton":
         return _library.triton_error()
     if _library.is_compiled(f"{op}_fwd", impl):
-        return _library.load_error(impl)
+        if error := _library.load_error(impl):
+            return error
+        if not all(_library.has_kernel(o, impl) for o in (f"{op}_fwd", f"{op}_bwd") if impl in _library.impls(o)):
+            return f"the compiled library _{impl}.so is older than this code and lacks {op}: build it again"
     return None
 
 

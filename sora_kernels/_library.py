@@ -80,6 +80,11 @@ def is_compiled(op: str, impl: str) -> bool:
     return (op, impl) in _compiled
 
 
+def has_kernel(op: str, impl: str) -> bool:
+    """Whether the compiled library `impl`, once loaded, has registered its kernel of `op`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::_{op}_{impl}", impl.upper())
+
+
 def call(op: str, impl: str) -> torch._ops.OpOverload:
     """The overload that runs `op` with `impl`; `_dispatch.choose` has said that it can."""
     return _overloads[op][impl]

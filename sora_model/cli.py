@@ -1,5 +1,4 @@
-"""The `sora` command: info, generate, train, eval, bench. A user's mistake is one line on stderr and an exit code
-of 1."""
+"""The `sora` command: info, generate, train, eval, bench. A user's mistake is one line and an exit code of 1."""
 
 from __future__ import annotations
 
@@ -34,6 +33,11 @@ Weights = Annotated[
     str, typer.Option(help="Checkpoint folder (own, or Wan 2.1's in the diffusers layout), or 'toy'.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same weights.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of training.")]
+Batch = Annotated[int | None, typer.Option(help="Clips in a step.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
+Run = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")]
 Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu, triton or cuda.")]
 
 
@@ -105,13 +109,11 @@ def generate(
 
 @training.command("vae")
 def train_vae(
-    run: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")] = Path(
-        "out/train/vae"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips of 5 frames in a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same weights.")] = None,
+    run: Run = Path("out/train/vae"),
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: Rate = None,
+    seed: Seed = None,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:
@@ -125,17 +127,13 @@ def train_vae(
 
 @training.command("dit")
 def train_dit(
-    run: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")] = Path(
-        "out/train/dit"
-    ),
+    run: Run = Path("out/train/dit"),
     vae: Annotated[Path, typer.Option(help="Folder of a finished VAE run.")] = Path("out/train/vae"),
-    checkpoint: Annotated[Path, typer.Option(help="Where to write the whole checkpoint, at every save.")] = Path(
-        "out/toy"
-    ),
-    steps: Annotated[int | None, typer.Option(help="Steps of training.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Clips in a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same weights.")] = None,
+    checkpoint: Annotated[Path, typer.Option(help="Where every save writes the checkpoint.")] = Path("out/toy"),
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: Rate = None,
+    seed: Seed = None,
     clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 5000,
     impl: Impl = "auto",
     device: Device = None,
@@ -149,7 +147,7 @@ def train_dit(
 
     def save(dit: Any, text: Any, step: int) -> None:
         Sora(dit, coder.cpu(), text, train.TOY_DEFAULTS).save_pretrained(checkpoint)
-        train.write_record(checkpoint, vae=vae, dit=run, command=sys.argv, step=step)
+        train.write_record(checkpoint, vae=vae, dit=run, command=["sora", *sys.argv[1:]], step=step)
 
     train.train_dit(run, coder, settings, clips=clips, device=device or "cpu", impl=impl, on_save=save)
     out.print(f"wrote {checkpoint}", highlight=False)

@@ -258,8 +258,10 @@ class Sora:
         height, width = self._check_size(defaults.size if size is None else size)
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt])
-        unknown = self.text.unknown(prompt)
-        if unknown:
+            if (height, width) != tuple(defaults.size) or frames > defaults.frames:
+                made_for = f"{defaults.size[1]}x{defaults.size[0]} and up to {defaults.frames} frames"
+                warnings.warn(f"this checkpoint was trained on {made_for}; others may look wrong", stacklevel=3)
+        if unknown := self.text.unknown(prompt):
             warnings.warn(f"this checkpoint does not know: {', '.join(unknown)}", stacklevel=3)
         coded = vae.temporal_factor * self.dit.config.patch[0]
         padded = math.ceil((frames - 1) / coded) * coded + 1

@@ -1,29 +1,23 @@
 """Training of the toy checkpoint on the procedural world: first the VAE, then the transformer with its text encoder.
 
-    python -m sora_model.cli train vae --run out/train/vae
-    python -m sora_model.cli train dit --run out/train/dit --vae out/train/vae
-
-Every random draw of a step comes from (seed, step), so a run that was stopped and resumed is bit-equal to one that
-was not. State is saved as safetensors, atomically, every `save_every` steps and on Ctrl-C.
+    sora train vae --run out/train/vae
+    sora train dit --run out/train/dit --vae out/train/vae --checkpoint out/toy
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from . import flow, world
@@ -38,6 +32,7 @@ from .checkpoint import (
     write_tensors,
 )
 from .dit import DiTConfig, SoraDiT
+from .fit import Settings, fit, generator_of, torch_threads
 from .pipeline import Defaults
 from .presets import DIT
 from .text import WordTextConfig, WordTextEncoder
@@ -46,229 +41,13 @@ from .world.captions import write as write_caption
 from .world.scenes import Dice
 
 FRAMES, SIZE, FPS = 17, (64, 64), 8.0
-TOY_DEFAULTS = Defaults(frames=FRAMES, size=SIZE, fps=FPS, steps=24, guidance=3.0, shift=2.0)
+TOY_DEFAULTS = Defaults(frames=FRAMES, size=SIZE, fps=FPS, steps=20, guidance=5.0, shift=3.0)
 _VALIDATION_SEED = 10**12
 
 TOY_VAE: dict[str, Any] = dict(base_dim=12, z_dim=8, num_res_blocks=1)
 TOY_TEXT: dict[str, Any] = dict(layers=1, heads=4, max_tokens=32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to train. The learning rate warms up, stays, and falls linearly to zero over the last `decay` of the
-    steps."""
-
-    steps: int
-    batch: int
-    lr: float
-    seed: int = 0
-    warmup: int = 50
-    decay: float = 0.3
-    clip: float = 1.0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    ema: float = 0.0
-    save_every: int = 200
-    workers: int = 2
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("batch", 1),
-            ("seed", 0),
-            ("warmup", 0),
-            ("save_every", 1),
-            ("workers", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.batch % self.workers:
-            raise ValueError(f"batch must be a multiple of workers, got {self.batch} and {self.workers}")
-        for name, most in (
-            ("lr", math.inf),
-            ("decay", 1.0),
-            ("clip", math.inf),
-            ("ema", 1.0),
-            ("weight_decay", math.inf),
-        ):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must lie between 0 and {most}, got {getattr(self, name)!r}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.lr * min(1.0, (step + 1) / (self.warmup + 1), left)
-
-
 VAE_SETTINGS = Settings(steps=2300, batch=8, lr=7e-4, save_every=100, weight_decay=0.0)
-DIT_SETTINGS = Settings(steps=4500, batch=32, lr=1e-3, warmup=200, ema=0.998, save_every=250)
-
-
-def fit(
-    module: nn.Module,
-    loss_at: Callable[[int, slice], Tensor],
-    settings: Settings,
-    run: str | Path,
-    *,
-    label: str,
-    on_save: Callable[[int, dict[str, Tensor]], None] | None = None,
-) -> dict[str, Tensor]:
-    """Minimises `loss_at(step, part)` by AdamW and returns the weights to keep: the moving average if there is one.
-
-    `part` is the slice of the step's batch to take. Each of `settings.workers` threads takes one and their
-    gradients are averaged in order, so that cores meet once a step: small models and busy machines gain much by it.
-
-    `run` is a folder that receives `state.safetensors`, `settings.json` and `log.jsonl` (step, loss, lr, norm,
-    seconds); one that holds them already is resumed, and refused with `CheckpointError` when it is of another model
-    or of settings other than the number of steps, which may be changed. `on_save(step, weights)` is called after
-    every save. Same seed, same device, same weights.
-    """
-    run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
-    named = dict(module.named_parameters())
-    optimiser = torch.optim.AdamW(
-        named.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
-    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
-    step = _resume(run, module, optimiser, average, settings)
-    write_json(run / "settings.json", dataclasses.asdict(settings))
-    device = next(iter(named.values())).device
-    amp = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    parts = [slice(worker, None, settings.workers) for worker in range(settings.workers)]
-    started, smooth = time.monotonic(), None
-
-    def gradients(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        with amp:
-            loss = loss_at(step, part)
-        return loss.detach(), torch.autograd.grad(loss, list(named.values()))
-
-    def save() -> dict[str, Tensor]:
-        state = {f"model.{name}": value for name, value in module.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in (average or {}).items()}
-        for name, value in named.items():
-            state |= {f"adam.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
-        write_tensors(run / "state.safetensors", state | {"step": torch.tensor(step)})
-        weights = module.state_dict() | (average or {})
-        if on_save is not None:
-            on_save(step, weights)
-        return weights
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    )
-    with (
-        Progress(*columns) as bar,
-        (run / "log.jsonl").open("a", encoding="utf-8") as log,
-        _threads(max(1, torch.get_num_threads() // settings.workers)),
-        ThreadPoolExecutor(settings.workers) as pool,
-    ):
-        task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
-        try:
-            while step < settings.steps:
-                for group in optimiser.param_groups:
-                    group["lr"] = settings.rate(step)
-                losses, slopes = zip(*pool.map(gradients, parts), strict=True)
-                for parameter, *shares in zip(named.values(), *slopes, strict=True):
-                    parameter.grad = sum(shares) / len(shares)
-                norm = nn.utils.clip_grad_norm_(named.values(), settings.clip)
-                if not math.isfinite(value := sum(losses).item() / len(losses)):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {step}; lower the learning rate ({settings.lr})"
-                    )
-                optimiser.step()
-                if average is not None:
-                    keep = min(settings.ema, (step + 1) / (step + 10))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
-                step += 1
-                smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
-                bar.update(task, completed=step, loss=f"{smooth:.4f}")
-                if step % 10 == 0 or step == settings.steps:
-                    row = dict(
-                        step=step,
-                        loss=value,
-                        lr=settings.rate(step - 1),
-                        norm=float(norm),
-                        seconds=time.monotonic() - started,
-                    )
-                    log.write(
-                        json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
-                    )
-                    log.flush()
-                if step % settings.save_every == 0 and step < settings.steps:
-                    save()
-        except KeyboardInterrupt:
-            save()
-            bar.console.print(f"stopped at step {step}; the same command resumes from {run}")
-            raise
-    return save()
-
-
-def _resume(
-    run: Path,
-    module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
-    settings: Settings,
-) -> int:
-    file = run / "state.safetensors"
-    if not file.exists():
-        (run / "log.jsonl").unlink(missing_ok=True)
-        return 0
-    before = read_json(run / "settings.json")
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [name for name in now if name not in ("steps", "decay", "save_every") and before.get(name) != now[name]]
-    if changed:
-        name = changed[0]
-        raise CheckpointError(
-            f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
-        )
-    state = read_tensors(file)
-    step = int(state.pop("step"))
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        kind, _, rest = name.partition(".")
-        parts.setdefault(kind, {})[rest] = value
-    load_into(module, parts.get("model", {}), str(file))
-    if average is not None:
-        if average.keys() != parts.get("average", {}).keys():
-            raise CheckpointError(f"{file} holds no moving average of this model; use another folder")
-        for name, value in average.items():
-            value.copy_(parts["average"][name])
-    moments = parts.get("adam", {})
-    for name, parameter in module.named_parameters():
-        try:
-            optimiser.state[parameter] = {
-                "step": moments[f"step.{name}"].to(parameter.device),
-                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
-        except KeyError as error:
-            raise CheckpointError(f"{file} lacks the optimiser's {error}; use another folder") from error
-    log = run / "log.jsonl"
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(f"{line}\n" for line in lines))
-    return step
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Torch's own threads, for each of ours, inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed << 32) + step)
+DIT_SETTINGS = Settings(steps=3700, batch=32, lr=1e-3, warmup=200, decay=0.65, ema=0.998, save_every=250)
 
 
 def to_video(frames: np.ndarray | Tensor) -> Tensor:
@@ -283,7 +62,7 @@ def vae_batch(settings: Settings, step: int) -> Tensor:
     the object: most of the learning for a quarter of the price. The last fifth takes whole frames and 17 of them in
     turn.
     """
-    generator = _generator(settings.seed, step)
+    generator = generator_of(settings.seed, step)
     draw = torch.rand(1, generator=generator).item()
     last = step >= settings.steps - settings.steps // 5
     whole = last and draw < 0.5
@@ -363,7 +142,7 @@ def train_vae(
     def loss_at(step: int, part: slice) -> Tensor:
         video = vae_batch(settings, step)[part].to(device)
         mean, logvar = vae.encode(video)
-        noise = torch.randn(mean.shape, generator=_generator(settings.seed + 1 + part.start, step)).to(device)
+        noise = torch.randn(mean.shape, generator=generator_of(settings.seed + 1 + part.start, step)).to(device)
         error = vae.decode(mean + torch.exp(0.5 * logvar) * noise, clamp=False) - video
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
@@ -395,7 +174,7 @@ def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress
 
     chunks = [seeds[i : i + 8] for i in range(0, len(seeds), 8)]
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    with Progress(disable=not progress) as bar, _threads(1), ThreadPoolExecutor(workers) as pool:
+    with Progress(disable=not progress) as bar, torch_threads(1), ThreadPoolExecutor(workers) as pool:
         return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
 
 
@@ -446,7 +225,7 @@ def train_dit(
     captions = [_captions(seed) for seed in seeds]
 
     def loss_at(step: int, part: slice) -> Tensor:
-        generator = _generator(settings.seed, step)
+        generator = generator_of(settings.seed, step)
         rows = torch.randint(0, clips, (settings.batch,), generator=generator)
         which = torch.randint(0, 4, (settings.batch,), generator=generator).tolist()
         ids = model["text"].tokenize([captions[row][k] for row, k in zip(rows.tolist(), which, strict=True)])

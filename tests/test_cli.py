@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import io
 import json
 import os
 import shutil
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from sora_model import cli, evaluate, media, train, world
+import sora_kernels
+from sora_model import cli, demo, evaluate, media, train, world
 from sora_model.pipeline import Sora
 from sora_model.text import WordTextConfig, WordTextEncoder
 
@@ -248,3 +251,30 @@ def test_the_module_runs_as_a_program(checkpoint, tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: prompt holds no word") and not done.stdout
     assert shutil.which("sora") is None or not done.stderr.count("Traceback")
+
+
+def test_the_demo_makes_the_clip_and_tells_a_wrong_operation_from_a_right_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "SECONDS_PER_OP", 1e-3)
+    monkeypatch.setattr(demo, "COMPILE_BUDGET_S", 0)
+    monkeypatch.setenv("PROMPT", "A red circle, bounces/../!")
+    with pytest.raises(SystemExit) as done:
+        demo.main()
+    assert done.value.code == 0
+    assert media.probe(tmp_path / "out" / "a-red-circle-bounces.mp4").frames == 17
+
+    def slightly_wrong(op, impl="auto", **arguments):
+        return op(**arguments, impl=impl) * (1 if impl == "reference" else 1.001)
+
+    for name in ("gate_residual", "norm_silu"):
+        monkeypatch.setattr(sora_kernels, name, functools.partial(slightly_wrong, getattr(sora_kernels, name)))
+    console = cli.Console(record=True, width=100, file=io.StringIO())
+    assert demo.table(console) == ["gate_residual", "norm_silu"]
+    printed = console.export_text()
+    assert "beyond its bound: gate_residual, norm_silu" in printed
+    assert all(op in printed for op in demo.cases(torch.device("cpu")))
+
+    monkeypatch.setenv("PROMPT", "?!")
+    with pytest.raises(SystemExit) as done:
+        demo.main()
+    assert done.value.code == 1

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from sora_model import flow, train, world
+from sora_model import fit, flow, train, world
 from sora_model.checkpoint import CheckpointError, read_tensors
 from sora_model.text import MAX_CHARACTERS, WordTextConfig, WordTextEncoder, check_prompt, split_words
 
@@ -157,7 +157,7 @@ TINY_VAE = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_b
 TINY_DIT = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16, freq_dim=16)
 
 
-def tiny(settings: train.Settings, **changes) -> train.Settings:
+def tiny(settings: fit.Settings, **changes) -> fit.Settings:
     return dataclasses.replace(settings, batch=4, save_every=2, warmup=1, **changes)
 
 
@@ -190,7 +190,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
 
 def test_training_stops_gently_on_ctrl_c_and_refuses_other_settings(tmp_path):
     model = torch.nn.Linear(3, 1)
-    settings = tiny(train.Settings(steps=30, batch=4, lr=1e-2), workers=2)
+    settings = tiny(fit.Settings(steps=30, batch=4, lr=1e-2), workers=2)
 
     def loss_at(step, part):
         if step == 7:
@@ -199,32 +199,32 @@ def test_training_stops_gently_on_ctrl_c_and_refuses_other_settings(tmp_path):
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
     with pytest.raises(KeyboardInterrupt):
-        train.fit(model, loss_at, settings, tmp_path, label="test")
+        fit.fit(model, loss_at, settings, tmp_path, label="test")
     assert int(read_tensors(tmp_path / "state.safetensors")["step"]) == 7
     with pytest.raises(CheckpointError, match="begun with lr=0.01, not 0.5"):
-        train.fit(model, loss_at, dataclasses.replace(settings, lr=0.5), tmp_path, label="test")
+        fit.fit(model, loss_at, dataclasses.replace(settings, lr=0.5), tmp_path, label="test")
 
 
 def test_fit_descends_averages_the_workers_and_reports_a_loss_that_is_not_finite(tmp_path):
     def fitted(workers: int) -> torch.Tensor:
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 1)
-        settings = train.Settings(steps=150, batch=8, lr=5e-2, weight_decay=0.0, workers=workers)
+        settings = fit.Settings(steps=150, batch=8, lr=5e-2, weight_decay=0.0, workers=workers)
 
         def loss_at(step, part):
             x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))[part]
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-        return train.fit(model, loss_at, settings, tmp_path / str(workers), label="test")["weight"]
+        return fit.fit(model, loss_at, settings, tmp_path / str(workers), label="test")["weight"]
 
     torch.testing.assert_close(fitted(1), torch.ones(1, 3), atol=0.02, rtol=0)
     torch.testing.assert_close(fitted(1), fitted(4), atol=1e-4, rtol=0)
     model = torch.nn.Linear(1, 1)
     with pytest.raises(FloatingPointError, match="nan at step 0; lower the learning rate"):
-        train.fit(
+        fit.fit(
             model,
             lambda step, part: model(torch.ones(1, 1)).sum() * float("nan"),
-            train.Settings(steps=1, batch=1, lr=1.0, workers=1),
+            fit.Settings(steps=1, batch=1, lr=1.0, workers=1),
             tmp_path / "nan",
             label="test",
         )
@@ -238,15 +238,15 @@ def test_vae_training_learns_and_measures_its_latents(tmp_path):
         with torch.no_grad():
             return (vae(videos, sample=False)[0] - videos).square().mean().item()
 
-    settings = dataclasses.replace(tiny(train.VAE_SETTINGS, steps=20), lr=3e-3)
+    settings = dataclasses.replace(tiny(train.VAE_SETTINGS, steps=12), lr=3e-3)
     torch.manual_seed(settings.seed)
     fresh = train.CausalVAE(config)
     train.start_direct(fresh)
-    vae = train.train_vae(tmp_path, settings, config, measured=16)
+    vae = train.train_vae(tmp_path, settings, config, measured=8)
     assert error(vae) < 0.5 * error(fresh)
     again = train.load_vae(tmp_path)
     assert again.config == vae.config and min(vae.config.latents_std) > 0
-    latents = vae.normalize(train.encode_clips(vae, range(10**12, 10**12 + 16), progress=False))
+    latents = vae.normalize(train.encode_clips(vae, range(10**12, 10**12 + 8), progress=False))
     assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
 

@@ -147,7 +147,8 @@ def test_length_and_rate_are_those_asked_for(toy):
     clip = toy.generate("a red ring", steps=1, seconds=0.5, fps=12)
     assert clip.frames.shape[0] == 6 and clip.fps == 12
     assert toy.generate("a red ring", steps=1, seconds=0.1).frames.shape[0] == 1
-    assert toy.generate("a red ring", steps=1, seconds=0.1, size=(32, 80)).frames.shape == (1, 32, 80, 3)
+    with pytest.warns(UserWarning, match="trained on 64x64 and up to 17 frames; others may look wrong"):
+        assert toy.generate("a red ring", steps=1, seconds=0.1, size=(32, 80)).frames.shape == (1, 32, 80, 3)
 
 
 def test_a_saved_clip_reads_back_and_the_streamed_frames_are_the_same(toy, tmp_path, monkeypatch):
@@ -250,7 +251,7 @@ def edit(path, change):
 
 class Exploit:
     def __reduce__(self):
-        return (exec, ("open('/tmp/sora-pickle-ran', 'w')",))
+        return (pytest.fail, ("the pickle was loaded",))
 
 
 def truncate(path):

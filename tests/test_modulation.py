@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sora_kernels
-from sora_kernels import Unavailable, gate_residual, gate_residual_norm_modulate, norm_modulate
+from sora_kernels import Unavailable, _dispatch, _library, gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.modulation import op as modulation_op
 from sora_kernels.modulation import reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
@@ -296,6 +296,19 @@ def test_an_explicit_implementation_never_falls_back(function):
         function(**tensors, impl="cuda")
     with pytest.raises(ValueError, match="impl must be one of auto, reference, cpu, triton, cuda; got 'trition'"):
         function(**tensors, impl="trition")
+
+
+def test_a_compiled_library_older_than_the_code_is_a_reason(monkeypatch, require):
+    """Python declares what the next build will have; before it, auto must not choose what is not there."""
+    require("norm_modulate", "cpu")
+    monkeypatch.setattr(_library, "has_kernel", lambda op, impl: False)
+    _dispatch._why_not.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="_cpu.so is older than this code and lacks norm_modulate: build it again"):
+            norm_modulate(X, None, None, impl="cpu")
+        torch.testing.assert_close(norm_modulate(X, None, None), torch.zeros_like(X))
+    finally:
+        _dispatch._why_not.cache_clear()
 
 
 def test_gradients_asked_of_a_forward_only_implementation_raise():

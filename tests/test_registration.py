@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pathlib
 
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 
 import sora_kernels
 from sora_kernels import _dispatch, _library
@@ -54,7 +56,8 @@ CALLS = {
         sora_kernels.gate_residual_norm_modulate, lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(3, n, 1, 8)),
     ),
     "qk_norm_rope": (
-        lambda q, k: sora_kernels.qk_norm_rope(q, k, grid=(3, 2, 2)), lambda n: heads(n)[:2],
+        lambda q, k, u, v: sora_kernels.qk_norm_rope(q, k, q_weight=u, k_weight=v, grid=(3, 2, 2)),
+        lambda n: (*heads(n)[:2], *torch.randn(2, 8)),
     ),
     "patch_embed3d": (
         sora_kernels.patch_embed3d, lambda n: (torch.randn(n, 3, 2, 4, 4), torch.randn(5, 3, 1, 2, 2), torch.randn(5)),
@@ -98,6 +101,16 @@ def run(function, tensors):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     sum(o.square().sum() for o in outputs).backward()
     return [*outputs, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_activation_checkpointing_gives_the_same_gradients(name):
+    """It unpacks each saved tensor a single time: a backward that asks for ctx.saved_tensors twice fails under it."""
+    function, make = CALLS[name]
+    tensors = make(2)
+    checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
+    for actual, expected in zip(run(checkpointed, tensors), run(function, tensors), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -241,8 +241,8 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, weight, bias, cache = ctx.saved_tensors
-        grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)]
+        x, weight, bias, cache = saved = ctx.saved_tensors  # once: activation checkpointing unpacks a single time
+        grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, saved, strict=False)]
         _library.call(f"{ctx.op}_bwd", ctx.impl)(dout, x, weight, cache, ctx.factor, *grads)
         return *grads, None, None, None, None
 

@@ -264,12 +264,13 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
         *settings, impl = ctx.constants
-        inputs = _inputs(*ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
+        inputs = _inputs(*saved)
         grads = [
             torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
             for t, needed in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)
         ]
         _library.call("qk_norm_rope_bwd", impl)(_dense(dq_out), _dense(dk_out), *inputs, *settings, *grads)
         for i in (2, 3):  # an fp64 weight beside fp32 heads
-            grads[i] = None if grads[i] is None else grads[i].to(ctx.saved_tensors[i].dtype)
+            grads[i] = None if grads[i] is None else grads[i].to(saved[i].dtype)
         return *grads, None, None, *(None for _ in ctx.constants)
