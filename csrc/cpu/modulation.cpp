@@ -214,7 +214,7 @@ void forward(const ForwardParams& p, ScalarType dtype) {
   const int64_t rows = p.shape.rows(), D = p.shape.D;
   if (rows == 0 || D == 0) return;
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
-  const int64_t grain = std::max<int64_t>(1, 16384 / D);
+  const int64_t grain = std::max<int64_t>(1, 32768 / D);  // elements worth waking a thread for, as in ATen
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {

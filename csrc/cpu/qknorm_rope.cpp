@@ -350,7 +350,7 @@ void forward(Params p, ScalarType dtype) {
   if (p.rows() * p.H * p.E == 0) return;
   join_heads(p);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
-  const int64_t grain = std::max<int64_t>(1, 16384 / (p.H * p.E));
+  const int64_t grain = std::max<int64_t>(1, 32768 / (p.H * p.E));
   with_dtype(dtype, [&](auto t) {
     advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, p.rows(), grain, [&](int64_t begin, int64_t end) {
