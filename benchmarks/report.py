@@ -166,6 +166,22 @@ def verification(results: Path = machine.RESULTS) -> str:
     return "\n".join(lines)
 
 
+def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" / "eval.json") -> str:
+    """How well the shipped checkpoint shows what its prompts say, from the file that `sora eval` wrote."""
+    result = json.loads(evaluation.read_text())
+    questions = list(result["score"])
+    lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
+    for name, key in (
+        (f"clips of the {result['prompts']} prompts", "score"),
+        ("of these, colour and shape never seen together", "held_out"),
+        ("read-out of true clips", "floor"),
+        (f"read-out of true clips after the VAE ({result['vae']['psnr']} dB)", "vae"),
+    ):
+        shares = (result[key][question] for question in questions)
+        lines.append(f"| {name} | {' | '.join('–' if s is None else f'{s:.0%}' for s in shares)} |")
+    return "\n".join(lines)
+
+
 def replace_block(text: str, name: str, body: str) -> str:
     """`text` with what stands between `<!-- name:begin -->` and `<!-- name:end -->` replaced."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -178,11 +194,12 @@ def replace_block(text: str, name: str, body: str) -> str:
 
 
 def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> bool:
-    """Regenerate the blocks `figures` and, where the README has it, `verified`. True if anything changed."""
+    """Regenerate the blocks `figures` and, where the README has them, `verified` and `toy`; whether any changed."""
     before = readme.read_text(encoding="utf-8")
     after = replace_block(before, "figures", figures(load_rows(results)))
-    if "<!-- verified:begin -->" in after:
-        after = replace_block(after, "verified", verification(results))
+    for name, block in (("verified", lambda: verification(results)), ("toy", toy)):
+        if f"<!-- {name}:begin -->" in after:
+            after = replace_block(after, name, block())
     if after != before:
         verified.write_beside(readme, after)
     return after != before

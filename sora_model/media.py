@@ -66,8 +66,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], fps: floa
 
     The file appears whole or not at all: it is written beside ``path`` and renamed over it at the end. When
     ``frames`` raises, or the run is interrupted, nothing stays behind, an older file at ``path`` is as it
-    was, and the exception goes on unchanged. The path is tried before the first frame is asked for. The same
-    frames give the same bytes under one version of PyAV.
+    was, and the exception goes on unchanged. The path is tried before the first frame is asked for. The bytes
+    of the file are not promised: x264 was seen to give another file for the same frames, once in a dozen runs.
 
     Odd sizes: 4:2:0 chroma needs even sides, and the 4:4:4 profile that does not plays in few browsers and
     phones. So an odd side is stored one pixel longer, the edge repeated, with the true size in the file's

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_model_pipeline import make_wan_directory
 
 import sora_kernels
 from sora_model import cli, demo, evaluate, media, train, world
@@ -76,6 +77,29 @@ def test_generate_writes_the_clip_that_python_makes(sora, checkpoint, tmp_path):
     other = same.generate("a red circle", seconds=0.6, size=(32, 48), fps=10, seed=5, steps=2, guidance=1.5)
     off, apart = (np.abs(written.astype(int) - made.frames).mean() for made in (clip, other))
     assert off < 0.75 * apart
+
+
+def test_generate_takes_a_wan_directory(sora, tmp_path):
+    folder = make_wan_directory(tmp_path / "Wan-tiny")
+    code, out, err = sora(
+        "generate", "a red circle bounces", "--weights", folder, "--out", "wan.mp4", "--device", "cpu",
+        "--seconds", 0.5, "--size", "48x32", "--fps", 10, "--seed", 3, "--steps", 2,
+    )  # fmt: skip
+    assert code == 0 and "wrote wan.mp4" in out, err
+    info = media.probe(tmp_path / "wan.mp4")
+    assert (info.width, info.height, info.frames, info.fps) == (48, 32, 5, 10.0)
+    same = Sora.from_pretrained(folder, device="cpu")
+    options = dict(seconds=0.5, size=(32, 48), fps=10, steps=2)
+    clip, other = (same.generate("a red circle bounces", seed=seed, **options) for seed in (3, 4))
+    written = np.stack(list(media.read_video(tmp_path / "wan.mp4")))
+    clip.save(tmp_path / "python.mp4")
+    other.save(tmp_path / "other.mp4")
+    through_h264 = [np.stack(list(media.read_video(tmp_path / name))) for name in ("python.mp4", "other.mp4")]
+    off, apart = (np.abs(written.astype(int) - frames).mean() for frames in through_h264)
+    assert off < 0.1 * apart
+    shutil.rmtree(folder / "vae")
+    code, out, err = sora("generate", "a red circle", "--weights", folder, "--out", "none.mp4")
+    assert code == 1 and "lacks the folder 'vae'" in err and not (tmp_path / "none.mp4").exists()
 
 
 def test_generate_makes_the_default_folder(sora, checkpoint, tmp_path):
