@@ -82,6 +82,11 @@ def test_frame_rates(tmp_path, fps, kept):
     assert probe(write_video(tmp_path / "clip.mp4", _clip(), fps=fps)).fps == pytest.approx(kept, rel=1e-9)
 
 
+def test_a_player_finds_the_index_before_the_frames(tmp_path):
+    data = write_video(tmp_path / "clip.mp4", _clip(9)).read_bytes()
+    assert b"ftyp" in data[:12] and data.index(b"moov") < data.index(b"mdat")
+
+
 def test_same_frames_decode_to_the_same_frames(tmp_path):
     one, two = (list(read_video(write_video(tmp_path / f"{name}.mp4", _clip(9)))) for name in "ab")
     assert len(one) == 9 and all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
