@@ -7,7 +7,6 @@ Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kern
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 import re
@@ -175,5 +174,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-    importlib.invalidate_caches()
     main()

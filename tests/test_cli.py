@@ -168,40 +168,10 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     true_clips = evaluate._true_clips
     monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: true_clips(sora, 3))
     assert sora("train", "vae", "--run", "vae", "--steps", 2, "--batch", 4)[0] == 0
-    code, _, err = sora(
-        "train",
-        "dit",
-        "--run",
-        "dit",
-        "--vae",
-        "vae",
-        "--checkpoint",
-        "made",
-        "--steps",
-        2,
-        "--batch",
-        4,
-        "--clips",
-        4,
-    )
-    assert code == 0, err
-    code, _, err = sora(
-        "train",
-        "dit",
-        "--run",
-        "dit",
-        "--vae",
-        "vae",
-        "--checkpoint",
-        "made",
-        "--steps",
-        3,
-        "--batch",
-        4,
-        "--clips",
-        4,
-    )
-    assert code == 0, err
+    arguments = ("--run", "dit", "--vae", "vae", "--checkpoint", "made", "--batch", 4, "--clips", 4)
+    for steps in (2, 3):  # the second run resumes the first
+        code, _, err = sora("train", "dit", *arguments, "--steps", steps)
+        assert code == 0, err
     record = json.loads((tmp_path / "made" / "training.json").read_text())
     assert record["step"] == 3 and record["dit"]["steps"] == 3 and record["vae"]["batch"] == 4
     code, _, err = sora(

@@ -384,7 +384,7 @@ def test_views_into_packed_qkv_are_not_copied(impl, require):
     require("qk_norm_rope", impl, grad=True)
     by_head = torch.randn(3, 1, 2, 4, 8).transpose(2, 3)
     for q, k, _ in (torch.randn(1, 4, 3, 2, 8).unbind(2), torch.randn(1, 4, 2, 3, 8).unbind(3), by_head):
-        assert qknorm_op._dense(q) is q, "a view with a dense last axis goes to the kernels as it is"
+        assert qknorm_op.dense(q) is q, "a view with a dense last axis goes to the kernels as it is"
         ours = qk_norm_rope(q, k, grid=(1, 2, 2), impl=impl)
         expected = qk_norm_rope(q.contiguous(), k.contiguous(), grid=(1, 2, 2), impl=impl)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])

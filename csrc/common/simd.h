@@ -6,6 +6,8 @@
 
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -112,6 +114,16 @@ SORA_INLINE Half from_float<Half>(float value) {
   const uint32_t half = (as_bits(rounded) >> 13 & 0x7c00u) + (as_bits(rounded) & 0x0fffu);
   const uint32_t magnitude = doubled > 0xff000000u ? 0x7e00u : half;
   return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | magnitude)};
+}
+
+// f(a value of the C++ type of this dtype)
+template <class F>
+void with_dtype(torch::headeronly::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case torch::headeronly::ScalarType::BFloat16: return f(BFloat16{});
+    case torch::headeronly::ScalarType::Half: return f(Half{});
+    default: return f(float{});
+  }
 }
 
 }  // namespace sora

@@ -20,15 +20,6 @@
 namespace sora {
 namespace {
 
-template <class F>
-void with_dtype(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: return f(float{});
-  }
-}
-
 template <class T>
 SORA_INLINE T* row_of(const Tokens& t, int64_t b, int64_t s) {
   return static_cast<T*>(t.data) + b * t.stride_b + s * t.stride_s;

@@ -21,15 +21,6 @@ namespace {
 
 enum Norm : int64_t { kNone, kRms, kLayer };
 
-template <class F>
-void with_dtype(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: return f(float{});
-  }
-}
-
 // [B, S, H, E] with a dense last axis.
 struct Heads {
   void* data = nullptr;

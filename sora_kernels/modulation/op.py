@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import dense, like, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -181,10 +182,6 @@ def _needs_grad(op, tensors, out) -> bool:
 # What the kernels see: tokens dense in D, modulation rows [B, F, D] with one F, fp32 tables
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
 def _frames(x: Tensor, *modulations: Tensor | None) -> int:
     """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
     given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
@@ -197,26 +194,14 @@ def _rows(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     if t is None:
         return None
     B, _, D = x.shape
-    t = _dense(t if t.dtype != torch.float64 or x.dtype == torch.float64 else t.float())
+    t = dense(t if t.dtype != torch.float64 or x.dtype == torch.float64 else t.float())
     t = t[:, None] if t.ndim == 2 else t
     if t.ndim == 3 and t.shape[1] not in (1, frames):
         t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
     return t.expand(B, frames, D)
 
 
-def _table(t: Tensor | None, x: Tensor) -> Tensor | None:
-    return t if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-
-
-def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
-    return t if t is None else (t.float() if t.dtype == torch.float64 != x.dtype else t).contiguous()
-
-
 # Destinations of the gradients: allocated where wanted, summed down to the shape given, rounded once
-
-
-def _like(t: Tensor | None, wanted: bool) -> Tensor | None:
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device) if wanted else None
 
 
 def _rows_like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
@@ -290,8 +275,8 @@ def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms,
     frames = _frames(x, shift, scale)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
-        _dense(x), _rows(shift, x, frames), _rows(scale, x, frames), _parameter(weight, x), _parameter(bias, x),
-        _table(shift_table, x), _table(scale_table, x), rms, eps, out,
+        dense(x), _rows(shift, x, frames), _rows(scale, x, frames), parameter(weight, x), parameter(bias, x),
+        table(shift_table, x), table(scale_table, x), rms, eps, out,
     )  # fmt: skip
     return out
 
@@ -310,14 +295,14 @@ class _NormModulate(torch.autograd.Function):
         rms, eps, impl = ctx.constants
         need = ctx.needs_input_grad
         frames = _frames(x, shift, scale)
-        dx = _like(x, need[0])
+        dx = like(x, need[0])
         dshift = _rows_like(shift, need[1], x, frames)
         dscale = _rows_like(scale, need[2], x, frames)
-        dweight, dbias = _like(weight, need[3]), _like(bias, need[4])
-        dshift_table, dscale_table = _like(shift_table, need[5]), _like(scale_table, need[6])
+        dweight, dbias = like(weight, need[3]), like(bias, need[4])
+        dshift_table, dscale_table = like(shift_table, need[5]), like(scale_table, need[6])
         _library.call("norm_modulate_bwd", impl)(
-            _dense(dout), _dense(x), _rows(scale, x, frames), _parameter(weight, x), _parameter(bias, x),
-            _table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
+            dense(dout), dense(x), _rows(scale, x, frames), parameter(weight, x), parameter(bias, x),
+            table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
         )  # fmt: skip
         dshift, dscale = _sum_to(dshift, shift), _sum_to(dscale, scale)
         return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None, None, None
@@ -350,7 +335,7 @@ _library.define(
 def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     gate = _rows(gate, x, _frames(x, gate))
-    _library.call("gate_residual_fwd", impl)(_dense(x), _dense(y), gate, _table(gate_table, x), out)
+    _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
 
 
@@ -369,10 +354,10 @@ class _GateResidual(torch.autograd.Function):
         if not any(need[1:4]):
             return dout, None, None, None, None
         frames = _frames(y, gate)
-        dy, dgate = _like(y, need[1]), _rows_like(gate, need[2], y, frames)
-        dgate_table = _like(gate_table, need[3])
+        dy, dgate = like(y, need[1]), _rows_like(gate, need[2], y, frames)
+        dgate_table = like(gate_table, need[3])
         _library.call("gate_residual_bwd", ctx.impl)(
-            _dense(dout), _dense(y), _rows(gate, y, frames), _table(gate_table, y), dy, dgate, dgate_table
+            dense(dout), dense(y), _rows(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
         )
         return dout, dy, _sum_to(dgate, gate), dgate_table, None
 
@@ -439,9 +424,9 @@ def _gate_residual_norm_modulate(
     frames = _frames(x, gate, shift, scale)
     x_new, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     _library.call("gate_residual_norm_modulate_fwd", impl)(
-        _dense(x), _dense(y), _rows(gate, x, frames), _rows(shift, x, frames), _rows(scale, x, frames),
-        _parameter(weight, x), _parameter(bias, x),
-        _table(gate_table, x), _table(shift_table, x), _table(scale_table, x), rms, eps, x_new, out,
+        dense(x), dense(y), _rows(gate, x, frames), _rows(shift, x, frames), _rows(scale, x, frames),
+        parameter(weight, x), parameter(bias, x),
+        table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, x_new, out,
     )  # fmt: skip
     return x_new, out
 
@@ -463,15 +448,15 @@ class _GateResidualNormModulate(torch.autograd.Function):
         rms, eps, impl = ctx.constants
         need = ctx.needs_input_grad
         frames = _frames(x_new, gate, shift, scale)
-        dx, dy, dgate = _like(x_new, need[0]), _like(y, need[1]), _rows_like(gate, need[2], x_new, frames)
+        dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows_like(gate, need[2], x_new, frames)
         dshift = _rows_like(shift, need[3], x_new, frames)
         dscale = _rows_like(scale, need[4], x_new, frames)
-        dweight, dbias = _like(weight, need[5]), _like(bias, need[6])
-        dtables = [_like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
+        dweight, dbias = like(weight, need[5]), like(bias, need[6])
+        dtables = [like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
         _library.call("gate_residual_norm_modulate_bwd", impl)(
-            _dense(dx_new), _dense(dout), _dense(x_new), _dense(y), _rows(gate, x_new, frames),
-            _rows(scale, x_new, frames), _parameter(weight, x_new), _parameter(bias, x_new),
-            _table(gate_table, x_new), _table(scale_table, x_new), rms, eps,
+            dense(dx_new), dense(dout), dense(x_new), dense(y), _rows(gate, x_new, frames),
+            _rows(scale, x_new, frames), parameter(weight, x_new), parameter(bias, x_new),
+            table(gate_table, x_new), table(scale_table, x_new), rms, eps,
             dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables,
         )  # fmt: skip
         dgate, dshift, dscale = _sum_to(dgate, gate), _sum_to(dshift, shift), _sum_to(dscale, scale)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import like
 from . import reference
 
 
@@ -178,10 +179,7 @@ def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """Destinations of the gradients that are wanted."""
-    return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if w else None
-        for t, w in zip(tensors, wanted, strict=True)
-    ]
+    return [like(t, w) for t, w in zip(tensors, wanted, strict=True)]
 
 
 # patch_embed3d

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import dense, like, parameter, table
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
@@ -192,20 +193,6 @@ def _keywords(cos, sin, norm, width, grid, split, theta, origin, interleaved, ep
     )  # fmt: skip
 
 
-def _dense(t: Tensor) -> Tensor:
-    """Heads with a dense last axis; their other strides are the kernels' business."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
-    return t if t is None else (t.float() if t.dtype == torch.float64 != x.dtype else t).contiguous()
-
-
-def _table(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """cos or sin in the dtype that x is multiplied in."""
-    return None if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-
-
 def _forward(q, k, q_weight, k_weight, *args) -> None:
     *settings, q_out, k_out = args
     results = reference.qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **_keywords(*settings))
@@ -241,7 +228,7 @@ _library.define(
 
 def _inputs(q, k, q_weight, k_weight, cos, sin) -> tuple[Tensor | None, ...]:
     return (
-        _dense(q), _dense(k), _parameter(q_weight, q), _parameter(k_weight, q), _table(cos, q), _table(sin, q),
+        dense(q), dense(k), parameter(q_weight, q), parameter(k_weight, q), table(cos, q), table(sin, q),
     )  # fmt: skip
 
 
@@ -266,11 +253,8 @@ class _QKNormRope(torch.autograd.Function):
         *settings, impl = ctx.constants
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
         inputs = _inputs(*saved)
-        grads = [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)
-        ]
-        _library.call("qk_norm_rope_bwd", impl)(_dense(dq_out), _dense(dk_out), *inputs, *settings, *grads)
+        grads = [like(t, wanted) for t, wanted in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)]
+        _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
         for i in (2, 3):  # an fp64 weight beside fp32 heads
             grads[i] = None if grads[i] is None else grads[i].to(saved[i].dtype)
         return *grads, None, None, *(None for _ in ctx.constants)
