@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+
+def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """fp64 tensors beside an x that is not become fp32, differentiably: kernels neither read nor write fp64."""
+    if x.dtype == torch.float64:
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype == torch.float64 else t for t in tensors)
+
+
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def dense(t: Tensor | None) -> Tensor | None:
@@ -11,9 +24,9 @@ def dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-def parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """A contiguous parameter; fp32 in place of fp64, which kernels do not read, unless x is fp64 itself."""
-    return t if t is None else (t.float() if t.dtype == torch.float64 != x.dtype else t).contiguous()
+def parameter(t: Tensor | None) -> Tensor | None:
+    """A contiguous parameter."""
+    return t if t is None else t.contiguous()
 
 
 def table(t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import sora_kernels
-from sora_kernels import Unavailable, _dispatch, _library, gate_residual, gate_residual_norm_modulate, norm_modulate
-from sora_kernels.modulation import op as modulation_op
+from sora_kernels import Unavailable, _dispatch, _library, _rows, gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.modulation import reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
@@ -112,6 +111,15 @@ def test_outputs_and_gradients_match_the_fp64_oracle(function, impl, dtype, case
         pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested on a GPU")
     B, S, D, rows, norm, absent = case
     check(function, impl, draw(function, B, S, D, rows, dtype, drop=absent), norm)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_fp64_parameters_beside_fp32_tokens_get_fp64_gradients(function, impl, require):
+    require(function.__name__, impl, grad=True)
+    tensors = draw(function, 2, 12, 64, "[B,1,D]")
+    tensors = {name: t if name in ("x", "y") else t.double() for name, t in tensors.items()}
+    check(function, impl, tensors, "layer")
 
 
 @pytest.mark.gpu
@@ -266,7 +274,7 @@ def test_chunks_of_one_projection_reach_the_kernel_without_a_copy():
     x = torch.randn(2, 6, 8)
     shift, scale, gate, *_ = torch.randn(2, 6, 6 * 8).chunk(6, dim=-1)
     for t in (shift, scale, gate, torch.randn(2, 6, 8)[:, 3]):
-        view = modulation_op._rows(t, x, 6)
+        view = _rows.view(t, x, 6)
         assert view.data_ptr() == t.data_ptr() and view.shape == (2, 6, 8)
 
 

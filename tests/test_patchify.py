@@ -21,14 +21,14 @@ def op_samples() -> list[tuple[str, tuple]]:
         torch.randn(2, 3, 2, 4, 6),
         torch.randn(5, 3, 1, 2, 2),
         torch.randn(5),
-        torch.randn(12, 5),
+        torch.randn(1, 12, 5),
     )
     tokens = torch.randn(2, 12, 5)
     layout = ([2, 2, 3], [1, 2, 2], 3)
     features, clip = torch.randn(2, 12, 12), torch.randn(2, 3, 2, 4, 6)
-    shift, scale, out_weight, out_bias = torch.randn(2, 1, 5), torch.randn(5), torch.randn(12, 5), torch.randn(12)
+    shift, scale, out_weight, out_bias = torch.randn(2, 1, 5), torch.randn(2, 1, 5), torch.randn(12, 5), torch.randn(12)
     inputs = (tokens, shift, scale, out_weight, out_bias)
-    settings = ([2, 2, 3], [1, 2, 2], "layer", 1e-6)
+    settings = ([2, 2, 3], [1, 2, 2], False, 1e-6)
     return [
         ("patch_embed3d_fwd", (video, weight, bias, pos, empty(tokens))),
         ("patch_embed3d_fwd", (video, weight, None, None, empty(tokens))),

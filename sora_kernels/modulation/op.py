@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _check, _dispatch, _library
-from .._operands import dense, like, parameter, table
+from .. import _check, _dispatch, _library, _rows
+from .._operands import dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -50,9 +50,9 @@ def norm_modulate(
     """
     op = "norm_modulate"
     _check_norm(op, x, norm, eps, weight, bias)
-    _check_rows(op, x, shift=shift, scale=scale)
+    _rows.check(op, x, shift=shift, scale=scale)
     _check_tables(op, x, shift_table=shift_table, scale_table=scale_table)
-    tensors = (x, shift, scale, weight, bias, shift_table, scale_table)
+    tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
@@ -81,9 +81,9 @@ def gate_residual(
     op = "gate_residual"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
-    _check_rows(op, x, gate=gate)
+    _rows.check(op, x, gate=gate)
     _check_tables(op, x, gate_table=gate_table)
-    tensors = (x, y, gate, gate_table)
+    tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
@@ -118,9 +118,9 @@ def gate_residual_norm_modulate(
     op = "gate_residual_norm_modulate"
     _check_norm(op, x, norm, eps, weight, bias)
     _check.like(op, "y", y, x)
-    _check_rows(op, x, gate=gate, shift=shift, scale=scale)
+    _rows.check(op, x, gate=gate, shift=shift, scale=scale)
     _check_tables(op, x, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
-    tensors = (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table)
+    tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
     grad = _needs_grad(op, tensors, None)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
@@ -141,26 +141,6 @@ def _check_norm(op, x, norm, eps, weight, bias) -> None:
     _check.same_device(op, x, {"weight": weight, "bias": bias})
 
 
-def _check_rows(op, x, **modulations: Tensor | None) -> None:
-    B, S, D = x.shape
-    for name, t in modulations.items():
-        if t is None:
-            continue
-        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
-        shape = tuple(t.shape)
-        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
-            raise ValueError(
-                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
-                f"got {_check.shape_of(t)}"
-            )
-        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
-            raise ValueError(
-                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
-                f"got shape {_check.shape_of(t)}"
-            )
-    _check.same_device(op, x, modulations)
-
-
 def _check_tables(op, x, **tables: Tensor | None) -> None:
     for name, t in tables.items():
         if t is not None:
@@ -169,7 +149,7 @@ def _check_tables(op, x, **tables: Tensor | None) -> None:
 
 
 def _needs_grad(op, tensors, out) -> bool:
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    grad = needs_grad(tensors)
     if out is not None:
         _check.like(op, "out", out, tensors[0])
         if out.stride(-1) != 1 and out.shape[-1] > 1:
@@ -177,52 +157,6 @@ def _needs_grad(op, tensors, out) -> bool:
         if grad:
             raise ValueError(f"{op}: out= is for inference; call it under torch.no_grad(), or drop out=")
     return grad
-
-
-# What the kernels see: tokens dense in D, modulation rows [B, F, D] with one F, fp32 tables
-
-
-def _frames(x: Tensor, *modulations: Tensor | None) -> int:
-    """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
-    given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
-    finest = max(given)
-    return finest if all(f != 0 and finest % f == 0 for f in given) else x.shape[1]
-
-
-def _rows(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
-    """t as a view [B, F, D]; copied only where it is not dense in D or has another number F > 1 of rows."""
-    if t is None:
-        return None
-    B, _, D = x.shape
-    t = dense(t if t.dtype != torch.float64 or x.dtype == torch.float64 else t.float())
-    t = t[:, None] if t.ndim == 2 else t
-    if t.ndim == 3 and t.shape[1] not in (1, frames):
-        t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
-    return t.expand(B, frames, D)
-
-
-# Destinations of the gradients: allocated where wanted, summed down to the shape given, rounded once
-
-
-def _rows_like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
-    if not wanted:
-        return None
-    B, _, D = x.shape
-    final = t.numel() == B * frames * D
-    dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
-    return torch.empty((B, frames, D), dtype=dtype, device=x.device)
-
-
-def _sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
-    if grad is None:
-        return None
-    if t.ndim == 1:
-        grad = grad.sum((0, 1)) if grad.shape[0] * grad.shape[1] != 1 else grad.reshape(t.shape)
-    elif t.ndim == 2 or t.shape[1] == 1:
-        grad = grad.sum(1) if grad.shape[1] != 1 else grad
-    elif t.shape[1] != grad.shape[1]:
-        grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
-    return grad.reshape(t.shape).to(t.dtype)
 
 
 # norm_modulate
@@ -272,10 +206,10 @@ _library.define(
 
 
 def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl, out=None) -> Tensor:
-    frames = _frames(x, shift, scale)
+    frames = _rows.frames(x, shift, scale)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
-        dense(x), _rows(shift, x, frames), _rows(scale, x, frames), parameter(weight, x), parameter(bias, x),
+        dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
         table(shift_table, x), table(scale_table, x), rms, eps, out,
     )  # fmt: skip
     return out
@@ -294,17 +228,17 @@ class _NormModulate(torch.autograd.Function):
         x, shift, scale, weight, bias, shift_table, scale_table = ctx.saved_tensors
         rms, eps, impl = ctx.constants
         need = ctx.needs_input_grad
-        frames = _frames(x, shift, scale)
+        frames = _rows.frames(x, shift, scale)
         dx = like(x, need[0])
-        dshift = _rows_like(shift, need[1], x, frames)
-        dscale = _rows_like(scale, need[2], x, frames)
+        dshift = _rows.like(shift, need[1], x, frames)
+        dscale = _rows.like(scale, need[2], x, frames)
         dweight, dbias = like(weight, need[3]), like(bias, need[4])
         dshift_table, dscale_table = like(shift_table, need[5]), like(scale_table, need[6])
         _library.call("norm_modulate_bwd", impl)(
-            dense(dout), dense(x), _rows(scale, x, frames), parameter(weight, x), parameter(bias, x),
+            dense(dout), dense(x), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
             table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
         )  # fmt: skip
-        dshift, dscale = _sum_to(dshift, shift), _sum_to(dscale, scale)
+        dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
         return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None, None, None
 
 
@@ -334,7 +268,7 @@ _library.define(
 
 def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    gate = _rows(gate, x, _frames(x, gate))
+    gate = _rows.view(gate, x, _rows.frames(x, gate))
     _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
 
@@ -353,13 +287,13 @@ class _GateResidual(torch.autograd.Function):
         need = ctx.needs_input_grad
         if not any(need[1:4]):
             return dout, None, None, None, None
-        frames = _frames(y, gate)
-        dy, dgate = like(y, need[1]), _rows_like(gate, need[2], y, frames)
+        frames = _rows.frames(y, gate)
+        dy, dgate = like(y, need[1]), _rows.like(gate, need[2], y, frames)
         dgate_table = like(gate_table, need[3])
         _library.call("gate_residual_bwd", ctx.impl)(
-            dense(dout), dense(y), _rows(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
+            dense(dout), dense(y), _rows.view(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
         )
-        return dout, dy, _sum_to(dgate, gate), dgate_table, None
+        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None
 
 
 # gate_residual_norm_modulate
@@ -421,11 +355,11 @@ _library.define(
 def _gate_residual_norm_modulate(
     x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl
 ) -> tuple[Tensor, Tensor]:
-    frames = _frames(x, gate, shift, scale)
+    frames = _rows.frames(x, gate, shift, scale)
     x_new, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     _library.call("gate_residual_norm_modulate_fwd", impl)(
-        dense(x), dense(y), _rows(gate, x, frames), _rows(shift, x, frames), _rows(scale, x, frames),
-        parameter(weight, x), parameter(bias, x),
+        dense(x), dense(y), _rows.view(gate, x, frames), _rows.view(shift, x, frames), _rows.view(scale, x, frames),
+        parameter(weight), parameter(bias),
         table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, x_new, out,
     )  # fmt: skip
     return x_new, out
@@ -447,17 +381,17 @@ class _GateResidualNormModulate(torch.autograd.Function):
         x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table = ctx.saved_tensors
         rms, eps, impl = ctx.constants
         need = ctx.needs_input_grad
-        frames = _frames(x_new, gate, shift, scale)
-        dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows_like(gate, need[2], x_new, frames)
-        dshift = _rows_like(shift, need[3], x_new, frames)
-        dscale = _rows_like(scale, need[4], x_new, frames)
+        frames = _rows.frames(x_new, gate, shift, scale)
+        dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows.like(gate, need[2], x_new, frames)
+        dshift = _rows.like(shift, need[3], x_new, frames)
+        dscale = _rows.like(scale, need[4], x_new, frames)
         dweight, dbias = like(weight, need[5]), like(bias, need[6])
         dtables = [like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
         _library.call("gate_residual_norm_modulate_bwd", impl)(
-            dense(dx_new), dense(dout), dense(x_new), dense(y), _rows(gate, x_new, frames),
-            _rows(scale, x_new, frames), parameter(weight, x_new), parameter(bias, x_new),
+            dense(dx_new), dense(dout), dense(x_new), dense(y), _rows.view(gate, x_new, frames),
+            _rows.view(scale, x_new, frames), parameter(weight), parameter(bias),
             table(gate_table, x_new), table(scale_table, x_new), rms, eps,
             dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables,
         )  # fmt: skip
-        dgate, dshift, dscale = _sum_to(dgate, gate), _sum_to(dshift, shift), _sum_to(dscale, scale)
+        dgate, dshift, dscale = _rows.sum_to(dgate, gate), _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
         return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None, None, None

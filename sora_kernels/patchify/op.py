@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _check, _dispatch, _library
-from .._operands import like
+from .. import _check, _dispatch, _library, _rows
+from .._operands import dense, like, narrow, needs_grad, parameter
 from . import reference
+
+NORMS = ("layer", "rms")  # as the private ops number them
 
 
 def patch_embed3d(
@@ -53,8 +55,8 @@ def patch_embed3d(
         batched = (B, S, D) if pos.ndim == 3 else (S, D)
         _check.exact(op, "pos", pos, batched, "[S, D] or [B, S, D], one row per token")
     _check.same_device(op, video, {"weight": weight, "bias": bias, "pos": pos}, "video")
-    tensors = (video, weight, bias, pos)
-    grad = _needs_grad(tensors)
+    tensors = narrow(video, (video, weight, bias, pos))
+    grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
     return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, impl)
 
@@ -80,7 +82,7 @@ def unpatchify3d(
             f"{op}: tokens must have pt*ph*pw*C = {math.prod(patch) * channels} features for patch {patch} and "
             f"channels {channels}; got {tokens.shape[2]}"
         )
-    grad = _needs_grad((tokens,))
+    grad = needs_grad((tokens,))
     impl = _dispatch.choose(op, impl, tokens, grad=grad)
     return (_Unpatchify3d.apply if grad else _unpatchify3d)(tokens, list(grid), list(patch), channels, impl)
 
@@ -120,8 +122,8 @@ def final_layer(
     op = "final_layer"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     grid, patch = _check_layout(op, "x", x, grid, patch)
-    _check_rows(op, x, shift=shift, scale=scale)
-    _check.choice(op, "norm", norm, ("layer", "rms"))
+    _rows.check(op, x, shift=shift, scale=scale)
+    _check.choice(op, "norm", norm, NORMS)
     _check.positive(op, "eps", eps)
     _check.tensor(op, "weight", weight, "[pt*ph*pw*C, D]", ndim=2)
     features, width = weight.shape
@@ -134,10 +136,11 @@ def final_layer(
     if bias is not None:
         _check.exact(op, "bias", bias, (features,), "[pt*ph*pw*C], as weight has rows")
     _check.same_device(op, x, {"weight": weight, "bias": bias})
-    tensors = (x, shift, scale, weight, bias)
-    grad = _needs_grad(tensors)
+    tensors = narrow(x, (x, shift, scale, weight, bias))
+    grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    return (_FinalLayer.apply if grad else _final_layer)(*tensors, list(grid), list(patch), norm, float(eps), impl)
+    settings = (list(grid), list(patch), norm == "rms", float(eps))
+    return (_FinalLayer.apply if grad else _final_layer)(*tensors, *settings, impl)
 
 
 # Validation
@@ -151,35 +154,6 @@ def _check_layout(op, name, tokens, grid, patch) -> tuple[tuple[int, int, int], 
             "text tokens must be cut off first"
         )
     return grid, patch
-
-
-def _check_rows(op, x, **modulations: Tensor | None) -> None:
-    B, S, D = x.shape
-    for name, t in modulations.items():
-        if t is None:
-            continue
-        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
-        shape = tuple(t.shape)
-        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
-            raise ValueError(
-                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
-                f"got {_check.shape_of(t)}"
-            )
-        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
-            raise ValueError(
-                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
-                f"got shape {_check.shape_of(t)}"
-            )
-    _check.same_device(op, x, modulations)
-
-
-def _needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _like(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Destinations of the gradients that are wanted."""
-    return [like(t, w) for t, w in zip(tensors, wanted, strict=True)]
 
 
 # patch_embed3d
@@ -202,11 +176,17 @@ _library.define(
 )
 
 
+def _patch_operands(video, weight, bias, pos) -> tuple[Tensor | None, ...]:
+    """As the kernels see them: pos is [1, S, D] or [B, S, D]."""
+    pos = pos[None] if pos is not None and pos.ndim == 2 else pos
+    return video, parameter(weight), parameter(bias), parameter(pos)
+
+
 def _patch_embed3d(video, weight, bias, pos, impl) -> Tensor:
     B, _, T, H, W = video.shape
     D, _, pt, ph, pw = weight.shape
     out = torch.empty((B, (T // pt) * (H // ph) * (W // pw), D), dtype=video.dtype, device=video.device)
-    _library.call("patch_embed3d_fwd", impl)(video, weight, bias, pos, out)
+    _library.call("patch_embed3d_fwd", impl)(*_patch_operands(video, weight, bias, pos), out)
     return out
 
 
@@ -220,9 +200,12 @@ class _PatchEmbed3d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        tensors = ctx.saved_tensors
-        grads = _like(tensors, ctx.needs_input_grad[:4])
-        _library.call("patch_embed3d_bwd", ctx.impl)(dout, *tensors, *grads)
+        saved = ctx.saved_tensors
+        operands = _patch_operands(*saved)
+        grads = [like(t, wanted) for t, wanted in zip(operands, ctx.needs_input_grad[:4], strict=True)]
+        _library.call("patch_embed3d_bwd", ctx.impl)(dense(dout), *operands, *grads)
+        if grads[3] is not None:
+            grads[3] = grads[3].view(saved[3].shape)
         return *grads, None
 
 
@@ -272,21 +255,21 @@ class _Unpatchify3d(torch.autograd.Function):
 
 _FINAL = (
     "Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, SymInt[] grid, SymInt[] patch, "
-    "str norm, float eps"
+    "bool rms, float eps"
 )
 _library.define(
     "final_layer_fwd",
     f"({_FINAL}, Tensor(a!) out) -> ()",
-    reference=lambda x, shift, scale, weight, bias, grid, patch, norm, eps, out: out.copy_(
-        reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=norm, eps=eps)
+    reference=lambda x, shift, scale, weight, bias, grid, patch, rms, eps, out: out.copy_(
+        reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
     ),
 )
 _library.define(
     "final_layer_bwd",
     f"(Tensor dout, {_FINAL}, Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, "
     "Tensor(e!)? dbias) -> ()",
-    reference=lambda dout, x, shift, scale, weight, bias, grid, patch, norm, eps, *grads: _library.vjp(
-        lambda **inputs: reference.final_layer(**inputs, grid=grid, patch=patch, norm=norm, eps=eps),
+    reference=lambda dout, x, shift, scale, weight, bias, grid, patch, rms, eps, *grads: _library.vjp(
+        lambda **inputs: reference.final_layer(**inputs, grid=grid, patch=patch, norm=NORMS[rms], eps=eps),
         dict(x=x, shift=shift, scale=scale, weight=weight, bias=bias),
         (dout,),
         dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
@@ -294,9 +277,16 @@ _library.define(
 )
 
 
-def _final_layer(x, shift, scale, weight, bias, grid, patch, norm, eps, impl) -> Tensor:
+def _final_operands(x, shift, scale, weight, bias, frames) -> tuple[Tensor | None, ...]:
+    return (
+        dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
+    )  # fmt: skip
+
+
+def _final_layer(x, shift, scale, weight, bias, grid, patch, rms, eps, impl) -> Tensor:
     out = _video(x.shape[0], weight.shape[0] // math.prod(patch), grid, patch, x)
-    _library.call("final_layer_fwd", impl)(x, shift, scale, weight, bias, grid, patch, norm, eps, out)
+    operands = _final_operands(x, shift, scale, weight, bias, _rows.frames(x, shift, scale))
+    _library.call("final_layer_fwd", impl)(*operands, grid, patch, rms, eps, out)
     return out
 
 
@@ -311,7 +301,13 @@ class _FinalLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         *settings, impl = ctx.constants
-        tensors = ctx.saved_tensors
-        grads = _like(tensors, ctx.needs_input_grad[:5])
-        _library.call("final_layer_bwd", impl)(dout, *tensors, *settings, *grads)
-        return *grads, *(None for _ in ctx.constants)
+        x, shift, scale, weight, bias = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        frames = _rows.frames(x, shift, scale)
+        dx, dweight, dbias = like(x, need[0]), like(weight, need[3]), like(bias, need[4])
+        dshift, dscale = _rows.like(shift, need[1], x, frames), _rows.like(scale, need[2], x, frames)
+        _library.call("final_layer_bwd", impl)(
+            dout, *_final_operands(x, shift, scale, weight, bias, frames), *settings, dx, dshift, dscale, dweight, dbias
+        )
+        dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
+        return dx, dshift, dscale, dweight, dbias, *(None for _ in ctx.constants)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
-from .._operands import dense, like, parameter, table
+from .._operands import dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
@@ -80,8 +80,8 @@ def qk_norm_rope(
     cos, sin, grid, split, origin = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
     width = across == "width"
     settings = (NORMS.index(norm), width, grid, split, float(theta), origin, bool(interleaved), float(eps))
-    tensors = (q, k, q_weight, k_weight)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    tensors = narrow(q, (q, k, q_weight, k_weight))
+    grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
     return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, *settings, impl)
 
@@ -228,7 +228,7 @@ _library.define(
 
 def _inputs(q, k, q_weight, k_weight, cos, sin) -> tuple[Tensor | None, ...]:
     return (
-        dense(q), dense(k), parameter(q_weight, q), parameter(k_weight, q), table(cos, q), table(sin, q),
+        dense(q), dense(k), parameter(q_weight), parameter(k_weight), table(cos, q), table(sin, q),
     )  # fmt: skip
 
 
@@ -251,10 +251,7 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
         *settings, impl = ctx.constants
-        saved = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
-        inputs = _inputs(*saved)
+        inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
         grads = [like(t, wanted) for t, wanted in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
-        for i in (2, 3):  # an fp64 weight beside fp32 heads
-            grads[i] = None if grads[i] is None else grads[i].to(saved[i].dtype)
         return *grads, None, None, *(None for _ in ctx.constants)

@@ -1,0 +1,75 @@
+"""Modulation rows, as every family that modulates takes them: [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D].
+
+Kernels see them as views [B, F, D] with one F for all rows of a call: token s of S reads row s // (S / F).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._operands import dense
+
+
+def check(op: str, x: Tensor, **modulations: Tensor | None) -> None:
+    """Each given modulation is a row layout of x [B, S, D], on x's device."""
+    B, S, D = x.shape
+    for name, t in modulations.items():
+        if t is None:
+            continue
+        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
+        shape = tuple(t.shape)
+        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
+            raise ValueError(
+                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
+                f"got {_check.shape_of(t)}"
+            )
+        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
+            raise ValueError(
+                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
+                f"got shape {_check.shape_of(t)}"
+            )
+    _check.same_device(op, x, modulations)
+
+
+def frames(x: Tensor, *modulations: Tensor | None) -> int:
+    """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
+    given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
+    finest = max(given)
+    return finest if all(f != 0 and finest % f == 0 for f in given) else x.shape[1]
+
+
+def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
+    """t as a view [B, F, D]; copied only where it is not dense in D or has another number F > 1 of rows."""
+    if t is None:
+        return None
+    B, _, D = x.shape
+    t = dense(t)
+    t = t[:, None] if t.ndim == 2 else t
+    if t.ndim == 3 and t.shape[1] not in (1, frames):
+        t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
+    return t.expand(B, frames, D)
+
+
+def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
+    """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32."""
+    if not wanted:
+        return None
+    B, _, D = x.shape
+    final = t.numel() == B * frames * D
+    dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
+    return torch.empty((B, frames, D), dtype=dtype, device=x.device)
+
+
+def sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """The gradient [B, F, D] summed down to the shape of t and rounded once to its dtype."""
+    if grad is None:
+        return None
+    if t.ndim == 1:
+        grad = grad.sum((0, 1)) if grad.shape[0] * grad.shape[1] != 1 else grad.reshape(t.shape)
+    elif t.ndim == 2 or t.shape[1] == 1:
+        grad = grad.sum(1) if grad.shape[1] != 1 else grad
+    elif t.shape[1] != grad.shape[1]:
+        grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    return grad.reshape(t.shape).to(t.dtype)
