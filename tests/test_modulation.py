@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 
 import sora_kernels
-from sora_kernels import Unavailable, _dispatch, _library, _rows, gate_residual, gate_residual_norm_modulate, norm_modulate
+from sora_kernels import (
+    Unavailable,
+    _dispatch,
+    _library,
+    _rows,
+    gate_residual,
+    gate_residual_norm_modulate,
+    norm_modulate,
+)
 from sora_kernels.modulation import reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
