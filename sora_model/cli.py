@@ -77,6 +77,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Self-attention: full, window=TxHxW[,stride=TxHxW][,sink=N], causal=frame.")
+    ] = None,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:
@@ -86,7 +89,7 @@ def generate(
 
     check_prompt(prompt)
     options: dict[str, Any] = dict(seconds=seconds, fps=fps, seed=seed, steps=steps, guidance=guidance, impl=impl)
-    options["size"] = None if size is None else _size(size)
+    options |= {"size": None if size is None else _size(size), "attention": attention}
     if to == Path("out/clip.mp4"):
         to.parent.mkdir(exist_ok=True)
     with err.status("loading the checkpoint"):

@@ -30,7 +30,7 @@ from sora_kernels import (
     spacetime_attention,
 )
 
-Grid = tuple[int, int, int]
+from .attention import AttentionMode, Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,17 @@ class DiTConfig:
     patch: Grid = (1, 2, 2)
     cross_attn_norm: bool = True
     eps: float = 1e-6
+    attention: AttentionMode = AttentionMode()
 
     def __post_init__(self) -> None:
         if not isinstance(self.patch, tuple | list) or len(self.patch) != 3:
             raise ValueError(f"DiTConfig: patch must be three integers (t, h, w); got {self.patch!r}")
         object.__setattr__(self, "patch", tuple(self.patch))
+        if isinstance(self.attention, Mapping):
+            unknown = self.attention.keys() - {field.name for field in dataclasses.fields(AttentionMode)}
+            if unknown:
+                raise ValueError(f"DiTConfig: attention has no setting {sorted(unknown)[0]!r}")
+            object.__setattr__(self, "attention", AttentionMode(**self.attention))
         for field in dataclasses.fields(self):
             if field.type == "int":  # annotations are kept as strings
                 _check_size(field.name, getattr(self, field.name), 2**20)
@@ -123,13 +129,13 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    """Every token sees every token; the rotation of q and k tells how far apart two of them are."""
+    """Tokens see those that the mode says; the rotation of q and k tells how far apart two of them are."""
 
-    def forward(self, x: Tensor, grid: Grid, impl: str) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))        # [B, S, H, E]
         norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps}
         q, k = qk_norm_rope(q, k, grid=grid, **norms, impl=impl)
-        out = spacetime_attention(q, k, v, impl=impl)                                        # [B, S, H, E]
+        out = spacetime_attention(q, k, v, **mode.keywords(grid), impl=impl)                 # [B, S, H, E]
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
 
@@ -157,14 +163,21 @@ class Block(nn.Module):
         self.table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, rows: Tensor, text: Tensor, text_lens: Tensor | None, grid: Grid, impl: str
+        self,
+        x: Tensor,
+        rows: Tensor,
+        text: Tensor,
+        text_lens: Tensor | None,
+        grid: Grid,
+        mode: AttentionMode,
+        impl: str,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)                        # [B, N, D]
         tables = self.table[0].unbind(0)                                                     # 6 x [D]
         how = {"eps": self.eps, "impl": impl}
 
         h = norm_modulate(x, shift1, scale1, shift_table=tables[0], scale_table=tables[1], **how)
-        y = self.self_attn(h, grid, impl)                                                    # [B, S, D]
+        y = self.self_attn(h, grid, mode, impl)                                              # [B, S, D]
         if self.cross_norm is None:
             x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
         else:
@@ -217,6 +230,7 @@ class SoraDiT(nn.Module):
         text: Tensor,
         text_lens: Tensor | None = None,
         *,
+        attention: AttentionMode | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """The velocity of the latents, in their shape (but `out_channels` channels) and dtype.
@@ -226,6 +240,7 @@ class SoraDiT(nn.Module):
                     [B, T'] or token [B, S], in t-major order
         text        [B, L, text_dim]
         text_lens   [B] integers: how many of the L tokens count; None: all, as Wan sees its texts' padding
+        attention   the mode of self-attention; None: that of the config
         impl        handed to every sora_kernels function
 
         Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
@@ -236,8 +251,9 @@ class SoraDiT(nn.Module):
         time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
         rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
         text = self.text_embedding(text)                                                     # [B, L, D]
+        mode = self.config.attention if attention is None else attention
         for block in self.blocks:
-            x = block(x, rows, text, text_lens, grid, impl)                                  # [B, S, D]
+            x = block(x, rows, text, text_lens, grid, mode, impl)                            # [B, S, D]
         shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]
         how = {"grid": grid, "patch": self.config.patch, "eps": self.config.eps, "impl": impl}
         return final_layer(x, shift, scale, self.head.weight, self.head.bias, **how)         # [B, C, T, H, W]

@@ -22,6 +22,7 @@ from torch import Tensor
 from sora_kernels._dispatch import IMPLS
 
 from . import flow, media
+from .attention import AttentionMode
 from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
 from .dit import DiTConfig, SoraDiT
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
@@ -171,6 +172,7 @@ class Sora:
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
+        attention: AttentionMode | str | None = None,
         impl: str = "auto",
         progress: Progress | None = None,
     ) -> Clip:
@@ -181,13 +183,17 @@ class Sora:
         fps        frames per second of the file; the motion is that of the rate the model was trained at
         steps      of the Euler sampler; more is slower and finer
         guidance   how strongly to follow the prompt; 1 is not at all beyond the training data
+        attention  mode of self-attention: an `AttentionMode`, or text such as "window=3x4x4" or "causal=frame"
         impl       of every kernel: "auto", "reference", "cpu", "triton" or "cuda"
 
         What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
         another `impl` gives it up to rounding. Raises ValueError or TypeError that names the argument,
         `TooLargeError` before anything is allocated.
         """
-        plan = self._plan(prompt, seconds, size, fps, seed, steps, guidance, impl)
+        plan = self._plan(
+            prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance,
+            attention=attention, impl=impl,
+        )  # fmt: skip
         frames = np.concatenate(list(self._frames(plan, impl, progress)))
         return Clip(frames, plan.fps, prompt, seed, plan.steps, plan.guidance)
 
@@ -197,12 +203,12 @@ class Sora:
         Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        known = ("seconds", "size", "fps", "seed", "steps", "guidance")
+        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "attention")
         if unknown := sorted(options.keys() - set(known)):
             raise TypeError(
                 f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
             )
-        plan = self._plan(prompt, *(({"seed": 0} | options).get(name) for name in known), impl)
+        plan = self._plan(prompt, **options, impl=impl)
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
         return media.write_video(path, frames, plan.fps)
 
@@ -215,7 +221,8 @@ class Sora:
         prompt, null = ((text[i : i + 1], None if lens is None else lens[i : i + 1]) for i in range(2))
 
         def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
-            return self.dit(x.to(dtype), flow.TIME_SCALE * t.float(), text, lens, impl=impl).float()
+            times = flow.TIME_SCALE * t.float()
+            return self.dit(x.to(dtype), times, text, lens, attention=plan.attention, impl=impl).float()
 
         noise = flow.draw_noise(
             (1, *plan.latents), generator=torch.Generator().manual_seed(plan.seed), device=self.device
@@ -240,7 +247,17 @@ class Sora:
                 yield pixels
 
     def _plan(
-        self, prompt: Any, seconds: Any, size: Any, fps: Any, seed: Any, steps: Any, guidance: Any, impl: str
+        self,
+        prompt: Any,
+        *,
+        seconds: Any = None,
+        size: Any = None,
+        fps: Any = None,
+        seed: Any = 0,
+        steps: Any = None,
+        guidance: Any = None,
+        attention: Any = None,
+        impl: str = "auto",
     ) -> _Plan:
         defaults, vae = self.defaults, self.vae.config
         check_prompt(prompt)
@@ -255,6 +272,9 @@ class Sora:
         steps = _whole("steps", defaults.steps if steps is None else steps, 1, _MAX_STEPS)
         seed = _whole("seed", seed, 0, 2**63 - 1)
         guidance = _number("guidance", defaults.guidance if guidance is None else guidance, -100, 100)
+        attention = AttentionMode.parse(attention) if isinstance(attention, str) else attention
+        if not isinstance(attention, AttentionMode | None):
+            raise TypeError(f"attention must be an AttentionMode, text or None; got {type(attention).__name__}")
         height, width = self._check_size(defaults.size if size is None else size)
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt])
@@ -271,7 +291,8 @@ class Sora:
                 f"{width}x{height} with {frames} frames needs about {_gib(needed)} and {_gib(free)} are free; "
                 + self._would_fit(padded, height, width, impl, free)
             )
-        return _Plan(prompt, frames, fps, seed, steps, guidance, vae.latent_shape(padded, height, width))
+        latents = vae.latent_shape(padded, height, width)
+        return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents)
 
     def _check_size(self, size: Any) -> tuple[int, int]:
         try:
@@ -335,6 +356,7 @@ class _Plan:
     seed: int
     steps: int
     guidance: float
+    attention: AttentionMode | None
     latents: tuple[int, int, int, int]
 
 

@@ -20,21 +20,6 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from sora_model import cli, demo, evaluate, media, train, world
 from sora_model.pipeline import Sora
-from sora_model.text import WordTextConfig, WordTextEncoder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = dict(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    dit = train.SoraDiT(dataclasses.replace(train.DIT["toy"], **sizes))
-    torch.nn.init.normal_(dit.head.weight, std=0.3)
-    vae = train.CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
-    vae.set_latent_statistics([0.0] * 4, [1.0] * 4)
-    text = WordTextEncoder(WordTextConfig(words=world.VOCABULARY, dim=16))
-    folder = tmp_path_factory.mktemp("cli") / "checkpoint"
-    Sora(dit, vae, text, train.TOY_DEFAULTS).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -58,21 +43,22 @@ def sora(monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_generate_writes_the_clip_that_python_makes(sora, checkpoint, tmp_path):
+def test_generate_writes_the_clip_that_python_makes(sora, tiny_checkpoint, tmp_path):
     code, out, err = sora(
-        "generate", "a red circle, an elephant", "--weights", checkpoint, "--out", "a.mp4",
+        "generate", "a red circle, an elephant", "--weights", tiny_checkpoint, "--out", "a.mp4",
         "--seconds", 0.6, "--size", "48x32", "--fps", 10, "--seed", 4, "--steps", 2, "--guidance", 1.5,
-        "--device", "cpu",
+        "--attention", "window=1x2x2", "--device", "cpu",
     )  # fmt: skip
     assert code == 0 and "wrote a.mp4" in out
     assert "does not know: elephant" in err
     info = media.probe(tmp_path / "a.mp4")
     assert (info.width, info.height, info.frames, info.fps) == (48, 32, 6, 10.0)
-    same = Sora.from_pretrained(checkpoint, device="cpu")
+    same = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.warns(UserWarning, match="elephant"):
         clip = same.generate(
-            "a red circle, an elephant", seconds=0.6, size=(32, 48), fps=10, seed=4, steps=2, guidance=1.5
-        )
+            "a red circle, an elephant", seconds=0.6, size=(32, 48), fps=10, seed=4, steps=2, guidance=1.5,
+            attention="window=1x2x2",
+        )  # fmt: skip
     written = np.stack(list(media.read_video(tmp_path / "a.mp4")))
     other = same.generate("a red circle", seconds=0.6, size=(32, 48), fps=10, seed=5, steps=2, guidance=1.5)
     off, apart = (np.abs(written.astype(int) - made.frames).mean() for made in (clip, other))
@@ -102,8 +88,8 @@ def test_generate_takes_a_wan_directory(sora, tmp_path):
     assert code == 1 and "lacks the folder 'vae'" in err and not (tmp_path / "none.mp4").exists()
 
 
-def test_generate_makes_the_default_folder(sora, checkpoint, tmp_path):
-    code, _, _ = sora("generate", "a ring", "--weights", checkpoint, "--steps", 1, "--seconds", 0.1)
+def test_generate_makes_the_default_folder(sora, tiny_checkpoint, tmp_path):
+    code, _, _ = sora("generate", "a ring", "--weights", tiny_checkpoint, "--steps", 1, "--seconds", 0.1)
     assert code == 0 and media.probe(tmp_path / "out" / "clip.mp4").frames == 1
 
 
@@ -121,6 +107,7 @@ def test_generate_makes_the_default_folder(sora, checkpoint, tmp_path):
         (["a ring", "--steps", "0"], "steps must lie between"),
         (["a ring", "--size", "4096x4096", "--seconds", "3600"], "would fit"),
         (["a ring", "--impl", "warp"], "impl must be one of"),
+        (["a ring", "--attention", "window=3"], "attention must be 'full', or settings such as"),
         (["a ring", "--impl", "cuda", "--steps", "1", "--device", "cpu"], "cuda"),
         (["a ring", "--out", "nowhere/a.mp4"], "no folder 'nowhere'"),
         (["a ring", "--out", "a.avi"], "must end in .mp4"),
@@ -130,11 +117,11 @@ def test_generate_makes_the_default_folder(sora, checkpoint, tmp_path):
         (["a ring", "--device", "abacus"], "device must be 'cpu' or 'cuda', got 'abacus'"),
     ],
 )
-def test_a_mistake_is_one_line_and_a_code_and_leaves_nothing(sora, checkpoint, tmp_path, arguments, said):
+def test_a_mistake_is_one_line_and_a_code_and_leaves_nothing(sora, tiny_checkpoint, tmp_path, arguments, said):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
     before = sorted(tmp_path.iterdir())
-    weights = [] if "--weights" in arguments else ["--weights", checkpoint]
+    weights = [] if "--weights" in arguments else ["--weights", tiny_checkpoint]
     to = [] if "--out" in arguments else ["--out", "a.mp4"]
     code, out, err = sora("generate", *arguments, *weights, *to)
     assert code == 1 and not out
@@ -145,9 +132,9 @@ def test_a_mistake_is_one_line_and_a_code_and_leaves_nothing(sora, checkpoint, t
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_named(sora, checkpoint, tmp_path):
+def test_a_folder_without_permission_is_named(sora, tiny_checkpoint, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    code, _, err = sora("generate", "a ring", "--weights", checkpoint, "--out", "locked/a.mp4")
+    code, _, err = sora("generate", "a ring", "--weights", tiny_checkpoint, "--out", "locked/a.mp4")
     assert code == 1 and "cannot write 'locked/a.mp4'" in err
 
 
@@ -197,9 +184,9 @@ PROMPTS = [
 ]
 
 
-def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(checkpoint):
+def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint):
     """Clips of the world itself, in the place of generated ones, must score as the floor does."""
-    sora = Sora.from_pretrained(checkpoint, device="cpu")
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     prompts = []
     for seed in range(12):
         sample = world.sample(seed, scene="bounce")
@@ -240,8 +227,8 @@ def test_bench_passes_its_arguments_on_or_says_what_is_missing(sora, monkeypatch
     assert called == [[sys.executable, "-m", "benchmarks.run", "--op", "norm_modulate", "--help"]]
 
 
-def test_the_module_runs_as_a_program(checkpoint, tmp_path):
-    command = [sys.executable, "-m", "sora_model.cli", "generate", "?!", "--weights", str(checkpoint)]
+def test_the_module_runs_as_a_program(tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "sora_model.cli", "generate", "?!", "--weights", str(tiny_checkpoint)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: prompt holds no word") and not done.stdout
     assert shutil.which("sora") is None or not done.stderr.count("Traceback")

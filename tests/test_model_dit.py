@@ -12,6 +12,7 @@ import torch
 
 from sora_kernels.testing import assert_matches_oracle, max_error
 from sora_model import presets
+from sora_model.attention import AttentionMode
 from sora_model.checkpoint import CheckpointError
 from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
 
@@ -187,6 +188,75 @@ def test_padded_text_is_not_seen():
     assert torch.count_nonzero(grad[0, 5:]) == torch.count_nonzero(grad[1, 2:]) == 0
 
 
+def reach(model, mode, sizes=(4, 6, 6)):
+    """[S, S] booleans: does the output at token i depend on the latents at token j?"""
+    latents, timesteps, text = inputs(model.config, sizes, batch=1)
+    out = model(latents.requires_grad_(), timesteps, text, attention=mode)
+    cells = [n // p for n, p in zip(sizes, model.config.patch, strict=True)]
+    patched = [axis for pair in zip(cells, model.config.patch, strict=True) for axis in pair]
+
+    def tokens(t):
+        return t.abs().sum(1).reshape(patched).sum((1, 3, 5)).flatten()
+
+    total = out.sum(1).reshape(patched).sum((1, 3, 5)).flatten()
+    return torch.stack([tokens(torch.autograd.grad(y, latents, retain_graph=True)[0]) > 0 for y in total])
+
+
+def test_tokens_depend_on_those_that_the_attention_mode_lets_them_see():
+    model = SoraDiT.from_wan(wan(num_layers=1))
+    S, frame = 4 * 3 * 3, torch.arange(36) // 9
+    assert torch.equal(reach(model, AttentionMode((1, 1, 1))), torch.eye(S, dtype=torch.bool))
+    assert torch.equal(reach(model, AttentionMode(causal="frame")), frame[:, None] >= frame)
+    assert torch.equal(reach(model, AttentionMode((1, 3, 3))), frame[:, None] == frame)
+    sink = AttentionMode((1, 3, 3), causal="frame", sink=1)
+    assert torch.equal(reach(model, sink), (frame[:, None] == frame) | (frame == 0))
+    assert reach(model, None).all()
+
+
+def test_a_window_as_large_as_the_clip_is_full_attention():
+    model = SoraDiT.from_wan(wan())
+    batch = inputs(model.config, (3, 4, 6))
+    full, windowed = model(*batch), model(*batch, attention=AttentionMode((9, 9, 9), stride=(1, 2, 2)))
+    torch.testing.assert_close(windowed, full, rtol=0, atol=2e-6)
+    configured = SoraDiT(dataclasses.replace(model.config, attention=AttentionMode(causal=2)))
+    configured.load_state_dict(model.state_dict())
+    assert torch.equal(configured(*batch), model(*batch, attention=AttentionMode(causal=2)))
+    assert not torch.equal(configured(*batch), full)
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        ("full", AttentionMode()),
+        ("window=3x4x5", AttentionMode((3, 4, 5))),
+        ("window=3x4x5, stride=1x2x2,causal=2,sink=1", AttentionMode((3, 4, 5), (1, 2, 2), 2, 1)),
+        ("causal=frame", AttentionMode(causal="frame")),
+    ],
+)
+def test_attention_modes_are_read_from_text(text, mode):
+    assert AttentionMode.parse(text) == mode
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "attention must be 'full', or settings such as .* got ''"),
+        ("window", "got 'window'"),
+        ("window=3x4", "got 'window=3x4'"),
+        ("windows=3x4x5", "got 'windows=3x4x5'"),
+        ("window=3x4x-5", "got 'window=3x4x-5'"),
+        ("window=0x4x5", r"window must be three integers \(t, h, w\) of at least 1; got \(0, 4, 5\)"),
+        ("causal=0", "causal must be 'frame' or a number of frames; got 0"),
+        ("window=3x3x3,sink=frame", "sink must be a number of frames; got 'frame'"),
+        ("stride=1x2x2", "stride and sink belong to a window"),
+        ("causal=frame,sink=1", "stride and sink belong to a window"),
+    ],
+)
+def test_bad_attention_modes(text, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionMode.parse(text)
+
+
 def test_impl_reaches_every_op(monkeypatch):
     import sora_model.dit as dit
 
@@ -269,7 +339,9 @@ def test_an_empty_batch_gives_an_empty_clip():
 
 
 def test_config_survives_json():
-    for config in (*presets.DIT.values(), DiTConfig.from_wan(TINY)):
+    tiny = DiTConfig.from_wan(TINY)
+    windowed = dataclasses.replace(tiny, attention=AttentionMode((3, 4, 4), sink=1))
+    for config in (*presets.DIT.values(), tiny, windowed):
         again = DiTConfig(**json.loads(json.dumps(config.to_dict())))
         assert again == config and hash(again) == hash(config)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -302,6 +374,8 @@ def test_presets_are_the_public_models():
         ({"patch": 2}, "patch must be three integers"),
         ({"patch": (1, 2, 0)}, "patch must be an integer"),
         ({"eps": 0.0}, "eps must lie"),
+        ({"attention": {"windows": (1, 2, 2)}}, "attention has no setting 'windows'"),
+        ({"attention": {"window": [1, 2]}}, "window must be three integers"),
         ({"dim": 2**19, "layers": 1000}, "no model has 2,[0-9,]* parameters"),
     ],
 )

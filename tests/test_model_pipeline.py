@@ -3,7 +3,6 @@ be refused."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import shutil
@@ -15,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import media, pipeline, train, world
+from sora_model import media, pipeline, world
 from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
 from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -26,26 +25,9 @@ def toy() -> Sora:
     return Sora.from_pretrained("toy", device="cpu")
 
 
-@pytest.fixture(scope="module")
-def random_checkpoint(tmp_path_factory):
-    """A whole checkpoint of our own layout, tiny and untrained."""
-    torch.manual_seed(0)
-    config = dataclasses.replace(
-        train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16
-    )
-    dit = train.SoraDiT(config)
-    torch.nn.init.normal_(dit.head.weight, std=0.3)
-    vae = train.CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
-    vae.set_latent_statistics([0.1] * 4, [1.5] * 4)
-    text = WordTextEncoder(WordTextConfig(words=world.VOCABULARY, dim=16))
-    folder = tmp_path_factory.mktemp("own") / "checkpoint"
-    Sora(dit, vae, text, train.TOY_DEFAULTS).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def copied(random_checkpoint, tmp_path):
-    return shutil.copytree(random_checkpoint, tmp_path / "copy")
+def copied(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +114,19 @@ def test_same_seed_same_clip_and_another_seed_another(toy):
 
     assert np.array_equal(make(5), make(5))
     assert np.abs(make(5).astype(int) - make(6)).max() > 20
+
+
+def test_the_shipped_checkpoint_runs_in_every_attention_mode(toy):
+    options = dict(seconds=0.6, size=(32, 32), steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        full, everything, window, causal = (
+            toy.generate("a red circle bounces", attention=mode, **options).frames.astype(int)
+            for mode in (None, "window=99x99x99", "window=3x1x1,stride=1x2x2", "causal=frame")
+        )
+    assert np.abs(everything - full).max() <= 1
+    for other in (window, causal):
+        assert np.abs(other - full).max() > 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -310,8 +305,8 @@ def test_pickles_are_refused_unopened(tmp_path):
         Sora.from_pretrained(tmp_path / "nowhere")
 
 
-def test_parts_of_different_checkpoints_do_not_go_together(random_checkpoint):
-    one = Sora.from_pretrained(random_checkpoint, device="cpu")
+def test_parts_of_different_checkpoints_do_not_go_together(tiny_checkpoint):
+    one = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     other = WordTextEncoder(WordTextConfig(words=("a",), dim=8))
     with pytest.raises(CheckpointError, match="takes text of width 16, the text encoder gives 8"):
         Sora(one.dit, one.vae, other, one.defaults)
@@ -359,6 +354,8 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"seed": -1}, ValueError, "seed must lie between 0"),
         ({"guidance": float("inf")}, ValueError, "guidance must lie between"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference"),
+        ({"attention": "window"}, ValueError, "attention must be 'full', or settings such as"),
+        ({"attention": 3}, TypeError, "attention must be an AttentionMode, text or None; got int"),
         (
             {"size": (4096, 4096), "seconds": 3600},
             TooLargeError,
@@ -367,15 +364,15 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"size": (4096, 4096), "seconds": 60, "impl": "reference"}, TooLargeError, "would fit"),
     ],
 )
-def test_a_bad_request_is_refused_before_anything_is_computed(random_checkpoint, monkeypatch, options, kind, said):
-    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+def test_a_bad_request_is_refused_before_anything_is_computed(tiny_checkpoint, monkeypatch, options, kind, said):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     monkeypatch.setattr(sora.text, "encode", lambda prompts: pytest.fail("the request was not refused"))
     with pytest.raises(kind, match=said):
         sora.generate(**{"prompt": "a red circle"} | options)
 
 
-def test_what_would_fit_is_offered_and_does_fit(random_checkpoint, monkeypatch):
-    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+def test_what_would_fit_is_offered_and_does_fit(tiny_checkpoint, monkeypatch):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     monkeypatch.setattr(pipeline, "_available", lambda device: 40 * 2**20)
     with pytest.raises(TooLargeError) as caught:
         sora.generate("a red circle", size=(512, 1024), seconds=20, steps=1)
@@ -383,17 +380,17 @@ def test_what_would_fit_is_offered_and_does_fit(random_checkpoint, monkeypatch):
 
     width, height = map(int, re.search(r"free; (\d+)x(\d+) with", str(caught.value)).groups())
     assert width == 2 * height
-    sora._plan("a red circle", 20, (height, width), None, 0, 1, None, "auto")
+    sora._plan("a red circle", seconds=20, size=(height, width), steps=1)
 
 
-def test_weights_larger_than_memory_are_refused_before_they_are_read(random_checkpoint, monkeypatch):
+def test_weights_larger_than_memory_are_refused_before_they_are_read(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(pipeline, "_available", lambda device: 1000)
     with pytest.raises(TooLargeError, match="weights in .* take .* 0 MiB of memory are free"):
-        Sora.from_pretrained(random_checkpoint)
+        Sora.from_pretrained(tiny_checkpoint)
 
 
-def test_a_prompt_of_too_many_words_and_a_path_that_cannot_be_written_leave_nothing(random_checkpoint, tmp_path):
-    sora = Sora.from_pretrained(random_checkpoint, device="cpu")
+def test_a_prompt_of_too_many_words_and_a_path_that_cannot_be_written_leave_nothing(tiny_checkpoint, tmp_path):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.raises(ValueError, match="33 words"):
         sora.generate("red " * 33)
     with pytest.raises(media.MediaError, match="no folder"):
