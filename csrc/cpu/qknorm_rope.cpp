@@ -418,6 +418,25 @@ const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
   return static_cast<const float*>(t->data_ptr());
 }
 
+// Per pair of each axis, theta^(-j/n) turns of a radian as a fraction of a turn. A model asks for the same ones in every
+// layer: a thread keeps the last.
+const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, double theta) {
+  thread_local std::vector<uint64_t> steps;
+  thread_local std::vector<int64_t> last_split;
+  thread_local double last_theta = 0;
+  if (split == last_split && theta == last_theta) return steps;
+  steps.clear();
+  for (const int64_t pairs : split) {
+    for (int64_t j = 0; j < pairs; ++j) {
+      const double turns = std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)) / (2.0 * M_PI);
+      const double fraction = (turns - std::floor(turns)) * 0x1p32, upper = std::floor(fraction);
+      steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
+    }
+  }
+  last_split = split, last_theta = theta;
+  return steps;
+}
+
 Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
                   const std::vector<int64_t>& grid, const std::vector<int64_t>& split, double theta,
                   const std::vector<int64_t>& origin, int64_t first) {
@@ -441,13 +460,7 @@ Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTens
   std::copy_n(split.begin(), 3, r.split);
   std::copy_n(origin.begin(), 3, r.origin);
   r.tokens = grid[0] * grid[1] * grid[2];
-  for (const int64_t pairs : split) {
-    for (int64_t j = 0; j < pairs; ++j) {
-      const double turns = std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)) / (2.0 * M_PI);
-      const double fraction = (turns - std::floor(turns)) * 0x1p32, upper = std::floor(fraction);
-      r.steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
-    }
-  }
+  r.steps = angle_steps(split, theta);
   r.pairs = static_cast<int64_t>(r.steps.size());
   return r;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -120,7 +121,8 @@ def _check_affine(op, x, norm, across, **parameters: Tensor | None) -> None:
             _check.exact(op, name, t, (E,), "[E], the head width, for across='head'")
         else:
             _check.exact(op, name, t, (H * E,), f"[H*E], {H} heads of width {E}, for across='width'")
-        _check.same_device(op, x, {name: t}, name[0])
+        if t.device != x.device:
+            _check.same_device(op, x, {name: t}, name[0])
 
 
 def _check_text(op, S, text_len, text_at) -> int:
@@ -134,29 +136,39 @@ def _check_text(op, S, text_len, text_at) -> int:
 def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len):
     """(cos, sin, grid, split, origin) as the op takes them, where None or empty means that nothing is rotated."""
     S, E = q.shape[1], q.shape[3]
-    origin = _check.triple(op, "origin", origin, least=-(1 << 30))
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
-        return None, None, [], [], list(origin)
+        return None, None, (), (), (0, 0, 0)
     if k.shape[1] != S:
         raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
-    if freqs is not None:
-        cos, sin, rotary_dim = _freqs(op, freqs, q, k, rotary_dim, text_len)
-    if rotary_dim is None:
-        rotary_dim = E
+    if freqs is None:
+        grid, split, origin = (tuple(t) if isinstance(t, list) else t for t in (grid, split, origin))
+        check = _check_grid if torch.compiler.is_compiling() else _check_grid_once
+        return None, None, *check(op, S, E, grid, split, theta, rotary_dim, origin, text_len)
+    if split is not None:
+        raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
+    cos, sin, rotary_dim = _freqs(op, freqs, q, k, rotary_dim, text_len)
+    _check_rotary_dim(op, rotary_dim, E)
+    return cos, sin, (), (), (0, 0, 0)
+
+
+def _check_rotary_dim(op, rotary_dim, E) -> None:
     if rotary_dim % 2 or not 0 < rotary_dim <= E:
         raise ValueError(
             f"{op}: rotary_dim must be even, above 0 and at most the head width E={E}; got {rotary_dim}; "
             "pass rotary_dim= to rotate only the first channels of each head"
         )
-    if freqs is not None:
-        if split is not None:
-            raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
-        return cos, sin, [], [], list(origin)
+
+
+def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
+    """(grid, split, origin), three integers each."""
+    origin = _check.triple(op, "origin", origin, least=-(1 << 30))
+    rotary_dim = E if rotary_dim is None else rotary_dim
+    _check_rotary_dim(op, rotary_dim, E)
     T, H, W = grid = _check.triple(op, "grid", grid)
     if T * H * W + text_len != S:
         raise ValueError(f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}")
@@ -164,7 +176,10 @@ def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:
         raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
-    return None, None, list(grid), list(split), list(origin)
+    return grid, split, origin
+
+
+_check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
 
 
 def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
@@ -258,7 +273,7 @@ def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin) -> tuple[Tensor 
 
 def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
     tensors, settings, impl = args[:8], args[8:-1], args[-1]
-    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors[:2])
+    q_out, k_out = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:2])
     _library.call("qk_norm_rope_fwd", impl)(*_inputs(*tensors), *settings, q_out, k_out)
     return q_out, k_out
 
