@@ -4,6 +4,10 @@
 // halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way - and
 // rounded once at the store. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
 // an angle does, so their precision does not depend on the position. No table grows with the clip.
+//
+// Bytes an element of q and k, in units of its dtype. Forward: 2, the fewest possible: x read once, the result written
+// once. Backward: 3 with a norm (x, the incoming gradient, dx), 2 without, and as many are moved. Neither counts the
+// parameters, their fp32 partials (at most 64 rows) and freqs, read once a token, or a token and head, where given.
 
 #include "common/check.h"
 #include "common/memory.h"
@@ -86,15 +90,21 @@ SORA_INLINE void cos_sin(uint32_t phase, float& cosine, float& sine) {
 struct Rotation {
   const float *cos = nullptr, *sin = nullptr;  // given [tokens, pairs] or [tokens, H, pairs], or
   int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
-  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn
+  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn; whole lanes, the last filled up with zeros
   int64_t first = 0, tokens = 0, pairs = 0;  // tokens first to first + tokens turn
   int64_t heads = 0;                         // 0: one row of angles serves every head
 };
 
-// One thread's angles: of the axes, only those whose coordinate changed are computed again.
+constexpr int64_t kLanes = 16;
+
+// One thread's angles: computed again from the first axis on whose coordinate changed, in whole lanes. An axis of its
+// own is often shorter than a vector.
 class Angles {
  public:
-  explicit Angles(const Rotation& rotation) : rotation_(rotation), scratch_(2, rotation.pairs) {}
+  explicit Angles(const Rotation& rotation)
+      : rotation_(rotation),
+        scratch_(2, static_cast<int64_t>(rotation.steps.size())),
+        positions_(rotation.steps.size()) {}
 
   // False where token s does not turn.
   SORA_INLINE bool seek(int64_t s) {
@@ -109,16 +119,21 @@ class Angles {
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
+    int64_t changed = r.pairs;
     for (int64_t axis = 0, begin = 0; axis < 3; begin += r.split[axis++]) {
       if (known_ && at[axis] == at_[axis]) continue;
-      const uint64_t position = static_cast<uint64_t>(at_[axis] = at[axis]);
-      const uint64_t* steps = r.steps.data();
-#pragma omp simd
-      for (int64_t i = begin; i < begin + r.split[axis]; ++i) {
-        cos_sin(static_cast<uint32_t>(position * steps[i] >> 32), c[i], n[i]);
-      }
+      at_[axis] = at[axis];
+      std::fill_n(positions_.data() + begin, r.split[axis], static_cast<uint64_t>(at[axis]));
+      changed = std::min(changed, begin);
     }
     known_ = true;
+    const uint64_t *positions = positions_.data(), *steps = r.steps.data();
+    for (int64_t lanes = changed / kLanes * kLanes; lanes < r.pairs; lanes += kLanes) {
+#pragma omp simd
+      for (int64_t i = lanes; i < lanes + kLanes; ++i) {
+        cos_sin(static_cast<uint32_t>(positions[i] * steps[i] >> 32), c[i], n[i]);
+      }
+    }
     cos_ = c, sin_ = n;
     return true;
   }
@@ -139,6 +154,7 @@ class Angles {
  private:
   const Rotation& rotation_;
   Scratch scratch_;
+  std::vector<uint64_t> positions_;
   const float *cos_ = nullptr, *sin_ = nullptr;
   int64_t at_[3] = {0, 0, 0};
   bool known_ = false;
@@ -418,8 +434,8 @@ const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
   return static_cast<const float*>(t->data_ptr());
 }
 
-// Per pair of each axis, theta^(-j/n) turns of a radian as a fraction of a turn. A model asks for the same ones in every
-// layer: a thread keeps the last.
+// theta^(-j/n) / 2 pi of the n pairs of each axis, 2^64 to a turn. A model asks for the same ones in every layer: a
+// thread keeps the last.
 const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, double theta) {
   thread_local std::vector<uint64_t> steps;
   thread_local std::vector<int64_t> last_split;
@@ -433,6 +449,7 @@ const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, doub
       steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
     }
   }
+  steps.resize((steps.size() + kLanes - 1) / kLanes * kLanes);
   last_split = split, last_theta = theta;
   return steps;
 }
@@ -461,7 +478,7 @@ Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTens
   std::copy_n(origin.begin(), 3, r.origin);
   r.tokens = grid[0] * grid[1] * grid[2];
   r.steps = angle_steps(split, theta);
-  r.pairs = static_cast<int64_t>(r.steps.size());
+  r.pairs = split[0] + split[1] + split[2];
   return r;
 }
 

@@ -1,9 +1,9 @@
 """Triton kernels of `qk_norm_rope`: one forward and one backward, each launched for q and for k.
 
 Bytes per element, in units of its dtype. Forward: 2, the fewest possible: x is read once and the result written once.
-Backward: 3 (x, the incoming gradient, dx), or 2 without a norm. Weights, angles' steps and the bounded fp32 partials of
-the weights' gradients (PROGRAMS rows at most) do not grow with the clip; tables given as freqs are read once per token
-and block of heads.
+Backward: 3, the fewest with a norm (x, the incoming gradient, dx), or 2 without. Weights, biases, angles' steps and the
+bounded fp32 partials of the parameters' gradients (PROGRAMS rows at most) do not grow with the clip; tables given as
+freqs are read once per token and block of heads, or once where each head has its own.
 
 A channel pair (a, b) that turns together lies in one thread, whichever way the pairs are laid out: a token's heads are
 two tiles `[HEADS, PAIRS]`. Angles are fixed-point fractions of a turn in 64 bits: position · step wraps around exactly
@@ -167,7 +167,7 @@ def qk_norm_rope_fwd_kernel(
     SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A program has HEADS heads of one token. Its angles are computed once for all of them."""
+    """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     row = tl.program_id(0) // BLOCKS
     heads = tl.program_id(0) % BLOCKS * HEADS + tl.arange(0, HEADS)
@@ -216,7 +216,7 @@ def qk_norm_rope_bwd_kernel(
 ):  # fmt: skip
     """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
 
-    g is dout turned back. x̂ and 1/σ are computed again from x.
+    g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once.
     """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program = tl.program_id(0)
