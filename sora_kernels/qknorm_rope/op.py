@@ -68,10 +68,11 @@ def qk_norm_rope(
 
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
     products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
-    one rounding. The backward recomputes the statistics and reduces the weights' gradients in fp32 in a fixed order:
-    two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
+    one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32 in a fixed
+    order: two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
 
     LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
+    LTX-2 pairs split halves of each head, by angles that differ from head to head: pass freqs [S, H, E/2].
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: RoPE, arXiv 2104.09864; the 3D convention of Wan, arXiv 2503.20314.
