@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 
@@ -53,12 +54,12 @@ def unpatchify3d_kernel(
     tokens_ptr, video_ptr, tokens_stride_b, tokens_stride_s, tokens_stride_n,
     stride_b, stride_c, stride_t, stride_h, stride_w, frames, height, width, grid_h, grid_w,
     C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """A program moves a line of the video, or a part of it, in several channels: a tile `[channels, x]`.
 
     Channels are neighbours in a token and columns are in the video: each side is read or written in its own order,
-    and the tile turns in shared memory between them.
+    and the tile turns in shared memory between them. ALIGN divides every stride of the video but that of x.
     """
     line = tl.program_id(0)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -69,8 +70,9 @@ def unpatchify3d_kernel(
     n = ((t % PT * PH + y % PH) * PW + x % PW) * C
     token = b * tokens_stride_b + s.to(tl.int64) * tokens_stride_s + n.to(tl.int64) * tokens_stride_n
     tokens = tokens_ptr + token[None, :] + (c.to(tl.int64) * tokens_stride_n)[:, None]
-    place = b * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
-    video = video_ptr + place[None, :] + (c.to(tl.int64) * stride_c)[:, None]
+    start = tl.multiple_of(b * stride_b + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h, ALIGN)
+    channels = tl.multiple_of(c.to(tl.int64) * stride_c, [ALIGN])
+    video = video_ptr + start + (x.to(tl.int64) * stride_w)[None, :] + channels[:, None]
     if INVERSE:
         tl.store(tokens, tl.load(video, mask), mask)
     else:
@@ -86,8 +88,8 @@ def _move(tokens, video, grid, patch, channels, inverse) -> None:
     blocks = B * frames * height, triton.cdiv(width, block_x), triton.cdiv(channels, block_c)
     unpatchify3d_kernel[blocks](
         tokens, video, *tokens.stride(), *video.stride(), frames, height, width, grid[1], grid[2],
-        C=channels, PT=patch[0], PH=patch[1], PW=patch[2], INVERSE=inverse, BLOCK_C=block_c, BLOCK_X=block_x,
-        num_warps=4,
+        C=channels, PT=patch[0], PH=patch[1], PW=patch[2], INVERSE=inverse, ALIGN=math.gcd(16, *video.stride()[:4]),
+        BLOCK_C=block_c, BLOCK_X=block_x, num_warps=4,
     )  # fmt: skip
 
 

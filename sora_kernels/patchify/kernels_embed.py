@@ -84,8 +84,9 @@ def patch_embed3d_dvideo_kernel(
 ):  # fmt: skip
     """dout · weight, scattered: an element of the video belongs to one patch, so that nothing is written twice."""
     AREA: tl.constexpr = PT * PH * PW
-    row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks_k: tl.constexpr = (C * AREA + BLOCK_K - 1) // BLOCK_K  # they share their tokens' dout in L2
+    row = tl.program_id(0) // blocks_k * BLOCK_S + tl.arange(0, BLOCK_S)
+    k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     live = row < rows
     b, s = row // S, row % S
     dout = dout_ptr + (b.to(tl.int64) * dout_stride_b + s.to(tl.int64) * dout_stride_s)[:, None]
@@ -157,20 +158,20 @@ def patch_embed3d_dweight_kernel(
         tl.store(dbias_ptr + chunk * D + cols, tl.sum(lanes, 0), own)
 
 
-def tile(K: int, dtype: torch.dtype, mixed: bool) -> dict[str, int]:
-    """Constexprs of the forward. fp32 products are not for tensor cores: their operands live in registers."""
+def tile(K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constexprs of the forward. Gathering a wide patch takes registers; fp32 products hold their operands in them."""
     if dtype == torch.float32:
         return dict(BLOCK_S=64, BLOCK_D=64, BLOCK_K=16, num_warps=8)
-    block_k = min(max(triton.next_power_of_2(K), 16), 64 if mixed else 256)
-    return dict(BLOCK_S=128 if block_k <= 64 else 64, BLOCK_D=128, BLOCK_K=block_k, num_warps=8)
+    block = min(max(triton.next_power_of_2(K), 16), 64)
+    return dict(BLOCK_S=128 if K <= block else 64, BLOCK_D=64, BLOCK_K=block, num_warps=8)
 
 
-def reduction_tile(K: int, dtype: torch.dtype) -> dict[str, int]:
-    """Constexprs of the two kernels of the backward: the whole patch in one block, as far as 256 features go."""
+def reduction_tile(K: int, dtype: torch.dtype, most: int) -> dict[str, int]:
+    """Constexprs of the backward's kernels: whole patches in one block, as far as `most` features go."""
+    block = min(max(triton.next_power_of_2(K), 16), most)
     if dtype == torch.float32:
-        return dict(BLOCK_S=32, BLOCK_D=64, BLOCK_K=min(max(triton.next_power_of_2(K), 16), 64), num_warps=8)
-    block_k = min(max(triton.next_power_of_2(K), 16), 256)
-    return dict(BLOCK_S=64, BLOCK_D=128 if block_k <= 128 else 64, BLOCK_K=block_k, num_warps=8)
+        return dict(BLOCK_S=32, BLOCK_D=32, BLOCK_K=min(block, 64), num_warps=8)
+    return dict(BLOCK_S=64, BLOCK_D=128 if block <= 64 else 64, BLOCK_K=block, num_warps=8)
 
 
 def _layout(video, weight) -> tuple[tuple[int, int, int], dict[str, int]]:
@@ -185,7 +186,7 @@ def patch_embed3d_fwd(video, weight, bias, pos, out):
         return
     B, S, D = out.shape
     grid, patch = _layout(video, weight)
-    config = tile(weight[0].numel(), video.dtype, weight.dtype != video.dtype)
+    config = tile(weight[0].numel(), video.dtype)
     blocks, tiles = triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(B * S, config["BLOCK_S"])
     per_program = triton.cdiv(blocks, triton.cdiv(PROGRAMS, tiles))
     pos_stride = pos.stride(0) if pos is not None and pos.shape[0] > 1 else 0
@@ -204,15 +205,18 @@ def patch_embed3d_bwd(dout, video, weight, bias, pos, dvideo, dweight, dbias, dp
                 t.zero_()
         return
     K = weight[0].numel()
-    config = reduction_tile(K, dout.dtype)
+    if K == 0:
+        dvideo = dweight = None  # nothing to write
     strides = dout.stride()[:2]
-    if dvideo is not None and K > 0:
-        blocks = triton.cdiv(B * S, config["BLOCK_S"]), triton.cdiv(K, config["BLOCK_K"])
-        patch_embed3d_dvideo_kernel[blocks](
+    if dvideo is not None:
+        config = reduction_tile(K, dout.dtype, 128)
+        programs = triton.cdiv(B * S, config["BLOCK_S"]) * triton.cdiv(K, config["BLOCK_K"])
+        patch_embed3d_dvideo_kernel[(programs,)](
             dout, weight, dvideo, *strides, *dvideo.stride(), B * S, S, *grid[1:], D, **patch, **config
         )
     if dweight is None and dbias is None and dpos is None:
         return
+    config = reduction_tile(K, dout.dtype, 256)
     summed = B if dpos is not None and dpos.shape[0] == 1 else 1
     tiles_per_video = triton.cdiv(S, config["BLOCK_S"])
     tiles = B // summed * tiles_per_video

@@ -154,12 +154,14 @@ def final_layer_bwd_kernel(
     w = load_weight(weight_ptr, n, cols, N, D)
     scale, shift = tl.full([BLOCK_D], 1.0, tl.float32), tl.zeros([BLOCK_D], tl.float32)
     if not PER_TOKEN:
-        b, f = (group * tokens_per_group // S).to(tl.int64), (group * tokens_per_group % S // tokens_per_frame).to(tl.int64)
+        frame = (group * tokens_per_group).to(tl.int64)
+        video, frame = frame // S, frame % S // tokens_per_frame
         if scale_ptr is not None:
-            scale += tl.load(scale_ptr + b * scale_stride_b + f * scale_stride_f + cols, inside, 0.0).to(tl.float32)
+            scale_ptr += video * scale_stride_b + frame * scale_stride_f
+            scale += load_vector(scale_ptr, cols, D, 0.0)
         if shift_ptr is not None:
-            shift += tl.load(shift_ptr + b * shift_stride_b + f * shift_stride_f + cols, inside, 0.0).to(tl.float32)
-    scale, shift = scale[None, :], shift[None, :]
+            shift_ptr += video * shift_stride_b + frame * shift_stride_f
+            shift += load_vector(shift_ptr, cols, D, 0.0)
     P = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     Q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -177,12 +179,12 @@ def final_layer_bwd_kernel(
         x_hat *= rstd
         dy_rows = dy_ptr + row.to(tl.int64)[:, None] * N
         dy = tl.load(dy_rows + n[None, :], live[:, None] & (n < N)[None, :], 0.0)
-        h = x_hat
+        factor, h = scale[None, :], x_hat
         if PER_TOKEN:
             f = (s // tokens_per_frame).to(tl.int64)
             if scale_ptr is not None:
-                scale = 1.0 + load_rows(scale_ptr, b * scale_stride_b + f * scale_stride_f, cols, mask)
-                h *= scale
+                factor += load_rows(scale_ptr, b * scale_stride_b + f * scale_stride_f, cols, mask)
+                h *= factor
             if shift_ptr is not None:
                 h += load_rows(shift_ptr, b * shift_stride_b + f * shift_stride_f, cols, mask)
         P += dy.to(tl.float32)
@@ -203,7 +205,7 @@ def final_layer_bwd_kernel(
             if PER_TOKEN and dscale_ptr is not None:
                 store_rows(dscale_ptr, row.to(tl.int64) * D, cols, dh * x_hat, mask)
             if dx_ptr is not None:
-                dx = dh * scale - x_hat * tl.load(along_ptr + row, live, 0.0)[:, None]
+                dx = dh * factor - x_hat * tl.load(along_ptr + row, live, 0.0)[:, None]
                 if not RMS:
                     dx -= tl.load(centre_ptr + row, live, 0.0)[:, None]
                 store_rows(dx_ptr, row.to(tl.int64) * D, cols, dx * rstd, mask)
@@ -218,7 +220,7 @@ def final_layer_bwd_kernel(
             tl.store(dshift_ptr + at, tl.sum(P * wide, 0), inside)
         if dscale_ptr is not None:
             tl.store(dscale_ptr + at, tl.sum(Q * wide, 0), inside)
-        Q = Q * scale + P * shift
+        Q = Q * scale[None, :] + P * shift[None, :]
     if dweight_ptr is not None:
         at = (part * N + n) * D
         tl.store(dweight_ptr + at[:, None] + cols[None, :], Q, (n < N)[:, None] & inside[None, :])
@@ -227,31 +229,37 @@ def final_layer_bwd_kernel(
         tl.store(dbias_ptr + part * N + n, dbias, own)
 
 
-def tile(N: int, dtype: torch.dtype, narrow: bool) -> dict[str, int]:
-    """Constexprs of the forward: many tokens share a tile of the weight; `narrow` where other tiles need the room."""
-    block_n = min(max(triton.next_power_of_2(N), 16), 256)
+def tile(N: int, dtype: torch.dtype, split: bool, per_token: bool) -> dict[str, int]:
+    """Constexprs of the forward: as many tokens share a tile of the weight as the registers hold sums for."""
+    block = min(max(triton.next_power_of_2(N), 16), 256)
     if dtype == torch.float32:
-        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=min(block_n, 64), num_warps=8)
-    return dict(BLOCK_S=64 if narrow or block_n > 64 else 128, BLOCK_D=64, BLOCK_N=block_n, num_warps=8)
+        return dict(BLOCK_S=64, BLOCK_D=16, BLOCK_N=min(block, 64), num_warps=8)
+    if block > 64:
+        return dict(BLOCK_S=32, BLOCK_D=32 if split else 64, BLOCK_N=min(block, 128) if split else block, num_warps=8)
+    if split or per_token:
+        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=block, num_warps=8)
+    return dict(BLOCK_S=128, BLOCK_D=64, BLOCK_N=block, num_warps=8, num_stages=4)
 
 
-def backward_tile(N: int, dtype: torch.dtype) -> dict[str, int]:
+def backward_tile(N: int, dtype: torch.dtype, split: bool) -> dict[str, int]:
     """Constexprs of the backward: all features, and as much of D as the fp32 sums of dweight leave room for."""
-    block_n = min(max(triton.next_power_of_2(N), 16), 64 if dtype == torch.float32 else 256)
+    block = min(max(triton.next_power_of_2(N), 16), 128)
     if dtype == torch.float32:
-        return dict(BLOCK_S=32, BLOCK_D=32, BLOCK_N=block_n, num_warps=8)
-    return dict(BLOCK_S=64, BLOCK_D=128 if block_n <= 64 else 64, BLOCK_N=block_n, num_warps=8)
+        return dict(BLOCK_S=32, BLOCK_D=32, BLOCK_N=min(block, 32), num_warps=8)
+    if split or block > 64:
+        return dict(BLOCK_S=32, BLOCK_D=64, BLOCK_N=min(block, 64) if split else block, num_warps=8, num_stages=2)
+    return dict(BLOCK_S=32, BLOCK_D=128, BLOCK_N=block, num_warps=8)
 
 
 def _strides(*rows: torch.Tensor | None) -> list[int]:
     return [stride for t in rows for stride in ((0, 0) if t is None else t.stride()[:2])]
 
 
-def _groups(x, rows, most: int, block: int) -> tuple[int, int, int, bool]:
-    """(groups, tokens of each, tokens of a frame, whether rows go by token): frames, where they fill a tile."""
+def _groups(x, rows, most: int) -> tuple[int, int, int, bool]:
+    """(groups, tokens of each, tokens of a frame, whether rows go by token): frames, if few and large enough."""
     B, S, _ = x.shape
     frames = next((t.shape[1] for t in rows if t is not None), 1)
-    if B * frames > most or (frames > 1 and S // frames < block):
+    if B * frames > most or (frames > 1 and S // frames < 64):
         return 1, B * S, S // frames, True
     return B * frames, S // frames, S // frames, False
 
@@ -266,10 +274,8 @@ def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, stat
     if x.numel() == 0:
         return
     split = x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16
-    config = tile(N, x.dtype, split)
-    groups, tokens, frame, per_token = _groups(x, (shift, scale), 2**31, config["BLOCK_S"])
-    if per_token:
-        config = tile(N, x.dtype, True)
+    groups, tokens, frame, per_token = _groups(x, (shift, scale), B * S)
+    config = tile(N, x.dtype, split, per_token)
     tiles = triton.cdiv(tokens, config["BLOCK_S"])
     final_layer_fwd_kernel[(groups * tiles,)](
         x, shift, scale, weight, bias, out, dy, *statistics, *_strides(x, shift, scale),
@@ -280,9 +286,7 @@ def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, stat
     )  # fmt: skip
 
 
-def final_layer_bwd(
-    dout, x, shift, scale, weight, bias, grid, patch, rms, eps, dx, dshift, dscale, dweight, dbias
-):
+def final_layer_bwd(dout, x, shift, scale, weight, bias, grid, patch, rms, eps, dx, dshift, dscale, dweight, dbias):
     N, D = weight.shape
     B, S, _ = x.shape
     if x.numel() == 0:
@@ -299,8 +303,8 @@ def final_layer_bwd(
     statistics = [empty(B * S) for _ in range(4)]
     _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, None, dy, statistics)
 
-    config = backward_tile(N, x.dtype)
-    groups, tokens, frame, per_token = _groups(x, (shift, scale, dshift, dscale), PROGRAMS, config["BLOCK_S"])
+    config = backward_tile(N, x.dtype, weight.dtype != x.dtype)
+    groups, tokens, frame, per_token = _groups(x, (shift, scale, dshift, dscale), PROGRAMS)
     blocks_n = triton.cdiv(N, config["BLOCK_N"])
     blocks = triton.cdiv(D, config["BLOCK_D"]) * blocks_n
     tiles = triton.cdiv(tokens, config["BLOCK_S"])
