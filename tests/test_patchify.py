@@ -143,7 +143,7 @@ GPU_EMBED = [  # Wan 1.3B; Wan image to video, 36 channels; LTX; a video of pixe
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GPU_EMBED)
-def test_patch_embed3d_at_the_shapes_of_models(case, dtype):
+def test_triton_patch_embed3d_at_the_shapes_of_models(case, dtype):
     inputs = {name: None if t is None else t.cuda() for name, t in embed_inputs(case, dtype).items()}
     S = case[2][0] * case[2][1] * case[2][2]
     grad = torch.randn(case[0], S, case[4]).to("cuda", dtype)
@@ -228,7 +228,7 @@ def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(size, patch, lay
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unpatchify3d_at_the_shape_of_wan(dtype):
+def test_triton_unpatchify3d_at_the_shape_of_wan(dtype):
     video = torch.randn(1, 16, 21, 90, 160).to("cuda", dtype)
     tokens = reference.patchify3d(video, (1, 2, 2)).requires_grad_()
     with poison_empty():
@@ -338,7 +338,7 @@ GPU_FINAL = [  # Wan 1.3B per clip, Wan 14B per frame, Wan 5B with a row per tok
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GPU_FINAL)
-def test_final_layer_at_the_shapes_of_models(case, dtype):
+def test_triton_final_layer_at_the_shapes_of_models(case, dtype):
     check_final(case, dtype, "triton", "cuda")
 
 
@@ -359,7 +359,7 @@ def test_final_layer_takes_parameters_of_another_dtype(kind, where, on):
 def test_final_layer_statistics_of_difficult_rows(row, where, on):
     """Rows for which E[x²] − mean², or sums about a value taken from the row, would lose every digit.
 
-    What no formula can avoid is the rounding of x itself against what is left of it, x − mean.
+    What no formula can avoid is the rounding of x against what is left of it, x − mean, and those of sums of D terms.
     """
     impl, device = where
     on("final_layer", impl, device)
@@ -382,7 +382,7 @@ def test_final_layer_statistics_of_difficult_rows(row, where, on):
     mean, variance = double["x"].mean(-1).abs(), double["x"].var(-1, correction=0)
     condition = 1 + (mean / (variance + 1e-6).sqrt()).max().item()
     for name, result in ours.items():
-        bound = 4 * condition * torch.finfo(torch.float32).eps * oracle[name].abs().max()
+        bound = 200**0.5 * condition * torch.finfo(torch.float32).eps * oracle[name].abs().max()
         assert (result.double() - oracle[name]).abs().max() <= bound, name
 
 

@@ -40,9 +40,7 @@ def token_offsets(
 
 
 @triton.jit
-def feature_offsets(
-    c, within, stride_c, stride_t, stride_h, stride_w, PH: tl.constexpr, PW: tl.constexpr
-):
+def feature_offsets(c, within, stride_c, stride_t, stride_h, stride_w, PH: tl.constexpr, PW: tl.constexpr):
     """Of channel c at place `within` = (i·PH + j)·PW + k of a patch, from the patch's first element."""
     i, j, k = within // PW // PH, within // PW % PH, within % PW
     offset = c.to(tl.int64) * stride_c + i.to(tl.int64) * stride_t
@@ -52,19 +50,19 @@ def feature_offsets(
 @triton.jit
 def unpatchify3d_kernel(
     tokens_ptr, video_ptr, tokens_stride_b, tokens_stride_s, tokens_stride_n,
-    stride_b, stride_c, stride_t, stride_h, stride_w, frames, height, width, grid_h, grid_w,
+    stride_b, stride_c, stride_t, stride_h, stride_w, frames, height, columns, grid_h, grid_w,
     C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, INVERSE: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """A program moves a line of the video, or a part of it, in several channels: a tile `[channels, x]`.
 
     Channels are neighbours in a token and columns are in the video: each side is read or written in its own order,
-    and the tile turns in shared memory between them. ALIGN divides every stride of the video but that of x.
+    and the tile turns in shared memory between them. ALIGN divides the width and every stride but that of x.
     """
     line = tl.program_id(0)
     x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (c < C)[:, None] & (x < width)[None, :]
+    mask = (c < C)[:, None] & (x < columns * ALIGN)[None, :]
     y, t, b = line % height, line // height % frames, (line // height // frames).to(tl.int64)
     s = (t // PT * grid_h + y // PH) * grid_w + x // PW
     n = ((t % PT * PH + y % PH) * PW + x % PW) * C
@@ -85,10 +83,11 @@ def _move(tokens, video, grid, patch, channels, inverse) -> None:
     B, _, frames, height, width = video.shape
     block_c = min(triton.next_power_of_2(channels), 64)
     block_x = min(triton.next_power_of_2(width), max(2048 // block_c, 32))
+    align = math.gcd(16, width, *video.stride()[:4])
     blocks = B * frames * height, triton.cdiv(width, block_x), triton.cdiv(channels, block_c)
     unpatchify3d_kernel[blocks](
-        tokens, video, *tokens.stride(), *video.stride(), frames, height, width, grid[1], grid[2],
-        C=channels, PT=patch[0], PH=patch[1], PW=patch[2], INVERSE=inverse, ALIGN=math.gcd(16, *video.stride()[:4]),
+        tokens, video, *tokens.stride(), *video.stride(), frames, height, width // align, grid[1], grid[2],
+        C=channels, PT=patch[0], PH=patch[1], PW=patch[2], INVERSE=inverse, ALIGN=align,
         BLOCK_C=block_c, BLOCK_X=block_x, num_warps=4,
     )  # fmt: skip
 

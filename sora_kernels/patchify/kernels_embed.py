@@ -50,9 +50,7 @@ def patch_embed3d_fwd_kernel(
     tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
     k = tl.arange(0, BLOCK_K)
     if K <= BLOCK_K:
-        patches = load_patches(
-            video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW
-        )
+        patches = load_patches(video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW)
     for i in range(blocks_per_program):
         cols = (first + i) * BLOCK_D + tl.arange(0, BLOCK_D)
         weight = weight_ptr + cols.to(tl.int64)[None, :] * K
@@ -161,7 +159,7 @@ def patch_embed3d_dweight_kernel(
 def tile(K: int, dtype: torch.dtype) -> dict[str, int]:
     """Constexprs of the forward. Gathering a wide patch takes registers; fp32 products hold their operands in them."""
     if dtype == torch.float32:
-        return dict(BLOCK_S=64, BLOCK_D=64, BLOCK_K=16, num_warps=8)
+        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_K=16, num_warps=8)
     block = min(max(triton.next_power_of_2(K), 16), 64)
     return dict(BLOCK_S=128 if K <= block else 64, BLOCK_D=64, BLOCK_K=block, num_warps=8)
 

@@ -2,14 +2,14 @@
 
 Bytes, in units of x's B·S·D elements (the video is N/D of it, the weight and shared rows stay in L2):
 forward 1, the fewest possible: x is read once, by one loop that feeds the statistics and the product alike. Backward 3
-where 2 would do: x for the statistics, x again beside the write of dx. One row per token adds its own size each time it
-is read or written: 2 forward, and 2 more for the statistics and 4 in the backward. More than 256 features read x again
-for every 256.
+where 2 would do: x for the statistics, x again beside the write of dx. Rows of one token each add 2 to the forward and
+5 to the backward, where 4 would do: scale for the statistics, both rows, both gradients. More features than BLOCK_N
+read x again for every block of them.
 
 How one read is enough. With p the mean of a row's first block, z = norm(x)·(1 + scale) Wᵀ is
     (((x − p)·(1 + scale)) Wᵀ − m·((1 + scale) Wᵀ)) / σ,    m = mean(x − p),  σ² = mean((x − p)²) − m²,
-and every sum is over columns as they come. Nothing cancels: Σ(x − mean)² over that block alone shows |m| ≤ σ·√(D/block),
-whatever the row, so that the difference costs σ² at most a factor D/block of fp32's rounding.
+and every sum is over columns as they come. Nothing cancels: Σ(x − mean)² over that block alone shows
+|m| ≤ σ·√(D/block), whatever the row, so that the difference costs σ² at most a factor D/block of fp32's rounding.
 
 Before its product on tensor cores a tile of a bf16 x is rounded to bf16, where plain PyTorch rounds three times. fp16
 could overflow there, as nothing is normalised yet: it takes three products of bf16 halves, as does a weight of another
@@ -64,9 +64,9 @@ def final_layer_fwd_kernel(
     else:
         mod_row = group * tokens_per_group + tl.zeros([1], tl.int32)
         mod_live = mod_row >= 0
-    b, f = (mod_row // S).to(tl.int64), (mod_row % S // tokens_per_frame).to(tl.int64)
-    shift_row = b * shift_stride_b + f * shift_stride_f
-    scale_row = b * scale_stride_b + f * scale_stride_f
+    video, frame = (mod_row // S).to(tl.int64), (mod_row % S // tokens_per_frame).to(tl.int64)
+    shift_row = video * shift_stride_b + frame * shift_stride_f
+    scale_row = video * scale_stride_b + frame * scale_stride_f
     lanes = tl.arange(0, BLOCK_D)
     pivot = tl.zeros([BLOCK_S], tl.float32)
     if not RMS:
@@ -109,7 +109,8 @@ def final_layer_fwd_kernel(
         z = (z - mean[:, None] * from_scale) * rstd[:, None]
         if out_ptr is not None:
             z += from_shift + load_vector(bias_ptr, n, N, 0.0)[None, :]
-            tokens = token_offsets(row // S, row % S, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
+            b, s = row // S, row % S
+            tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
             features = feature_offsets(n % C, n // C, stride_c, stride_t, stride_h, stride_w, PH, PW)
             mask = live[:, None] & (n < N)[None, :]
             tl.store(out_ptr + tokens[:, None] + features[None, :], z.to(out_ptr.dtype.element_ty), mask)
