@@ -502,6 +502,16 @@ def test_empty(impl, on):
     out = final_layer(x, None, None, torch.randn(8, 4), grid=(1, 2, 3), patch=(1, 2, 2), impl=impl)
     out.sum().backward()
     assert out.shape == (0, 2, 1, 4, 6) and x.grad.shape == x.shape
+    weight, bias = torch.empty(8, 0, requires_grad=True), torch.randn(8, requires_grad=True)
+    out = final_layer(torch.empty(2, 6, 0), None, None, weight, bias, grid=(1, 2, 3), patch=(1, 2, 2), impl=impl)
+    out.sum().backward()
+    tokens = bias.detach().expand(2, 6, 8)
+    assert torch.equal(out, reference.unpatchify3d(tokens, (1, 2, 3), (1, 2, 2), 2))
+    assert torch.equal(bias.grad, torch.full((8,), 12.0))
+    video, weight, bias = torch.empty(2, 0, 2, 4, 6), torch.empty(5, 0, 1, 2, 2), torch.randn(5, requires_grad=True)
+    tokens = patch_embed3d(video, weight, bias, impl=impl)
+    tokens.sum().backward()
+    assert torch.equal(tokens, bias.detach().expand(2, 12, 5)) and torch.equal(bias.grad, torch.full((5,), 24.0))
     assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2, impl=impl).shape == (0, 2, 1, 4, 6)
 
 

@@ -1,12 +1,12 @@
 """Triton kernels of `patch_embed3d`: an implicit GEMM whose rows are gathered from the video, with any five strides.
 
-Bytes, in units of the output's B·S·D elements (the video, K/D of it, and the weight stay in L2):
-forward 1, the write; pos adds its own size. Backward 1 for everything but dvideo, which reads dout once more; dpos adds
-its own size. Both are the fewest possible, but for dvideo together with the others (2 instead of 1), and for more than
-BLOCK_K = 256 features a patch, where dout is read again by every block of 256.
+Bytes, in units of the output's B·S·D elements (the video, K/D of it, and the weight stay in L2): forward 1, the write.
+Backward 1 for everything but dvideo, which reads dout once more. pos and dpos add their own size. That is the fewest
+possible, but for dvideo together with the others (2 instead of 1), and for more than 256 features a patch, 128 for
+dvideo, where programs side by side read the same dout for each block of them.
 
-A weight of video's dtype meets it on the tensor cores as it is. Another is not rounded to it: both are widened to fp32,
-multiplied as bf16 halves (16 bits of each operand survive) beside a 16-bit video and in full beside an fp32 one.
+A weight of video's dtype meets it on the tensor cores as it is. Another is not rounded to it: both are widened to fp32
+and multiplied, beside a 16-bit video as bf16 halves, of which 16 bits of each operand survive.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ How one read is enough. With p the mean of a row's first block, z = norm(x)·(1 
 and every sum is over columns as they come. Nothing cancels: Σ(x − mean)² over that block alone shows
 |m| ≤ σ·√(D/block), whatever the row, so that the difference costs σ² at most a factor D/block of fp32's rounding.
 
-Before its product on tensor cores a tile of a bf16 x is rounded to bf16, where plain PyTorch rounds three times. fp16
-could overflow there, as nothing is normalised yet: it takes three products of bf16 halves, as does a weight of another
-dtype. fp32 is multiplied in fp32.
+Before its product on tensor cores a tile of a bf16 x, like the rows of scale and shift, is rounded to bf16; plain
+PyTorch rounds three times on the way there. fp16 could overflow, as nothing is normalised yet: it takes three products
+of bf16 halves, as does a weight of another dtype. fp32 is multiplied in fp32.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ def final_layer_fwd_kernel(
     shift_row = video * shift_stride_b + frame * shift_stride_f
     scale_row = video * scale_stride_b + frame * scale_stride_f
     lanes = tl.arange(0, BLOCK_D)
+    width = tl.maximum(D, 1)  # of x without any width the bias is left
     pivot = tl.zeros([BLOCK_S], tl.float32)
     if not RMS:
-        pivot = tl.sum(load_rows(x_ptr, x_row, lanes, live[:, None] & (lanes < D)[None, :]), 1) / tl.minimum(D, BLOCK_D)
+        block = load_rows(x_ptr, x_row, lanes, live[:, None] & (lanes < D)[None, :])
+        pivot = tl.sum(block, 1) / tl.minimum(width, BLOCK_D)
     centre = tl.zeros([BLOCK_S], tl.float32)
     along = tl.zeros([BLOCK_S], tl.float32)
 
@@ -104,8 +106,8 @@ def final_layer_fwd_kernel(
 
         if not PER_TOKEN:
             from_scale, from_shift = tl.max(from_scale, 0)[None, :], tl.max(from_shift, 0)[None, :]
-        mean = tl.sum(x_sum, 1) / D
-        rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(x_square, 1) / D - mean * mean, 0.0) + eps)
+        mean = tl.sum(x_sum, 1) / width
+        rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(x_square, 1) / width - mean * mean, 0.0) + eps)
         z = (z - mean[:, None] * from_scale) * rstd[:, None]
         if out_ptr is not None:
             z += from_shift + load_vector(bias_ptr, n, N, 0.0)[None, :]
@@ -116,8 +118,8 @@ def final_layer_fwd_kernel(
             tl.store(out_ptr + tokens[:, None] + features[None, :], z.to(out_ptr.dtype.element_ty), mask)
         else:
             dy = load_rows(dy_ptr, row.to(tl.int64) * N, n, live[:, None] & (n < N)[None, :])
-            along += tl.sum(dy * z, 1) / D
-            centre += tl.sum(dy * from_scale, 1) / D
+            along += tl.sum(dy * z, 1) / width
+            centre += tl.sum(dy * from_scale, 1) / width
             tl.store(mean_ptr + row, pivot + mean, live)
             tl.store(rstd_ptr + row, rstd, live)
 
@@ -141,16 +143,17 @@ def final_layer_bwd_kernel(
     from which every reduced gradient follows:
         dshift = P·W,  dscale = Σ_n Q·W,  dweight = (1 + scale)·Q + shift·P,  dbias = P.
     PER_TOKEN, Q is Σ dyᵀh with h the modulated x̂, which is dweight; dshift = dh and dscale = dh·x̂ are written as they
-    are. All programs sweep over the tokens side by side and backwards, since the last of them are still in L2.
+    are. Programs and the tiles of each go backwards: the last tokens are those that the statistics left in L2.
     Where N exceeds BLOCK_N a program has one block of it for its sums; the first block's programs write dx.
     """
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     blocks_d = tl.cdiv(D, BLOCK_D)
-    cols = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    block_n = tl.program_id(0) // blocks_d % blocks_n
+    cols = program % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    block_n = program // blocks_d % blocks_n
     n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    chunk = tl.program_id(0) // blocks_d // blocks_n % chunks
-    group = tl.program_id(0) // blocks_d // blocks_n // chunks
+    chunk = program // blocks_d // blocks_n % chunks
+    group = program // blocks_d // blocks_n // chunks
     inside = cols < D
     w = load_weight(weight_ptr, n, cols, N, D)
     scale, shift = tl.full([BLOCK_D], 1.0, tl.float32), tl.zeros([BLOCK_D], tl.float32)
@@ -226,7 +229,7 @@ def final_layer_bwd_kernel(
         at = (part * N + n) * D
         tl.store(dweight_ptr + at[:, None] + cols[None, :], Q, (n < N)[:, None] & inside[None, :])
     if dbias_ptr is not None:
-        own = n < tl.where(tl.program_id(0) % blocks_d == 0, N, 0)
+        own = n < tl.where(program % blocks_d == 0, N, 0)
         tl.store(dbias_ptr + part * N + n, dbias, own)
 
 
@@ -272,7 +275,7 @@ def final_layer_fwd(x, shift, scale, weight, bias, grid, patch, rms, eps, out):
 def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, statistics):
     N, D = weight.shape
     B, S, _ = x.shape
-    if x.numel() == 0:
+    if B * S == 0:
         return
     split = x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16
     groups, tokens, frame, per_token = _groups(x, (shift, scale), B * S)
@@ -290,17 +293,19 @@ def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, stat
 def final_layer_bwd(dout, x, shift, scale, weight, bias, grid, patch, rms, eps, dx, dshift, dscale, dweight, dbias):
     N, D = weight.shape
     B, S, _ = x.shape
-    if x.numel() == 0:
-        for t in (dx, dshift, dscale, dweight, dbias):
-            if t is not None:
-                t.zero_()
-        return
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     dy = empty(B, S, N, dtype=dout.dtype)
     unpatchify3d_bwd(dout, grid, patch, N // (patch[0] * patch[1] * patch[2]), dy)
+    if x.numel() == 0:
+        for t in (dx, dshift, dscale, dweight):
+            if t is not None:
+                t.zero_()
+        if dbias is not None:
+            dbias.copy_(dy.sum((0, 1), dtype=torch.float32))
+        return
     statistics = [empty(B * S) for _ in range(4)]
     _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, None, dy, statistics)
 
