@@ -18,8 +18,8 @@ import triton.language as tl
 from .._triton import load_rows, load_vector, store_rows, sum_partials
 from .kernels import dot, feature_offsets, token_offsets
 
-PROGRAMS = 1024  # of the forward, at most about twice: a block of tokens is gathered anew by each of its programs
-REDUCERS = 256  # of dweight: two per SM of a large GPU, and with D·K / their tile the bound of the fp32 partials
+PROGRAMS = 1024  # of the forward, at least, where there is work for them; each gathers its block of tokens anew
+REDUCERS = 256  # of dweight: two per SM of a large GPU, and the bound of its fp32 partials: that many tiles
 
 
 @triton.jit

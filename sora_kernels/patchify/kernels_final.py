@@ -13,7 +13,7 @@ and every sum is over columns as they come. Nothing cancels: Σ(x − mean)² ov
 
 Before its product on tensor cores a tile of a bf16 x, like the rows of scale and shift, is rounded to bf16; plain
 PyTorch rounds three times on the way there. fp16 could overflow, as nothing is normalised yet: it takes three products
-of bf16 halves, as does a weight of another dtype. fp32 is multiplied in fp32.
+of bf16 halves, as does a weight of another dtype. fp32 is multiplied in fp32. The backward rounds x̂ to x's dtype.
 """
 
 from __future__ import annotations

@@ -112,9 +112,9 @@ def final_layer(
     grid, patch   (T, H, W) in tokens with T·H·W = S; (pt, ph, pw)
 
     Returns [B, C, T·pt, H·ph, W·pw] in x's dtype, dense. Statistics, products and sums are fp32, rounded once at the
-    store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. Each gradient is reduced
-    to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit. Second derivatives:
-    differentiate `sora_kernels.patchify.reference`.
+    store (and, where tensor cores multiply, once before); error against fp64 ≤ 2 × that of plain PyTorch in the same
+    dtype plus one rounding. Each gradient is reduced to exactly the shape given, in fp32 and in a fixed order: two runs
+    agree bit for bit. Second derivatives: differentiate `sora_kernels.patchify.reference`.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: the final layer of DiT, arXiv 2212.09748.
