@@ -87,7 +87,8 @@ def measure(kernel, args, kwargs, capability: int) -> dict:
         kernel=kernel.__name__, registers=found["REG"], stack=found["STACK"], local=found["LOCAL"],
         shared=compiled.metadata.shared, num_warps=compiled.metadata.num_warps,
         loads=ptx.count("ld.global"), vector_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.[bu]32|v2\.b64)", ptx)),
-        copies=ptx.count("cp.async.c"), vector_copies=len(re.findall(r"cp\.async\.c\S+ [^;]*\], 0x10,", ptx)),
+        copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        vector_copies=len(re.findall(r"cp\.async\.c[ag]\.[^;]*\], 0x10,", ptx)),
         wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
     )  # fmt: skip
 

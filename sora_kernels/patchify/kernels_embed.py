@@ -164,9 +164,17 @@ def tile(K: int, dtype: torch.dtype) -> dict[str, int]:
     return dict(BLOCK_S=128 if K <= block else 64, BLOCK_D=64, BLOCK_K=block, num_warps=8)
 
 
-def reduction_tile(K: int, dtype: torch.dtype, most: int) -> dict[str, int]:
-    """Constexprs of the backward's kernels: whole patches in one block, as far as `most` features go."""
-    block = min(max(triton.next_power_of_2(K), 16), most)
+def dvideo_tile(K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constexprs of dvideo: whole patches in one block, as far as 128 features go."""
+    block = min(max(triton.next_power_of_2(K), 16), 128)
+    if dtype == torch.float32:
+        return dict(BLOCK_S=32, BLOCK_D=32, BLOCK_K=min(block, 64), num_warps=8)
+    return dict(BLOCK_S=64, BLOCK_D=64, BLOCK_K=block, num_warps=8)
+
+
+def dweight_tile(K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Constexprs of dweight: whole patches in one block, as far as 256 features go."""
+    block = min(max(triton.next_power_of_2(K), 16), 256)
     if dtype == torch.float32:
         return dict(BLOCK_S=32, BLOCK_D=32, BLOCK_K=min(block, 64), num_warps=8)
     return dict(BLOCK_S=64, BLOCK_D=128 if block <= 64 else 64, BLOCK_K=block, num_warps=8)
@@ -207,14 +215,14 @@ def patch_embed3d_bwd(dout, video, weight, bias, pos, dvideo, dweight, dbias, dp
         dvideo = dweight = None  # nothing to write
     strides = dout.stride()[:2]
     if dvideo is not None:
-        config = reduction_tile(K, dout.dtype, 128)
+        config = dvideo_tile(K, dout.dtype)
         programs = triton.cdiv(B * S, config["BLOCK_S"]) * triton.cdiv(K, config["BLOCK_K"])
         patch_embed3d_dvideo_kernel[(programs,)](
             dout, weight, dvideo, *strides, *dvideo.stride(), B * S, S, *grid[1:], D, **patch, **config
         )
     if dweight is None and dbias is None and dpos is None:
         return
-    config = reduction_tile(K, dout.dtype, 256)
+    config = dweight_tile(K, dout.dtype)
     summed = B if dpos is not None and dpos.shape[0] == 1 else 1
     tiles_per_video = triton.cdiv(S, config["BLOCK_S"])
     tiles = B // summed * tiles_per_video
