@@ -87,6 +87,8 @@ def measure(kernel, args, kwargs, capability: int) -> dict:
         kernel=kernel.__name__, registers=found["REG"], stack=found["STACK"], local=found["LOCAL"],
         shared=compiled.metadata.shared, num_warps=compiled.metadata.num_warps,
         loads=ptx.count("ld.global"), vector_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.[bu]32|v2\.b64)", ptx)),
+        copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+        vector_copies=len(re.findall(r"cp\.async\.c[ag]\.[^;]*\], 0x10,", ptx)),
         wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
     )  # fmt: skip
 
@@ -166,7 +168,50 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         yield f"{name} backward", backward, (kernels, _triton)
 
 
-FAMILIES = {"modulation": modulation, "qknorm_rope": qknorm_rope}
+def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """Both ends of Wan 14B with a row per frame, Wan 5B with 48 channels and a row per token, Wan 1.3B; odd sizes."""
+    from sora_kernels import _triton
+    from sora_kernels.patchify import kernels, kernels_embed, kernels_final
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    modules = (kernels, kernels_embed, kernels_final, _triton)
+    cases = [  # C, grid, patch, D, dtype of video and tokens, of parameters and rows, rows of modulation
+        (16, (21, 45, 80), (1, 2, 2), 5120, bf16, bf16, 21),
+        (48, (31, 22, 40), (1, 2, 2), 3072, bf16, bf16, 27280),
+        (16, (21, 30, 52), (1, 2, 2), 1536, fp32, fp32, 1),
+        (3, (3, 5, 7), (2, 3, 5), 33, bf16, fp32, 3),
+    ]
+    for C, grid, patch, D, dtype, weight_dtype, frames in cases:
+        S, K = grid[0] * grid[1] * grid[2], C * patch[0] * patch[1] * patch[2]
+
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        video, dvideo = (empty(1, C, *(n * p for n, p in zip(grid, patch, strict=True))) for _ in range(2))
+        tokens, dtokens, features = empty(1, S, D), empty(1, S, D), empty(1, S, K)
+        bias, dbias = (empty(D, dtype=weight_dtype) for _ in range(2))
+        weight, dweight = (empty(D, C, *patch, dtype=weight_dtype) for _ in range(2))
+        pos, dpos = (empty(1, S, D, dtype=weight_dtype) if C != 16 else None for _ in range(2))
+        rows = [None if frames is None else empty(1, frames, D, dtype=weight_dtype) for _ in range(4)]
+        out_weight, dout_weight = (empty(K, D, dtype=weight_dtype) for _ in range(2))
+        out_bias, dout_bias = (empty(K, dtype=weight_dtype) for _ in range(2))
+        final = (tokens, *rows[:2], out_weight, out_bias, grid, patch, False, 1e-6)
+        calls = {
+            "embed forward": lambda a=(video, weight, bias, pos, tokens): kernels_embed.patch_embed3d_fwd(*a),
+            "embed backward": lambda a=(tokens, video, weight, bias, pos, dvideo, dweight, dbias, dpos): (
+                kernels_embed.patch_embed3d_bwd(*a)
+            ),
+            "unpatchify forward": lambda a=(features, grid, patch, C, video): kernels.unpatchify3d_fwd(*a),
+            "final forward": lambda a=(*final, video): kernels_final.final_layer_fwd(*a),
+            "final backward": lambda a=(video, *final, dtokens, *rows[2:], dout_weight, dout_bias): (
+                kernels_final.final_layer_bwd(*a)
+            ),
+        }
+        for name, call in calls.items():
+            yield f"{name} C={C} D={D}", call, modules
+
+
+FAMILIES = {"modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify}
 
 
 def main() -> None:

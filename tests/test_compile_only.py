@@ -17,8 +17,17 @@ import pytest
 TARGETS = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may use
 # Rows of 5120 fill the register file: 8 live arrays x 8192 padded columns. A few words then go through L1.
 STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
+# So do the sums of 128 tokens and 64 features on sm_120, whose tensor cores take operands from registers.
+STACK_BYTES |= {"final forward C=16 D=5120": 8, "final backward C=16 D=5120": 16}
+# Nothing is aligned and the weight is of another dtype: an address for every element, and three products for one.
+STACK_BYTES |= {"embed forward C=3 D=33": 104, "embed backward C=3 D=33": 16, "final forward C=3 D=33": 24}
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
+# Bias, the shared rows of scale and shift, and the statistics of tokens: vectors in the layout of the tile they meet.
+NARROW |= {"final_layer_fwd_kernel": 3, "final_layer_bwd_kernel": 34}
+# A video is gathered as wide as the patch has neighbours in it, two elements for Wan.
+GATHERS = {"patch_embed3d_fwd_kernel", "patch_embed3d_dweight_kernel"}
+ODD = " C=3 D=33"  # rows of 33 and patches (2, 3, 5): no 16 bytes are aligned
 
 
 @pytest.fixture(scope="session")
@@ -52,8 +61,26 @@ def test_shared_memory_fits(rows):
 
 
 def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
-    """A row of 64 of the per-token backward is one short load per thread, and is left out, as are partials 72 wide."""
+    """A row of 64 of the per-token backward is one short load per thread, and is left out, as are partials as short."""
     checked = [r for r in rows if r["case"] != "D=64 backward per token"]
     checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or not r["case"].startswith("16x72 ")]
+    checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or r["family"] != "patchify"]
+    checked = [r for r in checked if r["kernel"] not in GATHERS and not r["case"].endswith(ODD)]
     narrow = [r for r in checked if r["vector_loads"] < r["loads"] - NARROW.get(r["kernel"], 0)]
     assert checked and not narrow, narrow
+
+
+def test_every_asynchronous_copy_is_16_bytes_wide(rows):
+    """What a pipelined loop prefetches: tiles of tokens and weights. Left out: the statistics, a word a token, and
+    fp32, whose tiles are as narrow as the registers of its products allow."""
+    checked = [r for r in rows if r["family"] == "patchify" and not r["case"].endswith((ODD, "D=1536"))]
+    narrow = [r for r in checked if r["vector_copies"] < r["copies"] and r["kernel"] != "final_layer_bwd_kernel"]
+    assert any(r["copies"] for r in checked) and not narrow, narrow
+
+
+def test_16_bit_products_of_patches_run_on_the_tensor_cores_of_hopper_and_blackwell(rows):
+    """fp32 is multiplied in fp32; 256 sums a token leave room for 32 tokens, half of what wgmma takes."""
+    found = {90: "wgmma", 100: "tcgen05"}
+    checked = [r for r in rows if r["case"].endswith(" C=16 D=5120") and r["sm"] in found]
+    checked = [r for r in checked if r["kernel"] not in ("unpatchify3d_kernel", "sum_partials_kernel")]
+    assert len(checked) == 12 and all(r[found[r["sm"]]] for r in checked), checked

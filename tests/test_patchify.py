@@ -2,16 +2,50 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from sora_kernels import Unavailable, final_layer, norm_modulate, patch_embed3d, unpatchify3d
+from sora_kernels import Unavailable, _dispatch, final_layer, norm_modulate, patch_embed3d, unpatchify3d
 from sora_kernels.patchify import reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLS = ["reference", "cpu", "triton"]
+KERNELS = ["cpu", "triton"]
+# (implementation, device); the Triton interpreter, which runs on the CPU, computes bf16 on raw bits
+ON = [(impl, "cpu") for impl in IMPLS] + [
+    pytest.param((impl, "cuda"), marks=pytest.mark.gpu, id=f"{impl}-cuda") for impl in ("reference", "triton")
+]
 NORMS = dict(layer=torch.nn.functional.layer_norm, rms=torch.nn.functional.rms_norm)
+
+
+@pytest.fixture
+def on(require):
+    """Skip where an implementation cannot run a call of this dtype on this device, backward included."""
+
+    def check(op, impl, device="cpu", dtype=torch.float32):
+        require(op, impl, device, dtype, grad=True)
+        if impl == "triton" and device == "cpu" and dtype == torch.bfloat16 and _dispatch.INTERPRET:
+            pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested on a GPU")
+
+    return check
+
+
+def check_rule(function, plain, inputs, grad, terms=1):
+    """The error rule on the output and every gradient; `plain` is the formula in the dtype of its inputs."""
+    with poison_empty():
+        ours = outputs_and_grads(function, inputs, [grad])
+    oracle = outputs_and_grads(
+        plain, {n: None if t is None else t.double() for n, t in inputs.items()}, [grad.double()]
+    )
+    dtype = grad.dtype
+    same = {n: None if t is None else t.to(dtype) for n, t in inputs.items()}
+    baseline = outputs_and_grads(plain, same, [grad])
+    for name, result in ours.items():
+        reduced = name.startswith("grad") and name not in ("grad video", "grad x")
+        assert_matches_oracle(result, oracle[name], baseline[name].to(result.dtype), name, terms if reduced else 1)
 
 
 def op_samples() -> list[tuple[str, tuple]]:
@@ -51,6 +85,10 @@ EMBED = [
     (3, 5, (1, 2, 1), (1, 1, 1), 1, False, 0),
     (1, 16, (1, 1, 1), (1, 2, 2), 33, False, 2),
 ]
+TILES = [  # several tiles of tokens, of D, of features and, where it is no power of two, a rest of each
+    (2, 6, (3, 5, 5), (1, 2, 2), 70, True, 2),
+    (1, 9, (1, 2, 2), (2, 3, 5), 5, True, 3),
+]
 
 
 def embed_inputs(case, dtype=torch.float64):
@@ -82,32 +120,75 @@ def test_patch_embed3d_is_a_strided_conv3d(case):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", ON, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", EMBED)
-def test_patch_embed3d_error_rule(case, dtype, device):
+@pytest.mark.parametrize("case", [*EMBED, *TILES])
+def test_patch_embed3d_error_rule(case, dtype, where, on):
+    impl, device = where
+    on("patch_embed3d", impl, device, dtype)
     inputs = {name: None if t is None else t.to(device) for name, t in embed_inputs(case, dtype).items()}
-    double = {name: None if t is None else t.double() for name, t in inputs.items()}
-    shape = (case[0], case[2][0] * case[2][1] * case[2][2], case[4])
-    grads = [torch.randn(shape).to(device, dtype)]
-    with poison_empty():
-        ours = outputs_and_grads(patch_embed3d, inputs, grads)
-    oracle = outputs_and_grads(conv3d, double, [grads[0].double()])
-    baseline = outputs_and_grads(conv3d, inputs, grads)
-    for name, result in ours.items():
-        assert_matches_oracle(result, oracle[name], baseline[name], name)
+    S = case[2][0] * case[2][1] * case[2][2]
+    grad = torch.randn(case[0], S, case[4]).to(device, dtype)
+    check_rule(partial(patch_embed3d, impl=impl), conv3d, inputs, grad, terms=case[0] * S)
 
 
-def test_patch_embed3d_rounds_once_for_mixed_dtypes():
-    inputs = embed_inputs(EMBED[0], torch.float32)
-    inputs["video"] = inputs["video"].bfloat16()
+GPU_EMBED = [  # Wan 1.3B; Wan image to video, 36 channels; LTX; a video of pixels
+    (1, 16, (21, 30, 52), (1, 2, 2), 1536, True, 0),
+    (2, 36, (5, 15, 26), (1, 2, 2), 1536, True, 2),
+    (2, 128, (3, 16, 24), (1, 1, 1), 2048, True, 3),
+    (1, 3, (4, 28, 52), (2, 4, 4), 1152, True, 2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GPU_EMBED)
+def test_triton_patch_embed3d_at_the_shapes_of_models(case, dtype):
+    inputs = {name: None if t is None else t.cuda() for name, t in embed_inputs(case, dtype).items()}
+    S = case[2][0] * case[2][1] * case[2][2]
+    grad = torch.randn(case[0], S, case[4]).to("cuda", dtype)
+    check_rule(partial(patch_embed3d, impl="triton"), conv3d, inputs, grad, terms=case[0] * S)
+
+
+@pytest.mark.parametrize("where", ON, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patch_embed3d_rounds_once_for_mixed_dtypes(dtype, where, on):
+    impl, device = where
+    on("patch_embed3d", impl, device, dtype)
+    inputs = {name: t.to(device) for name, t in embed_inputs(EMBED[0], torch.float32).items()}
+    inputs["video"] = inputs["video"].to(dtype)
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
-    out = patch_embed3d(**leaves)
+    out = patch_embed3d(**leaves, impl=impl)
     out.float().square().sum().backward()
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     assert {name: t.grad.dtype for name, t in leaves.items()} == {name: t.dtype for name, t in inputs.items()}
     oracle = conv3d(*(t.detach().double() for t in inputs.values()))
-    assert (out.double() - oracle).abs().max() <= 2**-8 * oracle.abs().max()
+    assert (out.double() - oracle).abs().max() <= torch.finfo(dtype).eps / 2 * oracle.abs().max()
+
+
+@pytest.mark.parametrize("reducers", [1, 5])
+def test_triton_reduces_the_tiles_of_tokens_in_several_chunks(reducers, on, monkeypatch):
+    """One program for all tokens, and several for more than one tile each, reached at test size by a small bound."""
+    on("patch_embed3d", "triton")
+    from sora_kernels.patchify import kernels_embed
+
+    monkeypatch.setattr(kernels_embed, "REDUCERS", reducers)
+    for case in TILES[0], (4, 2, (1, 9, 5), (1, 1, 2), 5, True, 3):
+        grad = torch.randn(case[0], case[2][0] * case[2][1] * case[2][2], case[4])
+        check_rule(partial(patch_embed3d, impl="triton"), conv3d, embed_inputs(case, torch.float32), grad, 1000)
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+def test_triton_forward_gives_a_program_several_blocks_of_the_width(programs, on, monkeypatch):
+    on("patch_embed3d", "triton")
+    from sora_kernels.patchify import kernels_embed
+
+    monkeypatch.setattr(kernels_embed, "PROGRAMS", programs)
+    inputs = embed_inputs((2, 3, (1, 5, 9), (1, 2, 2), 230, True, 2), torch.float32)
+    with torch.no_grad(), poison_empty():
+        out = patch_embed3d(**inputs, impl="triton")
+    oracle = conv3d(**{n: t.double() for n, t in inputs.items()})
+    assert_matches_oracle(out, oracle, conv3d(**inputs))
 
 
 # unpatchify3d
@@ -123,20 +204,37 @@ def test_unpatchify3d_element_by_element():
         assert out[b, c, f, y, x] == tokens[b, (t * H + h) * W + w, ((i * ph + j) * pw + k) * C + c]
 
 
+@pytest.mark.parametrize("where", ON, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(layout, dtype):
-    torch.manual_seed(0)
-    video = torch.randn(2, 3, 4, 3, 10).to(dtype)
-    tokens = reference.patchify3d(video, (2, 3, 5))
-    assert torch.equal(unpatchify3d(tokens, (2, 1, 2), (2, 3, 5), 3), video)
-    arranged = arrange(tokens, layout).requires_grad_()
-    grad = arrange(video, layout)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "channels last"])
+@pytest.mark.parametrize("size, patch", [((2, 3, 4, 3, 10), (2, 3, 5)), ((1, 70, 1, 2, 8), (1, 2, 1))])
+def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(size, patch, layout, dtype, where, require):
+    impl, device = where
+    require("unpatchify3d", impl, device, dtype, grad=True)
+    video = torch.randn(size).to(device, dtype)
+    grid = [n // p for n, p in zip(size[2:], patch, strict=True)]
+    tokens = reference.patchify3d(video, patch)
+    assert torch.equal(unpatchify3d(tokens, grid, patch, size[1], impl=impl), video)
+    if layout == "channels last":
+        arranged, grad = tokens.requires_grad_(), video.to(memory_format=torch.channels_last_3d)
+    else:
+        arranged, grad = arrange(tokens, layout).requires_grad_(), arrange(video, layout)
     with poison_empty():
-        out = unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3)
+        out = unpatchify3d(arranged, grid, patch, size[1], impl=impl)
         (result,) = torch.autograd.grad(out, arranged, grad)
-    assert torch.equal(out, reference.unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3))
-    assert torch.equal(result, reference.patchify3d(grad, (2, 3, 5)))
+    assert torch.equal(out, reference.unpatchify3d(arranged, grid, patch, size[1]))
+    assert torch.equal(result, reference.patchify3d(grad, patch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_unpatchify3d_at_the_shape_of_wan(dtype):
+    video = torch.randn(1, 16, 21, 90, 160).to("cuda", dtype)
+    tokens = reference.patchify3d(video, (1, 2, 2)).requires_grad_()
+    with poison_empty():
+        out = unpatchify3d(tokens, (21, 45, 80), (1, 2, 2), 16, impl="triton")
+        (result,) = torch.autograd.grad(out, tokens, out.detach())
+    assert torch.equal(out, video) and torch.equal(result, tokens)
 
 
 # final_layer
@@ -148,6 +246,12 @@ FINAL = [
     (1, (1, 1, 1), (1, 1, 1), 16, 33, (33,), (1, 33), "layer", True),
     (3, (1, 2, 2), (1, 2, 1), 2, 16, None, (16,), "rms", True),
     (1, (2, 1, 2), (1, 1, 2), 2, 6, (1, 2, 6), None, "layer", False),
+]
+FINAL_TILES = [  # several tiles of tokens, of D, of features and, where it is no power of two, a rest of each
+    (1, (2, 5, 13), (1, 2, 2), 17, 40, (1, 2, 40), (1, 2, 40), "layer", True),
+    (2, (3, 2, 6), (1, 1, 1), 5, 33, (2, 36, 33), (2, 1, 33), "layer", True),
+    (2, (2, 3, 6), (2, 3, 1), 2, 20, (2, 18, 20), (2, 18, 20), "rms", True),
+    (1, (1, 1, 5), (1, 1, 1), 300, 9, (9,), None, "layer", False),
 ]
 
 
@@ -206,20 +310,90 @@ def test_final_layer_is_the_ops_one_after_another():
     torch.testing.assert_close(final_layer(**inputs, **settings), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", FINAL)
-def test_final_layer_error_rule(case, dtype, device):
+def check_final(case, dtype, impl, device="cpu"):
     inputs, settings = final_inputs(case, dtype)
     inputs = {name: None if t is None else t.to(device) for name, t in inputs.items()}
-    double = {name: None if t is None else t.double() for name, t in inputs.items()}
     grad = final_grad(case, dtype).to(device)
-    with poison_empty():
-        ours = outputs_and_grads(lambda **kw: final_layer(**kw, **settings), inputs, [grad])
-    oracle = outputs_and_grads(lambda **kw: composition(**kw, **settings), double, [grad.double()])
-    baseline = outputs_and_grads(lambda **kw: composition(**kw, **settings), inputs, [grad])
+    terms = inputs["x"].shape[0] * inputs["x"].shape[1]
+    check_rule(partial(final_layer, **settings, impl=impl), partial(composition, **settings), inputs, grad, terms)
+
+
+@pytest.mark.parametrize("where", ON, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*FINAL, *FINAL_TILES])
+def test_final_layer_error_rule(case, dtype, where, on):
+    impl, device = where
+    on("final_layer", impl, device, dtype)
+    check_final(case, dtype, impl, device)
+
+
+GPU_FINAL = [  # Wan 1.3B per clip, Wan 14B per frame, Wan 5B with a row per token and 48 channels, LTX
+    (1, (21, 30, 52), (1, 2, 2), 16, 1536, (1, 1, 1536), (1, 1, 1536), "layer", True),
+    (1, (21, 15, 26), (1, 2, 2), 16, 5120, (1, 21, 5120), (1, 21, 5120), "layer", True),
+    (2, (5, 22, 40), (1, 2, 2), 48, 3072, (2, 4400, 3072), (2, 4400, 3072), "layer", True),
+    (2, (3, 16, 24), (1, 1, 1), 128, 2048, (2, 2048), (2, 2048), "rms", True),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GPU_FINAL)
+def test_triton_final_layer_at_the_shapes_of_models(case, dtype):
+    check_final(case, dtype, "triton", "cuda")
+
+
+@pytest.mark.parametrize("where", ON, ids="-".join)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_final_layer_takes_parameters_of_another_dtype(kind, where, on):
+    impl, device = where
+    dtype = torch.float16 if kind == torch.float32 else torch.float32
+    on("final_layer", impl, device, dtype)
+    inputs, settings = final_inputs(FINAL_TILES[1], kind)
+    inputs = {name: t.to(device) for name, t in inputs.items()} | {"x": inputs["x"].to(device, dtype)}
+    grad = final_grad(FINAL_TILES[1], dtype).to(device)
+    check_rule(partial(final_layer, **settings, impl=impl), partial(composition, **settings), inputs, grad, 72)
+
+
+@pytest.mark.parametrize("where", ON, ids="-".join)
+@pytest.mark.parametrize("row", ["far from zero", "one channel stands out", "one block stands out", "constant"])
+def test_final_layer_statistics_of_difficult_rows(row, where, on):
+    """Rows for which E[x²] − mean², or sums about a value taken from the row, would lose every digit.
+
+    What no formula can avoid is the rounding of x against what is left of it, x − mean, and those of sums of D terms.
+    """
+    impl, device = where
+    on("final_layer", impl, device)
+    case = (1, (1, 2, 3), (1, 2, 2), 4, 200, (200,), (200,), "layer", True)
+    inputs, settings = final_inputs(case, torch.float32)
+    x = torch.randn_like(inputs["x"])
+    if row == "far from zero":
+        x = 1000 + 0.1 * x
+    elif row == "one channel stands out":
+        x[..., 0] = 1e4
+    elif row == "one block stands out":
+        x[..., :16] += 1e3
+    else:
+        x[:] = 3.3
+    inputs = {name: t.to(device) for name, t in (inputs | {"x": x}).items()}
+    grads = [final_grad(case, torch.float32).to(device)]
+    ours = outputs_and_grads(partial(final_layer, **settings, impl=impl), inputs, grads)
+    double = {name: t.double() for name, t in inputs.items()}
+    oracle = outputs_and_grads(partial(composition, **settings), double, [grads[0].double()])
+    mean, variance = double["x"].mean(-1).abs(), double["x"].var(-1, correction=0)
+    condition = 1 + (mean / (variance + 1e-6).sqrt()).max().item()
     for name, result in ours.items():
-        assert_matches_oracle(result, oracle[name], baseline[name], name)
+        bound = 200**0.5 * condition * torch.finfo(torch.float32).eps * oracle[name].abs().max()
+        assert (result.double() - oracle[name]).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("programs", [1, 4, 8])
+def test_triton_backward_of_final_layer_splits_frames_and_bounds_its_partials(programs, on, monkeypatch):
+    """Fewer programs than frames: rows go by token and are summed afterwards. More: each frame has several chunks."""
+    on("final_layer", "triton")
+    from sora_kernels.patchify import kernels_final
+
+    monkeypatch.setattr(kernels_final, "PROGRAMS", programs)
+    check_final((2, (2, 6, 12), (1, 2, 1), 5, 20, (2, 2, 20), (2, 2, 20), "layer", True), torch.float32, "triton")
 
 
 # All of them
@@ -229,27 +403,56 @@ def calls():
     embed, (final, settings) = embed_inputs(EMBED[0]), final_inputs(FINAL[1])
     return {
         "patch_embed3d": (patch_embed3d, embed, torch.randn(2, 24, 5, dtype=torch.float64)),
-        "final_layer": (lambda **kw: final_layer(**kw, **settings), final, final_grad(FINAL[1], torch.float64)),
+        "final_layer": (partial(final_layer, **settings), final, final_grad(FINAL[1], torch.float64)),
     }
+
+
+def floats(inputs):
+    return {n: None if t is None else t.float() for n, t in inputs.items()}
 
 
 @pytest.mark.parametrize("name", calls())
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs_and_gradients(layout, name):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_layouts_of_inputs_and_gradients(impl, layout, name, on):
+    on(name, impl)
     function, inputs, grad = calls()[name]
+    if impl != "reference":  # kernels do the same whatever the strides: not a bit may change
+        inputs, grad = floats(inputs), grad.float()
     arranged = {n: None if t is None else arrange(t, layout) for n, t in inputs.items()}
     dense = {n: None if t is None else t.contiguous() for n, t in arranged.items()}
-    ours = outputs_and_grads(function, arranged, [arrange(grad, layout)])
-    expected = outputs_and_grads(function, dense, [arrange(grad, layout).contiguous()])
+    with poison_empty():
+        ours = outputs_and_grads(partial(function, impl=impl), arranged, [arrange(grad, layout)])
+    expected = outputs_and_grads(partial(function, impl=impl), dense, [arrange(grad, layout).contiguous()])
+    tolerance = 1e-12 if impl == "reference" else 0.0
     for n, result in ours.items():
-        torch.testing.assert_close(result, expected[n], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(result, expected[n], rtol=tolerance, atol=tolerance)
 
 
-def test_channels_last_video():
-    inputs = embed_inputs(EMBED[0])
-    expected = patch_embed3d(**inputs)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_channels_last_video(impl, on):
+    on("patch_embed3d", impl)
+    inputs = embed_inputs(EMBED[0], torch.float64 if impl == "reference" else torch.float32)
+    grads = [torch.randn(2, 24, 5, dtype=inputs["video"].dtype)]
+    expected = outputs_and_grads(partial(patch_embed3d, impl=impl), inputs, grads)
     inputs["video"] = inputs["video"].to(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(patch_embed3d(**inputs), expected, rtol=1e-13, atol=1e-13)
+    tolerance = 1e-13 if impl == "reference" else 0.0
+    for n, result in outputs_and_grads(partial(patch_embed3d, impl=impl), inputs, grads).items():
+        torch.testing.assert_close(result, expected[n], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, name, on):
+    on(name, impl)
+    function, inputs, grad = calls()[name]
+    inputs, grad = floats(inputs), grad.float()
+    together = outputs_and_grads(partial(function, impl=impl), inputs, [grad])
+    for n in (n for n, t in inputs.items() if t is not None):
+        leaf = inputs[n].clone().requires_grad_()
+        with poison_empty():
+            (alone,) = torch.autograd.grad(function(**inputs | {n: leaf}, impl=impl), leaf, grad)
+        assert torch.equal(alone, together[f"grad {n}"]), n
 
 
 @pytest.mark.parametrize("name", calls())
@@ -263,10 +466,14 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize("name", calls())
-def test_backward_repeats_bitwise(name):
+@pytest.mark.parametrize("where", ON, ids="-".join)
+def test_backward_repeats_bitwise(where, name, on):
+    impl, device = where
+    on(name, impl, device)
     function, inputs, grad = calls()[name]
-    inputs = {n: None if t is None else t.float() for n, t in inputs.items()}
-    first, second = (outputs_and_grads(function, inputs, [grad.float()]) for _ in range(2))
+    inputs = {n: None if t is None else t.to(device) for n, t in floats(inputs).items()}
+    run = partial(function, impl=impl)
+    first, second = (outputs_and_grads(run, inputs, [grad.float().to(device)]) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
@@ -280,19 +487,32 @@ def test_autocast_changes_nothing(name):
     assert all(torch.equal(ours[n], expected[n]) for n in expected)
 
 
-def test_empty():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty(impl, on):
+    for op in ("patch_embed3d", "unpatchify3d", "final_layer"):
+        on(op, impl)
     for shape in ((0, 3, 2, 4, 6), (2, 3, 0, 4, 6)):
         video = torch.empty(shape, requires_grad=True)
         weight, bias = torch.randn(5, 3, 1, 2, 2, requires_grad=True), torch.randn(5, requires_grad=True)
-        tokens = patch_embed3d(video, weight, bias)
+        tokens = patch_embed3d(video, weight, bias, impl=impl)
         tokens.sum().backward()
         assert tokens.shape == (shape[0], shape[2] * 6, 5)
         assert torch.equal(weight.grad, torch.zeros_like(weight)) and torch.equal(bias.grad, torch.zeros(5))
     x = torch.empty(0, 6, 4, requires_grad=True)
-    out = final_layer(x, None, None, torch.randn(8, 4), grid=(1, 2, 3), patch=(1, 2, 2))
+    out = final_layer(x, None, None, torch.randn(8, 4), grid=(1, 2, 3), patch=(1, 2, 2), impl=impl)
     out.sum().backward()
     assert out.shape == (0, 2, 1, 4, 6) and x.grad.shape == x.shape
-    assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2).shape == (0, 2, 1, 4, 6)
+    weight, bias = torch.empty(8, 0, requires_grad=True), torch.randn(8, requires_grad=True)
+    out = final_layer(torch.empty(2, 6, 0), None, None, weight, bias, grid=(1, 2, 3), patch=(1, 2, 2), impl=impl)
+    out.sum().backward()
+    tokens = bias.detach().expand(2, 6, 8)
+    assert torch.equal(out, reference.unpatchify3d(tokens, (1, 2, 3), (1, 2, 2), 2))
+    assert torch.equal(bias.grad, torch.full((8,), 12.0))
+    video, weight, bias = torch.empty(2, 0, 2, 4, 6), torch.empty(5, 0, 1, 2, 2), torch.randn(5, requires_grad=True)
+    tokens = patch_embed3d(video, weight, bias, impl=impl)
+    tokens.sum().backward()
+    assert torch.equal(tokens, bias.detach().expand(2, 12, 5)) and torch.equal(bias.grad, torch.full((5,), 24.0))
+    assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2, impl=impl).shape == (0, 2, 1, 4, 6)
 
 
 def test_compiles_whole_with_dynamic_shapes():

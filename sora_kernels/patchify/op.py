@@ -112,9 +112,9 @@ def final_layer(
     grid, patch   (T, H, W) in tokens with T·H·W = S; (pt, ph, pw)
 
     Returns [B, C, T·pt, H·ph, W·pw] in x's dtype, dense. Statistics, products and sums are fp32, rounded once at the
-    store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. Each gradient is reduced
-    to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit. Second derivatives:
-    differentiate `sora_kernels.patchify.reference`.
+    store (and, where tensor cores multiply, once before); error against fp64 ≤ 2 × that of plain PyTorch in the same
+    dtype plus one rounding. Each gradient is reduced to exactly the shape given, in fp32 and in a fixed order: two runs
+    agree bit for bit. Second derivatives: differentiate `sora_kernels.patchify.reference`.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: the final layer of DiT, arXiv 2212.09748.
@@ -162,6 +162,7 @@ _library.define(
     "patch_embed3d_fwd",
     "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
     reference=lambda video, weight, bias, pos, out: out.copy_(reference.patch_embed3d(video, weight, bias, pos=pos)),
+    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_fwd"},
 )
 _library.define(
     "patch_embed3d_bwd",
@@ -173,6 +174,7 @@ _library.define(
         (dout,),
         dict(video=dvideo, weight=dweight, bias=dbias, pos=dpos),
     ),
+    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_bwd"},
 )
 
 
@@ -217,11 +219,13 @@ _library.define(
     reference=lambda tokens, grid, patch, channels, out: out.copy_(
         reference.unpatchify3d(tokens, grid, patch, channels)
     ),
+    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_fwd"},
 )
 _library.define(
     "unpatchify3d_bwd",
     "(Tensor dout, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) dtokens) -> ()",
     reference=lambda dout, grid, patch, channels, dtokens: dtokens.copy_(reference.patchify3d(dout, patch)),
+    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_bwd"},
 )
 
 
@@ -263,6 +267,7 @@ _library.define(
     reference=lambda x, shift, scale, weight, bias, grid, patch, rms, eps, out: out.copy_(
         reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
     ),
+    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_fwd"},
 )
 _library.define(
     "final_layer_bwd",
@@ -274,6 +279,7 @@ _library.define(
         (dout,),
         dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
     ),
+    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_bwd"},
 )
 
 
