@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 
-from sora_kernels import Unavailable, final_layer, norm_modulate, patch_embed3d, unpatchify3d
+from sora_kernels import Unavailable, _library, final_layer, norm_modulate, patch_embed3d, unpatchify3d
 from sora_kernels.patchify import reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+IMPLS = ("reference", "cpu")
+RUNS = [*((impl, "cpu") for impl in IMPLS), pytest.param("reference", "cuda", marks=pytest.mark.gpu)]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 NORMS = dict(layer=torch.nn.functional.layer_norm, rms=torch.nn.functional.rms_norm)
 
 
@@ -50,6 +58,9 @@ EMBED = [
     (1, 1, (3, 1, 5), (2, 1, 3), 7, True, 2),
     (3, 5, (1, 2, 1), (1, 1, 1), 1, False, 0),
     (1, 16, (1, 1, 1), (1, 2, 2), 33, False, 2),
+    (5, 2, (2, 5, 7), (1, 1, 2), 70, True, 2),  # several blocks and chunks; pos summed over clips
+    (1, 128, (1, 2, 3), (2, 4, 4), 40, True, 0),  # K = 4096
+    (1, 16, (5, 6, 7), (1, 2, 2), 193, True, 3),
 ]
 
 
@@ -82,27 +93,31 @@ def test_patch_embed3d_is_a_strided_conv3d(case):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl, device", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", EMBED)
-def test_patch_embed3d_error_rule(case, dtype, device):
+def test_patch_embed3d_error_rule(case, dtype, impl, device, require):
+    require("patch_embed3d", impl, device, dtype, grad=True)
     inputs = {name: None if t is None else t.to(device) for name, t in embed_inputs(case, dtype).items()}
     double = {name: None if t is None else t.double() for name, t in inputs.items()}
     shape = (case[0], case[2][0] * case[2][1] * case[2][2], case[4])
     grads = [torch.randn(shape).to(device, dtype)]
     with poison_empty():
-        ours = outputs_and_grads(patch_embed3d, inputs, grads)
+        ours = outputs_and_grads(partial(patch_embed3d, impl=impl), inputs, grads)
     oracle = outputs_and_grads(conv3d, double, [grads[0].double()])
     baseline = outputs_and_grads(conv3d, inputs, grads)
     for name, result in ours.items():
-        assert_matches_oracle(result, oracle[name], baseline[name], name)
+        terms = shape[0] * shape[1] if name in ("grad weight", "grad bias", "grad pos") else 1
+        assert_matches_oracle(result, oracle[name], baseline[name], name, terms)
 
 
-def test_patch_embed3d_rounds_once_for_mixed_dtypes():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_patch_embed3d_rounds_once_for_mixed_dtypes(impl, require):
+    require("patch_embed3d", impl, dtype=torch.bfloat16, grad=True)
     inputs = embed_inputs(EMBED[0], torch.float32)
     inputs["video"] = inputs["video"].bfloat16()
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
-    out = patch_embed3d(**leaves)
+    out = patch_embed3d(**leaves, impl=impl)
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
     assert {name: t.grad.dtype for name, t in leaves.items()} == {name: t.dtype for name, t in inputs.items()}
@@ -113,10 +128,12 @@ def test_patch_embed3d_rounds_once_for_mixed_dtypes():
 # unpatchify3d
 
 
-def test_unpatchify3d_element_by_element():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_unpatchify3d_element_by_element(impl, require):
+    require("unpatchify3d", impl)
     (T, H, W), (pt, ph, pw), C = (2, 3, 1), (2, 1, 3), 2
     tokens = torch.arange(2.0 * T * H * W * pt * ph * pw * C).reshape(2, T * H * W, -1)
-    out = unpatchify3d(tokens, (T, H, W), (pt, ph, pw), C)
+    out = unpatchify3d(tokens, (T, H, W), (pt, ph, pw), C, impl=impl)
     assert out.shape == (2, C, T * pt, H * ph, W * pw)
     for b, c, f, y, x in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
         t, i, h, j, w, k = f // pt, f % pt, y // ph, y % ph, x // pw, x % pw
@@ -125,15 +142,17 @@ def test_unpatchify3d_element_by_element():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(layout, dtype):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_unpatchify3d_inverts_patchify_and_so_does_its_gradient(impl, layout, dtype, require):
+    require("unpatchify3d", impl, dtype=dtype, grad=True)
     torch.manual_seed(0)
     video = torch.randn(2, 3, 4, 3, 10).to(dtype)
     tokens = reference.patchify3d(video, (2, 3, 5))
-    assert torch.equal(unpatchify3d(tokens, (2, 1, 2), (2, 3, 5), 3), video)
+    assert torch.equal(unpatchify3d(tokens, (2, 1, 2), (2, 3, 5), 3, impl=impl), video)
     arranged = arrange(tokens, layout).requires_grad_()
     grad = arrange(video, layout)
     with poison_empty():
-        out = unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3)
+        out = unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3, impl=impl)
         (result,) = torch.autograd.grad(out, arranged, grad)
     assert torch.equal(out, reference.unpatchify3d(arranged, (2, 1, 2), (2, 3, 5), 3))
     assert torch.equal(result, reference.patchify3d(grad, (2, 3, 5)))
@@ -148,6 +167,8 @@ FINAL = [
     (1, (1, 1, 1), (1, 1, 1), 16, 33, (33,), (1, 33), "layer", True),
     (3, (1, 2, 2), (1, 2, 1), 2, 16, None, (16,), "rms", True),
     (1, (2, 1, 2), (1, 1, 2), 2, 6, (1, 2, 6), None, "layer", False),
+    (2, (2, 5, 13), (1, 2, 2), 5, 130, (2, 1, 130), (130,), "layer", True),  # a modulation row over several chunks
+    (2, (13, 3, 5), (1, 2, 2), 16, 70, (2, 13, 70), (2, 195, 70), "rms", True),  # rows of tokens side by side
 ]
 
 
@@ -206,53 +227,65 @@ def test_final_layer_is_the_ops_one_after_another():
     torch.testing.assert_close(final_layer(**inputs, **settings), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl, device", RUNS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FINAL)
-def test_final_layer_error_rule(case, dtype, device):
+def test_final_layer_error_rule(case, dtype, impl, device, require):
+    require("final_layer", impl, device, dtype, grad=True)
     inputs, settings = final_inputs(case, dtype)
     inputs = {name: None if t is None else t.to(device) for name, t in inputs.items()}
     double = {name: None if t is None else t.double() for name, t in inputs.items()}
     grad = final_grad(case, dtype).to(device)
     with poison_empty():
-        ours = outputs_and_grads(lambda **kw: final_layer(**kw, **settings), inputs, [grad])
+        ours = outputs_and_grads(partial(final_layer, **settings, impl=impl), inputs, [grad])
     oracle = outputs_and_grads(lambda **kw: composition(**kw, **settings), double, [grad.double()])
     baseline = outputs_and_grads(lambda **kw: composition(**kw, **settings), inputs, [grad])
     for name, result in ours.items():
-        assert_matches_oracle(result, oracle[name], baseline[name], name)
+        terms = 1 if name in ("output0", "grad x") else case[0] * inputs["x"].shape[1]
+        assert_matches_oracle(result, oracle[name], baseline[name], name, terms)
 
 
 # All of them
 
 
-def calls():
-    embed, (final, settings) = embed_inputs(EMBED[0]), final_inputs(FINAL[1])
+def calls(impl="auto", dtype=torch.float64):
+    """name -> (function, its inputs, a gradient of its output); several blocks of tokens, several chunks"""
+    embed, (final, settings) = embed_inputs(EMBED[4], dtype), final_inputs(FINAL[5], dtype)
     return {
-        "patch_embed3d": (patch_embed3d, embed, torch.randn(2, 24, 5, dtype=torch.float64)),
-        "final_layer": (lambda **kw: final_layer(**kw, **settings), final, final_grad(FINAL[1], torch.float64)),
+        "patch_embed3d": (partial(patch_embed3d, impl=impl), embed, torch.randn(5, 70, 70).to(dtype)),
+        "final_layer": (partial(final_layer, **settings, impl=impl), final, final_grad(FINAL[5], dtype)),
     }
 
 
-@pytest.mark.parametrize("name", calls())
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_inputs_and_gradients(layout, name):
-    function, inputs, grad = calls()[name]
-    arranged = {n: None if t is None else arrange(t, layout) for n, t in inputs.items()}
-    dense = {n: None if t is None else t.contiguous() for n, t in arranged.items()}
-    ours = outputs_and_grads(function, arranged, [arrange(grad, layout)])
-    expected = outputs_and_grads(function, dense, [arrange(grad, layout).contiguous()])
+CALLS = pytest.mark.parametrize("name", calls())
+
+
+@CALLS
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("layout", [*LAYOUTS[1:], "channels last", "transposed clips"])
+def test_memory_layout_of_inputs_and_gradients_does_not_change_a_bit(layout, impl, name, require):
+    require(name, impl, grad=True)
+    function, inputs, grad = calls(impl, torch.float32)[name]
+
+    def arranged(t):
+        if t is None or layout in LAYOUTS:
+            return t if t is None else arrange(t, layout)
+        if layout == "transposed clips":
+            return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 2 else t
+        return t.contiguous(memory_format=torch.channels_last_3d) if t.ndim == 5 else t
+
+    awkward = {n: arranged(t) for n, t in inputs.items()}
+    dense = {n: None if t is None else t.clone().contiguous() for n, t in awkward.items()}
+    ours = outputs_and_grads(function, awkward, [arranged(grad)])
+    expected = outputs_and_grads(function, dense, [arranged(grad).contiguous()])
     for n, result in ours.items():
-        torch.testing.assert_close(result, expected[n], rtol=1e-12, atol=1e-12)
+        if impl == "cpu":
+            assert torch.equal(result, expected[n]), n
+        else:  # a library's matrix product may take another order of sums for other strides
+            torch.testing.assert_close(result, expected[n], rtol=1e-4, atol=1e-4)
 
 
-def test_channels_last_video():
-    inputs = embed_inputs(EMBED[0])
-    expected = patch_embed3d(**inputs)
-    inputs["video"] = inputs["video"].to(memory_format=torch.channels_last_3d)
-    torch.testing.assert_close(patch_embed3d(**inputs), expected, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", calls())
+@CALLS
 def test_gradcheck(name):
     function, inputs, _ = calls()[name]
     given = {n: t.requires_grad_() for n, t in inputs.items() if t is not None}
@@ -262,37 +295,175 @@ def test_gradcheck(name):
     )
 
 
-@pytest.mark.parametrize("name", calls())
-def test_backward_repeats_bitwise(name):
-    function, inputs, grad = calls()[name]
-    inputs = {n: None if t is None else t.float() for n, t in inputs.items()}
-    first, second = (outputs_and_grads(function, inputs, [grad.float()]) for _ in range(2))
+@CALLS
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_repeats_bitwise(impl, name, require):
+    require(name, impl, grad=True)
+    function, inputs, grad = calls(impl, torch.float32)[name]
+    first, second = (outputs_and_grads(function, inputs, [grad]) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-@pytest.mark.parametrize("name", calls())
-def test_autocast_changes_nothing(name):
-    function, inputs, grad = calls()[name]
-    inputs = {n: None if t is None else t.float() for n, t in inputs.items()}
-    expected = outputs_and_grads(function, inputs, [grad.float()])
+@CALLS
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, name, require):
+    require(name, impl, grad=True)
+    function, inputs, grad = calls(impl, torch.float32)[name]
+    together = outputs_and_grads(function, inputs, [grad])
+    for n, t in inputs.items():
+        leaf = t.clone().requires_grad_()
+        with poison_empty():
+            (alone,) = torch.autograd.grad(function(**inputs | {n: leaf}), leaf, grad)
+        assert torch.equal(alone, together[f"grad {n}"]), n
+
+
+@CALLS
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_changes_nothing(impl, name, require):
+    require(name, impl, grad=True)
+    function, inputs, grad = calls(impl, torch.float32)[name]
+    expected = outputs_and_grads(function, inputs, [grad])
     with torch.autocast("cpu", torch.bfloat16):
-        ours = outputs_and_grads(function, inputs, [grad.float()])
+        ours = outputs_and_grads(function, inputs, [grad])
     assert all(torch.equal(ours[n], expected[n]) for n in expected)
 
 
-def test_empty():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty(impl, require):
+    require("patch_embed3d", impl, grad=True)
     for shape in ((0, 3, 2, 4, 6), (2, 3, 0, 4, 6)):
         video = torch.empty(shape, requires_grad=True)
-        weight, bias = torch.randn(5, 3, 1, 2, 2, requires_grad=True), torch.randn(5, requires_grad=True)
-        tokens = patch_embed3d(video, weight, bias)
-        tokens.sum().backward()
-        assert tokens.shape == (shape[0], shape[2] * 6, 5)
-        assert torch.equal(weight.grad, torch.zeros_like(weight)) and torch.equal(bias.grad, torch.zeros(5))
-    x = torch.empty(0, 6, 4, requires_grad=True)
-    out = final_layer(x, None, None, torch.randn(8, 4), grid=(1, 2, 3), patch=(1, 2, 2))
-    out.sum().backward()
-    assert out.shape == (0, 2, 1, 4, 6) and x.grad.shape == x.shape
-    assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2).shape == (0, 2, 1, 4, 6)
+        S = shape[2] * 6
+        weight, bias, pos = (torch.randn(s, requires_grad=True) for s in ((5, 3, 1, 2, 2), (5,), (S, 5)))
+        with poison_empty():
+            tokens = patch_embed3d(video, weight, bias, pos=pos, impl=impl)
+            tokens.sum().backward()
+        assert tokens.shape == (shape[0], S, 5)
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in (weight, bias, pos))
+    x, shift, scale, weight = (torch.randn(s, requires_grad=True) for s in ((0, 6, 4), (4,), (0, 4), (8, 4)))
+    with poison_empty():
+        out = final_layer(x, shift, scale, weight, grid=(1, 2, 3), patch=(1, 2, 2), impl=impl)
+        out.sum().backward()
+    assert out.shape == (0, 2, 1, 4, 6) and x.grad.shape == x.shape and scale.grad.shape == scale.shape
+    assert torch.equal(shift.grad, torch.zeros(4)) and torch.equal(weight.grad, torch.zeros(8, 4))
+    assert unpatchify3d(torch.empty(0, 6, 8), (1, 2, 3), (1, 2, 2), 2, impl=impl).shape == (0, 2, 1, 4, 6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_of_nothing_to_multiply_the_bias_remains(impl, require):
+    """No channels, or tokens of no width: sums without terms, over several blocks."""
+    require("patch_embed3d", impl)
+    bias = torch.randn(5)
+    tokens = patch_embed3d(torch.empty(1, 0, 10, 10, 10), torch.empty(5, 0, 1, 1, 1), bias, impl=impl)
+    assert torch.equal(tokens, bias.expand(1, 1000, 5))
+
+
+# The C++ kernels
+
+
+@CALLS
+def test_cpu_results_do_not_depend_on_the_number_of_threads(name, require):
+    require(name, "cpu", grad=True)
+    function, inputs, grad = calls("cpu", torch.float32)[name]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(outputs_and_grads(function, inputs, [grad]))
+    finally:
+        torch.set_num_threads(threads)
+    for n, expected in results[0].items():
+        assert all(torch.equal(other[n], expected) for other in results[1:]), n
+
+
+def test_cpu_reads_a_strided_video_where_it_lies(require, monkeypatch):
+    require("patch_embed3d", "cpu")
+    wide = torch.randn(2, 5, 7, 8, 12).contiguous(memory_format=torch.channels_last_3d)
+    video, weight = wide[:, 1:4, ::2, 2:6, 3:9], torch.randn(5, 3, 1, 2, 2)
+    op, seen = _library.call("patch_embed3d_fwd", "cpu"), []
+    monkeypatch.setattr(_library, "call", lambda *_: lambda v, *args: (seen.append(v), op(v, *args)))
+    out = patch_embed3d(video, weight, impl="cpu")
+    assert seen[0].data_ptr() == video.data_ptr() and seen[0].stride() == video.stride()
+    torch.testing.assert_close(out, reference.patch_embed3d(video, weight), rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_offsets_beyond_32_bits(require):
+    """One stored frame seen as clips 2^30 elements apart: address space, hardly memory."""
+    require("patch_embed3d", "cpu")
+    storage = torch.empty(4 * 2**30 + 48, dtype=torch.bfloat16)  # never touched between the clips
+    video = storage.as_strided((5, 3, 1, 4, 4), (2**30, 16, 16, 4, 1))
+    video.copy_(torch.randn(5, 3, 1, 4, 4))
+    weight = torch.randn(7, 3, 1, 2, 2)
+    expected = patch_embed3d(video.contiguous(), weight, impl="cpu")
+    assert torch.equal(patch_embed3d(video, weight, impl="cpu"), expected)
+
+
+ISA_SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from sora_kernels.testing import outputs_and_grads
+from tests.test_patchify import calls
+results = {}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for name, (function, inputs, grad) in calls("cpu", dtype).items():
+        plain = calls("reference")[name][0]
+        double = outputs_and_grads(plain, {n: t.double() for n, t in inputs.items()}, [grad.double()])
+        ours, baseline = (outputs_and_grads(f, inputs, [grad]) for f in (function, plain))
+        results[f"{name} {dtype}"] = ours, double, baseline
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_cpu_meets_the_error_rule_on_each_instruction_set(isa, tmp_path, require):
+    require("patch_embed3d", "cpu", grad=True)
+    command = [sys.executable, "-c", ISA_SCRIPT, str(ROOT), str(tmp_path / "results.pt")]
+    run = subprocess.run(command, env=os.environ | {"SORA_KERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+    if "this CPU supports no more than" in run.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert run.returncode == 0, run.stderr
+    for call, (actual, oracle, plain) in torch.load(tmp_path / "results.pt").items():
+        for name in oracle:
+            terms = 1 if name in ("output0", "grad x", "grad video") else 350
+            assert_matches_oracle(actual[name], oracle[name], plain[name], f"{call} {name}", terms)
+
+
+def test_cpu_private_ops_refuse_what_they_cannot_read(require):
+    require("patch_embed3d", "cpu")
+    samples = {}
+    for op, args in op_samples():
+        samples.setdefault(op, args)
+    wrong = [
+        ("patch_embed3d_fwd", 0, lambda t: t.double(), r"video: expected float32.*Double"),
+        ("patch_embed3d_fwd", 0, lambda t: t[:, :, :, :3], "video: expected multiples of the patch .1, 2, 2."),
+        ("patch_embed3d_fwd", 1, lambda t: t[:, :2], "weight: expected .D, C, pt, ph, pw. with C = 3"),
+        ("patch_embed3d_fwd", 1, lambda t: t.mT.contiguous().mT, "weight: expected a contiguous tensor"),
+        ("patch_embed3d_fwd", 2, lambda t: t[:4], r"bias: expected \(length,\) = \(5\), got Float \(4\)"),
+        ("patch_embed3d_fwd", 3, lambda t: t[:, :11], r"pos: expected \(1 or B, S, D\) = \(1, 12, 5\)"),
+        ("patch_embed3d_fwd", 4, lambda t: t.half(), "out: expected the dtype of video"),
+        ("patch_embed3d_fwd", 4, lambda t: t.mT.contiguous().mT, "out: expected a last stride of 1"),
+        ("patch_embed3d_bwd", 0, lambda t: t[:, :11], r"dout: expected \(B, S, D\) = \(2, 12, 5\)"),
+        ("patch_embed3d_bwd", 5, lambda t: t[:1], "dvideo: expected the shape of video"),
+        ("patch_embed3d_bwd", 6, lambda t: t.mT.contiguous().mT, "dweight: expected a contiguous tensor"),
+        ("patch_embed3d_bwd", 8, lambda t: t.expand(2, 12, 5), r"dpos: expected the shape of pos = \(1, 12, 5\)"),
+        ("unpatchify3d_fwd", 0, lambda t: t[:, :11], r"tokens: expected \(B, S, features\) = \(2, 12, 12\)"),
+        ("unpatchify3d_fwd", 2, lambda p: p[:2], "patch: expected three positive integers"),
+        ("unpatchify3d_fwd", 4, lambda t: t.half(), "out: expected the dtype of tokens"),
+        ("unpatchify3d_bwd", 0, lambda t: t[..., :4], r"dout: expected \(B, C, T, H, W\) = \(2, 3, 2, 4, 6\)"),
+        ("final_layer_fwd", 0, lambda t: t.mT.contiguous().mT, "x: expected a last stride of 1"),
+        ("final_layer_fwd", 1, lambda t: t.expand(2, 5, 5), "shift: expected a number of rows per clip"),
+        ("final_layer_fwd", 3, lambda t: t[:11], r"weight: expected \(a multiple of 4, 5\)"),
+        ("final_layer_fwd", 5, lambda g: [2, 2, 2], "grid: expected 12 tokens as x has, got 2 x 2 x 2"),
+        ("final_layer_fwd", 9, lambda t: t[:, :2], r"out: expected \(B, C, T, H, W\) = \(2, 3, 2, 4, 6\)"),
+        ("final_layer_bwd", 0, lambda t: t.half(), "dout: expected the dtype of x"),
+        ("final_layer_bwd", 13, lambda t: t[:4], "dweight: expected the shape of weight"),
+        ("final_layer_bwd", 11, lambda t: t.expand(2, 5, 5), "dshift: expected"),
+    ]  # fmt: skip
+    for op, index, change, message in wrong:
+        args = list(samples[op])
+        args[index] = change(args[index])
+        with pytest.raises(RuntimeError, match=message):
+            _library.call(op, "cpu")(*args)
 
 
 def test_compiles_whole_with_dynamic_shapes():

@@ -194,7 +194,7 @@ struct EmbedParams {
   Vector bias;
   Rows pos, dpos;  // a row per token
   Tokens out, dout;
-  // Backward: chunks of chunk_rows rows. Where dpos is summed over clips, those of one token follow each other.
+  // Backward: chunks of chunk_rows rows. Where clips share pos, those of one token follow each other.
   bool clips_inside = false;
   int64_t chunk_rows = 0, chunk_size = 0;
   float* partials = nullptr;  // [chunks, chunk_size]: dweight [K, wide_ld(D)], dbias
@@ -618,10 +618,12 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
   }
   const Vector bias_gradient = like.vector("dbias", dbias, D);
   p.dbias = static_cast<bool>(bias_gradient);
+  p.clips_inside = pos && pos->size(0) < B;  // wanted or not: each gradient is the same bits with and without the others
   if (dpos) {
+    SORA_CHECK(pos, "dpos: expected pos as well, got none");
     p.dpos = like.token_rows("dpos", dpos, p.shape);
+    check_sizes("dpos", *dpos, "the shape of pos", {pos->size(0), S, D});
     check_dense("dpos", *dpos);
-    p.clips_inside = dpos->size(0) < B;
     advise_huge_pages(*dpos);
     if (B == 0) std::memset(dpos->data_ptr(), 0, dpos->numel() * dpos->element_size());
   }
