@@ -66,7 +66,17 @@ struct Lanes {
   typedef float Unaligned __attribute__((vector_size(V * sizeof(float)), aligned(sizeof(float)), may_alias));
 };
 
-template <int V, bool kTransposedA>
+// sum += the two products of each pair. In assembly, because the intrinsic inlines only where the whole kernel asks for
+// AVX512_BF16, and so that no arithmetic touches a pair as if it were a float.
+template <int V, class Vector>
+SORA_INLINE void add_pair_products([[maybe_unused]] Vector& sum, [[maybe_unused]] const float& pair,
+                                   [[maybe_unused]] const Vector& b) {
+#if defined(__x86_64__)
+  if constexpr (V == 16) asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(pair));
+#endif
+}
+
+template <int V, bool kTransposedA, bool kPairs>
 SORA_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c,
                                int64_t ldc, bool add) {
   using Vector = typename Lanes<V>::Type;
@@ -78,9 +88,16 @@ SORA_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int6
     const Vector b1 = *reinterpret_cast<const Memory*>(b + k * ldb + V);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const float value = kTransposedA ? a[k * lda + r] : a[r * lda + k];
-      sum[r][0] += value * b0;
-      sum[r][1] += value * b1;
+      const float& value = kTransposedA ? a[k * lda + r] : a[r * lda + k];
+      if constexpr (kPairs) {
+        Vector s0 = sum[r][0], s1 = sum[r][1];  // an array element that assembly writes would live in memory
+        add_pair_products<V>(s0, value, b0);
+        add_pair_products<V>(s1, value, b1);
+        sum[r][0] = s0, sum[r][1] = s1;
+      } else {
+        sum[r][0] += value * b0;
+        sum[r][1] += value * b1;
+      }
     }
   }
 #pragma GCC unroll 8
@@ -91,44 +108,27 @@ SORA_INLINE void multiply_tile(const float* a, int64_t lda, const float* b, int6
   }
 }
 
-// Whole tiles of C are written.
+// Whole tiles of C are written. `pairs`: A and B hold pairs of bf16 that follow each other in k, in the place of floats.
 template <int V, bool kTransposedA>
 SORA_INLINE void multiply(Block a, Panels b, int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc,
-                          bool add) {
+                          bool add, bool pairs = false) {
   constexpr int64_t kRows = Tile<V>::kRows, kColumns = Tile<V>::kColumns;
   int64_t k = 0;
   do {  // a depth of zero writes zeros
     for (int64_t j = 0; j < columns; j += kColumns) {
       for (int64_t i = 0; i < rows; i += kRows) {
-        multiply_tile<V, kTransposedA>(a.data + (kTransposedA ? k * a.ld + i : i * a.ld + k), a.ld,
-                                       b.data + j * b.panel_step + k * b.ld, b.ld, std::min(kDepth, depth - k),
-                                       c + i * ldc + j, ldc, add || k > 0);
+        const float* tile_a = a.data + (kTransposedA ? k * a.ld + i : i * a.ld + k);
+        const float* tile_b = b.data + j * b.panel_step + k * b.ld;
+        float* tile_c = c + i * ldc + j;
+        const int64_t n = std::min(kDepth, depth - k);
+        if (V == 16 && pairs) {
+          multiply_tile<V, kTransposedA, true>(tile_a, a.ld, tile_b, b.ld, n, tile_c, ldc, add || k > 0);
+        } else {
+          multiply_tile<V, kTransposedA, false>(tile_a, a.ld, tile_b, b.ld, n, tile_c, ldc, add || k > 0);
+        }
       }
     }
   } while ((k += kDepth) < depth);
 }
-
-// Packs B from a weight of any dtype: element (k, n) at data[k * stride_k + n * stride_n].
-struct PackParams {
-  const void* data;
-  int64_t depth, columns, stride_k, stride_n;
-  float* packed;
-};
-
-template <class T>
-struct Pack {
-  static SORA_INLINE void run(const PackParams& p, int64_t begin, int64_t end) {  // panels
-    const int64_t width = 2 * lanes();
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * width, n = std::min(width, p.columns - first);
-      const T* from = static_cast<const T*>(p.data) + first * p.stride_n;
-      float* to = p.packed + first * p.depth;
-      for (int64_t k = 0; k < p.depth; ++k, to += width, from += p.stride_k) {
-        for (int64_t j = 0; j < n; ++j) to[j] = to_float(from[j * p.stride_n]);
-        for (int64_t j = n; j < width; ++j) to[j] = 0.0f;
-      }
-    }
-  }
-};
 
 }  // namespace sora

@@ -18,6 +18,7 @@
 #include "common/check.h"
 #include "common/gemm.h"
 #include "common/memory.h"
+#include "common/pack.h"
 #include "common/rows.h"
 
 #include <torch/csrc/stable/library.h>
@@ -25,6 +26,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -69,6 +71,15 @@ struct Patches {
     for (int64_t n = 0; n < N; ++n) to[n] = to_float(from[offset[n]]);
   }
 
+  // In pairs of features of one token.
+  SORA_INLINE void gather_pairs(int64_t b, int64_t s, float* to) const {
+    const auto* from = static_cast<const BFloat16*>(data) + token(b, s);
+    const int64_t *offset = features.data(), N = size();
+    for (int64_t n = 0; n < N; n += 2) {
+      to[n / 2] = pair(from[offset[n]], n + 1 < N ? from[offset[n + 1]] : BFloat16{});
+    }
+  }
+
   template <class T>
   SORA_INLINE void scatter(int64_t b, int64_t s, const float* from) const {
     T* to = static_cast<T*>(data) + token(b, s);
@@ -104,9 +115,10 @@ Matrix small_block(int64_t rows, int64_t K) {
 // An odd number of cache lines apart, so that the same columns of many rows do not compete for the same lines of L1.
 int64_t wide_ld(int64_t D) { return round_up(D, 32) + 16; }
 
-Scratch pack(const Tensor& weight, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_n) {
+Scratch pack(const Tensor& weight, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_n,
+             bool pairs = false) {
   Scratch packed(1, packed_size(depth, columns));
-  const PackParams p{weight.data_ptr(), depth, columns, stride_k, stride_n, packed.row(0)};
+  const PackParams p{weight.data_ptr(), depth, columns, stride_k, stride_n, packed.row(0), pairs};
   const int64_t width = 2 * lanes(), grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(depth * width, 1));
   with_dtype(weight.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, (columns + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
@@ -191,6 +203,7 @@ struct EmbedParams {
   int64_t K = 0;
   Patches video, dvideo;
   const float* weight = nullptr;  // packed
+  bool pairs = false;             // products of bf16 as they are: the same sums in fp32, without widening first
   Vector bias;
   Rows pos, dpos;  // a row per token
   Tokens out, dout;
@@ -211,16 +224,17 @@ struct EmbedParams {
 template <int V, class T>
 struct EmbedForward {
   static SORA_INLINE void run(const EmbedParams& p, int64_t begin, int64_t end) {
-    const int64_t D = p.shape.D, K = p.K, size = block_rows(std::max(D, K));
+    const bool pairs = std::is_same_v<T, BFloat16> && p.pairs;
+    const int64_t D = p.shape.D, K = p.K, size = block_rows(std::max(D, K)), depth = pairs ? (K + 1) / 2 : K;
     const Matrix small = small_block<V>(size, K), wide(size, wide_ld(D)), bias(1, D);
     add(bias.row(0), p.bias, D);
     for (int64_t first = begin * size; first < std::min(end * size, p.shape.rows()); first += size) {
       const int64_t rows = std::min(size, p.shape.rows() - first);
       for (int64_t r = 0; r < rows; ++r) {
         const auto [b, s] = p.token(first + r);
-        p.video.gather<T>(b, s, small.row(r));
+        pairs ? p.video.gather_pairs(b, s, small.row(r)) : p.video.gather<T>(b, s, small.row(r));
       }
-      multiply<V, false>(small, packed_panels(p.weight, K), rows, D, K, wide.row(0), wide.ld(), false);
+      multiply<V, false>(small, packed_panels(p.weight, depth), rows, D, depth, wide.row(0), wide.ld(), false, pairs);
       for (int64_t r = 0; r < rows; ++r) {
         const auto [b, s] = p.token(first + r);
         add(wide.row(r), p.pos, b, s, D);
@@ -236,8 +250,12 @@ struct EmbedForward {
 template <int V, class T>
 struct EmbedBackward {
   static SORA_INLINE void run(const EmbedParams& p, int64_t begin, int64_t end) {
-    const int64_t D = p.shape.D, K = p.K, size = block_rows(D), B = p.shape.B;
-    const Matrix small = small_block<V>(size, K), wide(size, wide_ld(D)), sums(2, D);
+    const bool pairs = std::is_same_v<T, BFloat16> && p.pairs;
+    const int64_t D = p.shape.D, K = p.K, size = block_rows(D), half = pairs ? 2 : 1, depth = (D + half - 1) / half;
+    // With pairs, `wide` holds those of dout along a token, `turned` those of two tokens, for the sum over tokens.
+    const Matrix small = small_block<V>(size, K), wide(size, wide_ld(depth)), sums(3, D);
+    const Matrix turned(pairs ? size / 2 : 0, wide_ld(D));
+    const Matrix& terms = pairs ? turned : wide;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * p.chunk_rows, stop = std::min(start + p.chunk_rows, p.shape.rows());
       float* dweight = p.partials + chunk * p.chunk_size;
@@ -245,36 +263,77 @@ struct EmbedBackward {
       if (p.dbias) std::fill_n(dbias, D, 0.0f);
       for (int64_t first = start; first < stop; first += size) {
         const int64_t rows = std::min(size, stop - first);
+        std::fill_n(sums.row(0), D, 0.0f);
         for (int64_t r = 0; r < rows; ++r) {
           const auto [b, s] = p.token(first + r);
           const T* from = row_of<const T>(p.dout, b, s);
-          float* to = wide.row(r);
-#pragma omp simd
-          for (int64_t d = 0; d < D; ++d) to[d] = to_float(from[d]);
-          if (p.dweight) p.video.gather<T>(b, s, small.row(r));
-          if (p.dpos) {
-            if (!p.clips_inside) {
-              store(to, p.dpos, b, s, 0, D);
-            } else {  // chunks hold whole tokens
-              float* sum = sums.row(1);
-              if (b == 0) std::fill_n(sum, D, 0.0f);
-#pragma omp simd
-              for (int64_t d = 0; d < D; ++d) sum[d] += to[d];
-              if (b == B - 1) store(sum, p.dpos, 0, s, 0, D);
-            }
+          if (pairs) {
+            if (p.dvideo) std::memcpy(wide.row(r), from, D * sizeof(T));
+          } else {
+            widen(from, wide.row(r), D);
           }
+          if (p.dbias || p.dpos) sum_token(p, from, b, s, sums);
+          if (p.dweight && !pairs) p.video.gather<T>(b, s, small.row(r));
         }
-        if (p.dbias) add_columns(wide, rows, D, sums.row(0), dbias);
+        if (p.dbias) {  // short sums first keep the rounding error of long ones small
+          for (int64_t d = 0; d < D; ++d) dbias[d] += sums.row(0)[d];
+        }
         if (p.dweight) {
-          multiply<V, true>(small, row_panels(wide.row(0), wide.ld()), K, D, rows, dweight, wide_ld(D), first > start);
+          if constexpr (std::is_same_v<T, BFloat16>) {
+            if (pairs) pair_tokens(p, first, rows, small, turned);
+          }
+          multiply<V, true>(small, row_panels(terms.row(0), terms.ld()), K, D, (rows + half - 1) / half, dweight,
+                            wide_ld(D), first > start, pairs);
         }
         if (p.dvideo) {
-          multiply<V, false>(wide, packed_panels(p.weight, D), rows, K, D, small.row(0), small.ld(), false);
+          multiply<V, false>(wide, packed_panels(p.weight, depth), rows, K, depth, small.row(0), small.ld(), false,
+                             pairs);
           for (int64_t r = 0; r < rows; ++r) {
             const auto [b, s] = p.token(first + r);
             p.dvideo.scatter<T>(b, s, small.row(r));
           }
         }
+      }
+    }
+  }
+
+  static SORA_INLINE void widen(const T* from, float* to, int64_t D) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) to[d] = to_float(from[d]);
+  }
+
+  // sums: dbias of this block, dpos of the clips so far, this token.
+  static SORA_INLINE void sum_token(const EmbedParams& p, const T* from, int64_t b, int64_t s, const Matrix& sums) {
+    const int64_t D = p.shape.D;
+    float *dbias = sums.row(0), *dpos = sums.row(1), *dout = sums.row(2);
+    widen(from, dout, D);
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) dbias[d] += dout[d];
+    if (!p.dpos) return;
+    if (!p.clips_inside) return store(dout, p.dpos, b, s, 0, D);
+    if (b == 0) std::fill_n(dpos, D, 0.0f);  // a chunk holds all clips of a token
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) dpos[d] += dout[d];
+    if (b == p.shape.B - 1) store(dpos, p.dpos, 0, s, 0, D);
+  }
+
+  static SORA_INLINE void pair_tokens(const EmbedParams& p, int64_t first, int64_t rows, const Matrix& small,
+                                      const Matrix& turned) {
+    const int64_t D = p.shape.D, K = p.K, *features = p.video.features.data();
+    for (int64_t r = 0; r < rows; r += 2) {
+      const bool second = r + 1 < rows;
+      const auto [b, s] = p.token(first + r);
+      const auto [c, t] = p.token(first + r + second);
+      const auto *a0 = row_of<const BFloat16>(p.dout, b, s), *a1 = row_of<const BFloat16>(p.dout, c, t);
+      const auto* v0 = static_cast<const BFloat16*>(p.video.data) + p.video.token(b, s);
+      const auto* v1 = static_cast<const BFloat16*>(p.video.data) + p.video.token(c, t);
+      float *to = turned.row(r / 2), *patch = small.row(r / 2);
+      for (int64_t k = 0; k < K; ++k) patch[k] = pair(v0[features[k]], second ? v1[features[k]] : BFloat16{});
+      if (second) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) to[d] = pair(a0[d], a1[d]);
+      } else {
+        for (int64_t d = 0; d < D; ++d) to[d] = pair(a0[d], BFloat16{});
       }
     }
   }
@@ -578,6 +637,11 @@ EmbedParams embed_params(const Like& video, const Tensor& weight, const Optional
   return p;
 }
 
+bool has_pairs(const Tensor& video, const Tensor& weight) {
+  const bool both = video.scalar_type() == ScalarType::BFloat16 && weight.scalar_type() == ScalarType::BFloat16;
+  return both && has_bf16_products();
+}
+
 void patch_embed3d_fwd(const Tensor& video, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& pos,
                        const Tensor& out) {
   std::vector<int64_t> patch;
@@ -585,7 +649,8 @@ void patch_embed3d_fwd(const Tensor& video, const Tensor& weight, const Optional
   EmbedParams p = embed_params(like, weight, bias, pos, patch);
   p.out = like.tokens("out", out, p.shape);
   if (p.shape.rows() * p.shape.D == 0) return;
-  const Scratch packed = pack(weight, p.K, p.shape.D, 1, p.K);
+  p.pairs = has_pairs(video, weight);
+  const Scratch packed = pack(weight, p.K, p.shape.D, 1, p.K, p.pairs);
   p.weight = packed.row(0);
   advise_huge_pages(out);
   const int64_t size = block_rows(std::max(p.shape.D, p.K));
@@ -635,7 +700,8 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
   p.chunk_size = p.dbias_at() + (p.dbias ? round_up(D, 16) : 0);
   const Scratch partials(1, chunks * p.chunk_size);
   p.partials = partials.row(0);
-  const Scratch packed = dvideo ? pack(weight, D, K, K, 1) : Scratch(0, 0);
+  p.pairs = has_pairs(video, weight);
+  const Scratch packed = dvideo ? pack(weight, D, K, K, 1, p.pairs) : Scratch(0, 0);
   p.weight = packed.row(0);
   with_dtype(video.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
