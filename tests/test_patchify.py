@@ -258,14 +258,16 @@ def calls(impl="auto", dtype=torch.float64):
 
 
 CALLS = pytest.mark.parametrize("name", calls())
+PRODUCTS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bf16 may be multiplied in pairs
 
 
+@PRODUCTS
 @CALLS
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", [*LAYOUTS[1:], "channels last", "transposed clips"])
-def test_memory_layout_of_inputs_and_gradients_does_not_change_a_bit(layout, impl, name, require):
-    require(name, impl, grad=True)
-    function, inputs, grad = calls(impl, torch.float32)[name]
+def test_memory_layout_of_inputs_and_gradients_does_not_change_a_bit(layout, impl, name, dtype, require):
+    require(name, impl, dtype=dtype, grad=True)
+    function, inputs, grad = calls(impl, dtype)[name]
 
     def arranged(t):
         if t is None or layout in LAYOUTS:
@@ -282,7 +284,8 @@ def test_memory_layout_of_inputs_and_gradients_does_not_change_a_bit(layout, imp
         if impl == "cpu":
             assert torch.equal(result, expected[n]), n
         else:  # a library's matrix product may take another order of sums for other strides
-            torch.testing.assert_close(result, expected[n], rtol=1e-4, atol=1e-4)
+            tolerance = 1e-4 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(result, expected[n], rtol=tolerance, atol=tolerance)
 
 
 @CALLS
@@ -304,11 +307,12 @@ def test_backward_repeats_bitwise(impl, name, require):
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+@PRODUCTS
 @CALLS
 @pytest.mark.parametrize("impl", IMPLS)
-def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, name, require):
-    require(name, impl, grad=True)
-    function, inputs, grad = calls(impl, torch.float32)[name]
+def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, name, dtype, require):
+    require(name, impl, dtype=dtype, grad=True)
+    function, inputs, grad = calls(impl, dtype)[name]
     together = outputs_and_grads(function, inputs, [grad])
     for n, t in inputs.items():
         leaf = t.clone().requires_grad_()
@@ -361,10 +365,11 @@ def test_of_nothing_to_multiply_the_bias_remains(impl, require):
 # The C++ kernels
 
 
+@PRODUCTS
 @CALLS
-def test_cpu_results_do_not_depend_on_the_number_of_threads(name, require):
-    require(name, "cpu", grad=True)
-    function, inputs, grad = calls("cpu", torch.float32)[name]
+def test_cpu_results_do_not_depend_on_the_number_of_threads(name, dtype, require):
+    require(name, "cpu", dtype=dtype, grad=True)
+    function, inputs, grad = calls("cpu", dtype)[name]
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):

@@ -9,6 +9,9 @@
 //   narrow   small = wide Wt     final_layer forward       dvideo of patch_embed3d
 //   outer    dW   += smallt wide both weight gradients
 //
+// Where video and weight are bf16 and the CPU multiplies pairs of bf16, patch_embed3d leaves its blocks bf16: the same
+// exact products, summed in fp32, at twice the rate. final_layer does not: its norm is not a bf16 number.
+//
 // Bytes that must move (T: one element of tokens or video; the weights, packed once per call, are left out):
 //   patch_embed3d   forward   video + out                  backward   dout + video + dvideo + dpos
 //   final_layer     forward   x + out                      backward   dout + 2 x (x is read, dx is written)
