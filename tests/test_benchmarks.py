@@ -406,6 +406,7 @@ def test_every_benchmark_names_inputs_that_exist():
         named = {*benchmark.differentiable, *benchmark.backward_reads, *benchmark.backward_writes}
         assert named <= set(inputs), op
         assert set(benchmark.backward_writes) <= set(benchmark.differentiable), op
-        assert benchmark.flops(shapes.SHAPES["toy"], "bwd") > benchmark.flops(shapes.SHAPES["toy"], "fwd") > 0
+        forward, backward = (benchmark.flops(shapes.SHAPES["toy"], mode) for mode in suite.MODES)
+        assert backward > forward > 0 or (op == "unpatchify3d" and backward == forward == 0), op  # it moves values
     assert all(name in shapes.SHAPES for names in shapes.DEFAULT.values() for name in names)
     assert peers.version("eager") is None

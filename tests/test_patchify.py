@@ -84,6 +84,8 @@ EMBED = [
     (1, 1, (3, 1, 5), (2, 1, 3), 7, True, 2),
     (3, 5, (1, 2, 1), (1, 1, 1), 1, False, 0),
     (1, 16, (1, 1, 1), (1, 2, 2), 33, False, 2),
+    (5, 2, (2, 5, 7), (1, 1, 2), 70, True, 2),  # several blocks and chunks; pos summed over clips
+    (1, 128, (1, 2, 3), (2, 4, 4), 40, True, 0),  # K = 4096
 ]
 TILES = [  # several tiles of tokens, of D, of features and, where it is no power of two, a rest of each
     (2, 6, (3, 5, 5), (1, 2, 2), 70, True, 2),
@@ -246,6 +248,8 @@ FINAL = [
     (1, (1, 1, 1), (1, 1, 1), 16, 33, (33,), (1, 33), "layer", True),
     (3, (1, 2, 2), (1, 2, 1), 2, 16, None, (16,), "rms", True),
     (1, (2, 1, 2), (1, 1, 2), 2, 6, (1, 2, 6), None, "layer", False),
+    (2, (2, 5, 13), (1, 2, 2), 5, 130, (2, 1, 130), (130,), "layer", True),  # a modulation row over several chunks
+    (2, (13, 3, 5), (1, 2, 2), 16, 70, (2, 13, 70), (2, 195, 70), "rms", True),  # rows of tokens side by side
 ]
 FINAL_TILES = [  # several tiles of tokens, of D, of features and, where it is no power of two, a rest of each
     (1, (2, 5, 13), (1, 2, 2), 17, 40, (1, 2, 40), (1, 2, 40), "layer", True),

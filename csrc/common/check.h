@@ -34,10 +34,14 @@ inline std::string describe(const Tensor& t) {
   return text.str();
 }
 
-inline void check_common(const char* name, const Tensor& t, const Tensor& like) {
+inline void check_kind(const char* name, const Tensor& t, const Tensor& like, const char* like_name = "x") {
   SORA_CHECK(is_supported(t.scalar_type()), name, ": expected float32, bfloat16 or float16, got ", describe(t));
   SORA_CHECK(t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index(), name,
-             ": expected the device of x, got ", describe(t), "; x is ", describe(like));
+             ": expected the device of ", like_name, ", got ", describe(t), "; ", like_name, " is ", describe(like));
+}
+
+inline void check_common(const char* name, const Tensor& t, const Tensor& like) {
+  check_kind(name, t, like);
   SORA_CHECK(t.dim() > 0 && (t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1), name,
              ": expected a last stride of 1, got ", describe(t));
 }

@@ -22,6 +22,7 @@ class Scratch {
   }
 
   float* row(int64_t i) const { return data_.get() + i * stride_; }
+  int64_t stride() const { return stride_; }
 
  private:
   int64_t stride_;

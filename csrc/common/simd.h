@@ -29,6 +29,9 @@ enum class Isa { baseline, avx2, avx512 };
 // The best set this machine has, or the one named by SORA_KERNELS_CPU_ISA (baseline, avx2, avx512).
 Isa isa();
 
+// Whether products of bf16 pairs (AVX512_BF16) may be used: not where SORA_KERNELS_CPU_ISA names the set.
+bool has_bf16_products();
+
 template <class Kernel, class Params>
 SORA_AVX512 void run_avx512(const Params& params, int64_t begin, int64_t end) {
   Kernel::run(params, begin, end);

@@ -41,6 +41,16 @@ Isa isa() {
   return chosen;
 }
 
+bool has_bf16_products() {
+#if defined(__x86_64__)
+  const char* requested = std::getenv("SORA_KERNELS_CPU_ISA");
+  static const bool supported = !(requested && *requested) && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return supported;
+#else
+  return false;
+#endif
+}
+
 }  // namespace sora
 
 extern "C" __attribute__((visibility("default"))) const char* sora_kernels_cpu_isa() {

@@ -162,7 +162,7 @@ _library.define(
     "patch_embed3d_fwd",
     "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
     reference=lambda video, weight, bias, pos, out: out.copy_(reference.patch_embed3d(video, weight, bias, pos=pos)),
-    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_fwd"},
+    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_fwd", "cpu": None},
 )
 _library.define(
     "patch_embed3d_bwd",
@@ -174,7 +174,7 @@ _library.define(
         (dout,),
         dict(video=dvideo, weight=dweight, bias=dbias, pos=dpos),
     ),
-    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_bwd"},
+    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_bwd", "cpu": None},
 )
 
 
@@ -219,13 +219,13 @@ _library.define(
     reference=lambda tokens, grid, patch, channels, out: out.copy_(
         reference.unpatchify3d(tokens, grid, patch, channels)
     ),
-    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_fwd"},
+    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_fwd", "cpu": None},
 )
 _library.define(
     "unpatchify3d_bwd",
     "(Tensor dout, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) dtokens) -> ()",
     reference=lambda dout, grid, patch, channels, dtokens: dtokens.copy_(reference.patchify3d(dout, patch)),
-    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_bwd"},
+    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_bwd", "cpu": None},
 )
 
 
@@ -267,7 +267,7 @@ _library.define(
     reference=lambda x, shift, scale, weight, bias, grid, patch, rms, eps, out: out.copy_(
         reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
     ),
-    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_fwd"},
+    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_fwd", "cpu": None},
 )
 _library.define(
     "final_layer_bwd",
@@ -279,7 +279,7 @@ _library.define(
         (dout,),
         dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
     ),
-    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_bwd"},
+    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_bwd", "cpu": None},
 )
 
 
