@@ -318,13 +318,13 @@ def test_a_compiled_library_older_than_the_code_is_a_reason(monkeypatch, require
     """Python declares what the next build will have; before it, auto must not choose what is not there."""
     require("norm_modulate", "cpu")
     monkeypatch.setattr(_library, "has_kernel", lambda op, impl: False)
-    _dispatch._why_not.cache_clear()
+    _dispatch._why_not.cache_clear(), _dispatch._able.cache_clear()
     try:
         with pytest.raises(Unavailable, match="_cpu.so is older than this code and lacks norm_modulate"):
             norm_modulate(X, None, None, impl="cpu")
         torch.testing.assert_close(norm_modulate(X, None, None), torch.zeros_like(X))
     finally:
-        _dispatch._why_not.cache_clear()
+        _dispatch._why_not.cache_clear(), _dispatch._able.cache_clear()
 
 
 def test_gradients_asked_of_a_forward_only_implementation_raise():

@@ -49,9 +49,9 @@ def norm_modulate(
     Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.
     """
     op = "norm_modulate"
-    _check_norm(op, x, norm, eps, weight, bias)
+    _check_norm(op, x, norm, eps)
     _rows.check(op, x, shift=shift, scale=scale)
-    _check_tables(op, x, shift_table=shift_table, scale_table=scale_table)
+    _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
     tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
@@ -82,7 +82,7 @@ def gate_residual(
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
     _rows.check(op, x, gate=gate)
-    _check_tables(op, x, gate_table=gate_table)
+    _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
@@ -116,10 +116,12 @@ def gate_residual_norm_modulate(
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
     op = "gate_residual_norm_modulate"
-    _check_norm(op, x, norm, eps, weight, bias)
+    _check_norm(op, x, norm, eps)
     _check.like(op, "y", y, x)
     _rows.check(op, x, gate=gate, shift=shift, scale=scale)
-    _check_tables(op, x, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
+    _check_vectors(
+        op, x, weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table
+    )
     tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
     grad = _needs_grad(op, tensors, None)
     impl = _dispatch.choose(op, impl, x, grad=grad)
@@ -131,21 +133,18 @@ def gate_residual_norm_modulate(
 # Validation
 
 
-def _check_norm(op, x, norm, eps, weight, bias) -> None:
+def _check_norm(op, x, norm, eps) -> None:
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.choice(op, "norm", norm, NORMS)
     _check.positive(op, "eps", eps)
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
-    _check.same_device(op, x, {"weight": weight, "bias": bias})
 
 
-def _check_tables(op, x, **tables: Tensor | None) -> None:
-    for name, t in tables.items():
+def _check_vectors(op, x, **vectors: Tensor | None) -> None:
+    """Parameters and tables."""
+    for name, t in vectors.items():
         if t is not None:
             _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
-    _check.same_device(op, x, tables)
+    _check.same_device(op, x, vectors)
 
 
 def _needs_grad(op, tensors, out) -> bool:
@@ -207,7 +206,7 @@ _library.define(
 
 def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl, out=None) -> Tensor:
     frames = _rows.frames(x, shift, scale)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
         dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
         table(shift_table, x), table(scale_table, x), rms, eps, out,
@@ -267,7 +266,7 @@ _library.define(
 
 
 def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = like(x) if out is None else out
     gate = _rows.view(gate, x, _rows.frames(x, gate))
     _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
@@ -356,7 +355,7 @@ def _gate_residual_norm_modulate(
     x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl
 ) -> tuple[Tensor, Tensor]:
     frames = _rows.frames(x, gate, shift, scale)
-    x_new, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    x_new, out = like(x), like(x)
     _library.call("gate_residual_norm_modulate_fwd", impl)(
         dense(x), dense(y), _rows.view(gate, x, frames), _rows.view(shift, x, frames), _rows.view(scale, x, frames),
         parameter(weight), parameter(bias),
