@@ -31,7 +31,9 @@ def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -
 
 def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """`t` has the shape, dtype and device of `x`."""
-    exact(op, name, t, x.shape, f"the shape of {x_name}")
+    tensor(op, name, t, f"of the shape of {x_name}")
+    if t.shape != x.shape:
+        exact(op, name, t, x.shape, f"the shape of {x_name}")
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must have {x_name}'s dtype {x.dtype}; got {t.dtype}; cast it with .to()")
     same_device(op, x, {name: t}, x_name)

@@ -10,12 +10,14 @@
 #include "common/check.h"
 #include "common/memory.h"
 #include "common/simd.h"
+#include "common/sums.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace sora {
 namespace {
@@ -37,14 +39,15 @@ struct Span {
   void* data;
   ScalarType dtype;
   int64_t offset;
+  const float* plus = nullptr;
 };
 
 template <class T>
-struct Accumulate {
+struct Sum {
   static SORA_INLINE void run(const Span& span, int64_t begin, int64_t end) {
     const T* from = static_cast<const T*>(span.data) + span.offset;
 #pragma omp simd
-    for (int64_t d = begin; d < end; ++d) span.values[d] += to_float(from[d]);
+    for (int64_t d = begin; d < end; ++d) span.values[d] = span.plus[d] + to_float(from[d]);
   }
 };
 
@@ -62,10 +65,14 @@ void with_span(const Span& span, int64_t length) {
   if (span.data) with_dtype(span.dtype, [&](auto t) { dispatch<Kernel<decltype(t)>>(span, 0, length); });
 }
 
-void add(float* values, const Vector& from, int64_t D) { with_span<Accumulate>({values, from.data, from.dtype, 0}, D); }
+void add(float* values, const Vector& from, int64_t D) {
+  with_span<Sum>({values, from.data, from.dtype, 0, values}, D);
+}
 
-void add(float* values, const Rows& from, int64_t b, int64_t f, int64_t D) {
-  with_span<Accumulate>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f}, D);
+// values = plus + the row, if there is one
+void add(float* values, const float* plus, const Rows& from, int64_t b, int64_t f, int64_t D) {
+  if (!from) std::copy_n(plus, D, values);
+  with_span<Sum>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f, plus}, D);
 }
 
 // Columns [d, d + n) only.
@@ -77,38 +84,25 @@ void store(const float* values, const Rows& to, int64_t b, int64_t f, int64_t d,
   with_span<Store>({const_cast<float*>(values), to.data, to.dtype, b * to.stride_b + f * to.stride_f + d}, n);
 }
 
-// ---- statistics of one fp32 row
-
-// Four accumulators of one vector each: the sum is bound by loads instead of the latency of one addition, and its
-// rounding error shrinks with them.
-SORA_INLINE float sum_of_squared_deviations(const float* v, int64_t n, float centre, bool square) {
-  const int64_t q = n / 64 * 16;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  if (square) {
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < q; ++i) {
-      const float a = v[i] - centre, b = v[q + i] - centre, c = v[2 * q + i] - centre, d = v[3 * q + i] - centre;
-      s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
-    }
-#pragma omp simd reduction(+ : s0)
-    for (int64_t i = 4 * q; i < n; ++i) s0 += (v[i] - centre) * (v[i] - centre);
-  } else {
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < q; ++i) s0 += v[i], s1 += v[q + i], s2 += v[2 * q + i], s3 += v[3 * q + i];
-#pragma omp simd reduction(+ : s0)
-    for (int64_t i = 4 * q; i < n; ++i) s0 += v[i];
-  }
-  return (s0 + s1) + (s2 + s3);
+// The row in fp32: itself, or a copy.
+template <class T>
+SORA_INLINE const float* widened(const T* from, float* copy, int64_t D) {
+  if constexpr (std::is_same_v<T, float>) return from;
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) copy[d] = to_float(from[d]);
+  return copy;
 }
+
+// ---- statistics of one fp32 row
 
 struct Statistics {
   float mean, rstd;
 };
 
 SORA_INLINE Statistics statistics(const float* v, int64_t D, bool rms, float eps) {
-  const float mean = rms ? 0.0f : sum_of_squared_deviations(v, D, 0.0f, false) / static_cast<float>(D);
-  const float variance = sum_of_squared_deviations(v, D, mean, true) / static_cast<float>(D);
-  return {mean, 1.0f / std::sqrt(variance + eps)};
+  const float mean = rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(v); }) / static_cast<float>(D);
+  const auto square = [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); };
+  return {mean, 1.0f / std::sqrt(sum(D, square) / static_cast<float>(D) + eps)};
 }
 
 // ---- the modulation of one row
@@ -118,26 +112,28 @@ struct Modulation {
   Vector weight, bias, gate_table, shift_table, scale_table;
 };
 
-// One thread's fp32 copy, loaded once for all tokens that share a row.
+// One thread's fp32 copy, loaded once for all tokens that share a row. Where every token has a row of its own, loading is
+// one pass per row, and two more only where there is a weight or a bias.
 template <bool kGate, bool kNorm>
 class ModulationRow {
  public:
-  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(6, D) {
-    std::fill_n(weight, D, 0.0f), std::fill_n(bias, D, 0.0f);
-    add(weight, from.weight, D), add(bias, from.bias, D);
-    if (!from.weight) std::fill_n(weight, D, 1.0f);
+  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(9, D) {
+    std::fill_n(weight, D, from.weight ? 0.0f : 1.0f), add(weight, from.weight, D);
+    std::fill_n(bias, D, 0.0f), add(bias, from.bias, D);
+    std::fill_n(gate_table_, D, 0.0f), add(gate_table_, from.gate_table, D);
+    std::fill_n(scale_table_, D, 1.0f), add(scale_table_, from.scale_table, D);
+    std::fill_n(shift_table_, D, 0.0f), add(shift_table_, from.shift_table, D);
   }
 
   SORA_INLINE void load(int64_t b, int64_t f) {
-    if constexpr (kGate) {
-      std::fill_n(gate, D_, 0.0f);
-      add(gate, from_.gate, b, f, D_), add(gate, from_.gate_table, D_);
-    }
+    if constexpr (kGate) add(gate, gate_table_, from_.gate, b, f, D_);
     if constexpr (kNorm) {
-      std::fill_n(scale, D_, 1.0f);
-      add(scale, from_.scale, b, f, D_), add(scale, from_.scale_table, D_);
-      for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale[d], shift[d] = bias[d] * scale[d];
-      add(shift, from_.shift, b, f, D_), add(shift, from_.shift_table, D_);
+      add(scale, scale_table_, from_.scale, b, f, D_);
+      add(shift, shift_table_, from_.shift, b, f, D_);
+      if (from_.weight || from_.bias) {
+#pragma omp simd
+        for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale[d], shift[d] += bias[d] * scale[d];
+      }
     }
   }
 
@@ -145,14 +141,17 @@ class ModulationRow {
   const Modulation& from_;
   int64_t D_;
   Scratch scratch_;
+  float* const gate_table_ = scratch_.row(0);
+  float* const scale_table_ = scratch_.row(1);  // 1 + table
+  float* const shift_table_ = scratch_.row(2);
 
  public:
-  float* const weight = scratch_.row(0);
-  float* const bias = scratch_.row(1);
-  float* const gate = scratch_.row(2);   // gate + table
-  float* const scale = scratch_.row(3);  // 1 + scale + table
-  float* const mul = scratch_.row(4);    // weight * scale
-  float* const shift = scratch_.row(5);  // bias * scale + shift + table
+  float* const weight = scratch_.row(3);
+  float* const bias = scratch_.row(4);
+  float* const gate = scratch_.row(5);                                      // gate + table
+  float* const scale = scratch_.row(6);                                     // 1 + scale + table
+  float* const shift = scratch_.row(7);                                     // bias * scale + shift + table
+  float* const mul = from_.weight || from_.bias ? scratch_.row(8) : scale;  // weight * scale
 };
 
 // ---- forward
@@ -171,7 +170,6 @@ struct Forward {
     const int64_t S = p.shape.S, D = p.shape.D, G = p.shape.rows_per_modulation();
     ModulationRow<kGate, kNorm> m(p.modulation, D);
     const Scratch scratch(1, D);
-    float* v = scratch.row(0);
 
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / S, s = row % S;
@@ -182,15 +180,11 @@ struct Forward {
         const T* y = row_of<const T>(p.y, b, s);
         T* x_new = row_of<T>(p.x_new, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) {
-          x_new[d] = from_float<T>(to_float(x[d]) + m.gate[d] * to_float(y[d]));
-          v[d] = to_float(x_new[d]);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) v[d] = to_float(x[d]);
+        for (int64_t d = 0; d < D; ++d) x_new[d] = from_float<T>(to_float(x[d]) + m.gate[d] * to_float(y[d]));
+        x = x_new;
       }
       if constexpr (kNorm) {
+        const float* v = widened(x, scratch.row(0), D);
         const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
         T* out = row_of<T>(p.out, b, s);
 #pragma omp simd
@@ -274,65 +268,98 @@ void store_row_gradients(const BackwardParams& p, int64_t group, const float* P,
   store(R, p.dgate, b, f, d, n);
 }
 
-template <class T, bool kGate, bool kNorm>
+// kOwn: every token has modulation rows of its own, so P, Q and R of one token are what its rows' gradients need.
+template <class T, bool kGate, bool kNorm, bool kOwn>
 struct Backward {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
-    const int64_t D = p.shape.D, F = p.shape.modulation_rows();
-    const Chunking& c = *p.chunking;
+    const int64_t D = p.shape.D;
     ModulationRow<kGate, kNorm> m(p.modulation, D);
-    const Scratch scratch(9, D);
-    float *block = scratch.row(3), *group_sum = scratch.row(6);
-    const int64_t stride = scratch.row(1) - scratch.row(0);
-
+    const Scratch scratch(6 + kPartials, D);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      if (p.partials) std::fill_n(p.partial(chunk, 0), kPartials * D, 0.0f);
-      const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
-      const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
-      for (int64_t group = first_group; group < last_group; ++group) {
-        const int64_t b = group / F, f = group % F;
-        const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
-        const int64_t last = std::min(first + c.part_rows, c.group_rows);
-        m.load(b, f);
-        std::fill_n(group_sum, 3 * stride, 0.0f);
-        for (int64_t i = first; i < last; i += kBlockRows) {
-          std::fill_n(block, 3 * stride, 0.0f);
-          for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) token(p, m, scratch, b, f * c.group_rows + s);
-          if (p.sums_rows()) flush(p, m, chunk, block, group_sum, stride);
-        }
-        if (c.parts == 1) {
-          store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block,
-                              0, D);
-        }
+      float* partials[kPartials];
+      for (int i = 0; i < kPartials; ++i) partials[i] = p.partials ? p.partial(chunk, i) : nullptr;
+      if (p.partials) std::fill_n(partials[0], kPartials * D, 0.0f);
+      kOwn ? own_rows(p, m, scratch, chunk, partials) : shared_rows(p, m, scratch, chunk, partials);
+    }
+  }
+
+  static SORA_INLINE void own_rows(const BackwardParams& p, ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
+                                   int64_t chunk, float* const* partials) {
+    const int64_t D = p.shape.D, S = p.shape.S, rows = p.chunking->groups;
+    const int64_t first = chunk * rows, last = std::min(first + rows, p.shape.rows());
+    const int64_t stride = scratch.row(1) - scratch.row(0);
+    float* block[kPartials];
+    for (int i = 0; i < kPartials; ++i) block[i] = scratch.row(6 + i);
+    for (int64_t i = first; i < last; i += kBlockRows) {
+      if (partials[0]) std::fill_n(block[0], kPartials * stride, 0.0f);
+      for (int64_t row = i; row < std::min(i + kBlockRows, last); ++row) {
+        const int64_t b = row / S, s = row % S;
+        m.load(b, s);
+        token(p, m, scratch, b, s);
+        const float *P = scratch.row(3), *Q = scratch.row(4), *R = scratch.row(5);
+        if (partials[0]) accumulate(p, m, P, Q, R, block);
+        store_row_gradients(p, row, P, Q, R, m.weight, m.bias, scratch.row(0), 0, D);
+      }
+      if (!partials[0]) continue;
+      for (int k = 0; k < kPartials; ++k) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) partials[k][d] += block[k][d];
       }
     }
   }
 
+  static SORA_INLINE void shared_rows(const BackwardParams& p, ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
+                                      int64_t chunk, float* const* partials) {
+    const Chunking& c = *p.chunking;
+    const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.row(1) - scratch.row(0);
+    float *block = scratch.row(3), *group_sum = scratch.row(6);
+    const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
+    const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
+    for (int64_t group = first_group; group < last_group; ++group) {
+      const int64_t b = group / F, f = group % F;
+      const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
+      const int64_t last = std::min(first + c.part_rows, c.group_rows);
+      m.load(b, f);
+      std::fill_n(group_sum, 3 * stride, 0.0f);
+      for (int64_t i = first; i < last; i += kBlockRows) {
+        std::fill_n(block, 3 * stride, 0.0f);
+        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) token(p, m, scratch, b, f * c.group_rows + s);
+        if (!p.sums_rows()) continue;
+#pragma omp simd
+        for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
+        if (partials[0]) accumulate(p, m, block, block + stride, block + 2 * stride, partials);
+      }
+      if (c.parts == 1) {
+        store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block,
+                            0, D);
+      }
+    }
+  }
+
+  // Adds the token's P, Q, R to those in scratch rows 3, 4, 5, or puts them there.
   static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
                                 int64_t b, int64_t s) {
     const int64_t D = p.shape.D;
-    float *v = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
+    float *xhat = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
     float *P = scratch.row(3), *Q = scratch.row(4), *R = scratch.row(5);
+    const auto put = [](float& to, float value) SORA_LAMBDA { to = kOwn ? value : to + value; };
 
     if constexpr (kNorm) {
-      const T* x = row_of<const T>(p.x, b, s);
+      const float* v = widened(row_of<const T>(p.x, b, s), xhat, D);
       const T* dout = row_of<const T>(p.dout, b, s);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) v[d] = to_float(x[d]);
       const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
-      float sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-      for (int64_t d = 0; d < D; ++d) {
-        const float g = to_float(dout[d]), xhat = (v[d] - mean) * rstd;
-        v[d] = xhat;
-        dn[d] = g * m.mul[d];
-        P[d] += g;
-        Q[d] += g * xhat;
-        sum += dn[d];
-        dot += dn[d] * xhat;
-      }
-      const float c1 = p.rms ? 0.0f : sum / static_cast<float>(D), c2 = dot / static_cast<float>(D);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) dx[d] = (dn[d] - c1 - v[d] * c2) * rstd;
+      for (int64_t d = 0; d < D; ++d) {
+        const float g = to_float(dout[d]);
+        xhat[d] = (v[d] - mean) * rstd;
+        dn[d] = g * m.mul[d];
+        put(P[d], g);
+        put(Q[d], g * xhat[d]);
+      }
+      const float c1 = p.rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(dn); }) / static_cast<float>(D);
+      const float c2 = sum(D, [=](auto at) SORA_LAMBDA { return at(dn) * at(xhat); }) / static_cast<float>(D);
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) dx[d] = (dn[d] - c1 - xhat[d] * c2) * rstd;
     }
     if (p.dx_new) {
       const T* dx_new = row_of<const T>(p.dx_new, b, s);
@@ -347,7 +374,7 @@ struct Backward {
     if constexpr (kGate) {
       const T* y = row_of<const T>(p.y, b, s);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) R[d] += to_float(y[d]) * dx[d];
+      for (int64_t d = 0; d < D; ++d) put(R[d], to_float(y[d]) * dx[d]);
       if (p.dy) {
         T* to = row_of<T>(p.dy, b, s);
 #pragma omp simd
@@ -356,27 +383,20 @@ struct Backward {
     }
   }
 
-  // A block's sums join those of its modulation row and of its chunk.
-  static SORA_INLINE void flush(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, int64_t chunk,
-                                const float* block, float* group_sum, int64_t stride) {
+  static SORA_INLINE void accumulate(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, const float* P,
+                                     const float* Q, const float* R, float* const* sums) {
     const int64_t D = p.shape.D;
-#pragma omp simd
-    for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
-    if (!p.partials) return;
-    const float *P = block, *Q = block + stride, *R = block + 2 * stride;
     if constexpr (kNorm) {
-      float *sum_p = p.partial(chunk, kP), *sum_q = p.partial(chunk, kQ);
-      float *scale_p = p.partial(chunk, kScaleP), *scale_q = p.partial(chunk, kScaleQ);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        sum_p[d] += P[d], sum_q[d] += Q[d];
-        scale_p[d] += m.scale[d] * P[d], scale_q[d] += m.scale[d] * Q[d];
-      }
+      for (int64_t d = 0; d < D; ++d) sums[kP][d] += P[d], sums[kQ][d] += Q[d];
+    }
+    if (kNorm && (p.dweight || p.dbias)) {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) sums[kScaleP][d] += m.scale[d] * P[d], sums[kScaleQ][d] += m.scale[d] * Q[d];
     }
     if constexpr (kGate) {
-      float* sum_r = p.partial(chunk, kR);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sum_r[d] += R[d];
+      for (int64_t d = 0; d < D; ++d) sums[kR][d] += R[d];
     }
   }
 };
@@ -451,7 +471,11 @@ void backward(BackwardParams& p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
     torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
-      dispatch<Backward<decltype(t), kGate, kNorm>>(p, begin, end);
+      if (chunking.group_rows == 1) {
+        dispatch<Backward<decltype(t), kGate, kNorm, true>>(p, begin, end);
+      } else {
+        dispatch<Backward<decltype(t), kGate, kNorm, false>>(p, begin, end);
+      }
     });
   });
   if (!second_pass) return;
