@@ -69,19 +69,15 @@ void add(float* values, const Vector& from, int64_t D) {
   with_span<Sum>({values, from.data, from.dtype, 0, values}, D);
 }
 
-// values = plus + the row, if there is one
-void add(float* values, const float* plus, const Rows& from, int64_t b, int64_t f, int64_t D) {
-  if (!from) std::copy_n(plus, D, values);
-  with_span<Sum>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f, plus}, D);
-}
-
 // Columns [d, d + n) only.
 void store(const float* values, const Vector& to, int64_t d, int64_t n) {
   with_span<Store>({const_cast<float*>(values), to.data, to.dtype, d}, n);
 }
 
 void store(const float* values, const Rows& to, int64_t b, int64_t f, int64_t d, int64_t n) {
-  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, b * to.stride_b + f * to.stride_f + d}, n);
+  const int64_t offset = b * to.stride_b + f * to.stride_f + d;
+  if (values == static_cast<float*>(to.data) + offset) return;
+  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, offset}, n);
 }
 
 // The row in fp32: itself, or a copy.
@@ -112,46 +108,62 @@ struct Modulation {
   Vector weight, bias, gate_table, shift_table, scale_table;
 };
 
-// One thread's fp32 copy, loaded once for all tokens that share a row. Where every token has a row of its own, loading is
-// one pass per row, and two more only where there is a weight or a bias.
-template <bool kGate, bool kNorm>
+// What the inner loops read, in fp32. Where tokens share a row it is worked out once, in scratch rows. Where every token
+// has a row of its own (kOwn), the row is read where it lies, and only what is not fp32 is copied.
+template <bool kGate, bool kNorm, bool kOwn>
 class ModulationRow {
  public:
-  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(9, D) {
-    std::fill_n(weight, D, from.weight ? 0.0f : 1.0f), add(weight, from.weight, D);
-    std::fill_n(bias, D, 0.0f), add(bias, from.bias, D);
-    std::fill_n(gate_table_, D, 0.0f), add(gate_table_, from.gate_table, D);
-    std::fill_n(scale_table_, D, 1.0f), add(scale_table_, from.scale_table, D);
-    std::fill_n(shift_table_, D, 0.0f), add(shift_table_, from.shift_table, D);
+  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
+    std::fill_n(zeros_, D, 0.0f);
+    for (float* row : {bias, gate_table_, shift_table_}) std::fill_n(row, D, 0.0f);
+    std::fill_n(weight, D, from.weight ? 0.0f : 1.0f), std::fill_n(scale_table_, D, 1.0f);
+    add(weight, from.weight, D), add(bias, from.bias, D);
+    add(gate_table_, from.gate_table, D), add(scale_table_, from.scale_table, D), add(shift_table_, from.shift_table, D);
   }
 
   SORA_INLINE void load(int64_t b, int64_t f) {
-    if constexpr (kGate) add(gate, gate_table_, from_.gate, b, f, D_);
+    if constexpr (kGate) gate_ = fetch(from_.gate, gate_table_, scratch_.row(6), b, f);
     if constexpr (kNorm) {
-      add(scale, scale_table_, from_.scale, b, f, D_);
-      add(shift, shift_table_, from_.shift, b, f, D_);
-      if (from_.weight || from_.bias) {
+      scale_ = fetch(from_.scale, scale_table_, scratch_.row(7), b, f);
+      shift_ = fetch(from_.shift, shift_table_, scratch_.row(8), b, f);
+    }
+    if constexpr (kNorm && !kOwn) {
+      float *mul = scratch_.row(9), *shift = scratch_.row(8);
 #pragma omp simd
-        for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale[d], shift[d] += bias[d] * scale[d];
-      }
+      for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale_[d], shift[d] += bias[d] * scale_[d];
     }
   }
 
+  SORA_INLINE float gate(int64_t d) const { return kOwn ? gate_table_[d] + gate_[d] : gate_[d]; }    // gate + table
+  SORA_INLINE float scale(int64_t d) const { return kOwn ? scale_table_[d] + scale_[d] : scale_[d]; }  // 1 + scale + table
+  SORA_INLINE float mul(int64_t d) const { return kOwn ? weight[d] * scale(d) : mul_[d]; }  // weight * scale
+  SORA_INLINE float shift(int64_t d) const {                                      // bias * scale + shift + table
+    return kOwn ? bias[d] * scale(d) + (shift_table_[d] + shift_[d]) : shift_[d];
+  }
+
  private:
+  SORA_INLINE const float* fetch(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
+    const int64_t offset = b * from.stride_b + f * from.stride_f;
+    if (kOwn && !from) return zeros_;
+    if (kOwn && from.dtype == ScalarType::Float) return static_cast<const float*>(from.data) + offset;
+    if (from) with_span<Sum>({copy, from.data, from.dtype, offset, kOwn ? zeros_ : table}, D_);
+    else std::copy_n(table, D_, copy);
+    return copy;
+  }
+
   const Modulation& from_;
   int64_t D_;
   Scratch scratch_;
-  float* const gate_table_ = scratch_.row(0);
-  float* const scale_table_ = scratch_.row(1);  // 1 + table
-  float* const shift_table_ = scratch_.row(2);
+  float* const zeros_ = scratch_.row(0);
+  float* const gate_table_ = scratch_.row(1);
+  float* const scale_table_ = scratch_.row(2);  // 1 + table
+  float* const shift_table_ = scratch_.row(3);
+  const float *gate_ = nullptr, *scale_ = nullptr, *shift_ = nullptr;
+  const float* const mul_ = scratch_.row(9);
 
  public:
-  float* const weight = scratch_.row(3);
-  float* const bias = scratch_.row(4);
-  float* const gate = scratch_.row(5);                                      // gate + table
-  float* const scale = scratch_.row(6);                                     // 1 + scale + table
-  float* const shift = scratch_.row(7);                                     // bias * scale + shift + table
-  float* const mul = from_.weight || from_.bias ? scratch_.row(8) : scale;  // weight * scale
+  float* const weight = scratch_.row(4);
+  float* const bias = scratch_.row(5);
 };
 
 // ---- forward
@@ -164,11 +176,11 @@ struct ForwardParams {
   float eps = 0;
 };
 
-template <class T, bool kGate, bool kNorm>
+template <class T, bool kGate, bool kNorm, bool kOwn>
 struct Forward {
   static SORA_INLINE void run(const ForwardParams& p, int64_t begin, int64_t end) {
     const int64_t S = p.shape.S, D = p.shape.D, G = p.shape.rows_per_modulation();
-    ModulationRow<kGate, kNorm> m(p.modulation, D);
+    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
     const Scratch scratch(1, D);
 
     for (int64_t row = begin; row < end; ++row) {
@@ -180,7 +192,7 @@ struct Forward {
         const T* y = row_of<const T>(p.y, b, s);
         T* x_new = row_of<T>(p.x_new, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) x_new[d] = from_float<T>(to_float(x[d]) + m.gate[d] * to_float(y[d]));
+        for (int64_t d = 0; d < D; ++d) x_new[d] = from_float<T>(to_float(x[d]) + m.gate(d) * to_float(y[d]));
         x = x_new;
       }
       if constexpr (kNorm) {
@@ -188,7 +200,7 @@ struct Forward {
         const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
         T* out = row_of<T>(p.out, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>((v[d] - mean) * rstd * m.mul[d] + m.shift[d]);
+        for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>((v[d] - mean) * rstd * m.mul(d) + m.shift(d));
       }
     }
   }
@@ -203,7 +215,8 @@ void forward(const ForwardParams& p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      dispatch<Forward<decltype(t), kGate, kNorm>>(p, begin, end);
+      p.shape.rows_per_modulation() == 1 ? dispatch<Forward<decltype(t), kGate, kNorm, true>>(p, begin, end)
+                                         : dispatch<Forward<decltype(t), kGate, kNorm, false>>(p, begin, end);
     });
   });
 }
@@ -256,15 +269,16 @@ struct BackwardParams {
   float* partial(int64_t chunk, int64_t i) const { return partials + (chunk * kPartials + i) * shape.D; }
 };
 
-// The gradients of one modulation row, columns [d, d + n), from its sums.
+// The gradients of one modulation row, columns [d, d + n), from its sums, where these do not lie there already.
 void store_row_gradients(const BackwardParams& p, int64_t group, const float* P, const float* Q, const float* R,
                          const float* weight, const float* bias, float* scratch, int64_t d, int64_t n) {
   const int64_t b = group / p.shape.modulation_rows(), f = group % p.shape.modulation_rows();
   store(P, p.dshift, b, f, d, n);
-  if (p.dscale) {
+  if (p.dscale && (p.modulation.weight || p.modulation.bias)) {
     for (int64_t i = 0; i < n; ++i) scratch[i] = weight[d + i] * Q[i] + bias[d + i] * P[i];
-    store(scratch, p.dscale, b, f, d, n);
+    Q = scratch;
   }
+  store(Q, p.dscale, b, f, d, n);
   store(R, p.dgate, b, f, d, n);
 }
 
@@ -273,7 +287,7 @@ template <class T, bool kGate, bool kNorm, bool kOwn>
 struct Backward {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
     const int64_t D = p.shape.D;
-    ModulationRow<kGate, kNorm> m(p.modulation, D);
+    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
     const Scratch scratch(6 + kPartials, D);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* partials[kPartials];
@@ -283,7 +297,7 @@ struct Backward {
     }
   }
 
-  static SORA_INLINE void own_rows(const BackwardParams& p, ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
+  static SORA_INLINE void own_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
                                    int64_t chunk, float* const* partials) {
     const int64_t D = p.shape.D, S = p.shape.S, rows = p.chunking->groups;
     const int64_t first = chunk * rows, last = std::min(first + rows, p.shape.rows());
@@ -294,9 +308,12 @@ struct Backward {
       if (partials[0]) std::fill_n(block[0], kPartials * stride, 0.0f);
       for (int64_t row = i; row < std::min(i + kBlockRows, last); ++row) {
         const int64_t b = row / S, s = row % S;
+        const bool affine = p.modulation.weight || p.modulation.bias;
+        float* P = in_place(p.dshift, scratch.row(3), b, s);
+        float* Q = affine ? scratch.row(4) : in_place(p.dscale, scratch.row(4), b, s);
+        float* R = in_place(p.dgate, scratch.row(5), b, s);
         m.load(b, s);
-        token(p, m, scratch, b, s);
-        const float *P = scratch.row(3), *Q = scratch.row(4), *R = scratch.row(5);
+        token(p, m, scratch, b, s, P, Q, R);
         if (partials[0]) accumulate(p, m, P, Q, R, block);
         store_row_gradients(p, row, P, Q, R, m.weight, m.bias, scratch.row(0), 0, D);
       }
@@ -308,7 +325,13 @@ struct Backward {
     }
   }
 
-  static SORA_INLINE void shared_rows(const BackwardParams& p, ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
+  // The row of a gradient itself, where it is fp32: then no copy of it is made.
+  static SORA_INLINE float* in_place(const Rows& to, float* otherwise, int64_t b, int64_t f) {
+    if (!to || to.dtype != ScalarType::Float) return otherwise;
+    return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
+  }
+
+  static SORA_INLINE void shared_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
                                       int64_t chunk, float* const* partials) {
     const Chunking& c = *p.chunking;
     const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.row(1) - scratch.row(0);
@@ -323,7 +346,9 @@ struct Backward {
       std::fill_n(group_sum, 3 * stride, 0.0f);
       for (int64_t i = first; i < last; i += kBlockRows) {
         std::fill_n(block, 3 * stride, 0.0f);
-        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) token(p, m, scratch, b, f * c.group_rows + s);
+        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) {
+          token(p, m, scratch, b, f * c.group_rows + s, block, block + stride, block + 2 * stride);
+        }
         if (!p.sums_rows()) continue;
 #pragma omp simd
         for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
@@ -336,12 +361,11 @@ struct Backward {
     }
   }
 
-  // Adds the token's P, Q, R to those in scratch rows 3, 4, 5, or puts them there.
-  static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
-                                int64_t b, int64_t s) {
+  // Adds the token's P, Q, R to those given, or puts them there.
+  static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+                                int64_t b, int64_t s, float* P, float* Q, float* R) {
     const int64_t D = p.shape.D;
     float *xhat = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
-    float *P = scratch.row(3), *Q = scratch.row(4), *R = scratch.row(5);
     const auto put = [](float& to, float value) SORA_LAMBDA { to = kOwn ? value : to + value; };
 
     if constexpr (kNorm) {
@@ -352,7 +376,7 @@ struct Backward {
       for (int64_t d = 0; d < D; ++d) {
         const float g = to_float(dout[d]);
         xhat[d] = (v[d] - mean) * rstd;
-        dn[d] = g * m.mul[d];
+        dn[d] = g * m.mul(d);
         put(P[d], g);
         put(Q[d], g * xhat[d]);
       }
@@ -378,12 +402,12 @@ struct Backward {
       if (p.dy) {
         T* to = row_of<T>(p.dy, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(m.gate[d] * dx[d]);
+        for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(m.gate(d) * dx[d]);
       }
     }
   }
 
-  static SORA_INLINE void accumulate(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, const float* P,
+  static SORA_INLINE void accumulate(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const float* P,
                                      const float* Q, const float* R, float* const* sums) {
     const int64_t D = p.shape.D;
     if constexpr (kNorm) {
@@ -392,7 +416,7 @@ struct Backward {
     }
     if (kNorm && (p.dweight || p.dbias)) {
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sums[kScaleP][d] += m.scale[d] * P[d], sums[kScaleQ][d] += m.scale[d] * Q[d];
+      for (int64_t d = 0; d < D; ++d) sums[kScaleP][d] += m.scale(d) * P[d], sums[kScaleQ][d] += m.scale(d) * Q[d];
     }
     if constexpr (kGate) {
 #pragma omp simd
@@ -405,7 +429,7 @@ struct Backward {
 struct AddPartials {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
     const Chunking& c = *p.chunking;
-    const ModulationRow<false, true> m(p.modulation, p.shape.D);
+    const ModulationRow<false, true, false> m(p.modulation, p.shape.D);
     const Scratch scratch(kPartials + 1, kColumns);
     float* sum[kPartials];
     for (int i = 0; i < kPartials; ++i) sum[i] = scratch.row(i);
