@@ -494,6 +494,10 @@ void backward(BackwardParams& p, ScalarType dtype) {
 
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
+    for (const Rows* to : {&p.dgate, &p.dshift, &p.dscale}) {  // as large as x where every token has a row of its own
+      const int64_t element_size = to->dtype == ScalarType::Float ? 4 : 2;
+      if (chunking.group_rows == 1) advise_huge_pages({to->data, to->stride_b, to->stride_f}, p.shape, element_size);
+    }
     torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
       if (chunking.group_rows == 1) {
         dispatch<Backward<decltype(t), kGate, kNorm, true>>(p, begin, end);
