@@ -114,11 +114,12 @@ template <bool kGate, bool kNorm, bool kOwn>
 class ModulationRow {
  public:
   ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
-    std::fill_n(zeros_, D, 0.0f);
-    for (float* row : {bias, gate_table_, shift_table_}) std::fill_n(row, D, 0.0f);
-    std::fill_n(weight, D, from.weight ? 0.0f : 1.0f), std::fill_n(scale_table_, D, 1.0f);
-    add(weight, from.weight, D), add(bias, from.bias, D);
-    add(gate_table_, from.gate_table, D), add(scale_table_, from.scale_table, D), add(shift_table_, from.shift_table, D);
+    if (kOwn) std::fill_n(zeros_, D, 0.0f);
+    if constexpr (kGate) start(gate_table_, 0.0f, from.gate_table);
+    if constexpr (kNorm) {
+      start(scale_table_, 1.0f, from.scale_table), start(shift_table_, 0.0f, from.shift_table);
+      start(weight, from.weight ? 0.0f : 1.0f, from.weight), start(bias, 0.0f, from.bias);
+    }
   }
 
   SORA_INLINE void load(int64_t b, int64_t f) {
@@ -134,14 +135,20 @@ class ModulationRow {
     }
   }
 
-  SORA_INLINE float gate(int64_t d) const { return kOwn ? gate_table_[d] + gate_[d] : gate_[d]; }    // gate + table
-  SORA_INLINE float scale(int64_t d) const { return kOwn ? scale_table_[d] + scale_[d] : scale_[d]; }  // 1 + scale + table
-  SORA_INLINE float mul(int64_t d) const { return kOwn ? weight[d] * scale(d) : mul_[d]; }  // weight * scale
-  SORA_INLINE float shift(int64_t d) const {                                      // bias * scale + shift + table
+  // gate + table; 1 + scale + table; weight * scale; bias * scale + shift + table
+  SORA_INLINE float gate(int64_t d) const { return kOwn ? gate_table_[d] + gate_[d] : gate_[d]; }
+  SORA_INLINE float scale(int64_t d) const { return kOwn ? scale_table_[d] + scale_[d] : scale_[d]; }
+  SORA_INLINE float mul(int64_t d) const { return kOwn ? weight[d] * scale(d) : mul_[d]; }
+  SORA_INLINE float shift(int64_t d) const {
     return kOwn ? bias[d] * scale(d) + (shift_table_[d] + shift_[d]) : shift_[d];
   }
 
  private:
+  SORA_INLINE void start(float* row, float value, const Vector& plus) const {
+    std::fill_n(row, D_, value);
+    add(row, plus, D_);
+  }
+
   SORA_INLINE const float* fetch(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
     const int64_t offset = b * from.stride_b + f * from.stride_f;
     if (kOwn && !from) return zeros_;
@@ -154,7 +161,7 @@ class ModulationRow {
   const Modulation& from_;
   int64_t D_;
   Scratch scratch_;
-  float* const zeros_ = scratch_.row(0);
+  float* const zeros_ = scratch_.row(0);  // for kOwn
   float* const gate_table_ = scratch_.row(1);
   float* const scale_table_ = scratch_.row(2);  // 1 + table
   float* const shift_table_ = scratch_.row(3);
