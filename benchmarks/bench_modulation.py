@@ -44,6 +44,7 @@ BENCHMARKS = [
         backward_reads=("x", "scale", "scale_table"),
         backward_writes=("x", *_ROWS),
         flops=partial(_flops, 8, 13),
+        outputs=1,
     ),
     Benchmark(
         "gate_residual",
@@ -55,6 +56,7 @@ BENCHMARKS = [
         backward_reads=("y", *_GATE),
         backward_writes=("y", *_GATE),  # x's gradient is the incoming one, as it is
         flops=partial(_flops, 2, 4),
+        outputs=1,
     ),
     Benchmark(
         "gate_residual_norm_modulate",
@@ -66,5 +68,6 @@ BENCHMARKS = [
         backward_reads=("x", "y", *_GATE, "scale", "scale_table"),
         backward_writes=("x", "y", *_GATE, *_ROWS),
         flops=partial(_flops, 10, 17),
+        outputs=2,
     ),
 ]

@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     print_table(rows)
     if lost:
         print(f"the device is in an error state, and nothing after this was measured: {lost}")
-    ours = [row for row in rows if row["kind"] == "ours"]
+    ours = [row for row in rows if row["kind"].startswith("ours")]
     named = [row for row in ours if row["impl"] in args.impl and row["status"] == "unavailable"]
     return int(bool(named) or any(row["status"] == "failed" for row in ours))
 
@@ -120,7 +120,10 @@ def make_row(
         timer = "CUDA graph, cold L2" if graph and result.mode == "fwd" else "events, cold L2"
     else:
         timer = "host clock"
-    kind = "ours" if result.impl in IMPLS else "baseline" if result.impl in ("eager", "compile") else "peer"
+    if suite.without_out(result.impl) in IMPLS:
+        kind = "ours" if result.impl in IMPLS else "ours, out="  # tables compare what allocates with what allocates
+    else:
+        kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
         "op": benchmark.op, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
         "impl_version": peers.version(result.impl), "shape": shape.id, "dims": shape.describe(),
@@ -143,6 +146,8 @@ def make_row(
 def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
     """Ours, then eager, which every ratio is taken against, then what --peers adds."""
     ours = args.impl or suite.our_impls(benchmark.op, device)
+    if not args.impl and benchmark.outputs and "cpu" in ours:
+        ours = (*ours, suite.with_out("cpu"))
     others = ("compile", *benchmark.peers) if args.peers else ()
     return tuple(dict.fromkeys((*ours, "eager", *others)))
 
@@ -169,7 +174,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
         Console(width=width).print(table)
     for own in timed.values():
         for ours in (r for r in own.values() if r["kind"] == "ours"):
-            for other in (r for r in own.values() if r["kind"] != "ours" and r["p50_us"] < ours["p50_us"]):
+            for other in (r for r in own.values() if r["kind"][:4] != "ours" and r["p50_us"] < ours["p50_us"]):
                 ratio = other["p50_us"] / ours["p50_us"]
                 print(f"slower than {other['impl']}: {_name(ours)} at {ours['shape']}, {ratio:.2f}x")
     missing: dict[tuple[object, ...], list[str]] = defaultdict(list)

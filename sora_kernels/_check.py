@@ -25,24 +25,25 @@ def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None)
 def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`t` has exactly this shape; `meaning` says where the numbers come from."""
     tensor(op, name, t, meaning)
-    if tuple(t.shape) != tuple(shape):
+    if t.shape != tuple(shape):
         raise ValueError(f"{op}: {name} must have shape {list(shape)} ({meaning}); got {shape_of(t)}")
 
 
 def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """`t` has the shape, dtype and device of `x`."""
-    exact(op, name, t, tuple(x.shape), f"the shape of {x_name}")
+    tensor(op, name, t, f"of the shape of {x_name}")
+    if t.shape != x.shape:
+        exact(op, name, t, x.shape, f"the shape of {x_name}")
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must have {x_name}'s dtype {x.dtype}; got {t.dtype}; cast it with .to()")
     same_device(op, x, {name: t}, x_name)
 
 
 def same_device(op: str, x: Tensor, others: dict[str, Tensor | None], x_name: str = "x") -> None:
+    device = x.device
     for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(
-                f"{op}: {name} must be on {x_name}'s device {x.device}; got {t.device}; move it with .to()"
-            )
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: {name} must be on {x_name}'s device {device}; got {t.device}; move it with .to()")
 
 
 def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -40,11 +40,8 @@ def choose(
         if reason:
             raise Unavailable(_explain(op, impl, reason, x, grad, limits))
         return impl
-    for candidate in _library.impls(f"{op}_fwd"):
-        # the interpreter is a test tool: right, and thousands of times too slow to be chosen
-        if candidate == "triton" and x.device.type == "cpu":
-            continue
-        if not (why_not(op, candidate, x.device.type, x.dtype, grad) or (limits and limits(candidate))):
+    for candidate in _candidates(op, x.device.type, x.dtype, grad):
+        if limits is None or not limits(candidate):
             return candidate
     return "reference"
 
@@ -56,8 +53,20 @@ def why_not(
     return _why_not(op, impl, device, dtype, grad)
 
 
+def _candidates(op: str, device: str, dtype: torch.dtype, grad: bool) -> tuple[str, ...]:
+    """What "auto" chooses from, best first."""
+    return _able(op, device, dtype, grad)
+
+
 # What torch.compiler.assume_constant_result sets; calling it would import torch._dynamo, and triton with it.
-why_not._dynamo_marked_constant = True
+why_not._dynamo_marked_constant = _candidates._dynamo_marked_constant = True
+
+
+@functools.cache
+def _able(op: str, device: str, dtype: torch.dtype, grad: bool) -> tuple[str, ...]:
+    able = [impl for impl in _library.impls(f"{op}_fwd") if _why_not(op, impl, device, dtype, grad) is None]
+    # the interpreter is a test tool: right, and thousands of times too slow to be chosen
+    return tuple(impl for impl in able if not (impl == "triton" and device == "cpu"))
 
 
 @functools.cache

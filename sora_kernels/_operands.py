@@ -12,7 +12,7 @@ def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None
     """fp64 tensors beside an x that is not become fp32, differentiably: kernels neither read nor write fp64."""
     if x.dtype == torch.float64:
         return tensors
-    return tuple(t.float() if t is not None and t.dtype == torch.float64 else t for t in tensors)
+    return tuple([t if t is None or t.dtype != torch.float64 else t.float() for t in tensors])
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -34,6 +34,6 @@ def table(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
-def like(t: Tensor | None, wanted: bool) -> Tensor | None:
-    """A contiguous destination for the gradient of t, where it is wanted."""
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device) if wanted else None
+def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
+    """A contiguous destination of the shape, dtype and device of t, where it is wanted."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None

@@ -11,6 +11,8 @@ from torch import Tensor
 from . import _check
 from ._operands import dense
 
+LAYOUTS = "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]"
+
 
 def check(op: str, x: Tensor, **modulations: Tensor | None) -> None:
     """Each given modulation is a row layout of x [B, S, D], on x's device."""
@@ -18,16 +20,16 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> None:
     for name, t in modulations.items():
         if t is None:
             continue
-        _check.tensor(op, name, t, "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]")
-        shape = tuple(t.shape)
-        if not (shape == (D,) or shape == (B, D) or (t.ndim == 3 and shape[0] == B and shape[2] == D)):
+        _check.tensor(op, name, t, LAYOUTS)
+        shape = t.shape
+        F = shape[1] if len(shape) == 3 else 1
+        if shape != (B, F, D) and shape != (B, D) and shape != (D,):
             raise ValueError(
-                f"{op}: {name} must be [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D] with B={B}, S={S}, D={D} from x; "
-                f"got {_check.shape_of(t)}"
+                f"{op}: {name} must be {LAYOUTS} with B={B}, S={S}, D={D} from x; got {_check.shape_of(t)}"
             )
-        if t.ndim == 3 and shape[1] != S and (shape[1] == 0 or S % shape[1]):
+        if F != S and (F == 0 or S % F):
             raise ValueError(
-                f"{op}: {name} has F={shape[1]} rows, which must divide S={S}, the number of tokens in x; "
+                f"{op}: {name} has F={F} rows, which must divide S={S}, the number of tokens in x; "
                 f"got shape {_check.shape_of(t)}"
             )
     _check.same_device(op, x, modulations)
@@ -37,7 +39,10 @@ def frames(x: Tensor, *modulations: Tensor | None) -> int:
     """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
     given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
     finest = max(given)
-    return finest if all(f != 0 and finest % f == 0 for f in given) else x.shape[1]
+    for f in given:
+        if f == 0 or finest % f:
+            return x.shape[1]
+    return finest
 
 
 def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
@@ -46,8 +51,10 @@ def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
         return None
     B, _, D = x.shape
     t = dense(t)
-    t = t[:, None] if t.ndim == 2 else t
-    if t.ndim == 3 and t.shape[1] not in (1, frames):
+    t = t.unsqueeze(1) if t.ndim == 2 else t
+    if t.shape == (B, frames, D):
+        return t
+    if t.ndim == 3 and t.shape[1] != 1:
         t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
     return t.expand(B, frames, D)
 

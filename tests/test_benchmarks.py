@@ -15,6 +15,7 @@ import torch
 
 import sora_kernels
 from benchmarks import gpu, machine, peers, report, run, shapes, suite, timing, verified
+from sora_kernels import _dispatch
 
 FIELDS = {
     "op", "family", "impl", "kind", "impl_version", "shape", "dims", "dtype", "mode", "status", "reason",
@@ -109,6 +110,18 @@ def test_a_run_gives_complete_rows(tmp_path, capsys):
     # dout, x, dx; scale, dscale, dshift; its table, two gradients of tables
     assert rows[2]["bytes"] == 4 * (3 * shape.elements + 3 * 2 * D + 3 * D)
     assert OP in capsys.readouterr().out
+
+
+def test_reused_outputs_are_measured_beside_fresh_ones_and_kept_apart(tmp_path, capsys, quick_ceilings):
+    if _dispatch.why_not(OP, "cpu", "cpu"):
+        pytest.skip("the C++ kernels are not built")
+    status, rows = invoke(tmp_path, "--op", "gate_residual_norm_modulate", "--shape", "tiny", "--threads", "1")
+    assert status == 0
+    assert [(r["impl"], r["kind"], r["mode"], r["status"]) for r in rows] == [
+        ("cpu", "ours", "fwd", "ok"), ("cpu+out", "ours, out=", "fwd", "ok"), ("eager", "baseline", "fwd", "ok"),
+        ("cpu", "ours", "bwd", "ok"), ("eager", "baseline", "bwd", "ok"),
+    ]  # fmt: skip
+    assert "than cpu+out" not in capsys.readouterr().out
 
 
 def test_rows_are_appended_to_the_file(tmp_path, quick_ceilings):

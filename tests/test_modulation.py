@@ -155,9 +155,39 @@ def test_cuda_forward_matches_the_fp64_oracle(norm, dtype, D, require):
 @FUNCTIONS
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("mod_dtype", [torch.float32, torch.float16])
-def test_modulation_and_parameters_may_be_of_another_dtype(function, impl, mod_dtype, require):
+@pytest.mark.parametrize("rows", ["[B,F,D]", "[B,S,D]"])
+def test_modulation_and_parameters_may_be_of_another_dtype(function, impl, rows, mod_dtype, require):
     require(function.__name__, impl, dtype=torch.float16, grad=True)
-    check(function, impl, draw(function, 2, 6, 40, "[B,F,D]", torch.float16, mod_dtype=mod_dtype), "layer")
+    check(function, impl, draw(function, 2, 6, 40, rows, torch.float16, mod_dtype=mod_dtype), "layer")
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_six_rows_per_token_in_one_tensor_beside_tables(function, dtype, require):
+    """Wan 2.2 5B: `[B, S, 6, D]` in fp32, read as strided rows, and one `[6, D]` parameter; a clip row among them."""
+    require(function.__name__, "cpu", grad=True)
+    tensors = draw(function, 2, 5, 72, "[B,S,D]", dtype, drop=("weight", "bias"))
+    six, table = torch.randn(2, 5, 6, 72), torch.randn(6, 72)
+    for i, name in enumerate(MODULATIONS):
+        if name in tensors:
+            tensors |= {name: six[:, :, i], f"{name}_table": table[i]}
+    check(function, "cpu", tensors, "layer")
+    if "scale" in tensors:
+        check(function, "cpu", tensors | {"scale": torch.randn(2, 1, 72)}, "rms")
+
+
+SIZES = [  # B, S, D, rows: widths of public models, short and long rows, more tokens than one block of a sum holds
+    *[(1, 6, D, "[B,1,D]") for D in (1152, 1536, 1920, 3072, 5120, 5376)],
+    (2, 1500, 64, "[B,1,D]"), (1, 1200, 128, "[B,F,D]"), (1, 3, 100_003, "[B,1,D]"), (1, 3, 100_003, "[B,S,D]"),
+    (1, 4500, 9, "[B,S,D]"), (1, 4500, 9, "[B,1,D]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_at_widths_of_models_and_at_extreme_shapes(dtype, size, require):
+    require("gate_residual_norm_modulate", "cpu", dtype=dtype, grad=True)
+    check(gate_residual_norm_modulate, "cpu", draw(gate_residual_norm_modulate, *size, dtype), "layer")
 
 
 @FUNCTIONS
@@ -274,6 +304,10 @@ def test_out_is_written_in_place(impl, require):
     buffer = torch.full((2, 9, 40), float("nan"))[:, :6]  # rows of a larger tensor
     expected = norm_modulate(x, shift, scale, impl=impl)
     assert norm_modulate(x, shift, scale, impl=impl, out=buffer) is buffer and torch.equal(buffer, expected)
+    expected = gate_residual_norm_modulate(x, y, gate, shift, scale, impl=impl)
+    pair = (x.clone(), buffer)
+    results = gate_residual_norm_modulate(pair[0], y, gate, shift, scale, impl=impl, out=pair)
+    assert all(a is b and torch.equal(a, e) for a, b, e in zip(results, pair, expected, strict=True))
     expected = gate_residual(x, y, gate, impl=impl)
     assert gate_residual(x, y, gate, impl=impl, out=x) is x and torch.equal(x, expected)
 
@@ -318,13 +352,13 @@ def test_a_compiled_library_older_than_the_code_is_a_reason(monkeypatch, require
     """Python declares what the next build will have; before it, auto must not choose what is not there."""
     require("norm_modulate", "cpu")
     monkeypatch.setattr(_library, "has_kernel", lambda op, impl: False)
-    _dispatch._why_not.cache_clear()
+    _dispatch._why_not.cache_clear(), _dispatch._able.cache_clear()
     try:
         with pytest.raises(Unavailable, match="_cpu.so is older than this code and lacks norm_modulate"):
             norm_modulate(X, None, None, impl="cpu")
         torch.testing.assert_close(norm_modulate(X, None, None), torch.zeros_like(X))
     finally:
-        _dispatch._why_not.cache_clear()
+        _dispatch._why_not.cache_clear(), _dispatch._able.cache_clear()
 
 
 def test_gradients_asked_of_a_forward_only_implementation_raise():
@@ -361,6 +395,26 @@ BAD = {
     ),
     "out with gradients": (
         lambda: norm_modulate(X.clone().requires_grad_(), None, None, out=X.clone()), ValueError, "is for inference",
+    ),
+    "bias too short": (
+        lambda: norm_modulate(X, None, None, bias=torch.ones(7)), ValueError, r"bias must have .*\[8\].*got \[7\]",
+    ),
+    "no rows": (lambda: gate_residual(X, X, X[:, :0]), ValueError, "gate has F=0 rows, which must divide S=6"),
+    "y on another device": (
+        lambda: gate_residual(X, X.to("meta"), X[0, 0]), ValueError, "y must be on x's device cpu; got meta",
+    ),
+    "table on another device": (
+        lambda: gate_residual_norm_modulate(X, X, X[0, 0], None, None, shift_table=X[0, 0].to("meta")),
+        ValueError, "shift_table must be on x's device cpu; got meta; move it",
+    ),
+    "one out for two results": (
+        lambda: gate_residual_norm_modulate(X, X, X[0, 0], None, None, out=X), ValueError, "out must be a pair.*Tensor",
+    ),
+    "the same out twice": (
+        lambda: gate_residual_norm_modulate(X, X, X[0, 0], None, None, out=(X, X)), ValueError, "a pair of two tensors",
+    ),
+    "half a pair": (
+        lambda: gate_residual_norm_modulate(X, X, X[0, 0], None, None, out=(0, X)), TypeError, "out must be a tensor",
     ),
     "strided out": (lambda: norm_modulate(X, None, None, out=X.mT.contiguous().mT), ValueError, "out must be dense"),
 }  # fmt: skip

@@ -5,6 +5,7 @@
 #include "common/check.h"
 #include "common/memory.h"
 #include "common/simd.h"
+#include "common/sums.h"
 
 #include <algorithm>
 #include <cmath>
@@ -29,14 +30,15 @@ struct Span {
   void* data;
   ScalarType dtype;
   int64_t offset;
+  const float* plus = nullptr;
 };
 
 template <class T>
-struct Accumulate {
+struct Sum {
   static SORA_INLINE void run(const Span& span, int64_t begin, int64_t end) {
     const T* from = static_cast<const T*>(span.data) + span.offset;
 #pragma omp simd
-    for (int64_t d = begin; d < end; ++d) span.values[d] += to_float(from[d]);
+    for (int64_t d = begin; d < end; ++d) span.values[d] = span.plus[d] + to_float(from[d]);
   }
 };
 
@@ -55,11 +57,11 @@ void with_span(const Span& span, int64_t length) {
 }
 
 inline void add(float* values, const Vector& from, int64_t D) {
-  with_span<Accumulate>({values, from.data, from.dtype, 0}, D);
+  with_span<Sum>({values, from.data, from.dtype, 0, values}, D);
 }
 
 inline void add(float* values, const Rows& from, int64_t b, int64_t f, int64_t D) {
-  with_span<Accumulate>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f}, D);
+  with_span<Sum>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f, values}, D);
 }
 
 // Columns [d, d + n) only.
@@ -68,41 +70,21 @@ inline void store(const float* values, const Vector& to, int64_t d, int64_t n) {
 }
 
 inline void store(const float* values, const Rows& to, int64_t b, int64_t f, int64_t d, int64_t n) {
-  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, b * to.stride_b + f * to.stride_f + d}, n);
+  const int64_t offset = b * to.stride_b + f * to.stride_f + d;
+  if (values == static_cast<float*>(to.data) + offset) return;
+  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, offset}, n);
 }
 
 // ---- statistics of one fp32 row
-
-// Four accumulators of one vector each: the sum is bound by loads instead of the latency of one addition, and its
-// rounding error shrinks with them.
-SORA_INLINE float sum_of_squared_deviations(const float* v, int64_t n, float centre, bool square) {
-  const int64_t q = n / 64 * 16;
-  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  if (square) {
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < q; ++i) {
-      const float a = v[i] - centre, b = v[q + i] - centre, c = v[2 * q + i] - centre, d = v[3 * q + i] - centre;
-      s0 += a * a, s1 += b * b, s2 += c * c, s3 += d * d;
-    }
-#pragma omp simd reduction(+ : s0)
-    for (int64_t i = 4 * q; i < n; ++i) s0 += (v[i] - centre) * (v[i] - centre);
-  } else {
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int64_t i = 0; i < q; ++i) s0 += v[i], s1 += v[q + i], s2 += v[2 * q + i], s3 += v[3 * q + i];
-#pragma omp simd reduction(+ : s0)
-    for (int64_t i = 4 * q; i < n; ++i) s0 += v[i];
-  }
-  return (s0 + s1) + (s2 + s3);
-}
 
 struct Statistics {
   float mean, rstd;
 };
 
 SORA_INLINE Statistics statistics(const float* v, int64_t D, bool rms, float eps) {
-  const float mean = rms ? 0.0f : sum_of_squared_deviations(v, D, 0.0f, false) / static_cast<float>(D);
-  const float variance = sum_of_squared_deviations(v, D, mean, true) / static_cast<float>(D);
-  return {mean, 1.0f / std::sqrt(variance + eps)};
+  const float mean = rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(v); }) / static_cast<float>(D);
+  const auto square = [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); };
+  return {mean, 1.0f / std::sqrt(sum(D, square) / static_cast<float>(D) + eps)};
 }
 
 // ---- chunks of tokens for a backward

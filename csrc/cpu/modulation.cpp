@@ -11,14 +11,25 @@
 #include "common/memory.h"
 #include "common/rows.h"
 #include "common/simd.h"
+#include "common/sums.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <type_traits>
 
 namespace sora {
 namespace {
+
+// The row in fp32: itself, or a copy.
+template <class T>
+SORA_INLINE const float* widened(const T* from, float* copy, int64_t D) {
+  if constexpr (std::is_same_v<T, float>) return from;
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) copy[d] = to_float(from[d]);
+  return copy;
+}
 
 // ---- the modulation of one row
 
@@ -27,41 +38,69 @@ struct Modulation {
   Vector weight, bias, gate_table, shift_table, scale_table;
 };
 
-// One thread's fp32 copy, loaded once for all tokens that share a row.
-template <bool kGate, bool kNorm>
+// What the inner loops read, in fp32. Where tokens share a row it is worked out once, in scratch rows. Where every token
+// has a row of its own (kOwn), the row is read where it lies, and only what is not fp32 is copied.
+template <bool kGate, bool kNorm, bool kOwn>
 class ModulationRow {
  public:
-  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(6, D) {
-    std::fill_n(weight, D, 0.0f), std::fill_n(bias, D, 0.0f);
-    add(weight, from.weight, D), add(bias, from.bias, D);
-    if (!from.weight) std::fill_n(weight, D, 1.0f);
+  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
+    if (kOwn) std::fill_n(zeros_, D, 0.0f);
+    if constexpr (kGate) start(gate_table_, 0.0f, from.gate_table);
+    if constexpr (kNorm) {
+      start(scale_table_, 1.0f, from.scale_table), start(shift_table_, 0.0f, from.shift_table);
+      start(weight, from.weight ? 0.0f : 1.0f, from.weight), start(bias, 0.0f, from.bias);
+    }
   }
 
   SORA_INLINE void load(int64_t b, int64_t f) {
-    if constexpr (kGate) {
-      std::fill_n(gate, D_, 0.0f);
-      add(gate, from_.gate, b, f, D_), add(gate, from_.gate_table, D_);
-    }
+    if constexpr (kGate) gate_ = fetch(from_.gate, gate_table_, scratch_.row(6), b, f);
     if constexpr (kNorm) {
-      std::fill_n(scale, D_, 1.0f);
-      add(scale, from_.scale, b, f, D_), add(scale, from_.scale_table, D_);
-      for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale[d], shift[d] = bias[d] * scale[d];
-      add(shift, from_.shift, b, f, D_), add(shift, from_.shift_table, D_);
+      scale_ = fetch(from_.scale, scale_table_, scratch_.row(7), b, f);
+      shift_ = fetch(from_.shift, shift_table_, scratch_.row(8), b, f);
+    }
+    if constexpr (kNorm && !kOwn) {
+      float *mul = scratch_.row(9), *shift = scratch_.row(8);
+#pragma omp simd
+      for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale_[d], shift[d] += bias[d] * scale_[d];
     }
   }
 
+  // gate + table; 1 + scale + table; weight * scale; bias * scale + shift + table
+  SORA_INLINE float gate(int64_t d) const { return kOwn ? gate_table_[d] + gate_[d] : gate_[d]; }
+  SORA_INLINE float scale(int64_t d) const { return kOwn ? scale_table_[d] + scale_[d] : scale_[d]; }
+  SORA_INLINE float mul(int64_t d) const { return kOwn ? weight[d] * scale(d) : mul_[d]; }
+  SORA_INLINE float shift(int64_t d) const {
+    return kOwn ? bias[d] * scale(d) + (shift_table_[d] + shift_[d]) : shift_[d];
+  }
+
  private:
+  SORA_INLINE void start(float* row, float value, const Vector& plus) const {
+    std::fill_n(row, D_, value);
+    add(row, plus, D_);
+  }
+
+  SORA_INLINE const float* fetch(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
+    const int64_t offset = b * from.stride_b + f * from.stride_f;
+    if (kOwn && !from) return zeros_;
+    if (kOwn && from.dtype == ScalarType::Float) return static_cast<const float*>(from.data) + offset;
+    if (from) with_span<Sum>({copy, from.data, from.dtype, offset, kOwn ? zeros_ : table}, D_);
+    else std::copy_n(table, D_, copy);
+    return copy;
+  }
+
   const Modulation& from_;
   int64_t D_;
   Scratch scratch_;
+  float* const zeros_ = scratch_.row(0);  // for kOwn
+  float* const gate_table_ = scratch_.row(1);
+  float* const scale_table_ = scratch_.row(2);  // 1 + table
+  float* const shift_table_ = scratch_.row(3);
+  const float *gate_ = nullptr, *scale_ = nullptr, *shift_ = nullptr;
+  const float* const mul_ = scratch_.row(9);
 
  public:
-  float* const weight = scratch_.row(0);
-  float* const bias = scratch_.row(1);
-  float* const gate = scratch_.row(2);   // gate + table
-  float* const scale = scratch_.row(3);  // 1 + scale + table
-  float* const mul = scratch_.row(4);    // weight * scale
-  float* const shift = scratch_.row(5);  // bias * scale + shift + table
+  float* const weight = scratch_.row(4);
+  float* const bias = scratch_.row(5);
 };
 
 // ---- forward
@@ -74,13 +113,12 @@ struct ForwardParams {
   float eps = 0;
 };
 
-template <class T, bool kGate, bool kNorm>
+template <class T, bool kGate, bool kNorm, bool kOwn>
 struct Forward {
   static SORA_INLINE void run(const ForwardParams& p, int64_t begin, int64_t end) {
     const int64_t S = p.shape.S, D = p.shape.D, G = p.shape.rows_per_modulation();
-    ModulationRow<kGate, kNorm> m(p.modulation, D);
+    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
     const Scratch scratch(1, D);
-    float* v = scratch.row(0);
 
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / S, s = row % S;
@@ -91,19 +129,15 @@ struct Forward {
         const T* y = row_of<const T>(p.y, b, s);
         T* x_new = row_of<T>(p.x_new, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) {
-          x_new[d] = from_float<T>(to_float(x[d]) + m.gate[d] * to_float(y[d]));
-          v[d] = to_float(x_new[d]);
-        }
-      } else {
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) v[d] = to_float(x[d]);
+        for (int64_t d = 0; d < D; ++d) x_new[d] = from_float<T>(to_float(x[d]) + m.gate(d) * to_float(y[d]));
+        x = x_new;
       }
       if constexpr (kNorm) {
+        const float* v = widened(x, scratch.row(0), D);
         const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
         T* out = row_of<T>(p.out, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>((v[d] - mean) * rstd * m.mul[d] + m.shift[d]);
+        for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>((v[d] - mean) * rstd * m.mul(d) + m.shift(d));
       }
     }
   }
@@ -118,7 +152,8 @@ void forward(const ForwardParams& p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      dispatch<Forward<decltype(t), kGate, kNorm>>(p, begin, end);
+      p.shape.rows_per_modulation() == 1 ? dispatch<Forward<decltype(t), kGate, kNorm, true>>(p, begin, end)
+                                         : dispatch<Forward<decltype(t), kGate, kNorm, false>>(p, begin, end);
     });
   });
 }
@@ -152,77 +187,121 @@ struct BackwardParams {
   float* partial(int64_t chunk, int64_t i) const { return partials + (chunk * kPartials + i) * shape.D; }
 };
 
-// The gradients of one modulation row, columns [d, d + n), from its sums.
+// The gradients of one modulation row, columns [d, d + n), from its sums, where these do not lie there already.
 void store_row_gradients(const BackwardParams& p, int64_t group, const float* P, const float* Q, const float* R,
                          const float* weight, const float* bias, float* scratch, int64_t d, int64_t n) {
   const int64_t b = group / p.shape.modulation_rows(), f = group % p.shape.modulation_rows();
   store(P, p.dshift, b, f, d, n);
-  if (p.dscale) {
+  if (p.dscale && (p.modulation.weight || p.modulation.bias)) {
     for (int64_t i = 0; i < n; ++i) scratch[i] = weight[d + i] * Q[i] + bias[d + i] * P[i];
-    store(scratch, p.dscale, b, f, d, n);
+    Q = scratch;
   }
+  store(Q, p.dscale, b, f, d, n);
   store(R, p.dgate, b, f, d, n);
 }
 
-template <class T, bool kGate, bool kNorm>
+// kOwn: every token has modulation rows of its own, so P, Q and R of one token are what its rows' gradients need.
+template <class T, bool kGate, bool kNorm, bool kOwn>
 struct Backward {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
-    const int64_t D = p.shape.D, F = p.shape.modulation_rows();
-    const Chunking& c = *p.chunking;
-    ModulationRow<kGate, kNorm> m(p.modulation, D);
-    const Scratch scratch(9, D);
-    float *block = scratch.row(3), *group_sum = scratch.row(6);
-    const int64_t stride = scratch.row(1) - scratch.row(0);
-
+    const int64_t D = p.shape.D;
+    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
+    const Scratch scratch(6 + kPartials, D);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      if (p.partials) std::fill_n(p.partial(chunk, 0), kPartials * D, 0.0f);
-      const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
-      const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
-      for (int64_t group = first_group; group < last_group; ++group) {
-        const int64_t b = group / F, f = group % F;
-        const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
-        const int64_t last = std::min(first + c.part_rows, c.group_rows);
-        m.load(b, f);
-        std::fill_n(group_sum, 3 * stride, 0.0f);
-        for (int64_t i = first; i < last; i += kBlockRows) {
-          std::fill_n(block, 3 * stride, 0.0f);
-          for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) token(p, m, scratch, b, f * c.group_rows + s);
-          if (p.sums_rows()) flush(p, m, chunk, block, group_sum, stride);
-        }
-        if (c.parts == 1) {
-          store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block,
-                              0, D);
-        }
+      float* partials[kPartials];
+      for (int i = 0; i < kPartials; ++i) partials[i] = p.partials ? p.partial(chunk, i) : nullptr;
+      if (p.partials) std::fill_n(partials[0], kPartials * D, 0.0f);
+      kOwn ? own_rows(p, m, scratch, chunk, partials) : shared_rows(p, m, scratch, chunk, partials);
+    }
+  }
+
+  static SORA_INLINE void own_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+                                   int64_t chunk, float* const* partials) {
+    const int64_t D = p.shape.D, S = p.shape.S, rows = p.chunking->groups;
+    const int64_t first = chunk * rows, last = std::min(first + rows, p.shape.rows());
+    const int64_t stride = scratch.row(1) - scratch.row(0);
+    float* block[kPartials];
+    for (int i = 0; i < kPartials; ++i) block[i] = scratch.row(6 + i);
+    for (int64_t i = first; i < last; i += kBlockRows) {
+      if (partials[0]) std::fill_n(block[0], kPartials * stride, 0.0f);
+      for (int64_t row = i; row < std::min(i + kBlockRows, last); ++row) {
+        const int64_t b = row / S, s = row % S;
+        const bool affine = p.modulation.weight || p.modulation.bias;
+        float* P = in_place(p.dshift, scratch.row(3), b, s);
+        float* Q = affine ? scratch.row(4) : in_place(p.dscale, scratch.row(4), b, s);
+        float* R = in_place(p.dgate, scratch.row(5), b, s);
+        m.load(b, s);
+        token(p, m, scratch, b, s, P, Q, R);
+        if (partials[0]) accumulate(p, m, P, Q, R, block);
+        store_row_gradients(p, row, P, Q, R, m.weight, m.bias, scratch.row(0), 0, D);
+      }
+      if (!partials[0]) continue;
+      for (int k = 0; k < kPartials; ++k) {
+#pragma omp simd
+        for (int64_t d = 0; d < D; ++d) partials[k][d] += block[k][d];
       }
     }
   }
 
-  static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, const Scratch& scratch,
-                                int64_t b, int64_t s) {
+  // The row of a gradient itself, where it is fp32: then no copy of it is made.
+  static SORA_INLINE float* in_place(const Rows& to, float* otherwise, int64_t b, int64_t f) {
+    if (!to || to.dtype != ScalarType::Float) return otherwise;
+    return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
+  }
+
+  static SORA_INLINE void shared_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+                                      int64_t chunk, float* const* partials) {
+    const Chunking& c = *p.chunking;
+    const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.row(1) - scratch.row(0);
+    float *block = scratch.row(3), *group_sum = scratch.row(6);
+    const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
+    const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
+    for (int64_t group = first_group; group < last_group; ++group) {
+      const int64_t b = group / F, f = group % F;
+      const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
+      const int64_t last = std::min(first + c.part_rows, c.group_rows);
+      m.load(b, f);
+      std::fill_n(group_sum, 3 * stride, 0.0f);
+      for (int64_t i = first; i < last; i += kBlockRows) {
+        std::fill_n(block, 3 * stride, 0.0f);
+        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) {
+          token(p, m, scratch, b, f * c.group_rows + s, block, block + stride, block + 2 * stride);
+        }
+        if (!p.sums_rows()) continue;
+#pragma omp simd
+        for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
+        if (partials[0]) accumulate(p, m, block, block + stride, block + 2 * stride, partials);
+      }
+      if (c.parts == 1) {
+        store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block,
+                            0, D);
+      }
+    }
+  }
+
+  // Adds the token's P, Q, R to those given, or puts them there.
+  static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+                                int64_t b, int64_t s, float* P, float* Q, float* R) {
     const int64_t D = p.shape.D;
-    float *v = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
-    float *P = scratch.row(3), *Q = scratch.row(4), *R = scratch.row(5);
+    float *xhat = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
+    const auto put = [](float& to, float value) SORA_LAMBDA { to = kOwn ? value : to + value; };
 
     if constexpr (kNorm) {
-      const T* x = row_of<const T>(p.x, b, s);
+      const float* v = widened(row_of<const T>(p.x, b, s), xhat, D);
       const T* dout = row_of<const T>(p.dout, b, s);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) v[d] = to_float(x[d]);
       const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
-      float sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-      for (int64_t d = 0; d < D; ++d) {
-        const float g = to_float(dout[d]), xhat = (v[d] - mean) * rstd;
-        v[d] = xhat;
-        dn[d] = g * m.mul[d];
-        P[d] += g;
-        Q[d] += g * xhat;
-        sum += dn[d];
-        dot += dn[d] * xhat;
-      }
-      const float c1 = p.rms ? 0.0f : sum / static_cast<float>(D), c2 = dot / static_cast<float>(D);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) dx[d] = (dn[d] - c1 - v[d] * c2) * rstd;
+      for (int64_t d = 0; d < D; ++d) {
+        const float g = to_float(dout[d]);
+        xhat[d] = (v[d] - mean) * rstd;
+        dn[d] = g * m.mul(d);
+        put(P[d], g);
+        put(Q[d], g * xhat[d]);
+      }
+      const float c1 = p.rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(dn); }) / static_cast<float>(D);
+      const float c2 = sum(D, [=](auto at) SORA_LAMBDA { return at(dn) * at(xhat); }) / static_cast<float>(D);
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) dx[d] = (dn[d] - c1 - xhat[d] * c2) * rstd;
     }
     if (p.dx_new) {
       const T* dx_new = row_of<const T>(p.dx_new, b, s);
@@ -237,36 +316,29 @@ struct Backward {
     if constexpr (kGate) {
       const T* y = row_of<const T>(p.y, b, s);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) R[d] += to_float(y[d]) * dx[d];
+      for (int64_t d = 0; d < D; ++d) put(R[d], to_float(y[d]) * dx[d]);
       if (p.dy) {
         T* to = row_of<T>(p.dy, b, s);
 #pragma omp simd
-        for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(m.gate[d] * dx[d]);
+        for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(m.gate(d) * dx[d]);
       }
     }
   }
 
-  // A block's sums join those of its modulation row and of its chunk.
-  static SORA_INLINE void flush(const BackwardParams& p, const ModulationRow<kGate, kNorm>& m, int64_t chunk,
-                                const float* block, float* group_sum, int64_t stride) {
+  static SORA_INLINE void accumulate(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const float* P,
+                                     const float* Q, const float* R, float* const* sums) {
     const int64_t D = p.shape.D;
-#pragma omp simd
-    for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
-    if (!p.partials) return;
-    const float *P = block, *Q = block + stride, *R = block + 2 * stride;
     if constexpr (kNorm) {
-      float *sum_p = p.partial(chunk, kP), *sum_q = p.partial(chunk, kQ);
-      float *scale_p = p.partial(chunk, kScaleP), *scale_q = p.partial(chunk, kScaleQ);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        sum_p[d] += P[d], sum_q[d] += Q[d];
-        scale_p[d] += m.scale[d] * P[d], scale_q[d] += m.scale[d] * Q[d];
-      }
+      for (int64_t d = 0; d < D; ++d) sums[kP][d] += P[d], sums[kQ][d] += Q[d];
+    }
+    if (kNorm && (p.dweight || p.dbias)) {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) sums[kScaleP][d] += m.scale(d) * P[d], sums[kScaleQ][d] += m.scale(d) * Q[d];
     }
     if constexpr (kGate) {
-      float* sum_r = p.partial(chunk, kR);
 #pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sum_r[d] += R[d];
+      for (int64_t d = 0; d < D; ++d) sums[kR][d] += R[d];
     }
   }
 };
@@ -275,7 +347,7 @@ struct Backward {
 struct AddPartials {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
     const Chunking& c = *p.chunking;
-    const ModulationRow<false, true> m(p.modulation, p.shape.D);
+    const ModulationRow<false, true, false> m(p.modulation, p.shape.D);
     const Scratch scratch(kPartials + 1, kColumns);
     float* sum[kPartials];
     for (int i = 0; i < kPartials; ++i) sum[i] = scratch.row(i);
@@ -340,8 +412,16 @@ void backward(BackwardParams& p, ScalarType dtype) {
 
   with_dtype(dtype, [&](auto t) {
     for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
+    for (const Rows* to : {&p.dgate, &p.dshift, &p.dscale}) {  // as large as x where every token has a row of its own
+      const int64_t element_size = to->dtype == ScalarType::Float ? 4 : 2;
+      if (chunking.group_rows == 1) advise_huge_pages({to->data, to->stride_b, to->stride_f}, p.shape, element_size);
+    }
     torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
-      dispatch<Backward<decltype(t), kGate, kNorm>>(p, begin, end);
+      if (chunking.group_rows == 1) {
+        dispatch<Backward<decltype(t), kGate, kNorm, true>>(p, begin, end);
+      } else {
+        dispatch<Backward<decltype(t), kGate, kNorm, false>>(p, begin, end);
+      }
     });
   });
   if (!second_pass) return;

@@ -37,7 +37,8 @@ def norm_modulate(
                              consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
     weight, bias             [D], any float dtype
     shift_table, scale_table [D], float32, added to the rows inside the kernel
-    out                      where to write (x's shape, dtype and device, dense in D); for inference only
+    out                      where to write (x's shape, dtype and device, dense in D); for inference only. This is the
+                             workspace: a large result costs fresh pages at every call, a buffer that layers share none
     impl                     "auto", "reference", "cpu", "triton" or "cuda" (forward only)
 
     Returns [B, S, D] in x's dtype. Statistics, products and sums are fp32, rounded once at the store; error against
@@ -49,9 +50,9 @@ def norm_modulate(
     Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.
     """
     op = "norm_modulate"
-    _check_norm(op, x, norm, eps, weight, bias)
+    _check_norm(op, x, norm, eps)
     _rows.check(op, x, shift=shift, scale=scale)
-    _check_tables(op, x, shift_table=shift_table, scale_table=scale_table)
+    _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
     tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
@@ -82,7 +83,7 @@ def gate_residual(
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
     _rows.check(op, x, gate=gate)
-    _check_tables(op, x, gate_table=gate_table)
+    _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
@@ -105,55 +106,58 @@ def gate_residual_norm_modulate(
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
     eps: float = 1e-6,
+    out: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """x_new = x + (gate + gate_table) · y;  out = norm_modulate(x_new, shift, scale, ...)
 
     The end of one branch and the beginning of the next in a single pass: x and y are read once. Arguments as in
     `gate_residual` and `norm_modulate`. x_new is rounded to its dtype before it is normalised, so the result is that
-    of the two functions called one after another.
+    of the two functions called one after another. `out` is a pair (x_new, out) to write into, for inference only; its
+    first may be x itself.
 
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
     op = "gate_residual_norm_modulate"
-    _check_norm(op, x, norm, eps, weight, bias)
+    _check_norm(op, x, norm, eps)
     _check.like(op, "y", y, x)
     _rows.check(op, x, gate=gate, shift=shift, scale=scale)
-    _check_tables(op, x, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
+    _check_vectors(
+        op, x, weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table
+    )
     tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
-    grad = _needs_grad(op, tensors, None)
+    if out is not None and not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
+        raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
+    grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
         return _GateResidualNormModulate.apply(*tensors, norm == "rms", eps, impl)
-    return _gate_residual_norm_modulate(*tensors, norm == "rms", eps, impl)
+    return _gate_residual_norm_modulate(*tensors, norm == "rms", eps, impl, out)
 
 
 # Validation
 
 
-def _check_norm(op, x, norm, eps, weight, bias) -> None:
+def _check_norm(op, x, norm, eps) -> None:
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.choice(op, "norm", norm, NORMS)
     _check.positive(op, "eps", eps)
-    for name, t in (("weight", weight), ("bias", bias)):
+
+
+def _check_vectors(op, x, **vectors: Tensor | None) -> None:
+    """Parameters and tables."""
+    for name, t in vectors.items():
         if t is not None:
             _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
-    _check.same_device(op, x, {"weight": weight, "bias": bias})
+    _check.same_device(op, x, vectors)
 
 
-def _check_tables(op, x, **tables: Tensor | None) -> None:
-    for name, t in tables.items():
-        if t is not None:
-            _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
-    _check.same_device(op, x, tables)
-
-
-def _needs_grad(op, tensors, out) -> bool:
+def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None) -> bool:
     grad = needs_grad(tensors)
-    if out is not None:
-        _check.like(op, "out", out, tensors[0])
-        if out.stride(-1) != 1 and out.shape[-1] > 1:
-            raise ValueError(f"{op}: out must be dense in its last axis; got strides {out.stride()}")
+    for t in () if out is None else out if isinstance(out, tuple) else (out,):
+        _check.like(op, "out", t, tensors[0])
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            raise ValueError(f"{op}: out must be dense in its last axis; got strides {t.stride()}")
         if grad:
             raise ValueError(f"{op}: out= is for inference; call it under torch.no_grad(), or drop out=")
     return grad
@@ -207,7 +211,7 @@ _library.define(
 
 def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl, out=None) -> Tensor:
     frames = _rows.frames(x, shift, scale)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
         dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
         table(shift_table, x), table(scale_table, x), rms, eps, out,
@@ -267,7 +271,7 @@ _library.define(
 
 
 def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = like(x) if out is None else out
     gate = _rows.view(gate, x, _rows.frames(x, gate))
     _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
@@ -353,10 +357,10 @@ _library.define(
 
 
 def _gate_residual_norm_modulate(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl, out=None
 ) -> tuple[Tensor, Tensor]:
     frames = _rows.frames(x, gate, shift, scale)
-    x_new, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
         dense(x), dense(y), _rows.view(gate, x, frames), _rows.view(shift, x, frames), _rows.view(scale, x, frames),
         parameter(weight), parameter(bias),
