@@ -93,8 +93,12 @@ struct Patches {
 
 // ---- blocks of tokens
 
-// Tokens of a block: whole tiles of every instruction set, and a `wide` of some 400 KB, part of an L2.
-int64_t block_rows(int64_t length) { return std::clamp<int64_t>(98304 / std::max<int64_t>(length, 1) / 24 * 24, 24, 96); }
+// Tokens of a block: whole tiles of every instruction set, and a `wide` of some 400 KB, part of an L2. Weights that no L2
+// holds are read, and their gradients added to, once per block: then blocks are as long as can be.
+int64_t block_rows(int64_t length, int64_t weights) {
+  if (weights > int64_t{1} << 20) return 96;
+  return std::clamp<int64_t>(98304 / std::max<int64_t>(length, 1) / 24 * 24, 24, 96);
+}
 
 // Zeros, so that what lies beyond the last column, read and never used, costs no time as a denormal would.
 class Matrix {
@@ -228,7 +232,7 @@ template <int V, class T>
 struct EmbedForward {
   static SORA_INLINE void run(const EmbedParams& p, int64_t begin, int64_t end) {
     const bool pairs = std::is_same_v<T, BFloat16> && p.pairs;
-    const int64_t D = p.shape.D, K = p.K, size = block_rows(std::max(D, K)), depth = pairs ? (K + 1) / 2 : K;
+    const int64_t D = p.shape.D, K = p.K, size = block_rows(std::max(D, K), K * D), depth = pairs ? (K + 1) / 2 : K;
     const Matrix small = small_block<V>(size, K), wide(size, wide_ld(D)), bias(1, D);
     add(bias.row(0), p.bias, D);
     for (int64_t first = begin * size; first < std::min(end * size, p.shape.rows()); first += size) {
@@ -254,7 +258,7 @@ template <int V, class T>
 struct EmbedBackward {
   static SORA_INLINE void run(const EmbedParams& p, int64_t begin, int64_t end) {
     const bool pairs = std::is_same_v<T, BFloat16> && p.pairs;
-    const int64_t D = p.shape.D, K = p.K, size = block_rows(D), half = pairs ? 2 : 1, depth = (D + half - 1) / half;
+    const int64_t D = p.shape.D, K = p.K, size = block_rows(D, K * D), half = pairs ? 2 : 1, depth = (D + half - 1) / half;
     // With pairs, `wide` holds those of dout along a token, `turned` those of two tokens, for the sum over tokens.
     const Matrix small = small_block<V>(size, K), wide(size, wide_ld(depth)), sums(3, D);
     const Matrix turned(pairs ? size / 2 : 0, wide_ld(D));
@@ -411,7 +415,7 @@ SORA_INLINE void modulate(const ModulationRow& m, const float* xhat, float* h, i
 template <int V, class T>
 struct FinalForward {
   static SORA_INLINE void run(const FinalParams& p, int64_t begin, int64_t end) {
-    const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D);
+    const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D, N * D);
     const Matrix small = small_block<V>(size, N), wide(size, wide_ld(D)), bias(1, N);
     add(bias.row(0), p.bias, N);
     ModulationRow m(p);
@@ -435,7 +439,7 @@ struct FinalForward {
 template <int V, class T>
 struct FinalBackward {
   static SORA_INLINE void run(const FinalParams& p, int64_t begin, int64_t end) {
-    const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D);
+    const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D, N * D);
     const Chunking& c = *p.chunking;
     const Matrix dy = small_block<V>(size, N), xhat(size, D), h(size, wide_ld(D)), rstd(1, size), sums(4, D), dbias_block(1, N);
     ModulationRow m(p);
@@ -656,7 +660,7 @@ void patch_embed3d_fwd(const Tensor& video, const Tensor& weight, const Optional
   const Scratch packed = pack(weight, p.K, p.shape.D, 1, p.K, p.pairs);
   p.weight = packed.row(0);
   advise_huge_pages(out);
-  const int64_t size = block_rows(std::max(p.shape.D, p.K));
+  const int64_t size = block_rows(std::max(p.shape.D, p.K), p.K * p.shape.D);
   with_dtype(video.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(
         0, (p.shape.rows() + size - 1) / size, block_grain(size, p.K, p.shape.D),
@@ -787,7 +791,7 @@ void final_layer_fwd(const Tensor& x, const OptionalTensor& shift, const Optiona
   const Scratch packed = pack(weight, p.shape.D, p.N, 1, p.shape.D);
   p.weight = packed.row(0);
   advise_huge_pages(out);
-  const int64_t size = block_rows(p.shape.D);
+  const int64_t size = block_rows(p.shape.D, p.N * p.shape.D);
   with_dtype(x.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(
         0, (p.shape.rows() + size - 1) / size, block_grain(size, p.N, p.shape.D),
