@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import dense, like, needs_grad
 from . import reference
 from .plan import check_kv_lens, resolve
 
@@ -84,15 +85,8 @@ def spacetime_attention(
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
-    dense = not mode[0] and kv_lens is None and not return_lse
-
-    def limits(impl: str) -> str | None:
-        if impl == "cpu" and not dense:
-            return "cpu runs dense attention only, without window, causal, grids, kv_lens or return_lse"
-        return None
-
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl = _dispatch.choose(op, impl, q, grad=grad, limits=limits)
+    grad = needs_grad((q, k, v))
+    impl = _dispatch.choose(op, impl, q, grad=grad)
     out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(q, k, v, kv_lens, *mode, scale, impl)
     return (out, lse) if return_lse else out
 
@@ -121,7 +115,6 @@ _MODE = (
     "Tensor? kv_lens, SymInt[] grids, SymInt[] window, SymInt[] stride, SymInt chunk, SymInt sink, "
     "SymInt text_len, bool text_first, float scale"
 )
-_CPU = "sora_kernels.attention.kernels_cpu:spacetime_attention"
 
 
 def _forward(q, k, v, *args) -> None:
@@ -142,14 +135,14 @@ _library.define(
     "spacetime_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"cpu": f"{_CPU}_fwd"},
+    impls={"cpu": None},
 )
 _library.define(
     "spacetime_attention_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
     "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"cpu": f"{_CPU}_bwd"},
+    impls={"cpu": None},
 )
 
 
@@ -158,7 +151,7 @@ def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
     B, Sq, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Sq), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    _library.call("spacetime_attention_fwd", impl)(q, k, v, *mode, out, lse)
+    _library.call("spacetime_attention_fwd", impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
 
 
@@ -176,10 +169,10 @@ class _SpacetimeAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, kv_lens = ctx.saved_tensors
         *mode, impl = ctx.constants
-        grads = [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
-        ]
-        dout = torch.zeros_like(out) if dout is None else dout
-        _library.call("spacetime_attention_bwd", impl)(dout, dlse, q, k, v, out, lse, kv_lens, *mode, *grads)
+        grads = [like(t, needed) for t, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True)]
+        dout = torch.zeros_like(out) if dout is None else dense(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        _library.call("spacetime_attention_bwd", impl)(
+            dout, dlse, dense(q), dense(k), dense(v), out, lse, kv_lens, *mode, *grads
+        )
         return *grads, None, *(None for _ in ctx.constants)
