@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kKeys = 128;     // of a block
 constexpr int64_t kTasks = 32;     // of the backward, at least, where there are as many tiles
+constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // [B, S, H, E] with a dense last axis.
@@ -52,13 +53,13 @@ struct Params {
   Heads dout, dq, dk, dv;
   const float* dlse = nullptr;
   int64_t parts = 0;
-  float *dk_parts = nullptr, *dv_parts = nullptr;  // [parts, B, Hk, Sk, E]
+  float *dk_parts = nullptr, *dv_parts = nullptr;  // [parts, B, Hk, Sk, E], zeros
+  uint8_t* touched = nullptr;                      // [parts, B, Hk, spans()]: whether a part added to these rows
 
   int64_t group() const { return H / std::max<int64_t>(1, Hk); }
+  int64_t spans() const { return (Sk + kSpan - 1) / kSpan; }
   int64_t kv_len(int64_t b) const { return kv_lens.empty() ? Sk : kv_lens[b]; }
-  float* part(float* parts_of, int64_t part, int64_t b, int64_t h) const {
-    return parts_of + ((part * B + b) * Hk + h) * Sk * E;
-  }
+  int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
 };
 
 template <int V>
@@ -210,7 +211,10 @@ struct Workspace {
 
   // The block's rows of to [Sk, E] += weights [n, lanes] times rows of queries
   SORA_INLINE void add_to_keys(const float* weights, const float* rows, int64_t n, float* to) const {
-    multiply<V, false>({weights, lanes}, row_panels(rows, width), n, width, lanes, g, width, false);
+    const bool direct = pieces.size() == 1 && n % Tile<V>::kRows == 0 && E == width;  // whole tiles, one below another
+    float* const sum = direct ? to + (pieces[0].run->token + pieces[0].offset) * E : g;
+    multiply<V, false>({weights, lanes}, row_panels(rows, width), n, width, lanes, sum, width, direct);
+    if (direct) return;
     for (const Piece& piece : pieces) {
       for (int64_t i = 0; i < piece.count; ++i) {
         float* row = to + (piece.run->token + piece.offset + i) * E;
@@ -305,13 +309,13 @@ struct Backward {
       const int64_t b = task / p.parts / p.Hk, h = task / p.parts % p.Hk, part = task % p.parts;
       for (int64_t i = part * per_part; i < std::min((part + 1) * per_part, count); ++i) {
         w.enter(tiles[i], b);
-        for (int64_t g = 0; g < p.group(); ++g) tile(p, w, b, h * p.group() + g, h, part);
+        for (int64_t g = 0; g < p.group(); ++g) tile(p, w, b, h * p.group() + g, h, p.head_of(part, b, h));
       }
     }
   }
 
   static SORA_INLINE void tile(const Params& p, Workspace<V, T>& w, int64_t b, int64_t h, int64_t key_head,
-                               int64_t part) {
+                               int64_t head) {
     float *q = w.queries.row(0), *q_panels = w.queries.row(1), *dout = w.queries.row(2), *dout_panels = w.queries.row(3);
     float *dq = w.queries.row(4), *out = w.queries.row(5);
     alignas(64) float lse[kQueries], shift[kQueries];  // shift = rowsum(dO * O) - dlse
@@ -344,8 +348,12 @@ struct Backward {
         }
       }
       if (p.dq) w.multiply_weights(w.d, w.k, n, dq);
-      if (p.dk_parts) w.add_to_keys(w.d, q, n, p.part(p.dk_parts, part, b, key_head));
-      if (p.dv_parts) w.add_to_keys(w.s, dout, n, p.part(p.dv_parts, part, b, key_head));
+      if (p.dk_parts) w.add_to_keys(w.d, q, n, p.dk_parts + head * p.Sk * p.E);
+      if (p.dv_parts) w.add_to_keys(w.s, dout, n, p.dv_parts + head * p.Sk * p.E);
+      for (const auto& piece : w.pieces) {
+        const int64_t first = piece.run->token + piece.offset, last = first + piece.count - 1;
+        std::fill(p.touched + head * p.spans() + first / kSpan, p.touched + head * p.spans() + last / kSpan + 1, 1);
+      }
     }
     if (!p.dq) return;
     for (int64_t m = 0; m < w.count; ++m) {
@@ -356,27 +364,35 @@ struct Backward {
   }
 };
 
+// The sum of the parts, in order.
 struct AddParts {
+  const Params& p;
   const float* parts;
-  int64_t count, stride, E, Sk, Hk;
   Heads to;
 };
 
 template <class T>
 struct Add {
-  static SORA_INLINE void run(const AddParts& p, int64_t begin, int64_t end) {  // rows of [B, Hk, Sk]
-    const Scratch scratch(1, p.E);
-    float* sum = scratch.row(0);
-    for (int64_t row = begin; row < end; ++row) {
-      std::copy_n(p.parts + row * p.E, p.E, sum);
-      for (int64_t part = 1; part < p.count; ++part) {
-        const float* from = p.parts + part * p.stride + row * p.E;
+  static SORA_INLINE void run(const AddParts& sum, int64_t begin, int64_t end) {  // spans of [B, Hk, Sk]
+    const Params& p = sum.p;
+    const Scratch scratch(1, kSpan * p.E);
+    float* total = scratch.row(0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / p.spans() / p.Hk, h = i / p.spans() % p.Hk, first = i % p.spans() * kSpan;
+      const int64_t rows = std::min(kSpan, p.Sk - first);
+      std::fill_n(total, rows * p.E, 0.0f);
+      for (int64_t part = 0; part < p.parts; ++part) {
+        const int64_t head = p.head_of(part, b, h);
+        if (!p.touched[head * p.spans() + first / kSpan]) continue;
+        const float* from = sum.parts + (head * p.Sk + first) * p.E;
 #pragma omp simd
-        for (int64_t e = 0; e < p.E; ++e) sum[e] += from[e];
+        for (int64_t e = 0; e < rows * p.E; ++e) total[e] += from[e];
       }
-      T* to = p.to.at<T>(row / p.Sk / p.Hk, row % p.Sk, row / p.Sk % p.Hk);
+      for (int64_t row = 0; row < rows; ++row) {
+        T* to = sum.to.template at<T>(b, first + row, h);
 #pragma omp simd
-      for (int64_t e = 0; e < p.E; ++e) to[e] = from_float<T>(sum[e]);
+        for (int64_t e = 0; e < p.E; ++e) to[e] = from_float<T>(total[row * p.E + e]);
+      }
     }
   }
 };
@@ -467,26 +483,26 @@ void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
   p.dk = heads("dk", dk, k), p.dv = heads("dv", dv, k);
   p.dlse = log_sums("dlse", dlse, p);
   isa();  // as in forward
-  const int64_t key_rows = p.B * p.Hk * p.Sk, part = key_rows * p.E;
-  const int64_t most = std::max<int64_t>(1, static_cast<int64_t>(all.all().size()));
-  p.parts = std::min(most, (kTasks + p.B * p.Hk - 1) / std::max<int64_t>(1, p.B * p.Hk));
-  const auto zeros = [&](const Heads& wanted) {
-    const size_t size = wanted ? static_cast<size_t>(std::max<int64_t>(1, p.parts * part)) : 0;
-    std::unique_ptr<float, decltype(&std::free)> data(static_cast<float*>(std::calloc(size, sizeof(float))), &std::free);
-    if (wanted && !data) throw std::bad_alloc();
-    return data;
+  const int64_t key_heads = p.B * p.Hk, most = std::max<int64_t>(1, static_cast<int64_t>(all.all().size()));
+  p.parts = std::min(most, (kTasks + key_heads - 1) / std::max<int64_t>(1, key_heads));
+  const auto zeros = [&](bool wanted) {
+    return Zeros<float>(wanted ? p.parts * key_heads * p.Sk * p.E : 0);
   };
-  const auto dk_parts = zeros(p.dk), dv_parts = zeros(p.dv);
-  p.dk_parts = p.dk ? dk_parts.get() : nullptr, p.dv_parts = p.dv ? dv_parts.get() : nullptr;
+  const Zeros<float> dk_parts = zeros(static_cast<bool>(p.dk)), dv_parts = zeros(static_cast<bool>(p.dv));
+  const Zeros<uint8_t> touched(p.parts * key_heads * p.spans());
+  if (p.dk) p.dk_parts = dk_parts.data();
+  if (p.dv) p.dv_parts = dv_parts.data();
+  p.touched = touched.data();
   with_dtype(q.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, p.B * p.Hk * p.parts, 1, [&](int64_t begin, int64_t end) {
       dispatch_lanes<Backward, decltype(t)>(p, begin, end);
     });
     for (const auto& [to, parts] : {std::pair{p.dk, p.dk_parts}, std::pair{p.dv, p.dv_parts}}) {
       if (!to) continue;
-      const AddParts sum{parts, p.parts, part, p.E, p.Sk, p.Hk, to};
-      torch::stable::parallel_for(0, key_rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, p.E)),
-                                  [&](int64_t begin, int64_t end) { dispatch<Add<decltype(t)>>(sum, begin, end); });
+      const AddParts sum{p, parts, to};
+      torch::stable::parallel_for(0, key_heads * p.spans(), 8, [&](int64_t begin, int64_t end) {
+        dispatch<Add<decltype(t)>>(sum, begin, end);
+      });
     }
   });
 }
