@@ -34,42 +34,48 @@ def _inputs(shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor]) -> In
     if model.qk_norm:
         width = H * E if model.across == "width" else E
         inputs |= {"q_weight": draw(width), "k_weight": draw(width)}
+    if model.qk_norm == "layer":  # CogVideoX: an affine LayerNorm, and text that comes first
+        inputs |= {"q_bias": draw(width), "k_bias": draw(width)}
     if model.rope or not model.qk_norm:
         split = tuple(model.rope or reference.default_split(E))
         tables = reference.rotary_freqs(shape.grid, split, model.theta, (0, 0, 0), inputs["q"].device)
         _TABLES[shape.grid, split] = tuple(t.float() for t in tables)
         inputs |= {"grid": shape.grid, "split": split, "theta": model.theta, "text_len": size[1] - shape.tokens}
+        inputs["text_at"] = "start" if model.qk_norm == "layer" else "end"
     return inputs
 
 
-def _reference(*, text_len: int = 0, **inputs: Any) -> tuple[Tensor, Tensor]:
-    return reference.qk_norm_rope(**inputs)
-
-
-def _normed(x: Tensor, weight: Tensor | None, norm: str | None, across: str) -> Tensor:
+def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, across: str) -> Tensor:
     if norm is None:
         return x
     flat = x.flatten(2) if across == "width" else x
     width = flat.shape[-1:]
-    flat = F.layer_norm(flat, width, weight, None, 1e-6) if norm == "layer" else F.rms_norm(flat, width, weight, 1e-6)
+    flat = F.layer_norm(flat, width, weight, bias, 1e-6) if norm == "layer" else F.rms_norm(flat, width, weight, 1e-6)
     return flat.view(x.shape)
 
 
 def _eager(
-    q, k, *, norm, across, q_weight=None, k_weight=None, grid=None, split=None, theta=None, text_len=0
-) -> tuple[Tensor, Tensor]:
+    q, k, *, norm, across, q_weight=None, k_weight=None, q_bias=None, k_bias=None, grid=None, split=None, theta=None,
+    text_len=0, text_at="end",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What Wan does in diffusers: a norm of the projection, then even and odd channels turn by tables in fp32."""
     results = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        x = _normed(x, weight, norm, across)
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        x = _normed(x, weight, bias, norm, across)
         if grid is not None:
             cos, sin = (t[:, None] for t in _TABLES[grid, split])
-            tokens = cos.shape[0]
-            a, b = x[:, :tokens].unflatten(-1, (-1, 2)).unbind(-1)
+            before, x, after = _apart(x, text_len, text_at)
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
             turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
-            x = turned if tokens == x.shape[1] else torch.cat((turned, x[:, tokens:]), 1)
+            x = torch.cat((before, turned, after), 1) if text_len else turned
         results.append(x)
     return results[0], results[1]
+
+
+def _apart(x: Tensor, text_len: int, text_at: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The text before the video, the video, the text after it."""
+    sizes = (text_len, x.shape[1] - text_len, 0) if text_at == "start" else (0, x.shape[1] - text_len, text_len)
+    return x.split(sizes, 1)
 
 
 def _diffusers(inputs: Mapping[str, Any], mode: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -79,22 +85,23 @@ def _diffusers(inputs: Mapping[str, Any], mode: str) -> Callable[..., tuple[Tens
         raise peers.Missing("diffusers' apply_rotary_emb has nothing to do: this model has no rotation of this kind")
     freqs = tuple(t.repeat_interleave(2, 1) for t in _TABLES[inputs["grid"], inputs["split"]])
 
-    def qk_norm_rope(q, k, *, norm, across, q_weight=None, k_weight=None, text_len=0, **rotation):
+    def qk_norm_rope(
+        q, k, *, norm, across, q_weight=None, k_weight=None, q_bias=None, k_bias=None, text_len=0, text_at="end", **_
+    ):
         results = []
-        for x, weight in ((q, q_weight), (k, k_weight)):
-            x = _normed(x, weight, norm, across)
-            tokens = x.shape[1] - text_len
-            turned = module.apply_rotary_emb(x[:, :tokens], freqs, sequence_dim=1)
-            results.append(torch.cat((turned, x[:, tokens:]), 1) if text_len else turned)
+        for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+            before, video, after = _apart(_normed(x, weight, bias, norm, across), text_len, text_at)
+            turned = module.apply_rotary_emb(video, freqs, sequence_dim=1)
+            results.append(torch.cat((before, turned, after), 1) if text_len else turned)
         return tuple(results)
 
     return qk_norm_rope
 
 
 def _flops(shape: Shape, mode: str) -> int:
-    """Per element of q and k: a norm 4 forward and 9 backward, its weight 1 and 2, a rotation 3 and 3."""
+    """Per element of q and k: a norm 4 forward and 9 backward, its weight 1 and 2, a bias 1, a rotation 3."""
     model, elements = shape.model, 2 * math.prod(_size(shape))
-    norm = {"fwd": 5, "bwd": 11}[mode] if model.qk_norm else 0
+    norm = ({"fwd": 5, "bwd": 11}[mode] if model.qk_norm else 0) + (model.qk_norm == "layer")
     rotation = 3 if model.rope or not model.qk_norm else 0
     return elements * (norm + rotation)
 
@@ -103,12 +110,12 @@ BENCHMARKS = [
     Benchmark(
         "qk_norm_rope",
         inputs=_inputs,
-        reference=_reference,
+        reference=reference.qk_norm_rope,
         eager=_eager,
         peers={"diffusers": _diffusers},
-        differentiable=("q", "k", "q_weight", "k_weight"),
+        differentiable=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
         backward_reads=("q", "k", "q_weight", "k_weight"),
-        backward_writes=("q", "k", "q_weight", "k_weight"),
+        backward_writes=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
         flops=_flops,
     ),
 ]

@@ -128,33 +128,40 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
     from sora_kernels import _triton
     from sora_kernels.qknorm_rope import kernels
 
-    cases = [  # heads, E, rotary_dim, norm, across the width, interleaved, freqs
-        (12, 128, 128, 1, True, True, False),
-        (40, 128, 128, 1, True, True, False),
-        (24, 128, 128, 1, False, True, False),
-        (24, 128, 96, 1, False, False, False),
-        (48, 64, 64, 2, False, True, False),
-        (16, 72, 72, 1, False, True, False),
-        (24, 96, 96, 1, False, False, False),
-        (24, 112, 112, 1, False, True, False),
-        (1, 2048, 2048, 1, False, True, True),
+    cases = [  # heads, E, rotary_dim, norm (a layer norm with a bias), across the width, interleaved, freqs
+        (12, 128, 128, 1, True, True, None),
+        (40, 128, 128, 1, True, True, None),
+        (24, 128, 128, 1, False, True, None),
+        (24, 128, 96, 1, False, False, None),
+        (48, 64, 64, 2, False, True, None),
+        (16, 72, 72, 1, False, True, None),
+        (24, 96, 96, 1, False, False, None),
+        (24, 112, 112, 1, False, True, None),
+        (1, 2048, 2048, 1, False, True, "of a token"),
+        (32, 128, 128, 1, True, False, "of a head"),
     ]
     for H, E, rotary, norm, width, interleaved, given in cases:
         q, dout, out, dq = (torch.empty(1, 4096, H, E, dtype=torch.bfloat16, device="meta") for _ in range(4))
-        weight, dweight = (torch.empty(H * E if width else E, device="meta") for _ in range(2))
-        tables = [torch.empty(4096, rotary // 2, device="meta") if given else None for _ in range(2)]
+        weight, dweight, bias, dbias = (torch.empty(H * E if width else E, device="meta") for _ in range(4))
+        bias, dbias = (bias, dbias) if norm == 2 else (None, None)
         n = rotary // 2
+        rows = (4096, H) if given == "of a head" else (4096,)
+        tables = [torch.empty(*rows, n, device="meta") if given else None for _ in range(2)]
         split = [] if given else [n - 2 * (n // 3), n // 3, n // 3]
-        settings = (*tables, norm, width, [16, 16, 16], split, 1e4, [0, 0, 0], interleaved, 1e-6)
+        settings = (*tables, norm, width, [16, 16, 16], split, 1e4, [0, 0, 0], 0, interleaved, 1e-6)
         none = q[:, :0]  # k is launched like q: once is enough
 
-        def forward(q=q, none=none, weight=weight, settings=settings, out=out):
-            kernels.qk_norm_rope_fwd(q, none, weight, None, *settings, out, none)
+        def forward(q=q, none=none, affine=(weight, None, bias, None), settings=settings, out=out):
+            kernels.qk_norm_rope_fwd(q, none, *affine, *settings, out, none)
 
-        def backward(dout=dout, q=q, none=none, weight=weight, settings=settings, dq=dq, dweight=dweight):
-            kernels.qk_norm_rope_bwd(dout, none, q, none, weight, None, *settings, dq, none, dweight, None)
+        def backward(
+            dout=dout, q=q, none=none, affine=(weight, None, bias, None), settings=settings,
+            grads=(dq, none, dweight, None, dbias, None),
+        ):  # fmt: skip
+            kernels.qk_norm_rope_bwd(dout, none, q, none, *affine, *settings, *grads)
 
-        name = f"{H}x{E}{' across' * width} {rotary} turn {'pairs' if interleaved else 'halves'}"
+        kind = " across" * width + " biased" * (norm == 2)
+        name = f"{H}x{E}{kind} {rotary} turn {'pairs' if interleaved else 'halves'}"
         yield f"{name} forward", forward, (kernels, _triton)
         yield f"{name} backward", backward, (kernels, _triton)
 

@@ -7,45 +7,51 @@ import math
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from sora_kernels import _library
 from sora_kernels._dispatch import Unavailable
-from sora_kernels.qknorm_rope import op as qknorm_op
 from sora_kernels.qknorm_rope import qk_norm_rope
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IMPLS = pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+NATIVE = pytest.mark.parametrize("impl", ["reference", "cpu"])
 
 
 def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 1, 8)
-    weights = torch.randn(8), torch.randn(8)
-    on_the_fly = (None, None, 1, False, [1, 2, 3], [2, 1, 1], 1e4, [0, 5, 0], True, 1e-6)
-    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, [], [], 1e4, [0, 0, 0], False, 1e-6)
-    plain = (None, None, 0, False, [], [], 1e4, [0, 0, 0], True, 1e-6)
+    affine, none = tuple(torch.randn(4, 8)), (None,) * 4
+    on_the_fly = (None, None, 2, False, [1, 2, 3], [2, 1, 1], 1e4, [0, 5, 0], 1, True, 1e-6)
+    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, [], [], 1e4, [0, 0, 0], 0, False, 1e-6)
+    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), 1, False, [], [], 1e4, [0, 0, 0], 1, False, 1e-6)
+    plain = (None, None, 0, False, [], [], 1e4, [0, 0, 0], 0, True, 1e-6)
     empty = torch.empty_like
     return [
-        ("qk_norm_rope_fwd", (q, k, *weights, *on_the_fly, empty(q), empty(k))),
-        ("qk_norm_rope_fwd", (q, k, None, None, *given, empty(q), empty(k))),
-        ("qk_norm_rope_fwd", (q, k, None, None, *plain, empty(q), empty(k))),
-        ("qk_norm_rope_bwd", (q, k, q, k, *weights, *on_the_fly, *map(empty, (q, k, *weights)))),
-        ("qk_norm_rope_bwd", (q, k, q, k, *weights, *given, None, empty(k), None, empty(weights[1]))),
-    ]
+        ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, empty(q), empty(k))),
+        ("qk_norm_rope_fwd", (q, k, *none, *given, empty(q), empty(k))),
+        ("qk_norm_rope_fwd", (q, q, *none, *by_head, empty(q), empty(q))),
+        ("qk_norm_rope_fwd", (q, k, *none, *plain, empty(q), empty(k))),
+        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *on_the_fly, *map(empty, (q, k, *affine)))),
+        ("qk_norm_rope_bwd", (q, q, q, q, *none, *by_head, *map(empty, (q, q)), *none)),
+        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *given, None, empty(k), None, *map(empty, affine[1:3]), None)),
+    ]  # fmt: skip
 
 
-def normalised(x, weight=None, norm="rms", across="head", eps=1e-6):
+def normalised(x, weight=None, bias=None, norm="rms", across="head", eps=1e-6):
     """The norm in x's own dtype, written with torch's own functions."""
     B, S, H, E = x.shape
     flat = x if across == "head" else x.reshape(B, S, H * E)
-    shape, cast = flat.shape[-1:], None if weight is None else weight.to(x.dtype)
+    shape = flat.shape[-1:]
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if norm == "rms":
-        flat = torch.nn.functional.rms_norm(flat, shape, cast, eps)
+        flat = torch.nn.functional.rms_norm(flat, shape, weight, eps)
     elif norm == "layer":
-        flat = torch.nn.functional.layer_norm(flat, shape, cast, None, eps)
+        flat = torch.nn.functional.layer_norm(flat, shape, weight, bias, eps)
     return flat.reshape(B, S, H, E)
 
 
@@ -63,71 +69,96 @@ def angles(grid, split, theta=1e4, origin=(0, 0, 0)):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def rotated(x, angle, interleaved=True):
-    """Complex multiplication of the first tokens and channels of each head, in fp64."""
+def rotated(x, angle, interleaved=True, first=0):
+    """Complex multiplication of the tokens from `first` on and of the first channels of each head, in fp64."""
     n, pairs = angle.shape
     head, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
     z = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).transpose(-1, -2)
     turn = torch.ones(x.shape[1], 1, pairs, dtype=torch.complex128)
-    turn[:n, 0] = torch.polar(torch.ones_like(angle), angle)
+    turn[first : first + n, 0] = torch.polar(torch.ones_like(angle), angle)
     z = torch.view_as_real(torch.view_as_complex(z.contiguous()) * turn)
     head = z.flatten(-2) if interleaved else z.transpose(-1, -2).flatten(-2)
     return torch.cat((head, rest), -1)
 
 
-def plain(q, k, q_weight, k_weight, angle, norm, across, interleaved):
+class Case(NamedTuple):
+    grid: tuple[int, int, int]
+    heads: tuple[int, int]  # of q and of k
+    E: int
+    rotary_dim: int | None = None
+    text: int = 0
+    text_at: str = "end"
+    norm: str | None = "rms"
+    across: str = "head"
+    interleaved: bool = True
+    by_head: bool = False  # other angles for each head, which must be given as freqs
+
+    @property
+    def S(self) -> int:
+        return math.prod(self.grid) + self.text
+
+    @property
+    def first(self) -> int:
+        return self.text if self.text_at == "start" else 0
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        width = self.rotary_dim or self.E
+        return width // 2 - 2 * (width // 6), width // 6, width // 6
+
+
+def plain(q, k, q_weight, k_weight, q_bias, k_bias, angle, case):
     """What a model would write: everything in the dtype of q, without an upcast."""
     results = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        y = normalised(x, weight, norm, across)
-        n, pairs = angle.shape
-        cos, sin = (f(angle)[:, None].to(y.dtype) for f in (torch.cos, torch.sin))
-        head = y[:, :n, :, : 2 * pairs]
-        a, b = head.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else head.chunk(2, -1)
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        y = normalised(x, weight, bias, case.norm, case.across)
+        turn = angle if case.by_head else angle[:, None]
+        first, last, pairs = case.first, case.first + angle.shape[0], angle.shape[-1]
+        cos, sin = turn.cos().to(y.dtype), turn.sin().to(y.dtype)
+        head = y[:, first:last, :, : 2 * pairs]
+        a, b = head.unflatten(-1, (-1, 2)).unbind(-1) if case.interleaved else head.chunk(2, -1)
         pair = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-        head = pair.flatten(-2) if interleaved else pair.transpose(-1, -2).flatten(-2)
-        head = torch.cat((head, y[:, :n, :, 2 * pairs :]), -1)
-        results.append(torch.cat((head, y[:, n:]), 1))
+        head = pair.flatten(-2) if case.interleaved else pair.transpose(-1, -2).flatten(-2)
+        head = torch.cat((head, y[:, first:last, :, 2 * pairs :]), -1)
+        results.append(torch.cat((y[:, :first], head, y[:, last:]), 1))
     return tuple(results)
 
 
 CASES = [
-    # grid, heads of q and k, E, rotary_dim, text_len, norm, across, interleaved
-    ((2, 3, 4), (3, 1), 12, None, 0, "rms", "head", True),
-    ((1, 3, 2), (2, 2), 16, 10, 3, "layer", "head", False),
-    ((3, 1, 5), (2, 3), 6, 4, 1, "rms", "width", True),
-    ((2, 2, 2), (1, 1), 2, None, 0, None, "head", False),
-    ((1, 1, 1), (5, 5), 18, 14, 2, "layer", "width", True),
+    Case((2, 3, 4), (3, 1), 12),
+    Case((1, 3, 2), (2, 2), 16, rotary_dim=10, text=3, norm="layer", interleaved=False),
+    Case((3, 1, 5), (2, 3), 6, rotary_dim=4, text=1, across="width"),
+    Case((2, 2, 2), (1, 1), 2, norm=None, interleaved=False),
+    Case((1, 1, 1), (5, 5), 18, rotary_dim=14, text=2, text_at="start", norm="layer", across="width"),
 ]
+GIVEN_BY_HEAD = Case((1, 3, 2), (3, 3), 8, rotary_dim=6, text=1, text_at="start", across="width", interleaved=False,
+                     by_head=True)  # fmt: skip
 
 
 def make(case, dtype=torch.float64, seed=0):
-    grid, (Hq, Hk), E, rotary_dim, text_len, norm, across, interleaved = case
+    """(tensors, settings): a weight for every norm, and a bias for the one that has it."""
     torch.manual_seed(seed)
-    S = math.prod(grid) + text_len
-    inputs = dict(q=torch.randn(2, S, Hq, E), k=3 * torch.randn(2, S, Hk, E) + 1)
-    for name, heads in (("q_weight", Hq), ("k_weight", Hk)):
-        inputs[name] = 1 + 0.3 * torch.randn(E if across == "head" else heads * E) if norm else None
-    inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
-    settings = dict(norm=norm, across=across, grid=grid, rotary_dim=rotary_dim, text_len=text_len)
-    return inputs, settings | dict(interleaved=interleaved)
-
-
-def split_of(case):
-    n = (case[3] or case[2]) // 2
-    side = (case[3] or case[2]) // 6
-    return n - 2 * side, side, side
+    heads = dict(q=case.heads[0], k=case.heads[1])
+    width = {x: case.E if case.across == "head" else n * case.E for x, n in heads.items()}
+    tensors = dict(q=torch.randn(2, case.S, heads["q"], case.E), k=3 * torch.randn(2, case.S, heads["k"], case.E) + 1)
+    for x in "qk":
+        tensors[f"{x}_weight"] = 1 + 0.3 * torch.randn(width[x]) if case.norm else None
+    for x in "qk":
+        tensors[f"{x}_bias"] = torch.randn(width[x]) if case.norm == "layer" else None
+    settings = dict(norm=case.norm, across=case.across, grid=case.grid, rotary_dim=case.rotary_dim, text_len=case.text)
+    settings |= dict(text_at=case.text_at, interleaved=case.interleaved)
+    return {name: None if t is None else t.to(dtype) for name, t in tensors.items()}, settings
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_formula(case):
-    inputs, settings = make(case)
+    tensors, settings = make(case)
     origin = (3, 0, 11)
-    results = qk_norm_rope(**inputs, **settings, origin=origin, theta=300.0, eps=1e-3)
-    angle = angles(case[0], split_of(case), 300.0, origin)
-    for result, name in zip(results, "qk", strict=True):
-        y = normalised(inputs[name], inputs[f"{name}_weight"], case[5], case[6], 1e-3)
-        torch.testing.assert_close(result, rotated(y, angle, case[7]), rtol=1e-12, atol=1e-12)
+    results = qk_norm_rope(**tensors, **settings, origin=origin, theta=300.0, eps=1e-3)
+    angle = angles(case.grid, case.split, 300.0, origin)
+    for result, x in zip(results, "qk", strict=True):
+        y = normalised(tensors[x], tensors[f"{x}_weight"], tensors[f"{x}_bias"], case.norm, case.across, 1e-3)
+        torch.testing.assert_close(result, rotated(y, angle, case.interleaved, case.first), rtol=1e-12, atol=1e-12)
 
 
 def test_default_split_is_wans():
@@ -140,7 +171,6 @@ def test_default_split_is_wans():
 
 
 def test_origin_continues_a_clip():
-    torch.manual_seed(0)
     x = torch.randn(1, 24, 2, 12)
     whole, _ = qk_norm_rope(x, x, grid=(4, 2, 3))
     later, _ = qk_norm_rope(x[:, 12:], x[:, 12:], grid=(2, 2, 3), origin=(2, 0, 0))
@@ -148,100 +178,130 @@ def test_origin_continues_a_clip():
 
 
 def test_freqs_equal_grid():
-    inputs, settings = make(CASES[1])
-    angle = angles(CASES[1][0], split_of(CASES[1]))
-    on_the_fly = qk_norm_rope(**inputs, **settings)
+    tensors, settings = make(CASES[1])
+    angle = angles(CASES[1].grid, CASES[1].split)
+    on_the_fly = qk_norm_rope(**tensors, **settings)
     settings |= dict(grid=None, rotary_dim=None)
-    given = qk_norm_rope(**inputs, **settings, freqs=(angle.cos(), angle.sin()))
-    for a, b in zip(on_the_fly, given, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    for turn in (angle, angle[:, None].expand(-1, 2, -1)):
+        given = qk_norm_rope(**tensors, **settings, freqs=(turn.cos(), turn.sin()))
+        for a, b in zip(on_the_fly, given, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
 @IMPLS
 def test_norm_alone_takes_different_lengths(impl, require):
     require("qk_norm_rope", impl)
-    torch.manual_seed(0)
     q, k, w = (torch.randn(*s) for s in ((1, 3, 2, 6), (1, 5, 2, 6), (12,)))
     q_out, k_out = qk_norm_rope(q, k, q_weight=w, k_weight=w, across="width", impl=impl)
     torch.testing.assert_close(q_out, normalised(q, w, across="width"))
     torch.testing.assert_close(k_out, normalised(k, w, across="width"))
 
 
-def test_text_is_normalised_not_rotated():
-    torch.manual_seed(0)
-    x = torch.randn(1, 10, 2, 6, dtype=torch.float64)
-    out, _ = qk_norm_rope(x, x, grid=(1, 2, 3), text_len=4)
-    torch.testing.assert_close(out[:, 6:], normalised(x)[:, 6:])
-    assert not torch.allclose(out[:, 1:6], normalised(x)[:, 1:6])
+@IMPLS
+@pytest.mark.parametrize("text_at, text", [("end", slice(6, 10)), ("start", slice(0, 4))])
+def test_text_is_normalised_not_rotated(text_at, text, impl, require):
+    require("qk_norm_rope", impl)
+    x = torch.randn(1, 10, 2, 6)
+    out, _ = qk_norm_rope(x, x, grid=(1, 2, 3), text_len=4, text_at=text_at, origin=(1, 0, 0), impl=impl)
+    same = torch.isclose(out, normalised(x), rtol=1e-5, atol=1e-6).flatten(2).all(-1)[0]
+    assert same.nonzero().flatten().tolist() == list(range(10))[text]
 
 
-# The conventions of public models, as diffusers computes them
+# The conventions of public models: what reaches the attention inside diffusers' own classes, on random parameters
 
 
-def test_wan_in_diffusers():
+def attended(monkeypatch, owner, name, attention, *args, **kwargs):
+    """The queries and keys that `attention(...)` hands to the function `owner.name`."""
+    seen = []
+
+    def record(q, k, v, *_, **__):
+        seen.extend((q, k))
+        return v
+
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(owner, name, record)
+        attention(*args, **kwargs)
+    return seen
+
+
+def projected(attention, x, heads):
+    with torch.no_grad():
+        return tuple(f(x).unflatten(2, (heads, -1)) for f in (attention.to_q, attention.to_k))
+
+
+def affine(attention, *names):
+    return {f"{x}_{name}": getattr(getattr(attention, f"norm_{x}"), name).detach() for x in "qk" for name in names}
+
+
+def assert_same(ours, theirs, tolerance=3e-6):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("E, grid", [(12, (3, 2, 5)), (128, (2, 3, 2)), (40, (1, 4, 3))])
+def test_wan_in_diffusers(E, grid, monkeypatch):
     wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
-    torch.manual_seed(0)
-    for E, (T, H, W) in ((12, (3, 2, 5)), (128, (2, 3, 2)), (40, (1, 4, 3))):
-        dim, heads = 2 * E, 2
-        rope = wan.WanRotaryPosEmbed(E, (1, 2, 2), 64)
-        attention = wan.WanAttention(dim, heads, E, eps=1e-5, processor=wan.WanAttnProcessor())
-        norm_q = torch.nn.RMSNorm(dim, eps=1e-5)
-        torch.nn.init.normal_(norm_q.weight)
-        attention.norm_q = norm_q
-        seen = {}
-
-        def record(query, key, value, seen=seen, **_):
-            seen.update(q=query, k=key)
-            return value
-
-        tokens = torch.randn(2, T * H * W, dim)
-        freqs = rope(torch.empty(1, 4, T, 2 * H, 2 * W))
-        original, wan.dispatch_attention_fn = wan.dispatch_attention_fn, record
-        try:
-            attention(tokens, rotary_emb=freqs)
-        finally:
-            wan.dispatch_attention_fn = original
-        q, k = (f(tokens).unflatten(2, (heads, E)) for f in (attention.to_q, attention.to_k))
-        weights = dict(q_weight=norm_q.weight, k_weight=attention.norm_k.weight)
-        ours = qk_norm_rope(q, k, **weights, across="width", grid=(T, H, W), eps=1e-5)
-        for a, name in zip(ours, "qk", strict=True):
-            torch.testing.assert_close(a, seen[name], rtol=2e-6, atol=2e-6)
+    T, H, W = grid
+    rope = wan.WanRotaryPosEmbed(E, (1, 2, 2), 64)
+    attention = wan.WanAttention(2 * E, 2, E, eps=1e-5, processor=wan.WanAttnProcessor())
+    x, freqs = torch.randn(2, T * H * W, 2 * E), rope(torch.empty(1, 4, T, 2 * H, 2 * W))
+    theirs = attended(monkeypatch, wan, "dispatch_attention_fn", attention, x, rotary_emb=freqs)
+    settings = affine(attention, "weight") | dict(across="width", grid=grid, eps=1e-5)
+    assert_same(qk_norm_rope(*projected(attention, x, 2), **settings), theirs)
 
 
-def test_hunyuan_video_in_diffusers():
+def test_hunyuan_video_in_diffusers(monkeypatch):
     hunyuan = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
-    torch.manual_seed(0)
     rope = hunyuan.HunyuanVideoRotaryPosEmbed(2, 1, [4, 6, 6], theta=256.0)
-    freqs = rope(torch.empty(1, 4, 3, 4, 6))
-    x = torch.randn(2, 18 + 5, 2, 16)
-    theirs = embeddings.apply_rotary_emb(normalised(x)[:, :18], freqs, sequence_dim=1)
-    theirs = torch.cat((theirs, normalised(x)[:, 18:]), 1)
-    ours, _ = qk_norm_rope(x, x, grid=(3, 2, 3), split=(2, 3, 3), theta=256.0, text_len=5)
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
+    attention = hunyuan.HunyuanVideoSingleTransformerBlock(2, 16, mlp_ratio=1.0).attn
+    video, text, freqs = torch.randn(2, 18, 32), torch.randn(2, 5, 32), rope(torch.empty(1, 4, 3, 4, 6))
+    call = dict(encoder_hidden_states=text, image_rotary_emb=freqs)
+    theirs = attended(monkeypatch, hunyuan, "dispatch_attention_fn", attention, video, **call)
+    settings = affine(attention, "weight") | dict(grid=(3, 2, 3), split=(2, 3, 3), theta=256.0, text_len=5)
+    assert_same(qk_norm_rope(*projected(attention, torch.cat((video, text), 1), 2), **settings), theirs)
 
 
-def test_cogvideox_in_diffusers():
+def test_cogvideox_in_diffusers(monkeypatch):
+    """Its QK-norm is a LayerNorm with a bias, and its text comes first."""
+    cogvideox = pytest.importorskip("diffusers.models.transformers.cogvideox_transformer_3d")
     embeddings = pytest.importorskip("diffusers.models.embeddings")
-    torch.manual_seed(0)
-    cos, sin = embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 4)
-    x = torch.randn(1, 24, 2, 16)
-    theirs = embeddings.apply_rotary_emb(normalised(x, norm="layer"), (cos, sin), sequence_dim=1)
-    ours, _ = qk_norm_rope(x, x, norm="layer", grid=(4, 2, 3), split=(2, 3, 3))
-    torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=3e-6)
+    attention = cogvideox.CogVideoXBlock(32, 2, 16, 8).attn1
+    freqs = embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 4)
+    video, text = torch.randn(2, 24, 32), torch.randn(2, 5, 32)
+    call = dict(encoder_hidden_states=text, image_rotary_emb=freqs)
+    functional = torch.nn.functional
+    theirs = attended(monkeypatch, functional, "scaled_dot_product_attention", attention, video, **call)
+    settings = affine(attention, "weight", "bias") | dict(norm="layer", grid=(4, 2, 3), split=(2, 3, 3))
+    q, k = projected(attention, torch.cat((text, video), 1), 2)
+    assert settings["q_bias"].abs().min() > 0
+    assert_same(
+        qk_norm_rope(q, k, **settings, text_len=5, text_at="start"), [t.transpose(1, 2) for t in theirs], 1e-5
+    )
 
 
-def test_ltx_turns_the_whole_width():
+def test_ltx_turns_the_whole_width(monkeypatch):
     ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx")
-    torch.manual_seed(0)
-    heads, E = 2, 10
-    freqs = ltx.LTXVideoRotaryPosEmbed(heads * E)(torch.empty(1, 12, 3), 2, 2, 3)
-    weight, x = torch.randn(heads * E), torch.randn(1, 12, heads, E)
-    theirs = ltx.apply_rotary_emb(normalised(x, weight, across="width").flatten(2), freqs)
-    wide = x.flatten(2).unsqueeze(2)
+    attention = ltx.LTXAttention(20, heads=2, kv_heads=2, dim_head=10)
+    freqs = ltx.LTXVideoRotaryPosEmbed(20)(torch.empty(1, 12, 3), 2, 2, 3)
+    x = torch.randn(2, 12, 20)
+    theirs = attended(monkeypatch, ltx, "dispatch_attention_fn", attention, x, image_rotary_emb=freqs)
     cos, sin = (f[0, :, ::2] for f in freqs)
-    ours, _ = qk_norm_rope(wide, wide, q_weight=weight, freqs=(cos, sin))
-    torch.testing.assert_close(ours.squeeze(2), theirs, rtol=2e-6, atol=2e-6)
+    settings = affine(attention, "weight") | dict(freqs=(cos, sin), eps=1e-5)
+    ours = qk_norm_rope(*(t.flatten(2).unsqueeze(2) for t in projected(attention, x, 2)), **settings)
+    assert_same([t.squeeze(2).unflatten(2, (2, 10)) for t in ours], theirs)
+
+
+def test_ltx2_has_other_angles_for_each_head(monkeypatch):
+    ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    attention = ltx.LTX2Attention(36, heads=3, kv_heads=3, dim_head=12, rope_type="split")
+    rope = ltx.LTX2AudioVideoRotaryPosEmbed(36, rope_type="split", num_attention_heads=3)
+    freqs, x = rope(torch.rand(1, 3, 7) * 20), torch.randn(1, 7, 36)
+    theirs = attended(monkeypatch, ltx, "dispatch_attention_fn", attention, x, query_rotary_emb=freqs)
+    cos, sin = (f[0].transpose(0, 1) for f in freqs)
+    settings = affine(attention, "weight") | dict(across="width", freqs=(cos, sin), interleaved=False)
+    assert_same(qk_norm_rope(*projected(attention, x, 3), **settings), theirs)
 
 
 # Numbers
@@ -249,10 +309,10 @@ def test_ltx_turns_the_whole_width():
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(case):
-    inputs, settings = make(case)
+    tensors, settings = make(case)
     given = {
         name: t[:1].requires_grad_() if t.ndim == 4 else t.requires_grad_()
-        for name, t in inputs.items()
+        for name, t in tensors.items()
         if t is not None
     }
     assert torch.autograd.gradcheck(
@@ -264,40 +324,61 @@ def test_gradcheck(case):
 
 def check(case, dtype, impl, device="cpu", seed=0, origin=(0, 0, 0)):
     """The error rule on outputs and every gradient, with unwritten memory poisoned."""
-    inputs, settings = make(case, dtype, seed)
-    inputs = {name: None if t is None else t.to(device) for name, t in inputs.items()}
-    grads = [torch.randn(t.shape).to(device, dtype) for t in (inputs["q"], inputs["k"])]
-    angle = angles(case[0], split_of(case), origin=origin).to(device)
+    tensors, settings = make(case, dtype, seed)
+    tensors = {name: None if t is None else t.to(device) for name, t in tensors.items()}
+    grads = [torch.randn(t.shape).to(device, dtype) for t in (tensors["q"], tensors["k"])]
+    angle = angles(case.grid, case.split, origin=origin).to(device)
+    if case.by_head:
+        angle = angle[:, None] * torch.linspace(-1, 2, case.heads[0], device=device, dtype=torch.float64)[:, None]
+        settings |= dict(freqs=(angle.cos(), angle.sin()), grid=None, rotary_dim=None)
     with poison_empty():
-        ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, origin=origin, impl=impl), inputs, grads)
+        ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, origin=origin, impl=impl), tensors, grads)
 
     def formula(**kw):
-        return plain(*(kw[n] for n in ("q", "k", "q_weight", "k_weight")), angle, *case[5:])
+        return plain(**kw, angle=angle, case=case)
 
-    double = {name: None if t is None else t.double() for name, t in inputs.items()}
+    double = {name: None if t is None else t.double() for name, t in tensors.items()}
     oracle = outputs_and_grads(formula, double, [g.double() for g in grads])
-    baseline = outputs_and_grads(formula, inputs, grads)
+    baseline = outputs_and_grads(formula, tensors, grads)
     for name, result in ours.items():
-        x = inputs[name.split()[1][0]] if "weight" in name else None
+        x = tensors[name.split()[1][0]] if "_" in name else None
         terms = 1 if x is None else x.numel() // result.numel()
         assert_matches_oracle(result, oracle[name], baseline[name], name, terms)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@NATIVE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, GIVEN_BY_HEAD])
 def test_error_rule(case, dtype, impl, require):
     require("qk_norm_rope", impl, dtype=dtype, grad=True)
     check(case, dtype, impl)
 
 
+# The heads of public models: each width alone, 40 heads under one norm, grouped keys, 96 of 128 channels turning
+MODELS = [
+    *(Case((1, 2, 2), (3, 2), E, norm=norm, interleaved=norm == "rms")
+      for E, norm in ((24, "rms"), (64, "layer"), (72, "rms"), (96, "layer"), (112, "rms"), (256, "layer"))),
+    Case((1, 1, 2), (40, 40), 128, across="width"),
+    Case((1, 2, 1), (24, 8), 128, rotary_dim=96, text=2, interleaved=False),
+    Case((2, 1, 1), (48, 48), 64, text=3, text_at="start", norm="layer"),
+]  # fmt: skip
+
+
+@IMPLS
+@pytest.mark.parametrize("case", MODELS)
+def test_error_rule_of_public_models(case, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    check(case, torch.float32, impl)
+
+
 # What the interpreter has time for; between them every branch of both kernels.
 SMALL = [
-    ((2, 1, 2), (3, 1), 12, None, 0, "rms", "head", True),
-    ((1, 1, 2), (1, 2), 16, 10, 1, "layer", "head", False),
-    ((1, 3, 1), (5, 2), 6, 4, 1, "rms", "width", True),
-    ((2, 1, 1), (1, 1), 7, 6, 0, "layer", "width", False),
-    ((1, 2, 1), (1, 1), 10, None, 0, None, "head", True),
+    Case((2, 1, 2), (3, 1), 12),
+    Case((1, 1, 2), (1, 2), 16, rotary_dim=10, text=1, norm="layer", interleaved=False),
+    Case((1, 3, 1), (5, 2), 6, rotary_dim=4, text=1, across="width"),
+    Case((2, 1, 1), (1, 1), 7, rotary_dim=6, text=1, text_at="start", norm="layer", across="width", interleaved=False),
+    Case((1, 2, 1), (1, 1), 10, norm=None),
+    GIVEN_BY_HEAD,
 ]
 
 
@@ -312,13 +393,13 @@ def test_error_rule_in_the_interpreter(case, dtype, require):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [
-    *CASES, *SMALL,
-    ((4, 9, 16), (40, 40), 128, None, 0, "rms", "width", True),
-    ((4, 9, 16), (24, 8), 128, 96, 77, "rms", "head", False),
-    ((2, 30, 45), (48, 48), 64, None, 226, "layer", "head", True),
-    ((16, 4, 4), (16, 16), 72, None, 3, "rms", "head", True),
-    ((3, 5, 7), (24, 24), 112, None, 0, "rms", "head", False),
-    ((1, 8, 8), (2, 2), 256, None, 0, "layer", "width", True),
+    *CASES, *SMALL, *MODELS,
+    Case((4, 9, 16), (40, 40), 128, across="width"),
+    Case((4, 9, 16), (24, 8), 128, rotary_dim=96, text=77, interleaved=False),
+    Case((2, 30, 45), (48, 48), 64, text=226, text_at="start", norm="layer"),
+    Case((16, 4, 4), (16, 16), 72, text=3),
+    Case((3, 5, 7), (24, 24), 112, interleaved=False),
+    Case((1, 8, 8), (2, 2), 256, norm="layer", across="width"),
 ])  # fmt: skip
 def test_error_rule_on_gpu(case, dtype, impl):
     check(case, dtype, impl, "cuda")
@@ -328,7 +409,7 @@ def test_error_rule_on_gpu(case, dtype, impl):
 def test_angles_are_exact_far_from_the_origin(impl, require):
     """At position 100,000 an angle in fp32 has lost every digit that matters; at 2^30 even its turns."""
     require("qk_norm_rope", impl, grad=True)
-    case = ((2, 1, 2), (1, 1), 24, None, 0, None, "head", False)
+    case = Case((2, 1, 2), (1, 1), 24, norm=None, interleaved=False)
     for origin in ((5000, 3000, 100_000), (-70_001, 1 << 30, 0)):
         check(case, torch.float32, impl, origin=origin)
 
@@ -347,7 +428,7 @@ def test_any_theta(theta, require):
 def test_cpu_reduces_over_any_number_of_tokens(tokens, across, require):
     """One chunk, several, and as many as there may be with a ragged last one."""
     require("qk_norm_rope", "cpu", grad=True)
-    check((tokens, (40, 3), 8, 6, 1, "rms", across, True), torch.float32, "cpu")
+    check(Case(tokens, (40, 3), 8, rotary_dim=6, text=1, norm="layer", across=across), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("across", ["head", "width"])
@@ -356,7 +437,7 @@ def test_triton_reduces_in_several_steps(across, require, monkeypatch):
     from sora_kernels.qknorm_rope import kernels
 
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
-    check(((1, 1, 3), (3, 1), 4, None, 0, "layer", across, True), torch.float32, "triton")
+    check(Case((1, 1, 3), (3, 2), 8, norm="layer", across=across), torch.float32, "triton")
 
 
 @IMPLS
@@ -380,14 +461,25 @@ def test_memory_layout_does_not_change_a_bit(layout, impl, require):
 
 
 @IMPLS
-def test_views_into_packed_qkv_are_not_copied(impl, require):
+def test_views_into_packed_qkv_are_not_copied(impl, require, monkeypatch):
     require("qk_norm_rope", impl, grad=True)
+    calls, call = [], _library.call
+
+    def spy(op, impl):
+        return lambda *args: (calls.append(args), call(op, impl)(*args))[1]
+
     by_head = torch.randn(3, 1, 2, 4, 8).transpose(2, 3)
     for q, k, _ in (torch.randn(1, 4, 3, 2, 8).unbind(2), torch.randn(1, 4, 2, 3, 8).unbind(3), by_head):
-        assert qknorm_op.dense(q) is q, "a view with a dense last axis goes to the kernels as it is"
-        ours = qk_norm_rope(q, k, grid=(1, 2, 2), impl=impl)
-        expected = qk_norm_rope(q.contiguous(), k.contiguous(), grid=(1, 2, 2), impl=impl)
-        assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+        tensors, grads = dict(q=q, k=k), [k, q]
+        monkeypatch.setattr(_library, "call", spy)
+        ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, grid=(1, 2, 2), impl=impl), tensors, grads)
+        monkeypatch.setattr(_library, "call", call)
+        forward, backward = calls[-2:]
+        for given, t in zip((*forward[:2], *backward[:4]), (q, k, k, q, q, k), strict=True):
+            assert (given.data_ptr(), given.stride()) == (t.data_ptr(), t.stride())
+        tensors, grads = dict(q=q.contiguous(), k=k.contiguous()), [k.contiguous(), q.contiguous()]
+        expected = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, grid=(1, 2, 2), impl=impl), tensors, grads)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 @IMPLS
@@ -409,7 +501,8 @@ def test_given_freqs_of_any_dtype_and_layout(impl, require):
 @pytest.mark.parametrize("across", ["head", "width"])
 def test_backward_repeats_bitwise(across, impl, require):
     require("qk_norm_rope", impl, grad=True)
-    case = ((1, 2, 2) if impl == "triton" else (5, 7, 9), (2, 3), 6, 4, 1, "rms", across, True)
+    grid = (1, 2, 2) if impl == "triton" else (5, 7, 9)
+    case = Case(grid, (2, 3), 6, rotary_dim=4, text=1, norm="layer", across=across)
     inputs, settings = make(case, torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
 
@@ -422,7 +515,7 @@ def test_backward_repeats_bitwise(across, impl, require):
 
 def test_cpu_results_do_not_depend_on_the_number_of_threads(require):
     require("qk_norm_rope", "cpu", grad=True)
-    inputs, settings = make(((5, 7, 9), (2, 3), 6, 4, 1, "rms", "head", True), torch.float32)
+    inputs, settings = make(Case((5, 7, 9), (2, 3), 6, rotary_dim=4, text=1, norm="layer"), torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
     before, results = torch.get_num_threads(), []
     try:
@@ -437,7 +530,7 @@ def test_cpu_results_do_not_depend_on_the_number_of_threads(require):
 @IMPLS
 def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, require):
     require("qk_norm_rope", impl, grad=True)
-    inputs, settings = make(((1, 1, 2), (1, 2), 6, 4, 0, "rms", "head", False), torch.float32)
+    inputs, settings = make(Case((1, 1, 2), (1, 2), 6, rotary_dim=4, norm="layer", interleaved=False), torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
     together = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl=impl), inputs, grads)
     for name in inputs:
@@ -475,7 +568,7 @@ def test_gradient_of_one_output(impl, require):
     assert torch.equal(q.grad, torch.zeros_like(q)) and k.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@NATIVE
 def test_weights_of_another_dtype(impl, require):
     require("qk_norm_rope", impl, grad=True)
     torch.manual_seed(0)
@@ -502,12 +595,13 @@ def test_an_fp64_weight_beside_fp32_heads(impl, require):
 @pytest.mark.parametrize("shape", [(0, 6, 2, 4), (1, 0, 2, 4), (1, 6, 0, 4)])
 def test_empty(shape, impl, require):
     require("qk_norm_rope", impl, grad=True)
-    x, w = torch.empty(shape, requires_grad=True), torch.ones(4, requires_grad=True)
-    q, k = qk_norm_rope(x, x, q_weight=w, **(dict(grid=(1, 2, 3)) if shape[1] else {}), impl=impl)
+    x, w, b = torch.empty(shape, requires_grad=True), *torch.ones(2, 4).requires_grad_().unbind()
+    settings = dict(norm="layer", grid=(1, 2, 3) if shape[1] else None, impl=impl)
+    q, k = qk_norm_rope(x, x, q_weight=w, q_bias=b, **settings)
     with poison_empty():
-        (q.sum() + k.sum()).backward()
-    assert q.shape == k.shape == x.grad.shape == shape
-    assert torch.equal(w.grad, torch.zeros(4))
+        dx, dw, db = torch.autograd.grad(q.sum() + k.sum(), (x, w, b))
+    assert q.shape == k.shape == dx.shape == shape
+    assert torch.equal(dw, torch.zeros(4)) and torch.equal(db, torch.zeros(4))
 
 
 def test_too_wide_for_triton(require):
@@ -544,6 +638,7 @@ ERRORS = [
     (dict(grid=(2, 3)), ValueError, "grid must be three integers"),
     (dict(grid=(0, 2, 3)), ValueError, "grid must be at least 1"),
     (dict(text_len=7), ValueError, "text_len must be an integer between 0 and S=6; got 7"),
+    (dict(text_at="middle"), ValueError, "text_at must be one of 'end', 'start'; got 'middle'"),
     (dict(rotary_dim=3), ValueError, "rotary_dim must be even"),
     (dict(rotary_dim=10), ValueError, "at most the head width E=8; got 10"),
     (dict(q=x[..., :7], k=x[..., :7]), ValueError, "rotary_dim must be even.*got 7"),
@@ -557,10 +652,18 @@ ERRORS = [
     (dict(q_weight=torch.ones(16)), ValueError, r"q_weight must have shape \[8\].*got \[16\]"),
     (dict(across="width", k_weight=torch.ones(8)), ValueError, r"k_weight must have shape \[16\].*got \[8\]"),
     (dict(norm=None, q_weight=torch.ones(8)), ValueError, "with norm=None leave it out"),
+    (dict(norm="layer", k_bias=torch.ones(16)), ValueError, r"k_bias must have shape \[8\].*got \[16\]"),
+    (dict(q_bias=torch.ones(8)), ValueError, "q_bias belongs to norm='layer'; got norm='rms'"),
+    (dict(norm=None, k_bias=torch.ones(8)), ValueError, "k_bias applies to normalised values; with norm=None"),
+    (dict(q_weight=torch.ones(8, device="meta")), ValueError, "q_weight must be on q's device cpu; got meta"),
     (dict(freqs=(x, x)), ValueError, "not both"),
     (dict(grid=None, freqs=x), TypeError, "freqs must be a pair"),
     (dict(grid=None, freqs=(torch.ones(5, 4),) * 2), ValueError, r"freqs\[0\] must have shape \[6, 4\]"),
     (dict(grid=None, freqs=(torch.ones(6, 5),) * 2), ValueError, "rotary_dim must be even"),
+    (dict(grid=None, freqs=(torch.ones(6),) * 2), ValueError, r"freqs\[0\] must have shape"),
+    (dict(grid=None, freqs=(torch.ones(6, 3, 4),) * 2), ValueError, r"must have shape \[6, 2, 4\].*got \[6, 3, 4\]"),
+    (dict(grid=None, freqs=(torch.ones(6, 2, 4),) * 2, k=x[:, :, :1]), ValueError, "k must have q's 2 heads; got 1"),
+    (dict(grid=None, freqs=(torch.ones(6, 4, device="meta"),) * 2), ValueError, "must be on q's device cpu; got meta"),
     (dict(grid=None, freqs=(torch.ones(6, 4, requires_grad=True),) * 2), ValueError, "constants here"),
     (dict(grid=None, freqs=(torch.ones(6, 4),) * 2, split=(2, 1, 1)), ValueError, "split belongs to grid"),
     (dict(grid=None, rotary_dim=4), ValueError, "rotary_dim needs grid"),

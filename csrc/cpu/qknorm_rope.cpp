@@ -4,6 +4,10 @@
 // halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way - and
 // rounded once at the store. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
 // an angle does, so their precision does not depend on the position. No table grows with the clip.
+//
+// Bytes an element of q and k, in units of its dtype. Forward: 2, the fewest possible: x read once, the result written
+// once. Backward: 3 with a norm (x, the incoming gradient, dx), 2 without, and as many are moved. Neither counts the
+// parameters, their fp32 partials (at most 64 rows) and freqs, read once a token, or a token and head, where given.
 
 #include "common/check.h"
 #include "common/memory.h"
@@ -84,62 +88,77 @@ SORA_INLINE void cos_sin(uint32_t phase, float& cosine, float& sine) {
 }
 
 struct Rotation {
-  const float *cos = nullptr, *sin = nullptr;  // given [tokens, pairs], or
+  const float *cos = nullptr, *sin = nullptr;  // given [tokens, pairs] or [tokens, H, pairs], or
   int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
-  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn
-  int64_t tokens = 0, pairs = 0;
+  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn; whole lanes, the last filled up with zeros
+  int64_t first = 0, tokens = 0, pairs = 0;  // tokens first to first + tokens turn
+  int64_t heads = 0;                         // 0: one row of angles serves every head
 };
 
-// One thread's angles: of the axes, only those whose coordinate changed are computed again.
+constexpr int64_t kLanes = 16;
+
+// One thread's angles: computed again from the first axis on whose coordinate changed, in whole lanes. An axis of its
+// own is often shorter than a vector.
 class Angles {
  public:
-  explicit Angles(const Rotation& rotation) : rotation_(rotation), scratch_(2, rotation.pairs) {}
+  explicit Angles(const Rotation& rotation)
+      : rotation_(rotation),
+        scratch_(2, static_cast<int64_t>(rotation.steps.size())),
+        positions_(rotation.steps.size()) {}
 
   // False where token s does not turn.
   SORA_INLINE bool seek(int64_t s) {
     const Rotation& r = rotation_;
-    if (s >= r.tokens || r.pairs == 0) return false;
+    s -= r.first;
+    if (s < 0 || s >= r.tokens || r.pairs == 0) return false;
     if (r.cos) {
-      cos = r.cos + s * r.pairs, sin = r.sin + s * r.pairs;
+      const int64_t row = s * std::max<int64_t>(r.heads, 1) * r.pairs;
+      cos_ = r.cos + row, sin_ = r.sin + row;
       return true;
     }
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
+    int64_t changed = r.pairs;
     for (int64_t axis = 0, begin = 0; axis < 3; begin += r.split[axis++]) {
       if (known_ && at[axis] == at_[axis]) continue;
-      const uint64_t position = static_cast<uint64_t>(at_[axis] = at[axis]);
-      const uint64_t* steps = r.steps.data();
-#pragma omp simd
-      for (int64_t i = begin; i < begin + r.split[axis]; ++i) {
-        cos_sin(static_cast<uint32_t>(position * steps[i] >> 32), c[i], n[i]);
-      }
+      at_[axis] = at[axis];
+      std::fill_n(positions_.data() + begin, r.split[axis], static_cast<uint64_t>(at[axis]));
+      changed = std::min(changed, begin);
     }
     known_ = true;
-    cos = c, sin = n;
+    const uint64_t *positions = positions_.data(), *steps = r.steps.data();
+    for (int64_t lanes = changed / kLanes * kLanes; lanes < r.pairs; lanes += kLanes) {
+#pragma omp simd
+      for (int64_t i = lanes; i < lanes + kLanes; ++i) {
+        cos_sin(static_cast<uint32_t>(positions[i] * steps[i] >> 32), c[i], n[i]);
+      }
+    }
+    cos_ = c, sin_ = n;
     return true;
   }
 
-  const float *cos = nullptr, *sin = nullptr;
+  // The pairs of head h turn, or (direction -1) turn back.
+  SORA_INLINE void turn(float* v, int64_t h, float direction) const {
+    const int64_t pairs = rotation_.pairs, row = rotation_.heads ? h * pairs : 0;
+    const float *cos = cos_ + row, *sin = sin_ + row;
+    float *a = v, *b = v + pairs;
+#pragma omp simd
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float x = a[i], y = b[i], s = direction * sin[i];
+      a[i] = x * cos[i] - y * s;
+      b[i] = x * s + y * cos[i];
+    }
+  }
 
  private:
   const Rotation& rotation_;
   Scratch scratch_;
+  std::vector<uint64_t> positions_;
+  const float *cos_ = nullptr, *sin_ = nullptr;
   int64_t at_[3] = {0, 0, 0};
   bool known_ = false;
 };
-
-// The pairs of one head turn by their angles, or (direction -1) back.
-SORA_INLINE void turn(float* v, const Angles& angles, int64_t pairs, float direction) {
-  float *a = v, *b = v + pairs;
-  const float *cos = angles.cos, *sin = angles.sin;
-#pragma omp simd
-  for (int64_t i = 0; i < pairs; ++i) {
-    const float x = a[i], y = b[i], s = direction * sin[i];
-    a[i] = x * cos[i] - y * s;
-    b[i] = x * s + y * cos[i];
-  }
-}
 
 // ---- statistics
 
@@ -182,38 +201,39 @@ SORA_INLINE float centre(float* v, int64_t heads, int64_t E, int64_t norm, float
 struct Params {
   int64_t B = 0, S = 0, H = 0, E = 0;
   Heads x, out, dout, dx;
-  Vector weight, dweight;
+  Vector weight, bias, dweight, dbias;
   Order order;
   const Rotation* rotation = nullptr;
   int64_t norm = kNone;
   bool width = false;
   float eps = 0;
   int64_t chunk_rows = 0;      // backward
-  float* partials = nullptr;   // [chunks, weights()]
+  float* partials = nullptr;   // [chunks, gradients()]: of the weight, then of the bias
 
   int64_t rows() const { return B * S; }
   int64_t group() const { return width ? H : 1; }  // heads that share statistics
   int64_t weights() const { return width ? H * E : E; }
+  int64_t gradients() const { return dbias ? 2 * weights() : dweight ? weights() : 0; }
   int64_t chunks() const { return (rows() + chunk_rows - 1) / chunk_rows; }
 };
 
-// One thread's fp32 copy of the weight, sorted like the channels; ones where there is none.
-struct Weight {
-  static SORA_INLINE void run(const Params& p, float* to) {
-    for (int64_t i = 0; i < p.weights(); ++i) to[i] = 1.0f;
-    if (!p.weight) return;
-    switch (p.weight.dtype) {
-      case ScalarType::BFloat16: return load_as<BFloat16>(p, to);
-      case ScalarType::Half: return load_as<Half>(p, to);
-      default: return load_as<float>(p, to);
-    }
-  }
+template <class T>
+SORA_INLINE void load_parameter_as(const Params& p, const Vector& from, float* to) {
+  for (int64_t i = 0; i < p.weights(); i += p.E) load(to + i, static_cast<const T*>(from.data) + i, p.order);
+}
 
-  template <class T>
-  static SORA_INLINE void load_as(const Params& p, float* to) {
-    for (int64_t i = 0; i < p.weights(); i += p.E) load(to + i, static_cast<const T*>(p.weight.data) + i, p.order);
+// One thread's fp32 copy of the weight or the bias, sorted like the channels; `absent` everywhere if there is none.
+SORA_INLINE void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
+  if (!from) {
+    for (int64_t i = 0; i < p.weights(); ++i) to[i] = absent;
+    return;
   }
-};
+  switch (from.dtype) {
+    case ScalarType::BFloat16: return load_parameter_as<BFloat16>(p, from, to);
+    case ScalarType::Half: return load_parameter_as<Half>(p, from, to);
+    default: return load_parameter_as<float>(p, from, to);
+  }
+}
 
 // ---- forward
 
@@ -221,9 +241,10 @@ template <class T>
 struct Forward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const Scratch scratch(2, H * E);
-    float *v = scratch.row(0), *weight = scratch.row(1);
-    Weight::run(p, weight);
+    const Scratch scratch(3, H * E);
+    float *v = scratch.row(0), *weight = scratch.row(1), *bias = scratch.row(2);
+    load_parameter(p, p.weight, 1.0f, weight);
+    load_parameter(p, p.bias, 0.0f, bias);
     Angles angles(*p.rotation);
 
     for (int64_t row = begin; row < end; ++row) {
@@ -234,10 +255,10 @@ struct Forward {
         if (p.norm != kNone) {
           const float rstd = centre(v, group, E, p.norm, p.eps);
 #pragma omp simd
-          for (int64_t i = 0; i < span; ++i) v[i] = v[i] * rstd * weight[i];
+          for (int64_t i = 0; i < span; ++i) v[i] = v[i] * rstd * weight[i] + bias[i];
         }
         for (int64_t i = 0; i < group; ++i) {
-          if (turns) turn(v + i * E, angles, p.order.pairs, 1.0f);
+          if (turns) angles.turn(v + i * E, h + i, 1.0f);
           store(p.out.at<T>(b, s, h + i), v + i * E, p.order);
         }
       }
@@ -247,7 +268,8 @@ struct Forward {
 
 // ---- backward
 //
-// With g = dout turned back: dweight = sum of g * xhat, and dx follows from weight * g by the norm's own backward.
+// With g = dout turned back: dbias = sum of g, dweight = sum of g * xhat, and dx follows from weight * g by the norm's
+// own backward.
 // Tokens are cut into chunks whose borders depend on the sizes only, never on the number of threads. A chunk leaves one
 // fp32 partial row, and those are added in order: the result is the same bits however many threads ran.
 
@@ -259,25 +281,26 @@ template <class T>
 struct Backward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const Scratch scratch(4, H * E);
-    float *g = scratch.row(0), *v = scratch.row(1), *weight = scratch.row(2), *block = scratch.row(3);
-    Weight::run(p, weight);
+    const int64_t gradients = p.gradients();
+    const Scratch scratch(3, H * E), sums(1, std::max(gradients, p.weights()));
+    float *g = scratch.row(0), *v = scratch.row(1), *weight = scratch.row(2), *block = sums.row(0);
+    load_parameter(p, p.weight, 1.0f, weight);
     Angles angles(*p.rotation);
     const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / H);
 
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* partial = p.partials ? p.partials + chunk * p.weights() : nullptr;
-      if (partial) std::fill_n(partial, p.weights(), 0.0f);
+      float* partial = p.partials ? p.partials + chunk * gradients : nullptr;
+      if (partial) std::fill_n(partial, gradients, 0.0f);
       const int64_t last = std::min((chunk + 1) * p.chunk_rows, p.rows());
       for (int64_t first = chunk * p.chunk_rows; first < last; first += block_rows) {
-        std::fill_n(block, p.weights(), 0.0f);
+        std::fill_n(block, std::max(gradients, p.weights()), 0.0f);
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
           const bool turns = angles.seek(s);
           for (int64_t h = 0; h < H; h += group) {
             for (int64_t i = 0; i < group; ++i) {
               load(g + i * E, p.dout.at<const T>(b, s, h + i), p.order);
-              if (turns) turn(g + i * E, angles, p.order.pairs, -1.0f);
+              if (turns) angles.turn(g + i * E, h + i, -1.0f);
             }
             if (p.norm != kNone) {
               for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
@@ -290,17 +313,22 @@ struct Backward {
         }
         if (partial) {
 #pragma omp simd
-          for (int64_t i = 0; i < p.weights(); ++i) partial[i] += block[i];
+          for (int64_t i = 0; i < gradients; ++i) partial[i] += block[i];
         }
       }
     }
   }
 
-  // g becomes dx; block gains this group's part of dweight.
+  // g becomes dx; block gains this group's parts of dweight and dbias.
   static SORA_INLINE void normalised(const Params& p, float* g, float* v, const float* weight, float* block,
                                      int64_t span) {
     const int64_t E = p.E, group = p.group();
     const float rstd = centre(v, group, E, p.norm, p.eps), count = static_cast<float>(span);
+    if (p.dbias) {
+      float* bias = block + p.weights();
+#pragma omp simd
+      for (int64_t i = 0; i < span; ++i) bias[i] += g[i];
+    }
 #pragma omp simd
     for (int64_t i = 0; i < span; ++i) {
       v[i] *= rstd;
@@ -318,10 +346,11 @@ struct Backward {
   }
 };
 
-void store_weight_gradient(const Params& p, const float* from) {
-  with_dtype(p.dweight.dtype, [&](auto t) {
+void store_gradient(const Params& p, const Vector& to, const float* from) {
+  if (!to) return;
+  with_dtype(to.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t i = 0; i < p.weights(); i += p.E) store(static_cast<T*>(p.dweight.data) + i, from + i, p.order);
+    for (int64_t i = 0; i < p.weights(); i += p.E) store(static_cast<T*>(to.data) + i, from + i, p.order);
   });
 }
 
@@ -351,25 +380,26 @@ void forward(Params p, ScalarType dtype) {
 }
 
 void backward(Params p, ScalarType dtype) {
-  if (!p.dx && !p.dweight) return;
+  if (!p.dx && !p.dweight && !p.dbias) return;
   join_heads(p);
   isa();  // as in forward
   p.chunk_rows = std::max(kMinRows, (p.rows() + kChunks - 1) / kChunks);
-  const int64_t chunks = p.H * p.E > 0 ? p.chunks() : 0, weights = p.weights();
-  const Scratch partials(1, p.dweight ? std::max<int64_t>(chunks, 1) * weights : 0);
-  p.partials = p.dweight ? partials.row(0) : nullptr;
-  if (p.dweight && chunks == 0) std::fill_n(p.partials, weights, 0.0f);
+  const int64_t chunks = p.H * p.E > 0 ? p.chunks() : 0, gradients = p.gradients();
+  const Scratch partials(1, std::max<int64_t>(chunks, 1) * gradients);
+  p.partials = gradients ? partials.row(0) : nullptr;
+  if (chunks == 0) std::fill_n(partials.row(0), gradients, 0.0f);
   with_dtype(dtype, [&](auto t) {
     if (p.dx) advise_huge_pages(p.dx.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       dispatch<Backward<decltype(t)>>(p, begin, end);
     });
   });
-  if (!p.dweight) return;
+  if (!p.partials) return;
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    for (int64_t i = 0; i < weights; ++i) p.partials[i] += p.partials[chunk * weights + i];
+    for (int64_t i = 0; i < gradients; ++i) p.partials[i] += p.partials[chunk * gradients + i];
   }
-  store_weight_gradient(p, p.partials);
+  store_gradient(p, p.dweight, p.partials);
+  store_gradient(p, p.dbias, p.partials + p.weights());
 }
 
 Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
@@ -396,21 +426,47 @@ Vector weights(const char* name, const OptionalTensor& t, const Tensor& x, int64
 const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
   if (!t) return nullptr;
   check_common(name, *t, x);
-  SORA_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && (t->stride(0) == t->size(1) || t->size(0) <= 1),
-             name, ": expected a contiguous float32 (tokens, pairs), got ", describe(*t));
+  bool dense = t->scalar_type() == ScalarType::Float && (t->dim() == 2 || t->dim() == 3);
+  for (int64_t i = t->dim() - 2, row = t->size(t->dim() - 1); dense && i >= 0; row *= t->size(i--)) {
+    dense = t->stride(i) == row || t->size(i) <= 1;
+  }
+  SORA_CHECK(dense, name, ": expected a contiguous float32 (tokens, pairs) or (tokens, H, pairs), got ", describe(*t));
   return static_cast<const float*>(t->data_ptr());
+}
+
+// theta^(-j/n) / 2 pi of the n pairs of each axis, 2^64 to a turn. A model asks for the same ones in every layer: a
+// thread keeps the last.
+const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, double theta) {
+  thread_local std::vector<uint64_t> steps;
+  thread_local std::vector<int64_t> last_split;
+  thread_local double last_theta = 0;
+  if (split == last_split && theta == last_theta) return steps;
+  steps.clear();
+  for (const int64_t pairs : split) {
+    for (int64_t j = 0; j < pairs; ++j) {
+      const double turns = std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)) / (2.0 * M_PI);
+      const double fraction = (turns - std::floor(turns)) * 0x1p32, upper = std::floor(fraction);
+      steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
+    }
+  }
+  steps.resize((steps.size() + kLanes - 1) / kLanes * kLanes);
+  last_split = split, last_theta = theta;
+  return steps;
 }
 
 Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
                   const std::vector<int64_t>& grid, const std::vector<int64_t>& split, double theta,
-                  const std::vector<int64_t>& origin) {
+                  const std::vector<int64_t>& origin, int64_t first) {
   Rotation r;
+  r.first = first;
   r.cos = table("cos", cos, q), r.sin = table("sin", sin, q);
   SORA_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither");
   if (cos) {
-    SORA_CHECK(sin->size(0) == cos->size(0) && sin->size(1) == cos->size(1), "sin: expected the shape of ",
-               describe(*cos), ", got ", describe(*sin));
-    r.tokens = cos->size(0), r.pairs = cos->size(1);
+    bool same = sin->dim() == cos->dim();
+    for (int64_t i = 0; same && i < cos->dim(); ++i) same = sin->size(i) == cos->size(i);
+    SORA_CHECK(same, "sin: expected the shape of ", describe(*cos), ", got ", describe(*sin));
+    r.tokens = cos->size(0), r.pairs = cos->size(cos->dim() - 1);
+    r.heads = cos->dim() == 3 ? cos->size(1) : 0;
     return r;
   }
   if (grid.empty()) return r;
@@ -421,38 +477,38 @@ Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTens
   std::copy_n(split.begin(), 3, r.split);
   std::copy_n(origin.begin(), 3, r.origin);
   r.tokens = grid[0] * grid[1] * grid[2];
-  for (const int64_t pairs : split) {
-    for (int64_t j = 0; j < pairs; ++j) {
-      const double turns = std::pow(theta, -static_cast<double>(j) / static_cast<double>(pairs)) / (2.0 * M_PI);
-      const double fraction = (turns - std::floor(turns)) * 0x1p32, upper = std::floor(fraction);
-      r.steps.push_back(static_cast<uint64_t>(upper) << 32 | static_cast<uint64_t>((fraction - upper) * 0x1p32));
-    }
-  }
-  r.pairs = static_cast<int64_t>(r.steps.size());
+  r.steps = angle_steps(split, theta);
+  r.pairs = split[0] + split[1] + split[2];
   return r;
 }
 
-Params params(const char* name, const Tensor& x, const OptionalTensor& weight, const Rotation& rotation, int64_t norm,
-              bool width, bool interleaved, double eps) {
+Params params(const char* name, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+              const Rotation& rotation, int64_t norm, bool width, bool interleaved, double eps) {
   SORA_CHECK(x.dim() == 4, name, ": expected (B, S, H, E), got ", describe(x));
   Params p{.B = x.size(0), .S = x.size(1), .H = x.size(2), .E = x.size(3)};
-  SORA_CHECK(2 * rotation.pairs <= p.E && (rotation.pairs == 0 || rotation.tokens <= p.S), name, ": expected at least ",
-             rotation.tokens, " tokens of width ", 2 * rotation.pairs, " to rotate, got ", describe(x));
+  SORA_CHECK(2 * rotation.pairs <= p.E && rotation.first >= 0 &&
+                 (rotation.pairs == 0 || rotation.first + rotation.tokens <= p.S),
+             name, ": expected at least ", rotation.tokens, " tokens of width ", 2 * rotation.pairs,
+             " to rotate from token ", rotation.first, " on, got ", describe(x));
+  SORA_CHECK(rotation.heads == 0 || rotation.heads == p.H, name, ": expected the ", rotation.heads,
+             " heads that cos and sin have, got ", describe(x));
   p.rotation = &rotation;
   p.norm = norm, p.width = width, p.eps = static_cast<float>(eps);
   p.order = {p.E, rotation.pairs, interleaved};
   p.x = heads(name, x, x);
   p.weight = weights("weight", weight, x, p.weights());
+  p.bias = weights("bias", bias, x, p.weights());
   return p;
 }
 
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                      const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm, bool width,
-                      std::vector<int64_t> grid, std::vector<int64_t> split, double theta, std::vector<int64_t> origin,
+                      const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
+                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> grid,
+                      std::vector<int64_t> split, double theta, std::vector<int64_t> origin, int64_t first,
                       bool interleaved, double eps, const Tensor& q_out, const Tensor& k_out) {
-  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin);
-  Params pq = params("q", q, q_weight, r, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, r, norm, width, interleaved, eps);
+  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin, first);
+  Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
   pq.out = heads("q_out", q_out, q, true);
   pk.out = heads("k_out", k_out, k, true);
   forward(pq, q.scalar_type());
@@ -460,18 +516,21 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
 }
 
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
-                      const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& cos,
-                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> grid,
-                      std::vector<int64_t> split, double theta, std::vector<int64_t> origin, bool interleaved,
-                      double eps, const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
-                      const OptionalTensor& dk_weight) {
-  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin);
-  Params pq = params("q", q, q_weight, r, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, r, norm, width, interleaved, eps);
+                      const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
+                      const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm,
+                      bool width, std::vector<int64_t> grid, std::vector<int64_t> split, double theta,
+                      std::vector<int64_t> origin, int64_t first, bool interleaved, double eps,
+                      const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
+                      const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
+  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin, first);
+  Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
   pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);
   pq.dx = heads("dq", dq, q, true), pk.dx = heads("dk", dk, k, true);
   pq.dweight = weights("dq_weight", dq_weight, q, pq.weights());
   pk.dweight = weights("dk_weight", dk_weight, k, pk.weights());
+  pq.dbias = weights("dq_bias", dq_bias, q, pq.weights());
+  pk.dbias = weights("dk_bias", dk_bias, k, pk.weights());
   backward(pq, q.scalar_type());
   backward(pk, k.scalar_type());
 }

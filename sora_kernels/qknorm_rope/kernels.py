@@ -1,9 +1,9 @@
 """Triton kernels of `qk_norm_rope`: one forward and one backward, each launched for q and for k.
 
 Bytes per element, in units of its dtype. Forward: 2, the fewest possible: x is read once and the result written once.
-Backward: 3 (x, the incoming gradient, dx), or 2 without a norm. Weights, angles' steps and the bounded fp32 partials of
-the weights' gradients (PROGRAMS rows at most) do not grow with the clip; tables given as freqs are read once per token
-and block of heads.
+Backward: 3, the fewest with a norm (x, the incoming gradient, dx), or 2 without. Weights, biases, angles' steps and the
+bounded fp32 partials of the parameters' gradients (PROGRAMS rows at most) do not grow with the clip; tables given as
+freqs are read once per token and block of heads, or once where each head has its own.
 
 A channel pair (a, b) that turns together lies in one thread, whichever way the pairs are laid out: a token's heads are
 two tiles `[HEADS, PAIRS]`. Angles are fixed-point fractions of a turn in 64 bits: position · step wraps around exactly
@@ -94,20 +94,29 @@ def cos_sin(position, step):
 
 @triton.jit
 def rotation(
-    s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
-    SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+    s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+    SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin `[1, PAIRS]` of token s, given or from its coordinates; 1 and 0 where nothing turns, as in text."""
+    """cos and sin of token s, given or from its coordinates; 1 and 0 where nothing turns, as in text.
+
+    `[1, PAIRS]`, or, given for each of BY_HEAD heads, `[heads, PAIRS]`.
+    """
     j = tl.arange(0, PAIRS)
-    live = j < tl.where(s < tokens, N, 0)
-    if cos_ptr is not None:
-        cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
+    s = s - first
+    live = j < tl.where((s >= 0) & (s < tokens), N, 0)
+    if BY_HEAD:
+        at = (s.to(tl.int64) * BY_HEAD + heads)[:, None] * N + j[None, :]
+        live = live[None, :] & (heads < BY_HEAD)[:, None]
+        return tl.load(cos_ptr + at, live, 1.0), tl.load(sin_ptr + at, live, 0.0)
     else:
-        row = s // grid_w
-        t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
-        position = tl.where(j < SPLIT_T, t, tl.where(j < SPLIT_T + SPLIT_H, h, w)).to(tl.int64)
-        cos, sin = cos_sin(position, tl.load(steps_ptr + j, live, 0))
-    return cos[None, :], sin[None, :]
+        if cos_ptr is not None:
+            cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
+        else:
+            row = s // grid_w
+            t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
+            position = tl.where(j < SPLIT_T, t, tl.where(j < SPLIT_T + SPLIT_H, h, w)).to(tl.int64)
+            cos, sin = cos_sin(position, tl.load(steps_ptr + j, live, 0))
+        return cos[None, :], sin[None, :]
 
 
 @triton.jit
@@ -140,9 +149,9 @@ def standardize_pairs(a, b, live, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
-def load_weight(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-                WIDTH: tl.constexpr):  # fmt: skip
-    """`[1, PAIRS]` shared by the heads, or `[heads, PAIRS]` across the width."""
+def load_parameter(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+                   INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """A weight or bias, `[1, PAIRS]` shared by the heads, or `[heads, PAIRS]` across the width."""
     if WIDTH:
         return load_pairs(ptr, heads * E, live, E, N, PAIRS, INTERLEAVED)
     else:
@@ -152,12 +161,13 @@ def load_weight(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.co
 
 @triton.jit
 def qk_norm_rope_fwd_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
-    S, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
-    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
+    S, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
+    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr,
+    SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """A program has HEADS heads of one token. Its angles are computed once for all of them."""
+    """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     row = tl.program_id(0) // BLOCKS
     heads = tl.program_id(0) % BLOCKS * HEADS + tl.arange(0, HEADS)
@@ -168,47 +178,66 @@ def qk_norm_rope_fwd_kernel(
     if NORM:
         x, y, _ = standardize_pairs(x, y, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
         if weight_ptr is not None:
-            u, v = load_weight(weight_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
+            u, v = load_parameter(weight_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
             x, y = x * u, y * v
+        if bias_ptr is not None:
+            u, v = load_parameter(bias_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
+            x, y = x + u, y + v
     if N:
         cos, sin = rotation(
-            s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
-            SPLIT_T, SPLIT_H, N, PAIRS,
+            s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+            SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
         )  # fmt: skip
         x, y = x * cos - y * sin, x * sin + y * cos
     store_pairs(out_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
 
 @triton.jit
-def qk_norm_rope_bwd_kernel(
-    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr,
-    dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
-    rows, rows_per_program, S, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
-    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr,
-    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """A program has HEADS heads of several tokens, and leaves the sum of g·x̂ over them in its own row of dweight.
+def store_partial(ptr, program, heads, x, y, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
+                  INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """A program's fp32 row of a parameter's gradient: summed over its heads, or its heads' part of the width."""
+    if WIDTH:
+        store_pairs(ptr, (program * H + heads) * E, x, y, heads < H, E, N, PAIRS, INTERLEAVED)
+    else:
+        offset = program * E + tl.zeros([1], tl.int32)
+        store_pairs(
+            ptr, offset, tl.sum(x, 0)[None, :], tl.sum(y, 0)[None, :], offset >= 0, E, N, PAIRS, INTERLEAVED
+        )
 
-    g is dout turned back. x̂ and 1/σ are computed again from x.
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
+    rows, rows_per_program, S, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
+    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr,
+    SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
+
+    g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once.
     """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program = tl.program_id(0)
-    first = program // BLOCKS * rows_per_program
+    first_row = program // BLOCKS * rows_per_program
     heads = program % BLOCKS * HEADS + tl.arange(0, HEADS)
     count: tl.constexpr = H * E if WIDTH else E
     dweight_x = tl.zeros([HEADS, PAIRS], tl.float32)
     dweight_y = tl.zeros([HEADS, PAIRS], tl.float32)
+    dbias_x = tl.zeros([HEADS, PAIRS], tl.float32)
+    dbias_y = tl.zeros([HEADS, PAIRS], tl.float32)
 
     for i in range(rows_per_program):
-        row = first + i
+        row = first_row + i
         live = heads < tl.where(row < rows, H, 0)
         b, s = row // S, row % S
         offsets = row_offsets(b, s, heads, dout_stride_b, dout_stride_s, dout_stride_h, E)
         x, y = load_pairs(dout_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
         if N:
             cos, sin = rotation(
-                s, cos_ptr, sin_ptr, steps_ptr, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
-                SPLIT_T, SPLIT_H, N, PAIRS,
+                s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+                SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
             )  # fmt: skip
             x, y = x * cos + y * sin, y * cos - x * sin
         if NORM:
@@ -217,8 +246,11 @@ def qk_norm_rope_bwd_kernel(
             x_hat, y_hat, rstd = standardize_pairs(x_hat, y_hat, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
             dweight_x += x * x_hat
             dweight_y += y * y_hat
+            if dbias_ptr is not None:
+                dbias_x += x
+                dbias_y += y
             if weight_ptr is not None:
-                u, v = load_weight(weight_ptr, heads, heads < H, E, N, PAIRS, INTERLEAVED, WIDTH)
+                u, v = load_parameter(weight_ptr, heads, heads < H, E, N, PAIRS, INTERLEAVED, WIDTH)
                 x, y = x * u, y * v
             along = mean(x * x_hat + y * y_hat, count, WIDTH)
             shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
@@ -227,13 +259,9 @@ def qk_norm_rope_bwd_kernel(
             store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
     if dweight_ptr is not None:
-        if WIDTH:
-            offsets, live = (program * H + heads) * E, heads < H
-        else:
-            dweight_x, dweight_y = tl.sum(dweight_x, 0)[None, :], tl.sum(dweight_y, 0)[None, :]
-            offsets = program * E + tl.zeros([1], tl.int32)
-            live = offsets >= 0
-        store_pairs(dweight_ptr, offsets, dweight_x, dweight_y, live, E, N, PAIRS, INTERLEAVED)
+        store_partial(dweight_ptr, program, heads, dweight_x, dweight_y, H, E, N, PAIRS, INTERLEAVED, WIDTH)
+    if dbias_ptr is not None:
+        store_partial(dbias_ptr, program, heads, dbias_x, dbias_y, H, E, N, PAIRS, INTERLEAVED, WIDTH)
 
 
 def tile(H: int, E: int, width: bool) -> dict[str, int]:
@@ -264,14 +292,16 @@ def steps(split: list[int], theta: float, device: torch.device) -> torch.Tensor:
     return (_steps if capturing else _cached_steps)(tuple(split), theta, device)
 
 
-def _settings(x, cos, sin, grid, split, theta, origin, eps) -> tuple[tuple, tuple, dict]:
+def _settings(x, cos, sin, grid, split, theta, origin, first, eps) -> tuple[tuple, tuple, dict]:
     """The pointers of the angles, the scalars, and the constexprs of the rotation."""
     T, H, W = grid or (0, 1, 1)
-    pairs = sum(split) if cos is None else cos.shape[1]
+    pairs = sum(split) if cos is None else cos.shape[-1]
     tokens = T * H * W if cos is None else cos.shape[0]
     table = steps(split, theta, x.device) if pairs and cos is None else None
     split_t, split_h, _ = split or (0, 0, 0)
-    return (cos, sin, table), (tokens, H, W, *origin, eps), dict(N=pairs, SPLIT_T=split_t, SPLIT_H=split_h)
+    by_head = 0 if cos is None or cos.ndim == 2 else cos.shape[1]
+    rotary = dict(N=pairs, BY_HEAD=by_head, SPLIT_T=split_t, SPLIT_H=split_h)
+    return (cos, sin, table), (first, tokens, H, W, *origin, eps), rotary
 
 
 def _strides(x) -> tuple[int, int, int | None]:
@@ -279,43 +309,48 @@ def _strides(x) -> tuple[int, int, int | None]:
 
 
 def qk_norm_rope_fwd(
-    q, k, q_weight, k_weight, cos, sin, norm, width, grid, split, theta, origin, interleaved, eps, q_out, k_out
-):
-    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, eps)
-    for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
+    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, grid, split, theta, origin, first, interleaved,
+    eps, q_out, k_out,
+):  # fmt: skip
+    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, first, eps)
+    for x, weight, bias, out in ((q, q_weight, q_bias, q_out), (k, k_weight, k_bias, k_out)):
         if x.numel() == 0:
             continue
         B, S, H, E = x.shape
         config = tile(H, E, width)
         qk_norm_rope_fwd_kernel[(B * S * triton.cdiv(H, config["HEADS"]),)](
-            x, weight, *angles, out, *_strides(x), S, *scalars, H=H, E=E, **rotary,
+            x, weight, bias, *angles, out, *_strides(x), S, *scalars, H=H, E=E, **rotary,
             INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
 
 
 def qk_norm_rope_bwd(
-    dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, norm, width, grid, split, theta, origin, interleaved, eps,
-    dq, dk, dq_weight, dk_weight,
+    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, grid, split, theta, origin, first,
+    interleaved, eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
 ):  # fmt: skip
-    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, eps)
-    for dout, x, weight, dx, dweight in ((dq_out, q, q_weight, dq, dq_weight), (dk_out, k, k_weight, dk, dk_weight)):
-        if dx is None and dweight is None:
+    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, first, eps)
+    of_q, of_k = (dq_out, q, q_weight, dq, dq_weight, dq_bias), (dk_out, k, k_weight, dk, dk_weight, dk_bias)
+    for dout, x, weight, dx, *parameters in (of_q, of_k):
+        wanted = [t for t in parameters if t is not None]
+        if dx is None and not wanted:
             continue
         if x.numel() == 0:
-            if dweight is not None:
-                dweight.zero_()
+            for t in wanted:
+                t.zero_()
             continue
         B, S, H, E = x.shape
         config = tile(H, E, width)
         blocks = triton.cdiv(H, config["HEADS"])
         rows = triton.cdiv(B * S, max(1, PROGRAMS // blocks))
         programs = triton.cdiv(B * S, rows) * blocks
-        partial = None
-        if dweight is not None:
-            partial = torch.empty((1, programs, dweight.numel()), dtype=torch.float32, device=x.device)
+        partials = [
+            None if t is None else torch.empty((1, programs, t.numel()), dtype=torch.float32, device=x.device)
+            for t in parameters
+        ]
         qk_norm_rope_bwd_kernel[(programs,)](
-            dout, x, weight, *angles, dx, partial, *_strides(dout), *_strides(x), B * S, rows, S, *scalars,
+            dout, x, weight, *angles, dx, *partials, *_strides(dout), *_strides(x), B * S, rows, S, *scalars,
             H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
-        if dweight is not None:
-            sum_partials(partial, dweight.view(1, -1))
+        for partial, t in zip(partials, parameters, strict=True):
+            if t is not None:
+                sum_partials(partial, t.view(1, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,8 @@ def qk_norm_rope(
     *,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
     norm: str | None = "rms",
     across: str = "head",
     grid: Sequence[int] | None = None,
@@ -32,10 +35,11 @@ def qk_norm_rope(
     rotary_dim: int | None = None,
     origin: Sequence[int] = (0, 0, 0),
     text_len: int = 0,
+    text_at: str = "end",
     eps: float = 1e-6,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(rotate(norm(q) · q_weight), rotate(norm(k) · k_weight))
+    """(rotate(norm(q) · q_weight + q_bias), rotate(norm(k) · k_weight + k_bias))
 
         norm="rms":    norm(x) = x / √(mean(x²) + eps)
         norm="layer":  norm(x) = (x − mean(x)) / √(var(x) + eps)            (biased variance)
@@ -45,27 +49,30 @@ def qk_norm_rope(
     q, k         [B, S, H, E], float32, bfloat16, float16 (float64 in `reference`), any strides (views into a packed
                  QKV are not copied); k may have another number of heads, and another length where nothing is rotated
     q_weight, k_weight  [E] for across="head"; [H·E] (of q, of k) for across="width"; any float dtype
+    q_bias, k_bias      as the weights, for norm="layer" only
     across       what the statistics are taken over: each "head", or the whole "width" of all heads of a token
     grid         (T, H, W): token (t·H + h)·W + w turns by φ = (x + origin) · theta^(−j/n) for pair j of the n pairs of
                  the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`, elsewhere as
                  64-bit fractions of a turn, exact at any position
-    freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], float: the same for every head; constants
+    freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], the same for every head, or [S, H, rotary_dim/2];
+                 any float dtype; constants
     split        rotary pairs of (t, h, w), with sum rotary_dim/2. None: (n − 2·(rotary_dim//6), rotary_dim//6,
                  rotary_dim//6) with n = rotary_dim/2, as in Wan (22, 21, 21 for E = 128)
     interleaved  pairs are channels (2i, 2i+1); False: (i, i + rotary_dim/2)
     rotary_dim   the first rotary_dim channels of each head are rotated, the others only normalised. None: E
                  (with freqs: twice their width)
     origin       added to the coordinates (t, h, w); streaming passes the number of frames already made
-    text_len     the last text_len tokens are normalised, not rotated: grid and freqs cover the S − text_len before
+    text_len     so many tokens are normalised, not rotated: grid and freqs cover the S − text_len others
+    text_at      where those are: at the "end", or, as in CogVideoX, at the "start"
     impl         "auto", "reference", "cpu" or "triton"
 
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
     products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
-    one rounding. The backward recomputes the statistics and reduces the weights' gradients in fp32 in a fixed order:
-    two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
+    one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32 in a fixed
+    order: two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
 
-    A rotary embedding that differs by head, over the whole width (LTX-Video), is that of one head of width H·E: pass
-    q.flatten(2).unsqueeze(2).
+    LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
+    LTX-2 pairs split halves of each head, by angles that differ from head to head: pass freqs [S, H, E/2].
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: RoPE, arXiv 2104.09864; the 3D convention of Wan, arXiv 2503.20314.
@@ -75,12 +82,13 @@ def qk_norm_rope(
     _check.choice(op, "norm", norm, ("rms", "layer", None))
     _check.choice(op, "across", across, ("head", "width"))
     _check.positive(op, "eps", eps)
-    for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
-        _check_weight(op, name, weight, x, norm, across)
+    _check_affine(op, q, norm, across, q_weight=q_weight, q_bias=q_bias)
+    _check_affine(op, k, norm, across, k_weight=k_weight, k_bias=k_bias)
+    first = _check_text(op, q.shape[1], text_len, text_at)
     cos, sin, grid, split, origin = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
     width = across == "width"
-    settings = (NORMS.index(norm), width, grid, split, float(theta), origin, bool(interleaved), float(eps))
-    tensors = narrow(q, (q, k, q_weight, k_weight))
+    settings = (NORMS.index(norm), width, grid, split, float(theta), origin, first, bool(interleaved), float(eps))
+    tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
     return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, *settings, impl)
@@ -101,47 +109,67 @@ def _check_heads(op, q, k) -> None:
     _check.same_device(op, q, {"k": k}, "q")
 
 
-def _check_weight(op, name, weight, x, norm, across) -> None:
-    if weight is None:
-        return
-    if norm is None:
-        raise ValueError(f"{op}: {name} scales the normalised values; with norm=None leave it out")
+def _check_affine(op, x, norm, across, **parameters: Tensor | None) -> None:
     H, E = x.shape[2:]
-    if across == "head":
-        _check.exact(op, name, weight, (E,), "[E], the head width, for across='head'")
-    else:
-        _check.exact(op, name, weight, (H * E,), f"[H*E], {H} heads of width {E}, for across='width'")
-    _check.same_device(op, x, {name: weight}, name[0])
+    for name, t in parameters.items():
+        if t is None:
+            continue
+        if norm is None:
+            raise ValueError(f"{op}: {name} applies to normalised values; with norm=None leave it out")
+        if name.endswith("bias") and norm != "layer":
+            raise ValueError(f"{op}: {name} belongs to norm='layer'; got norm={norm!r}")
+        if across == "head":
+            _check.exact(op, name, t, (E,), "[E], the head width, for across='head'")
+        else:
+            _check.exact(op, name, t, (H * E,), f"[H*E], {H} heads of width {E}, for across='width'")
+        if t.device != x.device:
+            _check.same_device(op, x, {name: t}, name[0])
+
+
+def _check_text(op, S, text_len, text_at) -> int:
+    """The first token that is not text."""
+    if isinstance(text_len, bool) or not isinstance(text_len, int) or not 0 <= text_len <= S:
+        raise ValueError(f"{op}: text_len must be an integer between 0 and S={S}; got {text_len!r}")
+    _check.choice(op, "text_at", text_at, ("end", "start"))
+    return text_len if text_at == "start" else 0
 
 
 def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len):
     """(cos, sin, grid, split, origin) as the op takes them, where None or empty means that nothing is rotated."""
     S, E = q.shape[1], q.shape[3]
-    origin = _check.triple(op, "origin", origin, least=-(1 << 30))
-    if isinstance(text_len, bool) or not isinstance(text_len, int) or not 0 <= text_len <= S:
-        raise ValueError(f"{op}: text_len must be an integer between 0 and S={S}; got {text_len!r}")
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
-        return None, None, [], [], list(origin)
+        return None, None, (), (), (0, 0, 0)
     if k.shape[1] != S:
         raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
-    if freqs is not None:
-        cos, sin, rotary_dim = _freqs(op, freqs, q, rotary_dim, text_len)
-    if rotary_dim is None:
-        rotary_dim = E
+    if freqs is None:
+        grid, split, origin = (tuple(t) if isinstance(t, list) else t for t in (grid, split, origin))
+        check = _check_grid if torch.compiler.is_compiling() else _check_grid_once
+        return None, None, *check(op, S, E, grid, split, theta, rotary_dim, origin, text_len)
+    if split is not None:
+        raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
+    cos, sin, rotary_dim = _freqs(op, freqs, q, k, rotary_dim, text_len)
+    _check_rotary_dim(op, rotary_dim, E)
+    return cos, sin, (), (), (0, 0, 0)
+
+
+def _check_rotary_dim(op, rotary_dim, E) -> None:
     if rotary_dim % 2 or not 0 < rotary_dim <= E:
         raise ValueError(
             f"{op}: rotary_dim must be even, above 0 and at most the head width E={E}; got {rotary_dim}; "
             "pass rotary_dim= to rotate only the first channels of each head"
         )
-    if freqs is not None:
-        if split is not None:
-            raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
-        return cos, sin, [], [], list(origin)
+
+
+def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
+    """(grid, split, origin), three integers each."""
+    origin = _check.triple(op, "origin", origin, least=-(1 << 30))
+    rotary_dim = E if rotary_dim is None else rotary_dim
+    _check_rotary_dim(op, rotary_dim, E)
     T, H, W = grid = _check.triple(op, "grid", grid)
     if T * H * W + text_len != S:
         raise ValueError(f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}")
@@ -149,21 +177,29 @@ def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:
         raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
-    return None, None, list(grid), list(split), list(origin)
+    return grid, split, origin
 
 
-def _freqs(op, freqs, q, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
+_check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
+
+
+def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
     if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
         raise TypeError(f"{op}: freqs must be a pair (cos, sin); got {type(freqs).__name__}")
-    tokens = q.shape[1] - text_len
+    tokens, heads = q.shape[1] - text_len, q.shape[2]
     for name, t in zip(("freqs[0]", "freqs[1]"), freqs, strict=True):
-        _check.tensor(op, name, t, "[S - text_len, rotary_dim/2]", ndim=2)
-        pairs = freqs[0].shape[1] if rotary_dim is None else rotary_dim // 2
-        _check.exact(op, name, t, (tokens, pairs), "[S - text_len, rotary_dim/2], one column per pair")
+        _check.tensor(op, name, t, "[S - text_len, rotary_dim/2] or [S - text_len, H, rotary_dim/2]")
+        pairs = freqs[0].shape[-1] if rotary_dim is None else rotary_dim // 2
+        if freqs[0].ndim == 3:
+            _check.exact(op, name, t, (tokens, heads, pairs), "[S - text_len, H, rotary_dim/2], angles of each head")
+        else:
+            _check.exact(op, name, t, (tokens, pairs), "[S - text_len, rotary_dim/2], one column per pair")
         if t.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} asks for a gradient, but angles are constants here; pass it .detach()ed")
+    if freqs[0].ndim == 3 and k.shape[2] != heads:
+        raise ValueError(f"{op}: freqs have angles of each head: k must have q's {heads} heads; got {k.shape[2]}")
     _check.same_device(op, q, {"freqs[0]": freqs[0], "freqs[1]": freqs[1]}, "q")
-    return *freqs, 2 * freqs[0].shape[1] if rotary_dim is None else rotary_dim
+    return *freqs, 2 * freqs[0].shape[-1] if rotary_dim is None else rotary_dim
 
 
 def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
@@ -177,8 +213,9 @@ def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
 # The private ops
 
 _ARGS = (
-    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int norm, bool width, "
-    "SymInt[] grid, int[] split, float theta, SymInt[] origin, bool interleaved, float eps"
+    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
+    "int norm, bool width, SymInt[] grid, int[] split, float theta, SymInt[] origin, SymInt first, bool interleaved, "
+    "float eps"
 )
 
 
@@ -186,28 +223,32 @@ def _impls(op: str) -> dict[str, str | None]:
     return {"triton": f"sora_kernels.qknorm_rope.kernels:{op}", "cpu": None}
 
 
-def _keywords(cos, sin, norm, width, grid, split, theta, origin, interleaved, eps) -> dict:
+_LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
+
+
+def _keywords(cos, sin, norm, width, grid, split, theta, origin, first, interleaved, eps) -> dict:
     return dict(
         norm=NORMS[norm], across="width" if width else "head", grid=grid or None, split=split, theta=theta,
-        freqs=None if cos is None else (cos, sin), origin=origin, interleaved=interleaved, eps=eps,
+        freqs=None if cos is None else (cos, sin), origin=origin, text_len=first, text_at="start",
+        interleaved=interleaved, eps=eps,
     )  # fmt: skip
 
 
-def _forward(q, k, q_weight, k_weight, *args) -> None:
-    *settings, q_out, k_out = args
-    results = reference.qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **_keywords(*settings))
+def _forward(*args) -> None:
+    inputs, settings, (q_out, k_out) = args[:6], args[6:-2], args[-2:]
+    results = reference.qk_norm_rope(**dict(zip(_LEAVES, inputs, strict=True)), **_keywords(*settings))
     q_out.copy_(results[0])
     k_out.copy_(results[1])
 
 
-def _backward(dq_out, dk_out, q, k, q_weight, k_weight, *args) -> None:
-    *settings, dq, dk, dq_weight, dk_weight = args
+def _backward(dq_out, dk_out, *args) -> None:
+    inputs, settings, grads = args[:6], args[6:-6], args[-6:]
     keywords = _keywords(*settings)
     _library.vjp(
         lambda **inputs: reference.qk_norm_rope(**inputs, **keywords),
-        dict(q=q, k=k, q_weight=q_weight, k_weight=k_weight),
+        dict(zip(_LEAVES, inputs, strict=True)),
         (dq_out, dk_out),
-        dict(q=dq, k=dk, q_weight=dq_weight, k_weight=dk_weight),
+        dict(zip(_LEAVES, grads, strict=True)),
     )
 
 
@@ -220,38 +261,36 @@ _library.define(
 _library.define(
     "qk_norm_rope_bwd",
     f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "
-    "Tensor(d!)? dk_weight) -> ()",
+    "Tensor(d!)? dk_weight, Tensor(e!)? dq_bias, Tensor(f!)? dk_bias) -> ()",
     reference=_backward,
     impls=_impls("qk_norm_rope_bwd"),
 )
 
 
-def _inputs(q, k, q_weight, k_weight, cos, sin) -> tuple[Tensor | None, ...]:
-    return (
-        dense(q), dense(k), parameter(q_weight), parameter(k_weight), table(cos, q), table(sin, q),
-    )  # fmt: skip
+def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin) -> tuple[Tensor | None, ...]:
+    parameters = (parameter(t) for t in (q_weight, k_weight, q_bias, k_bias))
+    return dense(q), dense(k), *parameters, table(cos, q), table(sin, q)
 
 
-def _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, *args) -> tuple[Tensor, Tensor]:
-    *settings, impl = args
-    q_out, k_out = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
-    inputs = _inputs(q, k, q_weight, k_weight, cos, sin)
-    _library.call("qk_norm_rope_fwd", impl)(*inputs, *settings, q_out, k_out)
+def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
+    tensors, settings, impl = args[:8], args[8:-1], args[-1]
+    q_out, k_out = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:2])
+    _library.call("qk_norm_rope_fwd", impl)(*_inputs(*tensors), *settings, q_out, k_out)
     return q_out, k_out
 
 
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, q_weight, k_weight, cos, sin, *args):
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
-        ctx.constants = args
-        return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, *args)
+    def forward(ctx, *args):
+        ctx.save_for_backward(*args[:8])
+        ctx.constants = args[8:]
+        return _qk_norm_rope(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
         *settings, impl = ctx.constants
         inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
-        grads = [like(t, wanted) for t, wanted in zip(inputs[:4], ctx.needs_input_grad[:4], strict=True)]
+        grads = [like(t, wanted) for t, wanted in zip(inputs[:6], ctx.needs_input_grad[:6], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
         return *grads, None, None, *(None for _ in ctx.constants)

@@ -24,7 +24,9 @@ def rotary_freqs(
     return cos, sin
 
 
-def normalise(x: Tensor, weight: Tensor | None, norm: str | None, across: str, eps: float) -> Tensor:
+def normalise(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, across: str, eps: float
+) -> Tensor:
     """Norm of `x [B,S,H,E]` over E (`across="head"`) or over H*E (`across="width"`)."""
     if norm is None:
         return x
@@ -32,24 +34,28 @@ def normalise(x: Tensor, weight: Tensor | None, norm: str | None, across: str, e
     if norm == "layer":
         x = x - x.mean(dims, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
-    if weight is None:
-        return x
-    return x * (weight if across == "head" else weight.view(x.shape[-2:])).to(x.dtype)
+    weight, bias = (t if t is None or across == "head" else t.view(x.shape[-2:]) for t in (weight, bias))
+    x = x if weight is None else x * weight.to(x.dtype)
+    return x if bias is None else x + bias.to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates the first `cos.shape[0]` tokens of x and the first `2 * cos.shape[1]` channels of each head."""
-    tokens, pairs = cos.shape
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    turned = x[:, :tokens, :, : 2 * pairs]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int = 0) -> Tensor:
+    """Rotates the tokens of x from `first` on that cos `[tokens, pairs]` or `[tokens, H, pairs]` has rows for.
+
+    Of each head, its first `2 * pairs` channels.
+    """
+    tokens, pairs = cos.shape[0], cos.shape[-1]
+    cos, sin = (t.to(x.dtype) if t.ndim == 3 else t[:, None].to(x.dtype) for t in (cos, sin))
+    before, x, after = x[:, :first], x[:, first : first + tokens], x[:, first + tokens :]
+    turned = x[..., : 2 * pairs]
     if interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
     else:
         a, b = turned[..., :pairs], turned[..., pairs:]
     a, b = a * cos - b * sin, a * sin + b * cos
     turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
-    turned = torch.cat((turned, x[:, :tokens, :, 2 * pairs :]), dim=-1)
-    return torch.cat((turned, x[:, tokens:]), dim=1)
+    turned = torch.cat((turned, x[..., 2 * pairs :]), dim=-1)
+    return torch.cat((before, turned, after), dim=1)
 
 
 def default_split(rotary_dim: int) -> tuple[int, int, int]:
@@ -59,16 +65,17 @@ def default_split(rotary_dim: int) -> tuple[int, int, int]:
 
 
 def qk_norm_rope(
-    q, k, *, q_weight=None, k_weight=None, norm="rms", across="head", grid=None, freqs=None, split=None,
-    theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, eps=1e-6,
+    q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms", across="head", grid=None, freqs=None,
+    split=None, theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, text_at="end", eps=1e-6,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
+    """At the end, `text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
     if grid is not None:
         split = split or default_split(rotary_dim or q.shape[-1])
         freqs = rotary_freqs(grid, split, theta, origin, q.device)
+    first = text_len if text_at == "start" else 0
     results = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        y = normalise(x if x.dtype == torch.float64 else x.float(), weight, norm, across, eps)
-        y = y if freqs is None else rotate(y, *freqs, interleaved)
+    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+        y = normalise(x if x.dtype == torch.float64 else x.float(), weight, bias, norm, across, eps)
+        y = y if freqs is None else rotate(y, *freqs, interleaved, first)
         results.append(y.to(x.dtype))
     return results[0], results[1]
