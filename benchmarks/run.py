@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
     for done, (benchmark, shape) in enumerate(cases):
         if time.monotonic() > end:
-            left = ", ".join(f"{b.op} at {s.id}" for b, s in cases[done:])
+            left = ", ".join(f"{b.name} at {s.id}" for b, s in cases[done:])
             print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
             break
         results = suite.measure(
@@ -122,7 +122,7 @@ def make_row(
         timer = "host clock"
     kind = "ours" if result.impl in IMPLS else "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
-        "op": benchmark.op, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
+        "op": benchmark.name, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
         "impl_version": peers.version(result.impl), "shape": shape.id, "dims": shape.describe(),
         "dtype": name,
         "mode": result.mode, "status": result.status, "reason": result.reason,
@@ -211,7 +211,7 @@ def _cells(row: dict[str, object], own: dict[str, dict[str, object]]) -> tuple[s
         row["op"], row["shape"], dtype, row["mode"], row["impl"], f"{row['p50_us']:.1f}",
         f"{row['p20_us']:.1f}–{row['p80_us']:.1f}", f"{row['gb_s']:.1f}", f"{row['percent_copy']:.0f}",
         f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}", eager, compiled,
-        f"{row['max_error']:.1e}", f"{row['error_bound']:.1e}", memory,
+        *("–" if row[name] is None else f"{row[name]:.1e}" for name in ("max_error", "error_bound")), memory,
     )  # fmt: skip
 
 
