@@ -142,7 +142,7 @@ _library.define(
     "spacetime_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"cpu": f"{_CPU}_fwd"},
+    impls={"triton": "sora_kernels.attention.kernels_forward:spacetime_attention_fwd", "cpu": f"{_CPU}_fwd"},
 )
 _library.define(
     "spacetime_attention_bwd",
