@@ -89,3 +89,19 @@ def forward(E: int, dtype: torch.dtype, capability: int) -> Tile:
     if E > 128:
         return Tile(64, 32, 4, 2)
     return Tile(128, 64, 8, 3 if capability in (90, 100) else 2)
+
+
+def backward_queries(E: int, dtype: torch.dtype, capability: int) -> Tile:
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    if E > 128:
+        return Tile(64, 32, 4, 1)
+    return Tile(128, 64, 8, 2) if capability in (90, 100) else Tile(128, 32, 8, 2)
+
+
+def backward_keys(E: int, dtype: torch.dtype, capability: int) -> Tile:
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    if E > 128:
+        return Tile(32, 64, 4, 1)
+    return Tile(64, 128, 8, 2) if capability in (90, 100) else Tile(32, 128, 8, 2)

@@ -84,11 +84,20 @@ def add_dot(sums, p, x):
 
 @triton.jit
 def scaled(parts, factor):
-    """Each row times its factor."""
+    """Each row times its factor [rows, 1], or all times one."""
     if len(parts) == 1:
-        return (parts[0] * factor[:, None],)
+        return (parts[0] * factor,)
     else:
-        return (parts[0] * factor[:, None], parts[1] * factor[:, None])
+        return (parts[0] * factor, parts[1] * factor)
+
+
+@triton.jit
+def where(mask, parts):
+    """The rows of the mask; 0 elsewhere, also where there is no number."""
+    if len(parts) == 1:
+        return (tl.where(mask[:, None], parts[0], 0.0),)
+    else:
+        return (tl.where(mask[:, None], parts[0], 0.0), tl.where(mask[:, None], parts[1], 0.0))
 
 
 @triton.jit
@@ -186,18 +195,15 @@ def seen_keys(
 
 
 @triton.jit
-def online_softmax(sums, top, total, q, k, v, seen, scale):
-    """One tile of keys of softmax(scale · q kᵀ) v: `top` and `total` are the running maximum and Σ exp2."""
-    scores = dot_t(q, k)
-    if seen is not None:
-        scores = tl.where(seen, scores, float("-inf"))
+def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
+    """One tile of keys of softmax(scale · scores) v: `top` and `total` are the running maximum and Σ exp2."""
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     shift = new_top
-    if seen is not None:  # a query may have seen nothing yet
+    if MASKED:  # a query may have seen nothing yet
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(scores * scale - shift[:, None])
     decay = tl.exp2(top - shift)
-    return add_dot(scaled(sums, decay), p, v), new_top, total * decay + tl.sum(p, 1)
+    return add_dot(scaled(sums, decay[:, None]), p, v), new_top, total * decay + tl.sum(p, 1)
 
 
 @triton.jit
@@ -237,7 +243,7 @@ def attention_fwd_kernel(
 
     q = load_tile(q_ptr + b * q_stride_b + head * q_stride_h, token, q_stride_s, valid, E, PARTS)
     if NEGATIVE:
-        q = negated(q)
+        q = scaled(q, -1)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sums = zeros(QUERIES, PARTS)
@@ -246,7 +252,7 @@ def attention_fwd_kernel(
         _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
         k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS)
         v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS)
-        sums, top, total = online_softmax(sums, top, total, q, k, v, None, scale)
+        sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
 
     reach = None
     if PLANNED:
@@ -255,24 +261,18 @@ def attention_fwd_kernel(
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
         k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
         v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
+        scores = dot_t(q, k)
         seen = seen_keys(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
-        sums, top, total = online_softmax(sums, top, total, q, k, v, seen, scale)
+        scores = tl.where(seen, scores, float("-inf"))
+        sums, top, total = online_softmax(sums, top, total, scores, v, scale, True)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    out = scaled(sums, 1.0 / total)
+    out = scaled(sums, (1.0 / total)[:, None])
     # out is dense [B, Sq, H, E], lse [B, H, Sq]
     store_tile(out_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, out, E)
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN_2)
     tl.store(lse_ptr + (b * heads + head) * Sq + token, lse, mask=valid)
-
-
-@triton.jit
-def negated(parts):
-    if len(parts) == 1:
-        return (-parts[0],)
-    else:
-        return (-parts[0], -parts[1])
 
 
 def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int]:

@@ -149,7 +149,7 @@ _library.define(
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
     "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"cpu": f"{_CPU}_bwd"},
+    impls={"triton": "sora_kernels.attention.kernels_backward:spacetime_attention_bwd", "cpu": f"{_CPU}_bwd"},
 )
 
 
