@@ -13,7 +13,7 @@ Box = tuple[int, int, int]
 MASKED_COST = 1.5  # of a tile that asks the coordinates, in units of one that does not: an estimate, not yet measured
 
 
-def choose_boxes(clips, own: int | Box, visit: int | Box, transposed: bool) -> tuple[Box, Box, list[int]]:
+def choose_boxes(clips, own: int | Box, visit: int | Box) -> tuple[Box, Box, list[int]]:
     """Boxes of `own` and `visit` tokens that compute least over the clips; the most boxes an owner of each clip visits.
 
     clips   `plan.Clip`s on the CPU. A triple instead of a number is taken as it is.
@@ -40,7 +40,7 @@ def choose_boxes(clips, own: int | Box, visit: int | Box, transposed: bool) -> t
 
     @functools.cache
     def spans(clip: int, side: int):
-        return clips[clip].spans((side, side, side), transposed)
+        return clips[clip].spans((side, side, side))
 
     def product(clip: int, boxes: tuple[Box, Box], what: int) -> int:
         return math.prod(along(clip, axis, *(box[axis] for box in boxes))[what] for axis in range(3))

@@ -21,11 +21,8 @@ from .kernels_forward import (
     load_tile,
     load_visited,
     scaled,
-    seen_keys,
-    sees,
+    seen,
     store_tile,
-    tile_places,
-    tile_valid,
     where,
     zeros,
 )
@@ -81,7 +78,7 @@ def attention_bwd_dq_kernel(
     if kv_lens_ptr is not None:
         key_end = tl.load(kv_lens_ptr + b).to(tl.int32)
     if PLANNED:
-        begin, masked, end, _, _, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
+        begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
         if kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
             masked = tl.where(key_end < visit_end, begin, masked)
     else:
@@ -114,8 +111,8 @@ def attention_bwd_dq_kernel(
         k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
         v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
         p = tl.exp2(dot_t(q, k) * scale_2 - base)
-        seen = seen_keys(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
-        p = tl.where(seen, p, 0.0)
+        see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
+        p = tl.where(see, p, 0.0)
         dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
     # dq is dense [B, Sq, H, E]
@@ -142,17 +139,15 @@ def attention_bwd_dkdv_kernel(
     b = (program // owners // key_heads).to(tl.int64)
 
     if PLANNED:
-        begin, masked, end, origin, own_start, start, visit_end, stop, H, W, key, valid = load_owner(
-            rows_ptr, tile, OWN, RUNS
-        )
-        t, h, w = tile_places(origin, own_start, H, W, OWN)
-        position = tl.where(origin < 0, -1, key - own_start)[:, None]  # a run of keys is text: before every frame
-        t, h, w = t[:, None], h[:, None], w[:, None]
+        begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, tile, OWN, RUNS)
     else:
         begin, masked, end = 0, Sq // QUERIES, tl.cdiv(Sq, QUERIES)
-        start, visit_end, stop, H, W = 0, Sq, Sq, 1, Sq
+        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
         key = tile * KEYS + tl.arange(0, KEYS)
         valid = key < Sk
+    reach = None
+    if PLANNED:
+        reach = load_reach(reach_ptr, key[:, None], valid[:, None], Sk)
     real = valid
     if kv_lens_ptr is not None:
         real = valid & (key < tl.load(kv_lens_ptr + b).to(tl.int32))
@@ -179,19 +174,12 @@ def attention_bwd_dkdv_kernel(
 
         for e in range(masked, end):
             origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-            last = visit_end
-            if RUNS:
-                first = tl.where(origin < 0, ~origin, origin)
-                run_end = tl.where(first < start, start, stop)  # text before the video ends with it
-                last = tl.where(origin < 0, run_end, visit_end)
-            there = tile_valid(origin, token, start, last, H, W, VISIT)
+            there = token < Sq
             q = load_tile(q_head, token, q_stride_s, there, E, PARTS)
             dout = load_tile(dout_head, token, dout_stride_s, there, E, PARTS)
-            base = tl.load(base_head + token, there, float("inf"))[None, :]
-            p = tl.exp2(dot_t(k, q) * scale_2 - base)
-            if PLANNED:
-                reach = load_reach(reach_ptr, token[None, :], there[None, :], Sq)
-                p = tl.where(sees(reach, t, h, w, position, AXES, RUNS), p, 0.0)
+            p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
+            see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
+            p = tl.where(see, p, 0.0)
             dv = add_dot(dv, p, dout)
             ds = p * (dot_t(v, dout) - tl.load(delta_head + token, there, 0.0)[None, :])
             dk = add_dot(dk, ds, q)

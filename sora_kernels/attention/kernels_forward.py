@@ -138,7 +138,7 @@ def load_owner(rows_ptr, tile, OWN: tl.constexpr, RUNS: tl.constexpr):
     stop, H, W = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
     token = tile_tokens(origin, H, W, OWN, RUNS)
     valid = tile_valid(origin, token, own_start, own_end, H, W, OWN)
-    return begin, masked, end, origin, own_start, start, visit_end, stop, H, W, token, valid
+    return begin, masked, end, start, visit_end, stop, H, W, token, valid
 
 
 @triton.jit
@@ -153,45 +153,37 @@ def load_visited(tiles_ptr, e, H, W, VISIT: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def load_reach(reach_ptr, token, mask, Sq):
-    """lo and hi along t, h, w, and `kept`, of these queries; those that nobody uses are not loaded."""
+def load_reach(reach_ptr, token, mask, own_len):
+    """lo and hi along t, h, w, and `kept`, of the owner's tokens; those that nobody uses are not loaded."""
     p = reach_ptr + token
     return (
-        tl.load(p, mask, 0), tl.load(p + Sq, mask, 0), tl.load(p + 2 * Sq, mask, 0), tl.load(p + 3 * Sq, mask, 0),
-        tl.load(p + 4 * Sq, mask, 0), tl.load(p + 5 * Sq, mask, 0), tl.load(p + 6 * Sq, mask, 0),
+        tl.load(p, mask, 0), tl.load(p + own_len, mask, 0), tl.load(p + 2 * own_len, mask, 0),
+        tl.load(p + 3 * own_len, mask, 0), tl.load(p + 4 * own_len, mask, 0), tl.load(p + 5 * own_len, mask, 0),
+        tl.load(p + 6 * own_len, mask, 0),
     )  # fmt: skip
 
 
 @triton.jit
-def sees(reach, t, h, w, position, AXES: tl.constexpr, RUNS: tl.constexpr):
-    """Whether a query of this reach sees the key at (t, h, w), or the key of a run at `position` of its clip."""
-    seen = (w >= reach[4]) & (w < reach[5])
-    if AXES[1]:
-        seen = seen & (h >= reach[2]) & (h < reach[3])
-    if AXES[0]:
-        seen = seen & (t >= reach[0]) & (t < reach[1])
-    if RUNS:
-        seen = seen | (position < reach[6])
-    return seen
-
-
-@triton.jit
-def seen_keys(
-    reach, origin, token, start, visit_end, stop, key_end, H, W,
+def seen(
+    reach, origin, token, start, visit_end, stop, length, H, W,
     PLANNED: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Bool [queries, keys]: which key of the visited tile is seen by which owner."""
+    """Bool [owner's tokens, visited tokens]: which of them see each other. length: tokens there are on that side."""
     if PLANNED:
         t, h, w = tile_places(origin, start, H, W, VISIT)
-        position = token
+        see = (w[None, :] >= reach[4]) & (w[None, :] < reach[5])
+        if AXES[1]:
+            see = see & (h[None, :] >= reach[2]) & (h[None, :] < reach[3])
+        if AXES[0]:
+            see = see & (t[None, :] >= reach[0]) & (t[None, :] < reach[1])
         if RUNS:
             first = tl.where(origin < 0, ~origin, origin)
-            key_end = tl.minimum(key_end, tl.where(first < start, start, stop))  # text before the video ends with it
-            position = token - tl.where(first >= visit_end, FAR, start)  # text after the video is before every frame
-        seen = sees(reach, t[None, :], h[None, :], w[None, :], position[None, :], AXES, RUNS)
-        return seen & (token < key_end)[None, :]
+            length = tl.minimum(length, tl.where(first < start, start, stop))  # text before the video ends with it
+            position = token - tl.where(first >= visit_end, FAR, start)  # text after the video is before all frames
+            see = see | (position[None, :] < reach[6])
+        return see & (token < length)[None, :]
     else:
-        return (token < key_end)[None, :]
+        return (token < length)[None, :]
 
 
 @triton.jit
@@ -230,7 +222,7 @@ def attention_fwd_kernel(
     if kv_lens_ptr is not None:
         key_end = tl.load(kv_lens_ptr + b).to(tl.int32)
     if PLANNED:
-        begin, masked, end, _, _, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
+        begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
         if kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
             masked = tl.where(key_end < visit_end, begin, masked)
     else:
@@ -262,8 +254,8 @@ def attention_fwd_kernel(
         k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
         v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
         scores = dot_t(q, k)
-        seen = seen_keys(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
-        scores = tl.where(seen, scores, float("-inf"))
+        see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
+        scores = tl.where(see, scores, float("-inf"))
         sums, top, total = online_softmax(sums, top, total, scores, v, scale, True)
 
     nothing = total == 0.0

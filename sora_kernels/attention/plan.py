@@ -31,10 +31,10 @@ class AttentionPlan:
     rows     [owners, 11] int32, longest lists first. Columns: begin, masked, end: in `tiles`, begin:masked are seen
              whole, masked:end by coordinates; origin: the owner's first token (~token for a run); own_start, own_end:
              the tokens of the owner's clip (or run); start, end: those of the clip on the visited side; stop: no
-             visited run goes beyond; H, W of the clip, after axes were merged
+             visited run goes beyond; H, W of the clip, after axes were merged (at least: see `Clip`)
     tiles    [n] int32: the first token of a visited tile, ~token for a run. Each pair that is seen is visited once
-    reach    [7, Sq] int32: lo and hi along t, h, w of the box of keys a query sees, and `kept`: it also sees the
-             first `kept` tokens of its clip. Text sees all. Axes that are seen whole are merged with the one before
+    reach    [7, own] int32: for each own token, lo and hi along t, h, w of the box that it sees on the visited side,
+             and `kept`: it also sees the first `kept` tokens of its clip. Text sees all
     own_box, visit_box   (t, h, w) of a tile; a run is as many tokens
     axes     which of t, h, w can hide a key;  runs: whether any tile is a run
     """
@@ -55,7 +55,7 @@ class AttentionPlan:
         """int64 []: the (query, key) pairs that are seen: the useful work."""
         lo, hi, kept = self.reach[:6:2].long(), self.reach[1:6:2].long(), self.reach[6].long()
         video = (hi - lo).clamp_min(0).prod(0) + kept + self.text_len
-        return torch.where(kept == FAR, self.k_len, video).sum()
+        return torch.where(kept == FAR, self.q_len if self.transposed else self.k_len, video).sum()
 
     def computed_pairs(self) -> Tensor:
         """int64 []: the pairs in the visited tiles: the work a kernel does."""
@@ -142,66 +142,81 @@ class Mode:
 
 
 class Clip:
-    """The intervals of one clip: per axis `lo`, `hi` of each query index and the number of keys, axes merged.
+    """What the tokens of one clip reach: an interval of the visited side per axis, `[lo, hi)`, for each own index.
 
-    kept     tokens of the sink that query i along the axis `lead` sees; lo is at least that, so nothing is seen twice
+    axes     (lo, hi, visited length) along t, h, w. Axes that are seen whole are merged with the one before, the
+             result is padded with axes of length 1; neither lo nor hi falls along an axis, so the intervals of a tile
+             of indices have an interval as union and as intersection, and the keys' own intervals exist as well
+    lead     the first axis that is not padding
+    kept     sink tokens that index i along it sees; lo is not below them, so that nothing is seen twice. Transposed:
+             how many of the lead's first keys are sink. Whatever the window, every query from `lo` on sees those
     """
 
-    def __init__(self, mode: Mode, size: Box, device: torch.device | str) -> None:
-        self.size, frames = size, mode.frames(size)
+    def __init__(self, mode: Mode, size: Box, device: torch.device | str, transposed: bool) -> None:
+        self.size, self.transposed = size, transposed
         i = torch.arange(max(size), device=device)
         queries = torch.stack((torch.zeros_like(i), i, i, i, *(torch.full_like(i, n) for n in size)), -1)
         lo, hi, kept = reach(queries, mode.window, mode.stride, mode.chunk, mode.sink)
-        first = torch.maximum(lo[:, 1], kept)
-        now = slice(size[0] - frames, size[0])
-        axes = [(first[now], hi[now, 1].contiguous(), size[0])]
+        lo[:, 1] = torch.maximum(lo[:, 1], kept)
+        now = slice(size[0] - mode.frames(size), size[0])
         self.kept = kept[now] * (size[1] * size[2])
-        for axis in (1, 2):
-            n = size[axis]
-            if mode.window and any(mode.window[axis] < clip[axis] for clip in mode.clips):
-                axes.append((lo[:n, 1 + axis].contiguous(), hi[:n, 1 + axis].contiguous(), n))
+        axes = []
+        for axis, n in enumerate(size):
+            first, last = (x[now if axis == 0 else slice(n), 1 + axis].contiguous() for x in (lo, hi))
+            if axis == 0 or mode.window and any(mode.window[axis] < clip[axis] for clip in mode.clips):
+                axes.append((first, last, n))
                 continue
             if len(axes) == 1:
                 self.kept = self.kept.repeat_interleave(n)
-            before_lo, before_hi, m = axes[-1]
-            axes[-1] = (before_lo.repeat_interleave(n) * n, before_hi.repeat_interleave(n) * n, m * n)
+            first, last, length = axes[-1]
+            axes[-1] = (first.repeat_interleave(n) * n, last.repeat_interleave(n) * n, length * n)
         self.lead = 3 - len(axes)
         one = i.new_ones(1)
         self.axes = [(one - 1, one, 1)] * self.lead + axes
+        if transposed:
+            sinks = self.kept // self.step(self.lead)
+            self.kept = sinks[-1:].sum()
+            for axis, (lo, hi, keys) in enumerate(self.axes):
+                j = torch.arange(keys, device=device)
+                first, past = torch.searchsorted(hi, j, right=True), torch.searchsorted(lo, j, right=True)
+                if axis == self.lead:
+                    first = torch.minimum(first, torch.searchsorted(sinks, j, right=True))
+                self.axes[axis] = (first, past, lo.shape[0])
 
     def step(self, axis: int) -> int:
         """Tokens from one index along the axis to the next."""
         return math.prod(n for _, _, n in self.axes[axis + 1 :])
 
-    def spans(self, box: Box, transposed: bool) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per axis, for each owner: `[some, past)` is reached by some index of the tile, `[all, short)` by all.
-
-        lo and hi never fall along an axis. So the queries that a range of keys reaches are an interval too.
-        """
+    def spans(self, box: Box) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per axis, for each tile of it: `[some, past)` is reached by some of its indices, `[every, short)` by all."""
         result = []
-        for (lo, hi, keys), side in zip(self.axes, box, strict=True):
-            length = keys if transposed else lo.shape[0]
-            first = torch.arange(0, length, side, device=lo.device)
-            end = (first + side).clamp_max(length)
-            if transposed:
-                some, past = torch.searchsorted(hi, first, right=True), torch.searchsorted(lo, end)
-                every, short = torch.searchsorted(hi, end), torch.searchsorted(lo, first, right=True)
-            else:
-                some, past, every, short = lo[first], hi[end - 1], lo[end - 1], hi[first]
-            result.append((some, past, every, short))
+        for (lo, hi, _), side in zip(self.axes, box, strict=True):
+            first = torch.arange(0, lo.shape[0], side, device=lo.device)
+            last = (first + side).clamp_max(lo.shape[0]) - 1
+            result.append((lo[first], hi[last], lo[last], hi[first]))
         return result
 
     def reach(self) -> Tensor:
         """`[7, tokens]` int32: the rows of `AttentionPlan.reach`."""
         size = [lo.shape[0] for lo, _, _ in self.axes]
-        rows = [(axis, x) for axis, (lo, hi, _) in enumerate(self.axes) for x in (lo, hi)] + [(self.lead, self.kept)]
-        shaped = [x.view([-1 if a == axis else 1 for a in range(3)]).expand(size).flatten() for axis, x in rows]
-        return torch.stack(shaped).int()
+
+        def spread(axis: int, x: Tensor) -> Tensor:
+            return x.view([-1 if a == axis else 1 for a in range(3)]).expand(size).flatten()
+
+        bounds = [spread(axis, x) for axis, (lo, hi, _) in enumerate(self.axes) for x in (lo, hi)]
+        if self.transposed:
+            sunk = spread(self.lead, torch.arange(size[self.lead], device=self.kept.device) < self.kept)
+            for axis in range(self.lead, 3):
+                lo, hi = bounds[2 * axis : 2 * axis + 2]
+                bounds[2 * axis] = lo if axis == self.lead else lo.masked_fill(sunk, 0)
+                bounds[2 * axis + 1] = hi.masked_fill(sunk, self.axes[axis][2])
+            return torch.stack((*bounds, torch.zeros_like(lo))).int()
+        return torch.stack((*bounds, spread(self.lead, self.kept))).int()
 
 
 def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPlan:
-    on_host = [Clip(mode, size, "cpu") for size in mode.clips]
-    own_box, visit_box, most = choose_boxes(on_host, own, visit, transposed)
+    on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]
+    own_box, visit_box, most = choose_boxes(on_host, own, visit)
     step = math.prod(visit_box)
     own_len, visit_len = (mode.k_len, mode.q_len) if transposed else (mode.q_len, mode.k_len)
     own_text, visit_text = (mode.text_len, mode.text_len) if mode.clips else (own_len, visit_len)
@@ -216,41 +231,40 @@ def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPla
 
     q_start = k_start = mode.text_len if mode.text_first else 0
     for size, boxes in zip(mode.clips, most, strict=True):
-        clip = Clip(mode, size, device)
+        clip = Clip(mode, size, device, transposed)
         q_end, k_end = q_start + mode.frames(size) * size[1] * size[2], k_start + math.prod(size)
         own_range, visit_range = (q_start, q_end), (k_start, k_end)
         if transposed:
             own_range, visit_range = visit_range, own_range
         stop = visit_len if len(mode.clips) == 1 else visit_range[1]
-        owner = Owners(clip, own_box, transposed)
+        owner = Owners(clip, own_box)
         text = [torch.full_like(owner.origin, n) for n in (visit_text_at, visit_text_at + visit_text)]
         lists = []
-        if mode.sink:
-            begin, end, some, every = (visit_range[0] + x for x in owner.sink())
-            if transposed and not mode.text_first:  # goes on through the text
-                end, every = (torch.where(x == visit_range[1], stop, x) for x in (end, every))
-                text[0] = torch.where(begin < end, text[1], text[0])
-            longest = visit_len if transposed else min(mode.sink, size[0]) * size[1] * size[2]
-            lists.append(_runs(begin, end, some, every, step, longest))
+        if mode.sink and transposed:
+            owner.sink_keys()
+            boxes = math.prod(-(-n // side) for (_, _, n), side in zip(clip.axes, visit_box, strict=True))
+        elif mode.sink:
+            longest = min(mode.sink, size[0]) * size[1] * size[2]
+            lists.append(_runs(*(visit_range[0] + x for x in owner.sink()), step, longest))
         lists.append(owner.boxes(visit_box, visit_range[0], boxes))
         if visit_text:
             every = text[0] if padded and not mode.text_first and not transposed else text[1]
             lists.append(_runs(*text, text[0], every, step, visit_text))
         listed, whole, count = _whole_first(*(torch.cat(parts, 1) for parts in zip(*lists, strict=True)))
         begin = total + torch.arange(listed.shape[0], device=device) * listed.shape[1]
-        extent = *own_range, *visit_range, stop, clip.axes[1][2], clip.axes[2][2]
+        extent = *own_range, *visit_range, stop, *(max(lo.shape[0], n) for lo, _, n in clip.axes[1:])
         rows.append(_rows(begin, begin + whole, begin + count, owner.origin + own_range[0], *extent))
         tiles.append(listed.flatten())
         total += listed.numel()
         reaches.append(clip.reach())
         q_start, k_start = q_end, k_end
 
-    text = torch.full((7, mode.text_len if mode.clips else mode.q_len), FAR, dtype=torch.int32, device=device)
+    text = torch.full((7, own_text), FAR, dtype=torch.int32, device=device)
     text[:6:2] = -FAR
     reaches.insert(0 if mode.text_first else len(reaches), text)
     rows = torch.cat(rows)
     order = torch.argsort(rows[:, 2] - rows[:, 0], descending=True, stable=True)
-    sides = zip(own_box, visit_box, *([n for _, _, n in clip.axes] for clip in on_host), strict=True)
+    sides = zip(own_box, visit_box, *([max(lo.shape[0], n) for lo, _, n in c.axes] for c in on_host), strict=True)
     return AttentionPlan(
         rows=rows[order], tiles=torch.cat(tiles).int(), reach=torch.cat(reaches, 1), own_box=own_box,
         visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides),
@@ -263,40 +277,44 @@ _cached = functools.lru_cache(maxsize=64)(_build)
 
 
 class Owners:
-    """The boxes that one clip's own side is cut into; what they reach on the other side, in units of its indices."""
+    """The boxes that one clip's own side is cut into, and the spans that they reach on the other side."""
 
-    def __init__(self, clip: Clip, box: Box, transposed: bool) -> None:
-        spans = clip.spans(box, transposed)
+    def __init__(self, clip: Clip, box: Box) -> None:
+        spans = clip.spans(box)
         counts = [span[0].shape[0] for span in spans]
         cell = torch.arange(math.prod(counts), device=clip.kept.device)
         h, w = (max(count, 1) for count in counts[1:])
         index = cell // (h * w), cell // w % h, cell % w
+        self.clip, self.box = clip, box
         self.spans = [[x[i] for x in span] for span, i in zip(spans, index, strict=True)]
         self.first = [i * side for i, side in zip(index, box, strict=True)]
         self.origin = sum(first * clip.step(axis) for axis, first in enumerate(self.first))
-        self.clip, self.box, self.transposed = clip, box, transposed
-        self.sunk = torch.zeros_like(cell, dtype=torch.bool)  # owners that reach no boxes beside the sink's run
 
     def sink(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For each owner the run `[begin, end)` that the sink makes it visit, and `[some, every)`, seen whole."""
-        clip, lead, kept = self.clip, self.clip.lead, self.clip.kept
-        unit, first = clip.step(lead), self.first[lead]
+        """For each owner the run `[begin, end)` of the sink's tokens, and `[some, every)`, seen whole."""
+        kept, first = self.clip.kept, self.first[self.clip.lead]
+        last = (first + self.box[self.clip.lead]).clamp_max(kept.shape[0]) - 1
         zero = torch.zeros_like(first)
-        if not self.transposed:
-            end = (first + self.box[lead]).clamp_max(kept.shape[0]) - 1
-            return zero, kept[end], zero, kept[first]
-        # A key of the sink is seen by all queries from some frame on, whatever their place in the frame.
-        end = (first + self.box[lead]).clamp_max(clip.axes[lead][2]) * unit
-        self.sunk = first * unit < kept.max() if kept.shape[0] else self.sunk
-        begin = torch.minimum(self.spans[lead][0], torch.searchsorted(kept, first * unit, right=True))
-        last = torch.full_like(zero, kept.shape[0] * unit)
-        return begin * unit, torch.where(self.sunk, last, 0), torch.searchsorted(kept, end) * unit, last
+        return zero, kept[last], zero, kept[first]
+
+    def sink_keys(self) -> None:
+        """Widen the spans of keys of the sink to all queries that see them."""
+        lead, kept = self.clip.lead, self.clip.kept
+        some_sunk, all_sunk = self.first[lead] < kept, self.first[lead] + self.box[lead] <= kept
+        for axis in range(lead, 3):
+            some, past, every, short = self.spans[axis]
+            _, hi, n = self.clip.axes[axis]
+            if axis == lead:
+                short = torch.where(some_sunk, hi.gather(0, kept.clamp_max(hi.shape[0] - 1)[None]), short)
+            else:
+                some, every = some.masked_fill(some_sunk, 0), every.masked_fill(all_sunk, 0)
+            self.spans[axis] = some, past.masked_fill(some_sunk, n), every, short.masked_fill(all_sunk, n)
 
     def boxes(self, visit: Box, start: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Lists of at most `most` boxes that cover the reach of each owner: (origin, is one, is seen whole)."""
         counts = [((past - some).clamp_min(0) + side - 1) // side
                   for (some, past, _, _), side in zip(self.spans, visit, strict=True)]  # fmt: skip
-        t, h, w = (count.masked_fill(self.sunk, 0)[:, None] for count in counts)
+        t, h, w = (count[:, None] for count in counts)
         e = torch.arange(most, device=t.device)
         steps = e // (h * w).clamp_min(1), e // w.clamp_min(1) % h.clamp_min(1), e % w.clamp_min(1)
         origin, whole = start, True
@@ -384,18 +402,3 @@ def resolve(
     if len(clips) < 2 and window is None and not chunk:
         clips = []
     return [n for g in clips for n in g], list(window or ()), list(stride), chunk, sink, text_len, text_at == "start"
-
-
-def check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
-    """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
-    if kv_lens is None:
-        return
-    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
-        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
-        raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
-    if kv_lens.ndim != 1:
-        raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
-    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
-        least, most = (int(n) for n in kv_lens.aminmax())
-        if least < 0 or most > k_len:
-            raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")
