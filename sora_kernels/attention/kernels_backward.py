@@ -198,7 +198,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     B, Sq, H, E = q.shape
     Sk, key_heads = k.shape[1:3]
     padded = kv_lens is not None
-    level = config.capability(q.device)
+    settings = E, q.dtype, config.capability(q.device), bool(mode[0])
     widths = dict(E=E, PARTS=config.parts(E))
 
     delta, base = torch.empty((2, B, H, Sq), dtype=torch.float32, device=q.device)
@@ -210,7 +210,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         )  # fmt: skip
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]
     if dq is not None and B * H * Sq:
-        tile = config.backward_queries(E, q.dtype, level)
+        tile = config.backward_queries(*settings)
         planned, owners = arrange(q, k, mode, tile, False, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         attention_bwd_dq_kernel[(owners * B * H,)](
@@ -220,7 +220,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         )  # fmt: skip
     if (dk is not None or dv is not None) and B * H * Sk:
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) if d is None else d for d in (dk, dv))
-        tile = config.backward_keys(E, q.dtype, level)
+        tile = config.backward_keys(*settings)
         planned, owners = arrange(q, k, mode, tile, True, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         attention_bwd_dkdv_kernel[(owners * B * key_heads,)](

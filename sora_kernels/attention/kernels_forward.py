@@ -284,7 +284,7 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
     B, Sq, H, E = q.shape
     if B * Sq * H == 0:
         return
-    tile = config.forward(E, q.dtype, config.capability(q.device))
+    tile = config.forward(E, q.dtype, config.capability(q.device), bool(mode[0]))
     planned, owners = arrange(q, k, mode, tile, False, kv_lens is not None)
     attention_fwd_kernel[(owners * B * H,)](
         q, k, v, out, lse, kv_lens, planned.pop("rows_ptr"), planned.pop("tiles_ptr"), planned.pop("reach_ptr"),
