@@ -109,10 +109,10 @@ struct Workspace {
 
   explicit Workspace(const Params& params)
       : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, kKeys * kQueries + 8),
-        queries(6, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
+        queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
     std::fill_n(k, 2 * (keys.row(1) - keys.row(0)), 0.0f);
     std::fill_n(s, 2 * (scores.row(1) - scores.row(0)), 0.0f);
-    std::fill_n(queries.row(0), 6 * (queries.row(1) - queries.row(0)), 0.0f);
+    std::fill_n(queries.row(0), 7 * (queries.row(1) - queries.row(0)), 0.0f);
   }
 
   void enter(const QueryTile& tile, int64_t b) {
@@ -317,20 +317,17 @@ struct Backward {
   static SORA_INLINE void tile(const Params& p, Workspace<V, T>& w, int64_t b, int64_t h, int64_t key_head,
                                int64_t head) {
     float *q = w.queries.row(0), *q_panels = w.queries.row(1), *dout = w.queries.row(2), *dout_panels = w.queries.row(3);
-    float *dq = w.queries.row(4), *out = w.queries.row(5);
-    alignas(64) float lse[kQueries], shift[kQueries];  // shift = rowsum(dO * O) - dlse
+    float *dq = w.queries.row(4), *out = w.queries.row(5), *out_panels = w.queries.row(6);
+    alignas(64) float lse[kQueries], dlse[kQueries], centre[kQueries];  // centre = rowsum(dO * O)
     w.load_rows(p.q, b, h, q), w.transpose(q, q_panels);
     w.load_rows(p.dout, b, h, dout), w.transpose(dout, dout_panels);
-    w.load_rows(p.out, b, h, out);
+    w.load_rows(p.out, b, h, out), w.transpose(out, out_panels);
+    row_sums(out_panels, dout_panels, w.E, w.lanes, centre);
     for (int64_t m = 0; m < w.lanes; ++m) {
-      lse[m] = kInfinity, shift[m] = 0.0f;  // no weight: neither for lanes without a query nor for queries without a key
-      if (m >= w.count) continue;
-      const int64_t row = (b * p.H + h) * p.Sq + w.token[m];
-      if (p.lse[row] > -kInfinity) lse[m] = p.lse[row];
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t e = 0; e < w.E; ++e) sum += dout[m * w.width + e] * out[m * w.width + e];
-      shift[m] = sum - (p.dlse ? p.dlse[row] : 0.0f);
+      const int64_t row = (b * p.H + h) * p.Sq + w.token[std::min(m, w.count - 1)];
+      // no weight: neither for lanes without a query nor for queries without a key
+      lse[m] = m < w.count && p.lse[row] > -kInfinity ? p.lse[row] : kInfinity;
+      dlse[m] = p.dlse ? p.dlse[row] : 0.0f;
     }
     std::fill_n(dq, (w.lanes + 8) * w.width, 0.0f);
 
@@ -340,11 +337,11 @@ struct Backward {
       w.mask();
       w.multiply_keys(w.v, dout_panels, n, w.d);
       for (int64_t l = 0; l < w.lanes; l += V) {
-            const Vector sum = load<V>(lse + l), centre = load<V>(shift + l);
+            const Vector sum = load<V>(lse + l), mean = load<V>(centre + l), extra = load<V>(dlse + l);
         for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
           const Vector weight = exp_of_negative<V>(load<V>(w.s + i) * p.scale - sum);
           store<V>(w.s + i, weight);
-          store<V>(w.d + i, weight * (load<V>(w.d + i) - centre) * p.scale);
+          store<V>(w.d + i, weight * (load<V>(w.d + i) - mean + extra) * p.scale);
         }
       }
       if (p.dq) w.multiply_weights(w.d, w.k, n, dq);
@@ -360,6 +357,22 @@ struct Backward {
       T* to = p.dq.at<T>(b, w.token[m], h);
 #pragma omp simd
       for (int64_t e = 0; e < w.E; ++e) to[e] = from_float<T>(dq[m * w.width + e]);
+    }
+  }
+
+  // rowsum(O * dO), added up as `multiply` adds up dO V^T: with a single key the two cancel to the last bit.
+  static SORA_INLINE void row_sums(const float* out, const float* dout, int64_t E, int64_t lanes, float* to) {
+    for (int64_t l = 0; l < lanes; l += V) {
+      const int64_t panel = l / (2 * V) * (2 * V) * E + l % (2 * V);
+      Vector total{};
+      for (int64_t first = 0; first < E; first += kDepth) {
+        Vector sum{};
+        for (int64_t e = first; e < std::min(first + kDepth, E); ++e) {
+          sum += load<V>(out + panel + e * 2 * V) * load<V>(dout + panel + e * 2 * V);
+        }
+        total = first > 0 ? total + sum : sum;
+      }
+      store<V>(to + l, total);
     }
   }
 };
