@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, peers, shapes, suite, timing
+from . import machine, peers, shapes, suite, targets, timing
 from .suite import IMPLS, MODES, Benchmark, Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,7 +148,7 @@ def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.de
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows that have figures, then, plainly, where we lose, and what has no figure and why."""
+    """The rows that have figures; then, plainly, where we lose or miss a goal, and what has no figure and why."""
     timed: dict[tuple[object, ...], dict[str, dict[str, object]]] = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -172,6 +172,8 @@ def print_table(rows: list[dict[str, object]]) -> None:
             for other in (r for r in own.values() if r["kind"] != "ours" and r["p50_us"] < ours["p50_us"]):
                 ratio = other["p50_us"] / ours["p50_us"]
                 print(f"slower than {other['impl']}: {_name(ours)} at {ours['shape']}, {ratio:.2f}x")
+    for line in targets.shortfalls(rows):
+        print(line)
     missing: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for row in rows:
         if row["status"] != "ok":
