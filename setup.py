@@ -36,7 +36,7 @@ TORCH_MINIMUM = (2, 11)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 # No -ffast-math: NaN and infinity keep their meaning. Reductions are vectorised by `omp simd` where the source says so.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-             "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-missing-field-initializers"]
+             "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-missing-field-initializers"]
 # sm_80 also carries PTX, for devices newer than this list.
 CUDA_ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a",
                       "arch=compute_100,code=sm_100"]

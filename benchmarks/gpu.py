@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, report, run, shapes, suite, verified
+from . import machine, report, run, shapes, suite, targets, verified
 
 BUILD_SHARE, TEST_SHARE = (
     0.4,
@@ -198,7 +198,7 @@ class Session:
         failed = [f"{r['status']}: {r['op']} {r['impl']} {r['mode']} {r['shape']}: {r['reason']}"
                   for r in rows if r["kind"] == "ours" and r["status"] == "failed"]  # fmt: skip
         columns = ("op", "shape", "mode", "fastest", "p50 µs", "% copy", "x eager", "x compile")
-        return "\n".join([run.plain_table(columns, lines), *failed])
+        return "\n".join([run.plain_table(columns, lines), *targets.shortfalls(rows), *failed])
 
     def without_gpu(self) -> list[Step]:
         """What a GPU run would do, and a check of as much of it as runs here."""

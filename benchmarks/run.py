@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, peers, shapes, suite, timing
+from . import machine, peers, shapes, suite, targets, timing
 from .suite import IMPLS, MODES, Benchmark, Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
     for done, (benchmark, shape) in enumerate(cases):
         if time.monotonic() > end:
-            left = ", ".join(f"{b.op} at {s.id}" for b, s in cases[done:])
+            left = ", ".join(f"{b.name} at {s.id}" for b, s in cases[done:])
             print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
             break
         results = suite.measure(
@@ -125,7 +125,7 @@ def make_row(
     else:
         kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
-        "op": benchmark.op, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
+        "op": benchmark.name, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
         "impl_version": peers.version(result.impl), "shape": shape.id, "dims": shape.describe(),
         "dtype": name,
         "mode": result.mode, "status": result.status, "reason": result.reason,
@@ -153,7 +153,7 @@ def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.de
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows that have figures, then, plainly, where we lose, and what has no figure and why."""
+    """The rows that have figures; then, plainly, where we lose or miss a goal, and what has no figure and why."""
     timed: dict[tuple[object, ...], dict[str, dict[str, object]]] = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -177,6 +177,8 @@ def print_table(rows: list[dict[str, object]]) -> None:
             for other in (r for r in own.values() if r["kind"][:4] != "ours" and r["p50_us"] < ours["p50_us"]):
                 ratio = other["p50_us"] / ours["p50_us"]
                 print(f"slower than {other['impl']}: {_name(ours)} at {ours['shape']}, {ratio:.2f}x")
+    for line in targets.shortfalls(rows):
+        print(line)
     missing: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for row in rows:
         if row["status"] != "ok":
@@ -216,7 +218,7 @@ def _cells(row: dict[str, object], own: dict[str, dict[str, object]]) -> tuple[s
         row["op"], row["shape"], dtype, row["mode"], row["impl"], f"{row['p50_us']:.1f}",
         f"{row['p20_us']:.1f}–{row['p80_us']:.1f}", f"{row['gb_s']:.1f}", f"{row['percent_copy']:.0f}",
         f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}", eager, compiled,
-        f"{row['max_error']:.1e}", f"{row['error_bound']:.1e}", memory,
+        *("–" if row[name] is None else f"{row[name]:.1e}" for name in ("max_error", "error_bound")), memory,
     )  # fmt: skip
 
 

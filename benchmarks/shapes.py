@@ -82,6 +82,7 @@ SHAPES = {
         Shape("cpu-8192x1536", _WAN, (8, 32, 32)),
         Shape("cpu-frames", _WAN, (8, 16, 16), rows="frame"),
         Shape("cpu-tokens", _WAN, (8, 16, 16), rows="token"),
+        Shape("cpu-attention", dataclasses.replace(_WAN, heads=4, head_width=64, dim=256), (12, 24, 24)),
         Shape("cpu-rms", _ODD, (8, 16, 16)),
         Shape("toy", _TOY, (5, 4, 4), batch=2),
         Shape("tiny", dataclasses.replace(_TOY, dim=64, heads=2), (1, 2, 2)),  # no work: the time is that of the call

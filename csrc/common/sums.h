@@ -12,8 +12,6 @@
 
 namespace sora {
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only, never by a calling convention
-
 constexpr int64_t kVec16 = 16;
 
 typedef float Vec16 __attribute__((vector_size(64)));

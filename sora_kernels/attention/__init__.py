@@ -1,4 +1,11 @@
-from .op import spacetime_attention
+from .op import attention_backward, attention_forward, merge_attention, spacetime_attention
 from .plan import AttentionPlan, attention_plan
 
-__all__ = ["AttentionPlan", "attention_plan", "spacetime_attention"]
+__all__ = [
+    "AttentionPlan",
+    "attention_backward",
+    "attention_forward",
+    "attention_plan",
+    "merge_attention",
+    "spacetime_attention",
+]

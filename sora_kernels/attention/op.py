@@ -1,4 +1,8 @@
-"""Attention over spacetime tokens: dense, windowed, causal, packed, with text, all through one definition."""
+"""Attention over spacetime tokens: dense, windowed, causal, packed, with text, all through one definition.
+
+`spacetime_attention` is the function to call. Who splits the keys over devices (ring, Ulysses) calls its two halves,
+`attention_forward` and `attention_backward`, and joins what two halves of the keys gave with `merge_attention`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import dense, like, needs_grad
 from . import reference
-from .plan import check_kv_lens, resolve
+from .plan import resolve
+
+MAX_WIDTH = 256  # of a head, in the registers of a Triton program
 
 
 def spacetime_attention(
@@ -60,44 +67,138 @@ def spacetime_attention(
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding, for the output and every gradient. No
     atomics. Second derivatives: differentiate `sora_kernels.attention.reference`.
 
-    Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `cpu` is
-    PyTorch's flash attention and runs the dense mode without kv_lens and return_lse; there "plain PyTorch" is itself:
-    in fp32, gradients were measured at up to 5 × the error of an explicit softmax in fp32 (bf16, fp16: within 2 ×).
+    Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `triton`
+    runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
+    where the last axis is not dense), and their time falls with the share of keys that are seen.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, arXiv 2504.16922; sliding tiles, arXiv 2502.04507; sinks,
     arXiv 2309.17453.
     """
     op = "spacetime_attention"
+    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    mode = _resolve(op, q, k, v, rules, kv_lens, scale)
+    _check.choice(op, "deterministic", deterministic, (None, True, False))
+    grad = needs_grad((q, k, v))
+    impl = _choose(impl, q, grad)
+    out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(q, k, v, *mode, impl)
+    return (out, lse) if return_lse else out
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Sequence[int] | None = None,
+    grids: Sequence[Sequence[int]] | None = None,
+    window: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    causal: str | int | None = None,
+    sink: int = 0,
+    text_len: int = 0,
+    text_at: str = "end",
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `spacetime_attention`, outside autograd: for schedules that keep the pieces themselves."""
+    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
+    impl = _choose(impl, q, False)
+    with torch.no_grad():
+        return _spacetime_attention(q, k, v, *mode, impl)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    grids: Sequence[Sequence[int]] | None = None,
+    window: Sequence[int] | None = None,
+    stride: int | Sequence[int] = 1,
+    causal: str | int | None = None,
+    sink: int = 0,
+    text_len: int = 0,
+    text_at: str = "end",
+    kv_lens: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the gradient of the output (and of the LSE), outside autograd.
+
+    With the `out` and `lse` of *all* keys, a part of the keys gives its dk and dv and its share of dq: the shares of a
+    split add up. Raises as `spacetime_attention` does.
+    """
+    op = "attention_backward"
+    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    mode = _resolve(op, q, k, v, rules, kv_lens, scale)
+    B, Sq, H, _ = q.shape
+    for name, t in (("dout", dout), ("out", out)):
+        _check.like(op, name, t, q, "q")
+    for name, t in (("lse", lse), ("dlse", dlse)):
+        if t is not None:
+            _check.exact(op, name, t, (B, H, Sq), "[B, H, Sq] of q")
+    impl = _choose(impl, q, True)
+    with torch.no_grad():
+        return _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, (True,) * 3)
+
+
+def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The (out, lse) of attention over two disjoint sets of keys as that over both, from the (out, lse) of each.
+
+    out [B, Sq, H, E] of any float dtype, lse [B, H, Sq]. Differentiable; a query that sees nothing in either stays 0
+    with LSE −inf. Computed in the dtype of the LSE and rounded to that of `out`: keep fp32 outs to merge many times.
+    """
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    op = "merge_attention"
+    _check.tensor(op, "the first out", out_a, "[B, Sq, H, E]", ndim=4)
+    _check.like(op, "the second out", out_b, out_a, "the first out")
+    B, Sq, H, _ = out_a.shape
+    _check.exact(op, "the first lse", lse_a, (B, H, Sq), "[B, H, Sq] of out")
+    _check.like(op, "the second lse", lse_b, lse_a, "the first lse")
+    lse = torch.logaddexp(lse_a, lse_b)
+    share_a, share_b = (
+        torch.exp(x - lse.masked_fill(lse == float("-inf"), 0)).transpose(1, 2)[..., None] for x in (lse_a, lse_b)
+    )
+    return (share_a * out_a + share_b * out_b).to(out_a.dtype), lse
+
+
+# Validation and choice
+
+
+def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:
+    """The arguments that all private ops take, from `kv_lens` to `scale`."""
     _check_heads(op, q, k, v)
-    mode = resolve(op, q.shape[1], k.shape[1], grid, grids, window, stride, causal, sink, text_len, text_at)
-    if grids is not None and q.shape[0] != 1:
+    mode = resolve(op, q.shape[1], k.shape[1], *rules)
+    if rules[1] is not None and q.shape[0] != 1:
         raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {q.shape[0]}")
-    check_kv_lens(op, kv_lens, k.shape[1])
+    _check_kv_lens(op, kv_lens, k.shape[1])
     if kv_lens is not None:
         _check.same_device(op, q, {"kv_lens": kv_lens}, "q")
         if kv_lens.shape[0] != q.shape[0]:
             raise ValueError(
                 f"{op}: kv_lens must have one length per batch, [{q.shape[0]}]; got {_check.shape_of(kv_lens)}"
             )
-    _check.choice(op, "deterministic", deterministic, (None, True, False))
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
-    dense = not mode[0] and kv_lens is None and not return_lse
+    return [kv_lens, *mode, scale]
 
+
+def _choose(impl: str, q: Tensor, grad: bool) -> str:
     def limits(impl: str) -> str | None:
-        if impl == "cpu" and not dense:
-            return "cpu runs dense attention only, without window, causal, grids, kv_lens or return_lse"
+        if impl == "triton" and q.shape[-1] > MAX_WIDTH:
+            return f"triton holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
         return None
 
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl = _dispatch.choose(op, impl, q, grad=grad, limits=limits)
-    out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(q, k, v, kv_lens, *mode, scale, impl)
-    return (out, lse) if return_lse else out
-
-
-# Validation
+    return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits)
 
 
 def _check_heads(op, q, k, v) -> None:
@@ -115,13 +216,28 @@ def _check_heads(op, q, k, v) -> None:
     _check.like(op, "v", v, k, "k")
 
 
+def _check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
+    """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
+    if kv_lens is None:
+        return
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
+        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+        raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
+    if kv_lens.ndim != 1:
+        raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
+    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
+        least, most = (int(n) for n in kv_lens.aminmax())
+        if least < 0 or most > k_len:
+            raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")
+
+
 # The private ops
 
 _MODE = (
     "Tensor? kv_lens, SymInt[] grids, SymInt[] window, SymInt[] stride, SymInt chunk, SymInt sink, "
     "SymInt text_len, bool text_first, float scale"
 )
-_CPU = "sora_kernels.attention.kernels_cpu:spacetime_attention"
+_TRITON = "sora_kernels.attention.kernels"
 
 
 def _forward(q, k, v, *args) -> None:
@@ -132,7 +248,7 @@ def _forward(q, k, v, *args) -> None:
 
 def _backward(dout, dlse, q, k, v, out, lse, *args) -> None:
     *mode, dq, dk, dv = args
-    grads = reference.spacetime_attention_backward(dout, dlse, q, k, v, *mode)
+    grads = reference.spacetime_attention_backward(dout, dlse, q, k, v, *mode, out, lse)
     for destination, grad in zip((dq, dk, dv), grads, strict=True):
         if destination is not None:
             destination.copy_(grad)
@@ -142,14 +258,14 @@ _library.define(
     "spacetime_attention_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"cpu": f"{_CPU}_fwd"},
+    impls={"triton": f"{_TRITON}_forward:spacetime_attention_fwd", "cpu": None},
 )
 _library.define(
     "spacetime_attention_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
     "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"cpu": f"{_CPU}_bwd"},
+    impls={"triton": f"{_TRITON}_backward:spacetime_attention_bwd", "cpu": None},
 )
 
 
@@ -158,8 +274,17 @@ def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
     B, Sq, H, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Sq), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    _library.call("spacetime_attention_fwd", impl)(q, k, v, *mode, out, lse)
+    _library.call("spacetime_attention_fwd", impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
+
+
+def _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, wanted) -> list[Tensor | None]:
+    grads = [like(t, needed) for t, needed in zip((q, k, v), wanted, strict=True)]
+    dlse = dlse if dlse is None else dlse.contiguous()
+    _library.call("spacetime_attention_bwd", impl)(
+        dense(dout), dlse, dense(q), dense(k), dense(v), dense(out), lse.contiguous(), *mode, *grads
+    )
+    return grads
 
 
 class _SpacetimeAttention(torch.autograd.Function):
@@ -176,10 +301,7 @@ class _SpacetimeAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, kv_lens = ctx.saved_tensors
         *mode, impl = ctx.constants
-        grads = [
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
-        ]
         dout = torch.zeros_like(out) if dout is None else dout
-        _library.call("spacetime_attention_bwd", impl)(dout, dlse, q, k, v, out, lse, kv_lens, *mode, *grads)
+        wanted = ctx.needs_input_grad[:3]
+        grads = _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, [kv_lens, *mode], impl, wanted)
         return *grads, None, *(None for _ in ctx.constants)

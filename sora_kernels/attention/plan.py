@@ -1,7 +1,15 @@
-"""Which key tiles each query tile visits: what every mode of spacetime attention reduces to."""
+"""Which tiles of tokens meet: what every mode of spacetime attention reduces to.
+
+A plan is seen from the side whose tiles *own* a program: the queries (forward, dq), or the keys (dk and dv). An owner
+visits tiles of the other side, the *visited*. Tiles are boxes of the video, or runs of consecutive tokens (text; all
+tokens where the owner is text; whole frames of a sink). Owners are cut once and cover their side; visited boxes start
+at any token, wherever the owner's reach begins, so that an exact window computes little more than its own keys.
+Everything follows from one monotone interval per axis, `[lo, hi)` of the keys that a query index reaches.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,67 +18,52 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .reference import FAR, reach, token_table, visible
+from .config import choose_boxes
+from .reference import FAR, reach
 
-MASKED, FULL = 1, 2  # kinds of a visited tile; 0 is none
+Box = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """For each query tile its key tiles, and whether each is seen whole or masked by coordinates.
+    """For each tile of queries the tiles of keys it visits; with `transposed`, for each tile of keys the queries.
 
-    Tiles hold tokens that are neighbours: runs of the sequence, or boxes of the video grid and runs of the text.
-    All tensors are built on the device without a host synchronisation. P is the batch if `kv_lens` was given, else 1.
-
-    key_tiles  [P, Nq, Nk] int32: the key tiles a query tile visits, in rising order; after them -1
-    kinds      [P, Nq, Nk] int32, in step with key_tiles: FULL (2) all pairs are seen, MASKED (1) ask the
-               coordinates, 0 no tile. FULL and absent are exact promises; MASKED may hold no visible pair
-    counts     [P, Nq] int32: how many tiles a query tile visits
-    q_tile     [Sq] int32: the tile of each query token; k_tile [Sk] likewise
-    queries    [Sq, 7] int64: clip, t, h, w and the clip's T, H, W of each query token (text: -1); keys [Sk, 7]
+    rows     [owners, 11] int32, longest lists first. Columns: begin, masked, end: in `tiles`, begin:masked are seen
+             whole, masked:end by coordinates; origin: the owner's first token (~token for a run); own_start, own_end:
+             the tokens of the owner's clip (or run); start, end: those of the clip on the visited side; stop: no
+             visited run goes beyond; H, W of the clip, after axes were merged (at least: see `Clip`)
+    tiles    [n] int32: the first token of a visited tile, ~token for a run. Each pair that is seen is visited once
+    reach    [7, own] int32: for each own token, lo and hi along t, h, w of the box that it sees on the visited side,
+             and `kept`: it also sees the first `kept` tokens of its clip. Text sees all
+    own_box, visit_box   (t, h, w) of a tile; a run is as many tokens
+    axes     which of t, h, w can hide a key;  runs: whether any tile is a run
     """
 
-    key_tiles: Tensor
-    kinds: Tensor
-    counts: Tensor
-    q_tile: Tensor
-    k_tile: Tensor
-    queries: Tensor
-    keys: Tensor
-    window: tuple[int, ...]
-    stride: tuple[int, ...]
-    chunk: int
-    sink: int
-    kv_lens: Tensor | None
-    tile_pairs: int
-
-    def mask(self, rows: slice = slice(None)) -> Tensor:
-        """Bool `[P, rows, Sk]`: which of these queries sees which key."""
-        seen = visible(self.queries[rows], self.keys, self.window, self.stride, self.chunk, self.sink)
-        if self.kv_lens is None:
-            return seen[None]
-        return seen & (torch.arange(self.keys.shape[0], device=seen.device) < self.kv_lens[:, None, None])
+    rows: Tensor
+    tiles: Tensor
+    reach: Tensor
+    own_box: Box
+    visit_box: Box
+    axes: tuple[bool, bool, bool]
+    runs: bool
+    transposed: bool
+    q_len: int
+    k_len: int
+    text_len: int
 
     def visible_pairs(self) -> Tensor:
-        """`[P]` int64: the (query, key) pairs that are seen: the useful work."""
-        if self.kv_lens is not None:
-            rows = range(0, self.queries.shape[0], 1024)
-            zero = torch.zeros(len(self.kv_lens), dtype=torch.int64, device=self.keys.device)
-            return sum((self.mask(slice(r, r + 1024)).sum((1, 2)) for r in rows), start=zero)
-        lo, hi, kept = reach(self.queries, self.window, self.stride, self.chunk, self.sink)
-        text = self.queries[:, 0] < 0
-        frames = (hi[:, 1] - torch.maximum(lo[:, 1], kept)).clamp_min(0)
-        area = self.queries[:, 5] * self.queries[:, 6]
-        video = frames * (hi[:, 2] - lo[:, 2]) * (hi[:, 3] - lo[:, 3]) + kept * area
-        video = video + (self.keys[:, 0] < 0).sum()
-        return torch.where(text, self.keys.shape[0], video).sum()[None]
+        """int64 []: the (query, key) pairs that are seen: the useful work."""
+        lo, hi, kept = self.reach[:6:2].long(), self.reach[1:6:2].long(), self.reach[6].long()
+        video = (hi - lo).clamp_min(0).prod(0) + kept + self.text_len
+        return torch.where(kept == FAR, self.q_len if self.transposed else self.k_len, video).sum()
 
     def computed_pairs(self) -> Tensor:
-        """`[P]` int64: the pairs in the visited tiles: the work a kernel does."""
-        return self.counts.sum(-1, dtype=torch.int64) * self.tile_pairs
+        """int64 []: the pairs in the visited tiles: the work a kernel does."""
+        tiles = (self.rows[:, 2] - self.rows[:, 0]).sum(dtype=torch.int64)
+        return tiles * (math.prod(self.own_box) * math.prod(self.visit_box))
 
     def flops(self, heads: int, width: int) -> tuple[Tensor, Tensor]:
-        """Useful and computed floating-point operations of the forward for one clip of the batch, each `[P]`."""
+        """Useful and computed floating-point operations of the forward for one clip of the batch, each int64 []."""
         return 4 * heads * width * self.visible_pairs(), 4 * heads * width * self.computed_pairs()
 
 
@@ -86,63 +79,272 @@ def attention_plan(
     sink: int = 0,
     text_len: int = 0,
     text_at: str = "end",
-    kv_lens: Tensor | None = None,
+    padded: bool = False,
     tile: int | Sequence[int] = 128,
+    key_tile: int | Sequence[int] = 64,
+    transposed: bool = False,
     device: torch.device | str | None = None,
 ) -> AttentionPlan:
     """The plan of `spacetime_attention` for `q_len` queries and `k_len` keys (None: as many).
 
-    The modes are those of `spacetime_attention`. tile: tokens of a tile, or a triple: the box of the video grid it
-    covers (text then comes in runs of as many tokens). device: where the plan is built; None: that of `kv_lens`, else
-    torch's default. Raises ValueError or TypeError naming the argument.
+    The modes are those of `spacetime_attention`; padded says that kv_lens will be given. tile, key_tile: tokens of a
+    tile of queries and of keys, whose boxes are then chosen to compute least, or the boxes (t, h, w) themselves.
+    transposed: the keys own. device: where the plan is built; None: torch's default. Plans are cached; building one
+    does not synchronise the host. Raises ValueError naming the argument.
     """
     op = "attention_plan"
     k_len = q_len if k_len is None else k_len
     for name, n in (("q_len", q_len), ("k_len", k_len)):
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
-    check_kv_lens(op, kv_lens, k_len)
-    flat, window, stride, chunk, sink, text_len, text_first = resolve(
-        op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at
-    )
-    tile = _check.triple(op, "tile", (tile,) * 3)[0] if isinstance(tile, int) else _check.triple(op, "tile", tile)
-    if device is None:
-        device = torch.get_default_device() if kv_lens is None else kv_lens.device
-    device = torch.device(device)
-    clips = [tuple(flat[i : i + 3]) for i in range(0, len(flat), 3)]
-    queries, keys = (token_table(n, clips, text_len, text_first, device) for n in (q_len, k_len))
-    present = [((q_len - text_len) // (clip[1] * clip[2]), *clip[1:]) for clip in clips] if len(clips) == 1 else clips
-    q_tile, Nq = _tiles(queries, present, tile)
-    k_tile, Nk = _tiles(keys, clips, tile)
+    mode = resolve(op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at)
+    sizes = []
+    for name, t in (("tile", tile), ("key_tile", key_tile)):
+        t = _check.triple(op, name, (t,) * 3)[0] if isinstance(t, int) else _check.triple(op, name, t)
+        volume = t if isinstance(t, int) else math.prod(t)
+        if volume & (volume - 1):
+            raise ValueError(f"{op}: {name} must hold a power of two of tokens; got {t}")
+        sizes.append(t)
+    own, visit = sizes[::-1] if transposed else sizes
+    device = torch.get_default_device() if device is None else torch.device(device)
+    return plan(q_len, k_len, *mode, own, visit, transposed, padded, device)
 
-    lo, hi, kept = reach(queries, window, stride, chunk, sink)
-    bounds = torch.cat((lo, hi, kept[:, None]), -1)
-    least, most = _extremes(bounds, q_tile, Nq)
-    some_lo, some_hi, some_kept = least[:, None, :4], most[:, None, 4:8], most[:, None, 8]
-    all_lo, all_hi, all_kept = most[:, None, :4], least[:, None, 4:8], least[:, None, 8]
-    text = keys[:, 0] < 0
-    first, _ = _extremes(keys[:, :4].masked_fill(text[:, None], FAR), k_tile, Nk)
-    _, last = _extremes(keys[:, :4].masked_fill(text[:, None], -FAR), k_tile, Nk)
-    has_text = _extremes(text[:, None].long(), k_tile, Nk)[1][:, 0] == 1
 
-    touched = (last >= some_lo) & (first < some_hi)
-    inside = (first >= all_lo) & (last < all_hi)
-    some = touched.all(-1) | (touched[..., 0] & (first[:, 1] < some_kept)) | has_text
-    whole = inside.all(-1) | (inside[..., 0] & (last[:, 1] < all_kept))
-    some, whole = some[None], whole[None]
-    if kv_lens is not None:
-        index = torch.arange(k_len, device=device)[:, None]
-        begin, end = (e[:, 0] for e in _extremes(index, k_tile, Nk))
-        some, whole = some & (begin < kv_lens[:, None, None]), whole & (end < kv_lens[:, None, None])
-    kinds = some.int() + (some & whole).int()
-    order = torch.argsort(kinds == 0, dim=-1, stable=True)
-    kinds = kinds.gather(-1, order)
+def plan(q_len, k_len, grids, window, stride, chunk, sink, text_len, text_first, own, visit, transposed, padded,
+         device) -> AttentionPlan:  # fmt: skip
+    """`attention_plan` of a resolved mode, from the cache. A plan belongs to the stream it was built on."""
+    stream, build = 0, _cached
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        build = _build if torch.cuda.is_current_stream_capturing() else _cached  # a graph's memory is not ours to keep
+    clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids), 3))
+    mode = Mode(q_len, k_len, clips, tuple(window), tuple(stride), chunk, sink, text_len, bool(text_first))
+    return build(mode, own, visit, transposed, padded, device, stream)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is seen, with hashable parts."""
+
+    q_len: int
+    k_len: int
+    clips: tuple[Box, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    chunk: int
+    sink: int
+    text_len: int
+    text_first: bool
+
+    def frames(self, clip: Box) -> int:
+        """The frames of a clip that are among the queries."""
+        return (self.q_len - self.text_len) // (clip[1] * clip[2]) if len(self.clips) == 1 else clip[0]
+
+
+class Clip:
+    """What the tokens of one clip reach: an interval of the visited side per axis, `[lo, hi)`, for each own index.
+
+    axes     (lo, hi, visited length) along t, h, w. Axes that are seen whole are merged with the one before, the
+             result is padded with axes of length 1; neither lo nor hi falls along an axis, so the intervals of a tile
+             of indices have an interval as union and as intersection, and the keys' own intervals exist as well
+    lead     the first axis that is not padding
+    kept     sink tokens that index i along it sees; lo is not below them, so that nothing is seen twice. Transposed:
+             how many of the lead's first keys are sink. Whatever the window, every query from `lo` on sees those
+    """
+
+    def __init__(self, mode: Mode, size: Box, device: torch.device | str, transposed: bool) -> None:
+        self.size, self.transposed = size, transposed
+        i = torch.arange(max(size), device=device)
+        queries = torch.stack((torch.zeros_like(i), i, i, i, *(torch.full_like(i, n) for n in size)), -1)
+        lo, hi, kept = reach(queries, mode.window, mode.stride, mode.chunk, mode.sink)
+        lo[:, 1] = torch.maximum(lo[:, 1], kept)
+        now = slice(size[0] - mode.frames(size), size[0])
+        self.kept = kept[now] * (size[1] * size[2])
+        axes = []
+        for axis, n in enumerate(size):
+            first, last = (x[now if axis == 0 else slice(n), 1 + axis].contiguous() for x in (lo, hi))
+            if axis == 0 or mode.window and any(mode.window[axis] < clip[axis] for clip in mode.clips):
+                axes.append((first, last, n))
+                continue
+            if len(axes) == 1:
+                self.kept = self.kept.repeat_interleave(n)
+            first, last, length = axes[-1]
+            axes[-1] = (first.repeat_interleave(n) * n, last.repeat_interleave(n) * n, length * n)
+        self.lead = 3 - len(axes)
+        one = i.new_ones(1)
+        self.axes = [(one - 1, one, 1)] * self.lead + axes
+        if transposed:
+            sinks = self.kept // self.step(self.lead)
+            self.kept = sinks[-1:].sum()
+            for axis, (lo, hi, keys) in enumerate(self.axes):
+                j = torch.arange(keys, device=device)
+                first, past = torch.searchsorted(hi, j, right=True), torch.searchsorted(lo, j, right=True)
+                if axis == self.lead:
+                    first = torch.minimum(first, torch.searchsorted(sinks, j, right=True))
+                self.axes[axis] = (first, past, lo.shape[0])
+
+    def step(self, axis: int) -> int:
+        """Tokens from one index along the axis to the next."""
+        return math.prod(n for _, _, n in self.axes[axis + 1 :])
+
+    def spans(self, box: Box) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Per axis, for each tile of it: `[some, past)` is reached by some of its indices, `[every, short)` by all."""
+        result = []
+        for (lo, hi, _), side in zip(self.axes, box, strict=True):
+            first = torch.arange(0, lo.shape[0], side, device=lo.device)
+            last = (first + side).clamp_max(lo.shape[0]) - 1
+            result.append((lo[first], hi[last], lo[last], hi[first]))
+        return result
+
+    def reach(self) -> Tensor:
+        """`[7, tokens]` int32: the rows of `AttentionPlan.reach`."""
+        size = [lo.shape[0] for lo, _, _ in self.axes]
+
+        def spread(axis: int, x: Tensor) -> Tensor:
+            return x.view([-1 if a == axis else 1 for a in range(3)]).expand(size).flatten()
+
+        bounds = [spread(axis, x) for axis, (lo, hi, _) in enumerate(self.axes) for x in (lo, hi)]
+        if self.transposed:
+            sunk = spread(self.lead, torch.arange(size[self.lead], device=self.kept.device) < self.kept)
+            for axis in range(self.lead, 3):
+                lo, hi = bounds[2 * axis : 2 * axis + 2]
+                bounds[2 * axis] = lo if axis == self.lead else lo.masked_fill(sunk, 0)
+                bounds[2 * axis + 1] = hi.masked_fill(sunk, self.axes[axis][2])
+            return torch.stack((*bounds, torch.zeros_like(lo))).int()
+        return torch.stack((*bounds, spread(self.lead, self.kept))).int()
+
+
+def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPlan:
+    on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]
+    own_box, visit_box, most = choose_boxes(on_host, own, visit)
+    step = math.prod(visit_box)
+    own_len, visit_len = (mode.k_len, mode.q_len) if transposed else (mode.q_len, mode.k_len)
+    own_text, visit_text = (mode.text_len, mode.text_len) if mode.clips else (own_len, visit_len)
+    own_text_at, visit_text_at = (0, 0) if mode.text_first else (own_len - own_text, visit_len - visit_text)
+
+    # Owners that are text share one list: everything.
+    everything = torch.arange(0, visit_len, step, device=device)
+    total, whole = everything.shape[0], visit_len // step
+    origin = torch.arange(own_text_at, own_text_at + own_text, math.prod(own_box), device=device)
+    rows = [_rows(0, whole, total, ~origin, own_text_at, own_text_at + own_text, 0, visit_len, visit_len, 1, 1)]
+    tiles, reaches = [~everything], []
+
+    q_start = k_start = mode.text_len if mode.text_first else 0
+    for size, boxes in zip(mode.clips, most, strict=True):
+        clip = Clip(mode, size, device, transposed)
+        q_end, k_end = q_start + mode.frames(size) * size[1] * size[2], k_start + math.prod(size)
+        own_range, visit_range = (q_start, q_end), (k_start, k_end)
+        if transposed:
+            own_range, visit_range = visit_range, own_range
+        stop = visit_len if len(mode.clips) == 1 else visit_range[1]
+        owner = Owners(clip, own_box)
+        text = [torch.full_like(owner.origin, n) for n in (visit_text_at, visit_text_at + visit_text)]
+        lists = []
+        if mode.sink and transposed:
+            owner.sink_keys()
+            boxes = math.prod(-(-n // side) for (_, _, n), side in zip(clip.axes, visit_box, strict=True))
+        elif mode.sink:
+            longest = min(mode.sink, size[0]) * size[1] * size[2]
+            lists.append(_runs(*(visit_range[0] + x for x in owner.sink()), step, longest))
+        lists.append(owner.boxes(visit_box, visit_range[0], boxes))
+        if visit_text:
+            every = text[0] if padded and not mode.text_first and not transposed else text[1]
+            lists.append(_runs(*text, text[0], every, step, visit_text))
+        listed, whole, count = _whole_first(*(torch.cat(parts, 1) for parts in zip(*lists, strict=True)))
+        begin = total + torch.arange(listed.shape[0], device=device) * listed.shape[1]
+        extent = *own_range, *visit_range, stop, *(max(lo.shape[0], n) for lo, _, n in clip.axes[1:])
+        rows.append(_rows(begin, begin + whole, begin + count, owner.origin + own_range[0], *extent))
+        tiles.append(listed.flatten())
+        total += listed.numel()
+        reaches.append(clip.reach())
+        q_start, k_start = q_end, k_end
+
+    text = torch.full((7, own_text), FAR, dtype=torch.int32, device=device)
+    text[:6:2] = -FAR
+    reaches.insert(0 if mode.text_first else len(reaches), text)
+    rows = torch.cat(rows)
+    order = torch.argsort(rows[:, 2] - rows[:, 0], descending=True, stable=True)
+    sides = zip(own_box, visit_box, *([max(lo.shape[0], n) for lo, _, n in c.axes] for c in on_host), strict=True)
     return AttentionPlan(
-        key_tiles=order.int().masked_fill(kinds == 0, -1), kinds=kinds, counts=(kinds > 0).sum(-1, dtype=torch.int32),
-        q_tile=q_tile.int(), k_tile=k_tile.int(), queries=queries, keys=keys, window=tuple(window),
-        stride=tuple(stride), chunk=chunk, sink=sink, kv_lens=kv_lens,
-        tile_pairs=(tile if isinstance(tile, int) else math.prod(tile)) ** 2,
+        rows=rows[order], tiles=torch.cat(tiles).int(), reach=torch.cat(reaches, 1), own_box=own_box,
+        visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides),
+        runs=bool(own_text or visit_text or mode.sink), transposed=transposed, q_len=mode.q_len, k_len=mode.k_len,
+        text_len=mode.text_len,
     )  # fmt: skip
+
+
+_cached = functools.lru_cache(maxsize=64)(_build)
+
+
+class Owners:
+    """The boxes that one clip's own side is cut into, and the spans that they reach on the other side."""
+
+    def __init__(self, clip: Clip, box: Box) -> None:
+        spans = clip.spans(box)
+        counts = [span[0].shape[0] for span in spans]
+        cell = torch.arange(math.prod(counts), device=clip.kept.device)
+        h, w = (max(count, 1) for count in counts[1:])
+        index = cell // (h * w), cell // w % h, cell % w
+        self.clip, self.box = clip, box
+        self.spans = [[x[i] for x in span] for span, i in zip(spans, index, strict=True)]
+        self.first = [i * side for i, side in zip(index, box, strict=True)]
+        self.origin = sum(first * clip.step(axis) for axis, first in enumerate(self.first))
+
+    def sink(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each owner the run `[begin, end)` of the sink's tokens, and `[some, every)`, seen whole."""
+        kept, first = self.clip.kept, self.first[self.clip.lead]
+        last = (first + self.box[self.clip.lead]).clamp_max(kept.shape[0]) - 1
+        zero = torch.zeros_like(first)
+        return zero, kept[last], zero, kept[first]
+
+    def sink_keys(self) -> None:
+        """Widen the spans of keys of the sink to all queries that see them."""
+        lead, kept = self.clip.lead, self.clip.kept
+        some_sunk, all_sunk = self.first[lead] < kept, self.first[lead] + self.box[lead] <= kept
+        for axis in range(lead, 3):
+            some, past, every, short = self.spans[axis]
+            _, hi, n = self.clip.axes[axis]
+            if axis == lead:
+                short = torch.where(some_sunk, hi.gather(0, kept.clamp_max(hi.shape[0] - 1)[None]), short)
+            else:
+                some, every = some.masked_fill(some_sunk, 0), every.masked_fill(all_sunk, 0)
+            self.spans[axis] = some, past.masked_fill(some_sunk, n), every, short.masked_fill(all_sunk, n)
+
+    def boxes(self, visit: Box, start: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Lists of at most `most` boxes that cover the reach of each owner: (origin, is one, is seen whole)."""
+        counts = [((past - some).clamp_min(0) + side - 1) // side
+                  for (some, past, _, _), side in zip(self.spans, visit, strict=True)]  # fmt: skip
+        t, h, w = (count[:, None] for count in counts)
+        e = torch.arange(most, device=t.device)
+        steps = e // (h * w).clamp_min(1), e // w.clamp_min(1) % h.clamp_min(1), e % w.clamp_min(1)
+        origin, whole = start, True
+        for axis, (some, _, every, short) in enumerate(self.spans):
+            at = some[:, None] + steps[axis] * visit[axis]
+            whole = whole & (at >= every[:, None]) & (at + visit[axis] <= short[:, None])
+            origin = origin + at * self.clip.step(axis)
+        return origin, e < t * h * w, whole
+
+
+def _runs(begin, end, some, every, step: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists of runs of `step` tokens that cover `[begin, end)`, at most `longest`; `[some, every)` is seen whole."""
+    first = begin[:, None] + torch.arange(0, longest, step, device=begin.device)
+    return ~first, first < end[:, None], (first >= some[:, None]) & (first + step <= every[:, None])
+
+
+def _whole_first(origin: Tensor, valid: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists in their order, but first what is seen whole; how many are, and how many there are at all."""
+    whole = whole & valid
+    rest = valid & ~whole
+    wholes = whole.sum(1)
+    place = torch.where(whole, whole.cumsum(1) - 1, rest.cumsum(1) - 1 + wholes[:, None])
+    place = place.masked_fill(~valid, origin.shape[1])
+    listed = origin.new_zeros(origin.shape[0], origin.shape[1] + 1).scatter_(1, place, origin)
+    return listed, wholes, wholes + rest.sum(1)
+
+
+def _rows(*columns: Tensor | int) -> Tensor:
+    like = next(c for c in columns if isinstance(c, Tensor))
+    return torch.stack([c if isinstance(c, Tensor) else torch.full_like(like, c) for c in columns], -1).int()
 
 
 def resolve(
@@ -196,45 +398,7 @@ def resolve(
             )
     if window is not None and not chunk and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
         window = None
+    sink = sink if window else 0
     if len(clips) < 2 and window is None and not chunk:
-        clips, sink = [], 0
+        clips = []
     return [n for g in clips for n in g], list(window or ()), list(stride), chunk, sink, text_len, text_at == "start"
-
-
-def check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
-    """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
-    if kv_lens is None:
-        return
-    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
-        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
-        raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
-    if kv_lens.ndim != 1:
-        raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
-    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
-        least, most = (int(n) for n in kv_lens.aminmax())
-        if least < 0 or most > k_len:
-            raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")
-
-
-def _tiles(tokens: Tensor, sizes: Sequence[Sequence[int]], tile: int | tuple[int, ...]) -> tuple[Tensor, int]:
-    """The tile of each token and the number of tiles; `sizes` are the clips' sizes as far as they are present."""
-    length, volume = tokens.shape[0], tile if isinstance(tile, int) else math.prod(tile)
-    if isinstance(tile, int):
-        return torch.arange(length, device=tokens.device) // volume, -(-length // volume)
-    clip, t, h, w, T = tokens[:, :5].unbind(-1)
-    text = clip < 0
-    number, total = (text.cumsum(0) - 1) // volume, 0
-    for i, size in enumerate(sizes):
-        boxes = [-(-n // side) for n, side in zip(size, tile, strict=True)]
-        box = ((t - T + size[0]) // tile[0] * boxes[1] + h // tile[1]) * boxes[2] + w // tile[2]
-        number = torch.where(clip == i, box + total, number)
-        total += math.prod(boxes)
-    text_len = length - sum(math.prod(size) for size in sizes)
-    return number + text * total, total + -(-text_len // volume)
-
-
-def _extremes(values: Tensor, tile: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Least and greatest of `values [S, n]` over the tokens of each tile: `[count, n]`."""
-    where = tile[:, None].expand_as(values)
-    least = values.new_full((count, values.shape[1]), FAR).scatter_reduce(0, where, values, "amin")
-    return least, values.new_full((count, values.shape[1]), -FAR).scatter_reduce(0, where, values, "amax")

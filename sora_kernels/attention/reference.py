@@ -136,20 +136,27 @@ def spacetime_attention(
 def spacetime_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None,
     grids: Sequence[int], window: Sequence[int], stride: Sequence[int], chunk: int, sink: int, text_len: int,
-    text_first: bool, scale: float,
+    text_first: bool, scale: float, out: Tensor | None = None, lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v by the formula, chunk by chunk, so that memory stays bounded.
 
     `dS = P * (dO V^T - rowsum(P * dO V^T) + dLSE)`, `dQ = scale dS K`, `dK = scale dS^T Q`, `dV = P^T dO`.
+    With `out` and `lse`, P = exp(scores - lse) and the row sum is that of `dO * O`: they may stem from more keys.
     """
     Q, K, V = widen(q, k, v, kv_lens)
     dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     G = grad_out.to(Q.dtype).transpose(1, 2)
     for rows, mask in masks(q, k, kv_lens, grids, window, stride, chunk, sink, text_len, text_first):
-        p, _ = softmax(scale * Q[:, :, rows] @ K.mT, mask)
-        g = G[:, :, rows]
+        g, scores = G[:, :, rows], scale * Q[:, :, rows] @ K.mT
         dP = g @ V.mT
-        dS = dP - (p * dP).sum(-1, keepdim=True)
+        if lse is None:
+            p, _ = softmax(scores, mask)
+            dS = dP - (p * dP).sum(-1, keepdim=True)
+        else:
+            total = lse[:, :, rows, None].to(Q.dtype)
+            p = torch.exp(scores - total).masked_fill(total == float("-inf"), 0)
+            p = p if mask is None else p.masked_fill(~mask, 0)
+            dS = dP - (g * out.to(Q.dtype).transpose(1, 2)[:, :, rows]).sum(-1, keepdim=True)
         if grad_lse is not None:
             dS = dS + grad_lse[:, :, rows, None].to(dS.dtype)
         dS = scale * p * dS

@@ -1,0 +1,212 @@
+"""Self-attention of video transformers: every token, tile windows, exact windows, causal frames, space and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sora_kernels import attention_plan
+from sora_kernels.attention import reference
+from sora_kernels.attention.plan import resolve
+
+from . import peers
+from .shapes import Shape
+from .suite import Benchmark, Inputs
+
+MASK_BYTES = 1 << 28  # of the boolean mask that plain PyTorch is given at a time
+_MASKS: dict[tuple, list[Tensor | None]] = {}  # of the last two sizes: a model makes them once and keeps them
+CHECKED_TOKENS = 2048  # an fp64 oracle of all tokens of a real clip would take minutes
+
+
+def _settings(variant: str, shape: Shape) -> dict[str, Any]:
+    """Tiles of 6 x 8 x 8 and windows of 3 x 3 x 3 of them are those of arXiv 2502.04507; a small clip has smaller."""
+    T, H, W = shape.grid
+    tile = (6, 8, 8) if shape.tokens > 16384 else (2, 4, 4)
+    modes: dict[str, dict[str, Any]] = {
+        "": {},
+        "tiles": {"window": tuple(3 * side for side in tile), "stride": tile},
+        "window": {"window": tuple(n // 2 | 1 for n in shape.grid)},
+        "causal": {"causal": "frame"},
+        "space": {"window": (1, H, W)},
+        "time": {"window": (T, 1, 1)},
+    }
+    if not variant:
+        return {}
+    text = {"text_len": shape.model.text} if shape.model.joint else {}
+    return modes[variant] | {"grid": shape.grid} | text
+
+
+def _inputs(variant: str, shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor]) -> Inputs:
+    model = shape.model
+    text = model.text if model.joint else 0
+    size = (shape.batch, shape.tokens + text, model.heads, model.head_width)
+    mode = _settings(variant, shape)
+    inputs = {name: draw(*size) for name in "qkv"}
+    while len(_MASKS) > 1:
+        del _MASKS[next(iter(_MASKS))]
+    _MASKS[size[1], tuple(mode.items())] = _masks(size[1], _rows(size[1], mode), mode, inputs["q"].device)
+    return inputs | mode
+
+
+def _checked(shape: Shape) -> Shape:
+    """The clip cropped, alike on every axis, with two heads and little text."""
+    if shape.tokens <= CHECKED_TOKENS:
+        return shape
+    factor = (CHECKED_TOKENS / shape.tokens) ** (1 / 3)
+    grid = tuple(max(1, math.floor(n * factor)) for n in shape.grid)
+    model = dataclasses.replace(shape.model, heads=2, text=min(shape.model.text, 77))
+    return dataclasses.replace(shape, grid=grid, model=model, batch=1)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
+    """Differentiable, for the checked sizes; the library's own reference has a backward of its own."""
+    (mask,) = _masks(q.shape[1], q.shape[1], mode, q.device)
+    scores = q.shape[-1] ** -0.5 * q.transpose(1, 2) @ k.transpose(1, 2).mT
+    weights, _ = reference.softmax(scores, mask)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+
+def _rows(tokens: int, mode: Mapping[str, Any]) -> int:
+    """Queries whose mask is made at a time."""
+    return max(1, MASK_BYTES // tokens) if mode else tokens
+
+
+def _masks(tokens: int, rows: int, mode: Mapping[str, Any], device: torch.device) -> list[Tensor | None]:
+    """What chunks of so many queries see, `[rows, tokens]`; None for everything."""
+    if not mode:
+        return [None]
+    defaults = dict(grids=None, stride=1, window=None, causal=None, sink=0, text_len=0, text_at="end")
+    grids, window, stride, chunk, sink, text, first = resolve("", tokens, tokens, **(defaults | mode))
+    if not grids:  # the window is as large as the clip
+        return [None] * math.ceil(tokens / rows)
+    table = reference.token_table(tokens, [tuple(grids)], text, first, device)
+    return [reference.visible(part, table, window, stride, chunk, sink) for part in table.split(rows)]
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
+    """Scaled dot-product attention with a boolean mask: what PyTorch offers for any of these modes."""
+    tokens = q.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    parts = zip(q.split(_rows(tokens, mode), 2), _MASKS[tokens, tuple(mode.items())], strict=True)
+    return torch.cat([F.scaled_dot_product_attention(part, k, v, mask) for part, mask in parts], 2).transpose(1, 2)
+
+
+def _dense(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    """Attention of all to all, which a window replaces: another result, and the time to beat."""
+    return lambda q, k, v, **_: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _backend(name: str) -> Callable[[Mapping[str, Any], str], Callable[..., Tensor]]:
+    """Dense attention by one of PyTorch's own kernels."""
+
+    def load(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        if inputs["q"].device.type != "cuda":
+            raise peers.Missing(f"PyTorch's {name} attention is chosen by name on a CUDA device only")
+        backend, dense = getattr(SDPBackend, name.upper()), _dense(inputs, mode)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return dense(q, k, v)
+
+        return attention
+
+    return load
+
+
+def _flex(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    """FlexAttention with a block mask made once, compiled as its documentation says."""
+    if inputs["q"].device.type != "cuda":
+        raise peers.Missing("FlexAttention trains on a CUDA device only")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    tokens, settings = inputs["q"].shape[1], {n: v for n, v in inputs.items() if n not in ("q", "k", "v")}
+    plan = attention_plan(tokens, **settings, device=inputs["q"].device)
+    lo, hi, kept = reference.reach(plan.queries, plan.window, plan.stride, plan.chunk, plan.sink)
+    keys = plan.keys
+
+    def seen(b, h, i, j):
+        box = keys[j, 0] == plan.queries[i, 0]
+        for axis in range(1, 4):
+            box = box & (keys[j, axis] >= lo[i, axis]) & (keys[j, axis] < hi[i, axis])
+        return box | (keys[j, 0] < 0) | ((keys[j, 1] < kept[i]) & (keys[j, 0] == plan.queries[i, 0]))
+
+    blocks = create_block_mask(seen, None, None, tokens, tokens, device=inputs["q"].device, _compile=True)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+    return attention
+
+
+def _flash4(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    module = peers._import("flash_attn.cute", "flash-attn-4")
+    if inputs["q"].dtype not in (torch.bfloat16, torch.float16):
+        raise peers.Missing("flash-attn-4 takes bf16 and fp16 only")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = module.flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
+
+
+def _natten(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    module = peers._import("natten", "natten")
+    if inputs.get("text_len") or "causal" in inputs:
+        raise peers.Missing("natten's windows have no text tokens and no causal frames with whole rows")
+    window = tuple(min(w, n) for w, n in zip(inputs["window"], inputs["grid"], strict=True))
+    stride = inputs.get("stride", (1, 1, 1))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, grid, **_: Any) -> Tensor:
+        q, k, v = (x.unflatten(1, grid) for x in (q, k, v))
+        return module.na3d(q, k, v, kernel_size=window, stride=stride).flatten(1, 3)
+
+    return attention
+
+
+@functools.lru_cache(maxsize=64)
+def _pairs(tokens: int, mode: tuple) -> int:
+    """(query, key) pairs that are seen: the useful work."""
+    if not mode:
+        return tokens * tokens
+    return int(attention_plan(tokens, **dict(mode), tile=4096, device="cpu").visible_pairs())
+
+
+def _flops(variant: str, shape: Shape, mode: str) -> int:
+    """Two products forward, five backward, of the pairs that are seen."""
+    text = shape.model.text if shape.model.joint else 0
+    pairs = _pairs(shape.tokens + text, tuple(_settings(variant, shape).items()))
+    return 2 * {"fwd": 2, "bwd": 5}[mode] * shape.batch * shape.model.heads * shape.model.head_width * pairs
+
+
+_DENSE = {"flash": _backend("flash_attention"), "cudnn": _backend("cudnn_attention"), "flash-attn-4": _flash4}
+_SPARSE = {"dense": _dense, "flex": _flex}
+_PEERS = {"": _DENSE, "tiles": _SPARSE | {"natten": _natten}, "window": _SPARSE | {"natten": _natten}}
+
+BENCHMARKS = [
+    Benchmark(
+        "spacetime_attention",
+        variant=variant,
+        inputs=functools.partial(_inputs, variant),
+        reference=_reference,
+        eager=_eager,
+        peers=_PEERS.get(variant, _SPARSE),
+        unchecked=("dense",),
+        checked=_checked,
+        differentiable=("q", "k", "v"),
+        backward_reads=("q", "k", "v"),
+        backward_writes=("q", "k", "v"),
+        flops=functools.partial(_flops, variant),
+    )
+    for variant in ("", "tiles", "window", "causal", "space", "time")
+]

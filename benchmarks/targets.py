@@ -1,0 +1,64 @@
+"""What we hold ourselves to, and which rows fall short of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+# On an H200 in bf16, (forward, backward): percent of the measured copy bandwidth, or useful TFLOP/s.
+PERCENT_COPY = {
+    "norm_modulate": (90, 80),
+    "gate_residual": (85, 75),
+    "gate_residual_norm_modulate": (85, 75),
+    "qk_norm_rope": (85, 75),
+    "patch_embed3d": (80, 70),
+    "final_layer": (80, 70),
+    "norm_silu": (85, 75),
+}
+TFLOP_S = {"spacetime_attention": (500, 400), "spacetime_attention:tiles": (None, 500)}
+
+# On a CPU: times faster than eager and than torch.compile, by dtype, forward and backward.
+SPEEDUP = {
+    "norm_modulate": {"float32": (4, 1.3), "bfloat16": (6, 2)},
+    "gate_residual_norm_modulate": {"float32": (4, 1.3), "bfloat16": (6, 2)},
+    "qk_norm_rope": {"float32": (3, 2), "bfloat16": (3, 2)},
+    "patch_embed3d": {"float32": (3, 1)},
+    "final_layer": {"float32": (2, 1)},
+    "norm_silu": {"float32": (4, 1)},
+}
+
+
+def shortfalls(rows: Iterable[Row]) -> list[str]:
+    """A line for each goal that our fastest implementation misses. CPU goals need eager and compile in the same run."""
+    cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        if row["status"] == "ok":
+            cases[row["op"], row["shape"], row["dtype"], row["mode"]][row["impl"]] = row
+    lines = []
+    for (op, shape, dtype, mode), own in cases.items():
+        ours = [row for row in own.values() if row["kind"] == "ours"]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row["p50_us"])
+        name = f"{op} {best['impl']} {mode} {dtype} at {shape}"
+        for reached, goal, unit in _goals(best, own, op, dtype, mode):
+            if goal is not None and reached < goal:
+                lines.append(f"below its goal of {goal:g} {unit}: {name}, {reached:.3g}")
+    return lines
+
+
+def _goals(best: Row, own: Mapping[str, Row], op: str, dtype: str, mode: str) -> list[tuple[float, float | None, str]]:
+    """(reached, goal, unit) of one case."""
+    if best["impl"] == "cpu":
+        faster = zip(("eager", "compile"), SPEEDUP.get(op, {}).get(dtype, (None, None)), strict=True)
+        return [(own[n]["p50_us"] / best["p50_us"], goal, f"x {n}") for n, goal in faster if n in own]
+    if best["impl"] == "reference" or dtype == "float32":
+        return []
+    at = ("fwd", "bwd").index(mode)
+    return [
+        (best["percent_copy"], PERCENT_COPY.get(op, (None, None))[at], "% copy"),
+        (best["tflop_s"], TFLOP_S.get(op, (None, None))[at], "TFLOP/s"),
+    ]

@@ -1,0 +1,529 @@
+// Spacetime attention on a CPU, forward and backward, every mode.
+//
+// A tile of at most kQueries queries meets its keys in blocks of kKeys, copied from where they lie into cache as fp32.
+// Scores are kept transposed, [keys, queries]: a vector holds one key's scores with several queries, so that maxima, sums
+// and masks need no work across lanes. Nothing of the size S x S exists, and keys that no query of a tile sees are
+// never touched: time falls with the share of keys that are seen.
+//
+// Backward, with P = exp(scale * S - lse):  dV = P^T dO,  dS = scale * P * (dO V^T - rowsum(dO * O) + dlse),
+// dQ = dS K,  dK = dS^T Q. Tiles are cut into parts whose borders depend on the sizes only; a part adds up dK and dV
+// of its tiles in order, and a second pass adds the parts: the result is the same bits however many threads ran.
+
+#include "attention_tiles.h"
+#include "common/check.h"
+#include "common/gemm.h"
+#include "common/memory.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace sora {
+namespace {
+
+constexpr int64_t kKeys = 128;     // of a block
+constexpr int64_t kTasks = 32;     // of the backward, at least, where there are as many tiles
+constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// [B, S, H, E] with a dense last axis.
+struct Heads {
+  void* data = nullptr;
+  int64_t stride_b = 0, stride_s = 0, stride_h = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <class T>
+  SORA_INLINE T* at(int64_t b, int64_t s, int64_t h) const {
+    return static_cast<T*>(data) + b * stride_b + s * stride_s + h * stride_h;
+  }
+};
+
+struct Params {
+  int64_t B = 0, Sq = 0, Sk = 0, H = 0, Hk = 0, E = 0;
+  Heads q, k, v, out;
+  float* lse = nullptr;  // [B, H, Sq]
+  std::vector<int64_t> kv_lens;
+  float scale = 0;
+  const Tiles* tiles = nullptr;
+  // backward
+  Heads dout, dq, dk, dv;
+  const float* dlse = nullptr;
+  int64_t parts = 0;
+  float *dk_parts = nullptr, *dv_parts = nullptr;  // [parts, B, Hk, Sk, E], zeros
+  uint8_t* touched = nullptr;                      // [parts, B, Hk, spans()]: whether a part added to these rows
+
+  int64_t group() const { return H / std::max<int64_t>(1, Hk); }
+  int64_t spans() const { return (Sk + kSpan - 1) / kSpan; }
+  int64_t kv_len(int64_t b) const { return kv_lens.empty() ? Sk : kv_lens[b]; }
+  int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
+};
+
+template <int V>
+SORA_INLINE typename Lanes<V>::Type load(const float* from) {
+  return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
+}
+
+template <int V>
+SORA_INLINE void store(float* to, typename Lanes<V>::Type value) {
+  *reinterpret_cast<typename Lanes<V>::Unaligned*>(to) = value;
+}
+
+// e^x for x <= 0, to 1e-7; 0 below -87, where it leaves the normal numbers. NaN and -infinity give 0 and 0.
+template <int V>
+SORA_INLINE typename Lanes<V>::Type exp_of_negative(typename Lanes<V>::Type x) {
+  using Vector = typename Lanes<V>::Type;
+  typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t))));
+  const Vector y = x > -87.0f ? x : Vector{} - 87.0f;
+  const Vector n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest integer
+  const Vector f = y - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // the polynomial of Cephes, S. Moshier
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * f * f + f + 1.0f;
+  const Vector power = (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
+  return x > -87.0f ? p * power : Vector{};
+}
+
+// One thread's view of a tile and the memory it works in. Rows are padded with zeros to whole vectors; lanes of queries
+// that are not there repeat the first one's place, and their results are dropped.
+template <int V, class T>
+struct Workspace {
+  using Vector = typename Lanes<V>::Type;
+  typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t)), may_alias));
+
+  const Params& p;
+  const int64_t E, width;            // of a row, and padded
+  int64_t count = 0, lanes = 0;      // queries, and padded
+  int64_t token[kQueries];
+  alignas(64) int32_t begin[3][kQueries], end[3][kQueries], kept[kQueries];
+  std::vector<KeyRun> runs;
+  const Scratch keys, scores, queries;
+  float *const k, *const v, *const g;  // [kKeys, width]; g for gradients
+  float *const s, *const d;            // [kKeys, lanes]
+
+  explicit Workspace(const Params& params)
+      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, kKeys * kQueries + 8),
+        queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
+    std::fill_n(k, 2 * (keys.row(1) - keys.row(0)), 0.0f);
+    std::fill_n(s, 2 * (scores.row(1) - scores.row(0)), 0.0f);
+    std::fill_n(queries.row(0), 7 * (queries.row(1) - queries.row(0)), 0.0f);
+  }
+
+  void enter(const QueryTile& tile, int64_t b) {
+    p.tiles->runs(tile, p.kv_len(b), runs);
+    p.tiles->for_each_query(tile, [&](int64_t lane, int64_t at, int64_t t, int64_t h, int64_t w) {
+      token[lane] = at, count = lane + 1;
+      if (tile.clip < 0) return;
+      const int64_t place[3] = {t, h, w};
+      for (int axis = 0; axis < 3; ++axis) {
+        const Interval seen = p.tiles->reach(tile, axis, place[axis]);
+        begin[axis][lane] = static_cast<int32_t>(seen.begin), end[axis][lane] = static_cast<int32_t>(seen.end);
+      }
+      kept[lane] = static_cast<int32_t>(p.tiles->kept(tile, t));
+    });
+    lanes = round_up(count, 2 * V);
+    for (int64_t lane = count; lane < lanes; ++lane) {
+      for (int axis = 0; axis < 3; ++axis) begin[axis][lane] = begin[axis][0], end[axis][lane] = end[axis][0];
+      kept[lane] = kept[0];
+    }
+  }
+
+  SORA_INLINE void load_rows(const Heads& from, int64_t b, int64_t h, float* to) const {
+    for (int64_t m = 0; m < count; ++m) widen(from.at<const T>(b, token[m], h), to + m * width);
+    std::fill(to + count * width, to + lanes * width, 0.0f);
+  }
+
+  SORA_INLINE void widen(const T* from, float* to) const {
+#pragma omp simd
+    for (int64_t e = 0; e < E; ++e) to[e] = to_float(from[e]);
+  }
+
+  // Rows [lanes, width] as the panels [lanes / 2V, E, 2V] of their transpose.
+  SORA_INLINE void transpose(const float* rows, float* panels) const {
+    for (int64_t m = 0; m < lanes; ++m) {
+      float* to = panels + m / (2 * V) * (2 * V) * E + m % (2 * V);
+      for (int64_t e = 0; e < E; ++e) to[e * 2 * V] = rows[m * width + e];
+    }
+  }
+
+  struct Piece {
+    const KeyRun* run;
+    int64_t offset, first, count;  // keys [offset, offset + count) of the run are rows [first, first + count)
+  };
+  std::vector<Piece> pieces;
+  int64_t run = 0, offset = 0;         // where the next block begins
+
+  // Back to the first of the tile's keys.
+  void rewind() { run = offset = 0; }
+
+  // Copies the next keys' rows; returns how many, 0 after the last.
+  SORA_INLINE int64_t load_block(int64_t b, int64_t h) {
+    int64_t n = 0;
+    pieces.clear();
+    while (n < kKeys && run < static_cast<int64_t>(runs.size())) {
+      const int64_t first = runs[run].token + offset, some = std::min(runs[run].count - offset, kKeys - n);
+      for (int64_t i = 0; i < some; ++i) {
+        widen(p.k.at<const T>(b, first + i, h), k + (n + i) * width);
+        widen(p.v.at<const T>(b, first + i, h), v + (n + i) * width);
+      }
+      pieces.push_back({&runs[run], offset, n, some});
+      offset += some, n += some;
+      if (offset == runs[run].count) ++run, offset = 0;
+    }
+    return n;
+  }
+
+  // Scores of what is not seen become -infinity.
+  SORA_INLINE void mask() {
+    for (const Piece& piece : pieces) {
+      if (!piece.run->masked) continue;
+      const int32_t t = static_cast<int32_t>(piece.run->t), h = static_cast<int32_t>(piece.run->h);
+      for (int64_t l = 0; l < lanes; l += V) {
+        const Integers keep = t < integers(kept + l);
+        const Integers row = (t >= integers(begin[0] + l)) & (t < integers(end[0] + l)) &
+                             (h >= integers(begin[1] + l)) & (h < integers(end[1] + l));
+        const Integers &from = integers(begin[2] + l), &to = integers(end[2] + l);
+        for (int64_t i = 0; i < piece.count; ++i) {
+          const int32_t w = static_cast<int32_t>(piece.run->w + piece.offset + i);
+          float* score = s + (piece.first + i) * lanes + l;
+          const Integers seen = keep | (row & (w >= from) & (w < to));
+          store<V>(score, seen != 0 ? load<V>(score) : Vector{} - kInfinity);
+        }
+      }
+    }
+  }
+
+  // [n, lanes] = rows of keys times panels of queries
+  SORA_INLINE void multiply_keys(const float* rows, const float* panels, int64_t n, float* to) const {
+    multiply<V, false>({rows, width}, packed_panels(panels, E), n, lanes, E, to, lanes, false);
+  }
+
+  // [lanes, width] += (weights [n, lanes])^T times rows of keys
+  SORA_INLINE void multiply_weights(const float* weights, const float* rows, int64_t n, float* to) const {
+    multiply<V, true>({weights, lanes}, row_panels(rows, width), lanes, E, n, to, width, true);
+  }
+
+  // The block's rows of to [Sk, E] += weights [n, lanes] times rows of queries
+  SORA_INLINE void add_to_keys(const float* weights, const float* rows, int64_t n, float* to) const {
+    const bool direct = pieces.size() == 1 && n % Tile<V>::kRows == 0 && E == width;  // whole tiles, one below another
+    float* const sum = direct ? to + (pieces[0].run->token + pieces[0].offset) * E : g;
+    multiply<V, false>({weights, lanes}, row_panels(rows, width), n, width, lanes, sum, width, direct);
+    if (direct) return;
+    for (const Piece& piece : pieces) {
+      for (int64_t i = 0; i < piece.count; ++i) {
+        float* row = to + (piece.run->token + piece.offset + i) * E;
+        const float* from = g + (piece.first + i) * width;
+#pragma omp simd
+        for (int64_t e = 0; e < E; ++e) row[e] += from[e];
+      }
+    }
+  }
+
+ private:
+  static SORA_INLINE const Integers& integers(const int32_t* at) { return *reinterpret_cast<const Integers*>(at); }
+};
+
+// ---- forward
+
+template <int V, class T>
+struct Forward {
+  using Vector = typename Lanes<V>::Type;
+
+  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+    Workspace<V, T> w(p);
+    float *rows = w.queries.row(0), *panels = w.queries.row(1), *sum_pv = w.queries.row(2);
+    alignas(64) float top[kQueries], total[kQueries], shrink[kQueries];
+    const std::vector<QueryTile>& tiles = p.tiles->all();
+    const int64_t count = static_cast<int64_t>(tiles.size());
+
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / count / p.H, h = task / count % p.H;
+      w.enter(tiles[task % count], b);
+      w.load_rows(p.q, b, h, rows);
+      w.transpose(rows, panels);
+      std::fill_n(top, kQueries, -kInfinity), std::fill_n(total, kQueries, 0.0f);
+      std::fill_n(sum_pv, (w.lanes + 8) * w.width, 0.0f);
+      w.rewind();
+      while (const int64_t n = w.load_block(b, h / p.group())) {
+        w.multiply_keys(w.k, panels, n, w.s);
+        w.mask();
+        for (int64_t l = 0; l < w.lanes; l += V) softmax(w.s + l, n, w.lanes, p.scale, top + l, total + l, shrink + l);
+        for (int64_t m = 0; m < w.count; ++m) {
+          float* row = sum_pv + m * w.width;
+          const float factor = shrink[m];
+#pragma omp simd
+          for (int64_t e = 0; e < w.width; ++e) row[e] *= factor;
+        }
+        w.multiply_weights(w.s, w.v, n, sum_pv);
+      }
+      for (int64_t m = 0; m < w.count; ++m) {
+        T* out = p.out.at<T>(b, w.token[m], h);
+        const float sum = total[m] > 0 ? total[m] : 1.0f, *row = sum_pv + m * w.width;
+#pragma omp simd
+        for (int64_t e = 0; e < w.E; ++e) out[e] = from_float<T>(row[e] / sum);
+        p.lse[(b * p.H + h) * p.Sq + w.token[m]] = total[m] > 0 ? top[m] + std::log(total[m]) : -kInfinity;
+      }
+    }
+  }
+
+  // V queries' scores with n keys become weights relative to the new maximum; what came before shrinks by `shrink`.
+  static SORA_INLINE void softmax(float* scores, int64_t n, int64_t stride, float scale, float* top, float* total,
+                                  float* shrink) {
+    const Vector before = load<V>(top);
+    Vector highest = before;
+    for (int64_t i = 0; i < n; ++i) {
+      const Vector x = load<V>(scores + i * stride) * scale;
+      highest = x > highest ? x : highest;
+    }
+    const Vector finite = highest > -kInfinity ? highest : Vector{};
+    Vector sum{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vector weight = exp_of_negative<V>(load<V>(scores + i * stride) * scale - finite);
+      store<V>(scores + i * stride, weight);
+      sum += weight;
+    }
+    const Vector factor = exp_of_negative<V>(before - finite);
+    store<V>(shrink, factor);
+    store<V>(total, load<V>(total) * factor + sum);
+    store<V>(top, highest);
+  }
+};
+
+// ---- backward
+
+template <int V, class T>
+struct Backward {
+  using Vector = typename Lanes<V>::Type;
+
+  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+    Workspace<V, T> w(p);
+    const std::vector<QueryTile>& tiles = p.tiles->all();
+    const int64_t count = static_cast<int64_t>(tiles.size()), per_part = (count + p.parts - 1) / p.parts;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / p.parts / p.Hk, h = task / p.parts % p.Hk, part = task % p.parts;
+      for (int64_t i = part * per_part; i < std::min((part + 1) * per_part, count); ++i) {
+        w.enter(tiles[i], b);
+        for (int64_t g = 0; g < p.group(); ++g) tile(p, w, b, h * p.group() + g, h, p.head_of(part, b, h));
+      }
+    }
+  }
+
+  static SORA_INLINE void tile(const Params& p, Workspace<V, T>& w, int64_t b, int64_t h, int64_t key_head,
+                               int64_t head) {
+    float *q = w.queries.row(0), *q_panels = w.queries.row(1), *dout = w.queries.row(2), *dout_panels = w.queries.row(3);
+    float *dq = w.queries.row(4), *out = w.queries.row(5), *out_panels = w.queries.row(6);
+    alignas(64) float lse[kQueries], dlse[kQueries], centre[kQueries];  // centre = rowsum(dO * O)
+    w.load_rows(p.q, b, h, q), w.transpose(q, q_panels);
+    w.load_rows(p.dout, b, h, dout), w.transpose(dout, dout_panels);
+    w.load_rows(p.out, b, h, out), w.transpose(out, out_panels);
+    row_sums(out_panels, dout_panels, w.E, w.lanes, centre);
+    for (int64_t m = 0; m < w.lanes; ++m) {
+      const int64_t row = (b * p.H + h) * p.Sq + w.token[std::min(m, w.count - 1)];
+      // no weight: neither for lanes without a query nor for queries without a key
+      lse[m] = m < w.count && p.lse[row] > -kInfinity ? p.lse[row] : kInfinity;
+      dlse[m] = p.dlse ? p.dlse[row] : 0.0f;
+    }
+    std::fill_n(dq, (w.lanes + 8) * w.width, 0.0f);
+
+    w.rewind();
+    while (const int64_t n = w.load_block(b, key_head)) {
+      w.multiply_keys(w.k, q_panels, n, w.s);
+      w.mask();
+      w.multiply_keys(w.v, dout_panels, n, w.d);
+      for (int64_t l = 0; l < w.lanes; l += V) {
+            const Vector sum = load<V>(lse + l), mean = load<V>(centre + l), extra = load<V>(dlse + l);
+        for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
+          const Vector weight = exp_of_negative<V>(load<V>(w.s + i) * p.scale - sum);
+          store<V>(w.s + i, weight);
+          store<V>(w.d + i, weight * (load<V>(w.d + i) - mean + extra) * p.scale);
+        }
+      }
+      if (p.dq) w.multiply_weights(w.d, w.k, n, dq);
+      if (p.dk_parts) w.add_to_keys(w.d, q, n, p.dk_parts + head * p.Sk * p.E);
+      if (p.dv_parts) w.add_to_keys(w.s, dout, n, p.dv_parts + head * p.Sk * p.E);
+      for (const auto& piece : w.pieces) {
+        const int64_t first = piece.run->token + piece.offset, last = first + piece.count - 1;
+        std::fill(p.touched + head * p.spans() + first / kSpan, p.touched + head * p.spans() + last / kSpan + 1, 1);
+      }
+    }
+    if (!p.dq) return;
+    for (int64_t m = 0; m < w.count; ++m) {
+      T* to = p.dq.at<T>(b, w.token[m], h);
+#pragma omp simd
+      for (int64_t e = 0; e < w.E; ++e) to[e] = from_float<T>(dq[m * w.width + e]);
+    }
+  }
+
+  // rowsum(O * dO), added up as `multiply` adds up dO V^T: with a single key the two cancel to the last bit.
+  static SORA_INLINE void row_sums(const float* out, const float* dout, int64_t E, int64_t lanes, float* to) {
+    for (int64_t l = 0; l < lanes; l += V) {
+      const int64_t panel = l / (2 * V) * (2 * V) * E + l % (2 * V);
+      Vector total{};
+      for (int64_t first = 0; first < E; first += kDepth) {
+        Vector sum{};
+        for (int64_t e = first; e < std::min(first + kDepth, E); ++e) {
+          sum += load<V>(out + panel + e * 2 * V) * load<V>(dout + panel + e * 2 * V);
+        }
+        total = first > 0 ? total + sum : sum;
+      }
+      store<V>(to + l, total);
+    }
+  }
+};
+
+// The sum of the parts, in order.
+struct AddParts {
+  const Params& p;
+  const float* parts;
+  Heads to;
+};
+
+template <class T>
+struct Add {
+  static SORA_INLINE void run(const AddParts& sum, int64_t begin, int64_t end) {  // spans of [B, Hk, Sk]
+    const Params& p = sum.p;
+    const Scratch scratch(1, kSpan * p.E);
+    float* total = scratch.row(0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / p.spans() / p.Hk, h = i / p.spans() % p.Hk, first = i % p.spans() * kSpan;
+      const int64_t rows = std::min(kSpan, p.Sk - first);
+      std::fill_n(total, rows * p.E, 0.0f);
+      for (int64_t part = 0; part < p.parts; ++part) {
+        const int64_t head = p.head_of(part, b, h);
+        if (!p.touched[head * p.spans() + first / kSpan]) continue;
+        const float* from = sum.parts + (head * p.Sk + first) * p.E;
+#pragma omp simd
+        for (int64_t e = 0; e < rows * p.E; ++e) total[e] += from[e];
+      }
+      for (int64_t row = 0; row < rows; ++row) {
+        T* to = sum.to.template at<T>(b, first + row, h);
+#pragma omp simd
+        for (int64_t e = 0; e < p.E; ++e) to[e] = from_float<T>(total[row * p.E + e]);
+      }
+    }
+  }
+};
+
+// ---- the operations
+
+Heads heads(const char* name, const OptionalTensor& t, const Tensor& like) {
+  if (!t) return {};
+  bool same = t->dim() == 4 && t->scalar_type() == like.scalar_type();
+  for (int64_t i = 0; same && i < 4; ++i) same = t->size(i) == like.size(i);
+  SORA_CHECK(same, name, ": expected the shape and dtype of ", describe(like), ", got ", describe(*t));
+  if (t->numel() > 0) check_common(name, *t, like);  // an empty tensor counts as contiguous with any strides
+  return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2)};
+}
+
+float* log_sums(const char* name, const OptionalTensor& t, const Params& p) {
+  if (!t) return nullptr;
+  SORA_CHECK(t->is_cpu() && t->is_contiguous() && t->scalar_type() == ScalarType::Float && t->dim() == 3 &&
+                 t->size(0) == p.B && t->size(1) == p.H && t->size(2) == p.Sq,
+             name, ": expected a contiguous float32 (B, H, Sq) = (", p.B, ", ", p.H, ", ", p.Sq, "), got ", describe(*t));
+  return static_cast<float*>(t->data_ptr());
+}
+
+Params params(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_lens, const Tensor& out,
+              const Tensor& lse, double scale) {
+  SORA_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(0) == q.size(0) && k.size(3) == q.size(3) &&
+                 q.size(2) % std::max<int64_t>(1, k.size(2)) == 0 && k.scalar_type() == q.scalar_type(),
+             "k: expected (B, Sk, Hk, E), Hk a divisor of H, in the dtype of q, ", describe(q), ", got ", describe(k));
+  Params p{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3)};
+  p.q = heads("q", q, q), p.k = heads("k", k, k), p.v = heads("v", v, k), p.out = heads("out", out, q);
+  p.lse = log_sums("lse", lse, p);
+  p.scale = static_cast<float>(scale);
+  if (kv_lens) {
+    const bool wide = kv_lens->scalar_type() == ScalarType::Long;
+    SORA_CHECK(kv_lens->is_cpu() && (wide || kv_lens->scalar_type() == ScalarType::Int) && kv_lens->dim() == 1 &&
+                   kv_lens->size(0) == p.B,
+               "kv_lens: expected int32 or int64 (", p.B, "), got ", describe(*kv_lens));
+    for (int64_t b = 0; b < p.B; ++b) {
+      const int64_t i = b * kv_lens->stride(0);
+      const int64_t length = wide ? static_cast<const int64_t*>(kv_lens->data_ptr())[i]
+                                  : static_cast<const int32_t*>(kv_lens->data_ptr())[i];
+      SORA_CHECK(0 <= length && length <= p.Sk, "kv_lens: expected lengths from 0 to ", p.Sk, ", got ", length);
+      p.kv_lens.push_back(length);
+    }
+  }
+  return p;
+}
+
+Tiles tiles(const Params& p, const std::vector<int64_t>& grids, const std::vector<int64_t>& window,
+            const std::vector<int64_t>& stride, int64_t chunk, int64_t sink, int64_t text_len, bool text_first) {
+  int64_t tokens = text_len, frame = 1;
+  for (size_t i = 0; i + 2 < grids.size(); i += 3) tokens += (frame = grids[i + 1] * grids[i + 2]) * grids[i];
+  const bool square = grids.empty() || (tokens == p.Sk && (grids.size() == 3 || p.Sq == p.Sk));
+  const bool frames = grids.size() != 3 || (p.Sq >= text_len && p.Sq <= p.Sk && (p.Sq - text_len) % frame == 0);
+  SORA_CHECK(grids.size() % 3 == 0 && square && frames && text_len >= 0, "grids, text_len: expected the ", p.Sk,
+             " keys, and whole frames of queries, got ", tokens, " keys and ", p.Sq, " queries");
+  SORA_CHECK((window.empty() || window.size() == 3) && stride.size() == 3 && chunk >= 0 && sink >= 0 &&
+                 std::all_of(window.begin(), window.end(), [](int64_t n) { return n > 0; }) &&
+                 std::all_of(stride.begin(), stride.end(), [](int64_t n) { return n > 0; }),
+             "window, stride: expected three positive integers each, chunk and sink: at least 0");
+  return Tiles(p.Sq, p.Sk, grids, window, stride, chunk, sink, text_len, text_first);
+}
+
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_lens,
+                   std::vector<int64_t> grids, std::vector<int64_t> window, std::vector<int64_t> stride, int64_t chunk,
+                   int64_t sink, int64_t text_len, bool text_first, double scale, const Tensor& out,
+                   const Tensor& lse) {
+  Params p = params(q, k, v, kv_lens, out, lse, scale);
+  const Tiles all = tiles(p, grids, window, stride, chunk, sink, text_len, text_first);
+  p.tiles = &all;
+  isa();  // throws here, if at all: torch's parallel_for does not pass messages on
+  with_dtype(q.scalar_type(), [&](auto t) {
+    torch::stable::parallel_for(0, p.B * p.H * static_cast<int64_t>(all.all().size()), 1, [&](int64_t begin, int64_t end) {
+      dispatch_lanes<Forward, decltype(t)>(p, begin, end);
+    });
+  });
+}
+
+void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& out, const Tensor& lse, const OptionalTensor& kv_lens, std::vector<int64_t> grids,
+                   std::vector<int64_t> window, std::vector<int64_t> stride, int64_t chunk, int64_t sink,
+                   int64_t text_len, bool text_first, double scale, const OptionalTensor& dq, const OptionalTensor& dk,
+                   const OptionalTensor& dv) {
+  Params p = params(q, k, v, kv_lens, out, lse, scale);
+  const Tiles all = tiles(p, grids, window, stride, chunk, sink, text_len, text_first);
+  p.tiles = &all;
+  p.dout = heads("dout", dout, q), p.dq = heads("dq", dq, q);
+  p.dk = heads("dk", dk, k), p.dv = heads("dv", dv, k);
+  p.dlse = log_sums("dlse", dlse, p);
+  isa();  // as in forward
+  const int64_t key_heads = p.B * p.Hk, most = std::max<int64_t>(1, static_cast<int64_t>(all.all().size()));
+  p.parts = std::min(most, (kTasks + key_heads - 1) / std::max<int64_t>(1, key_heads));
+  const auto zeros = [&](bool wanted) {
+    return Zeros<float>(wanted ? p.parts * key_heads * p.Sk * p.E : 0);
+  };
+  const Zeros<float> dk_parts = zeros(static_cast<bool>(p.dk)), dv_parts = zeros(static_cast<bool>(p.dv));
+  const Zeros<uint8_t> touched(p.parts * key_heads * p.spans());
+  if (p.dk) p.dk_parts = dk_parts.data();
+  if (p.dv) p.dv_parts = dv_parts.data();
+  p.touched = touched.data();
+  with_dtype(q.scalar_type(), [&](auto t) {
+    torch::stable::parallel_for(0, p.B * p.Hk * p.parts, 1, [&](int64_t begin, int64_t end) {
+      dispatch_lanes<Backward, decltype(t)>(p, begin, end);
+    });
+    for (const auto& [to, parts] : {std::pair{p.dk, p.dk_parts}, std::pair{p.dv, p.dv_parts}}) {
+      if (!to) continue;
+      const AddParts sum{p, parts, to};
+      torch::stable::parallel_for(0, key_heads * p.spans(), 8, [&](int64_t begin, int64_t end) {
+        dispatch<Add<decltype(t)>>(sum, begin, end);
+      });
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sora
+
+STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+  m.impl("_spacetime_attention_fwd_cpu", TORCH_BOX(&sora::attention_fwd));
+  m.impl("_spacetime_attention_bwd_cpu", TORCH_BOX(&sora::attention_bwd));
+}

@@ -1,0 +1,117 @@
+"""Tiles: how many tokens a program holds, and which boxes of the video they are."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+Box = tuple[int, int, int]
+MASKED_COST = 1.5  # of a tile that asks the coordinates, in units of one that does not: an estimate, not yet measured
+
+
+def choose_boxes(clips, own: int | Box, visit: int | Box) -> tuple[Box, Box, list[int]]:
+    """Boxes of `own` and `visit` tokens that compute least over the clips; the most boxes an owner of each clip visits.
+
+    clips   `plan.Clip`s on the CPU. A triple instead of a number is taken as it is.
+    """
+    axes = list(zip(*(clip.axes for clip in clips), strict=True))
+    flat = [all(max(lo.shape[0], keys) <= 1 for lo, _, keys in axis) for axis in axes]
+
+    def candidates(tile: int | Box) -> list[Box]:
+        if not isinstance(tile, int):
+            return [tuple(tile)]
+        if not clips:
+            return [(1, 1, tile)]
+        sides = [1 << n for n in range(tile.bit_length())]
+        boxes = [(tile // (h * w), h, w) for w in reversed(sides) for h in sides if h * w <= tile]
+        return [box for box in boxes if all(side == 1 for side, f in zip(box[:2], flat, strict=False) if f)]
+
+    @functools.cache
+    def along(clip: int, axis: int, own_side: int, visit_side: int) -> tuple[int, int, int]:
+        """Visits along one axis summed over the owners, those seen whole, and the most of one owner."""
+        some, past, every, short = spans(clip, own_side)[axis]
+        visits = ((past - some).clamp_min(0) + visit_side - 1) // visit_side
+        whole = ((short - some) // visit_side + (some - every) // visit_side).clamp_min(0)
+        return int(visits.sum()), int(whole.sum()), int(visits.max()) if visits.numel() else 0
+
+    @functools.cache
+    def spans(clip: int, side: int):
+        return clips[clip].spans((side, side, side))
+
+    def product(clip: int, boxes: tuple[Box, Box], what: int) -> int:
+        return math.prod(along(clip, axis, *(box[axis] for box in boxes))[what] for axis in range(3))
+
+    def cost(boxes: tuple[Box, Box]) -> float:
+        totals = (MASKED_COST * product(c, boxes, 0) - (MASKED_COST - 1) * product(c, boxes, 1) for c in unique)
+        return sum(total * n for total, n in zip(totals, unique.values(), strict=True))
+
+    sizes: dict[tuple, int] = {}
+    unique: dict[int, int] = {}
+    for i, clip in enumerate(clips):
+        first = sizes.setdefault(clip.size, i)
+        unique[first] = unique.get(first, 0) + 1
+    boxes = min(itertools.product(candidates(own), candidates(visit)), key=cost)
+    return *boxes, [product(sizes[clip.size], boxes, 2) for clip in clips]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens of a program's queries and keys; warps and stages of the pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def parts(E: int) -> tuple[int, ...]:
+    """Powers of two of at least 16 that hold a head of width E, two where that is less: 72 -> (64, 16)."""
+    whole = max(16, 1 << (E - 1).bit_length()) if E else 16
+    rest = max(16, 1 << (E - whole // 2 - 1).bit_length()) if whole > 32 else whole
+    return (whole,) if rest >= whole // 2 else (whole // 2, rest)
+
+
+def capability(device: torch.device) -> int:
+    """Of the GPU, 90 for sm_90; elsewhere that of the GPU most code is written for."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# Register budgets found by compiling for each GPU (tests/test_compile_only.py); speed not yet measured on any. A masked
+# loop (`planned`) holds a few more registers than a dense one, which decides on GPUs whose sums live in registers only.
+
+
+def forward(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
+    if dtype == torch.float32:  # products in full precision run on plain cores
+        return Tile(64, 32, 8, 1) if E <= 128 else Tile(16, 16, 4, 1)
+    if E > 128:
+        return Tile(64, 32, 8, 2)
+    if capability in (90, 100):
+        return Tile(128, 64, 8, 3)
+    return Tile(128, 32 if planned and E > 64 else 64, 8, 2)
+
+
+def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
+    if dtype == torch.float32:
+        return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
+    if E > 128:
+        return Tile(64, 32, 8, 1)
+    if capability in (90, 100):
+        return Tile(128, 32, 8, 2) if planned else Tile(128, 64, 8, 2)
+    return Tile(64, 64, 8, 2)
+
+
+def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
+    if dtype == torch.float32:
+        return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
+    if E > 128:
+        return Tile(64, 32, 8, 1)
+    if capability in (90, 100):
+        return Tile(32, 128, 8, 2)
+    return Tile(64, 64, 8, 2)

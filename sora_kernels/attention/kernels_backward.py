@@ -1,0 +1,230 @@
+"""Triton kernels of the attention's backward: dq by tiles of queries, dk and dv by tiles of keys.
+
+Two kernels of seven matrix products instead of one of five: each gradient is summed by one program in the order of
+its plan, so two runs agree bit for bit, without atomics and without partial sums in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import config
+from .kernels_forward import (
+    LOG2_E,
+    add_dot,
+    arrange,
+    dot_t,
+    load_owner,
+    load_reach,
+    load_tile,
+    load_visited,
+    scaled,
+    seen,
+    store_tile,
+    where,
+    zeros,
+)
+
+ROWS = 64  # queries of a program of the first kernel
+
+
+@triton.jit
+def attention_bwd_rows_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, base_ptr,
+    out_stride_b, out_stride_s, out_stride_h, dout_stride_b, dout_stride_s, dout_stride_h,
+    tiles, heads, Sq,
+    E: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, LOG2_E: tl.constexpr,
+):  # fmt: skip
+    """delta = Σ dout·out − dlse, and the log-sum-exp to base 2, +inf where a query saw nothing: its p is then 0."""
+    program = tl.program_id(0)
+    token = program % tiles * ROWS + tl.arange(0, ROWS)
+    row = (program // tiles).to(tl.int64)
+    b, head = row // heads, row % heads
+    valid = token < Sq
+    out = load_tile(out_ptr + b * out_stride_b + head * out_stride_h, token, out_stride_s, valid, E, PARTS)
+    dout = load_tile(dout_ptr + b * dout_stride_b + head * dout_stride_h, token, dout_stride_s, valid, E, PARTS)
+    delta = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), 1)
+    if len(PARTS) == 2:
+        delta += tl.sum(out[1].to(tl.float32) * dout[1].to(tl.float32), 1)
+    at = row * Sq + token
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + at, valid, 0.0)
+    lse = tl.load(lse_ptr + at, valid, 0.0)
+    tl.store(delta_ptr + at, delta, valid)
+    tl.store(base_ptr + at, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), valid)
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    dout_stride_b, dout_stride_s, dout_stride_h,
+    owners, heads, groups, Sq, Sk, scale, scale_2,
+    E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
+    RUNS: tl.constexpr,
+):  # fmt: skip
+    """dq = scale · ds k with ds = p ∘ (dout vᵀ − delta), for one tile of queries of one head."""
+    QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
+    KEYS: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
+    PLANNED: tl.constexpr = rows_ptr is not None
+    program = tl.program_id(0)
+    tile = program % owners
+    head = (program // owners % heads).to(tl.int64)
+    b = (program // owners // heads).to(tl.int64)
+
+    key_end = Sk
+    if kv_lens_ptr is not None:
+        key_end = tl.load(kv_lens_ptr + b).to(tl.int32)
+    if PLANNED:
+        begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
+        if kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
+            masked = tl.where(key_end < visit_end, begin, masked)
+    else:
+        begin, masked, end = 0, key_end // KEYS, tl.cdiv(key_end, KEYS)
+        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
+        token = tile * QUERIES + tl.arange(0, QUERIES)
+        valid = token < Sq
+    k_ptr += b * k_stride_b + head // groups * k_stride_h
+    v_ptr += b * v_stride_b + head // groups * v_stride_h
+
+    q = load_tile(q_ptr + b * q_stride_b + head * q_stride_h, token, q_stride_s, valid, E, PARTS)
+    dout = load_tile(dout_ptr + b * dout_stride_b + head * dout_stride_h, token, dout_stride_s, valid, E, PARTS)
+    row = (b * heads + head) * Sq + token
+    base = tl.load(base_ptr + row, valid, 0.0)[:, None]
+    delta = tl.load(delta_ptr + row, valid, 0.0)[:, None]
+    dq = zeros(QUERIES, PARTS)
+
+    for e in range(begin, masked):
+        _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS)
+        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS)
+        p = tl.exp2(dot_t(q, k) * scale_2 - base)
+        dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
+
+    reach = None
+    if PLANNED:
+        reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
+    for e in range(masked, end):
+        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
+        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
+        p = tl.exp2(dot_t(q, k) * scale_2 - base)
+        see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
+        p = tl.where(see, p, 0.0)
+        dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
+
+    # dq is dense [B, Sq, H, E]
+    store_tile(dq_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, scaled(dq, scale), E)
+
+
+@triton.jit
+def attention_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
+    dout_stride_b, dout_stride_s, dout_stride_h,
+    owners, heads, groups, Sq, Sk, scale, scale_2,
+    E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
+    RUNS: tl.constexpr,
+):  # fmt: skip
+    """dv = pᵀ dout and dk = scale · dsᵀ q, for one tile of keys of one key head, summed over its query heads."""
+    KEYS: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
+    QUERIES: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
+    PLANNED: tl.constexpr = rows_ptr is not None
+    key_heads = heads // groups
+    program = tl.program_id(0)
+    tile = program % owners
+    key_head = (program // owners % key_heads).to(tl.int64)
+    b = (program // owners // key_heads).to(tl.int64)
+
+    if PLANNED:
+        begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, tile, OWN, RUNS)
+    else:
+        begin, masked, end = 0, Sq // QUERIES, tl.cdiv(Sq, QUERIES)
+        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
+        key = tile * KEYS + tl.arange(0, KEYS)
+        valid = key < Sk
+    reach = None
+    if PLANNED:
+        reach = load_reach(reach_ptr, key[:, None], valid[:, None], Sk)
+    real = valid
+    if kv_lens_ptr is not None:
+        real = valid & (key < tl.load(kv_lens_ptr + b).to(tl.int32))
+    k = load_tile(k_ptr + b * k_stride_b + key_head * k_stride_h, key, k_stride_s, real, E, PARTS)
+    v = load_tile(v_ptr + b * v_stride_b + key_head * v_stride_h, key, v_stride_s, real, E, PARTS)
+    dk = zeros(KEYS, PARTS)
+    dv = zeros(KEYS, PARTS)
+
+    for group in range(groups):
+        head = key_head * groups + group
+        q_head = q_ptr + b * q_stride_b + head * q_stride_h
+        dout_head = dout_ptr + b * dout_stride_b + head * dout_stride_h
+        base_head = base_ptr + (b * heads + head) * Sq
+        delta_head = delta_ptr + (b * heads + head) * Sq
+
+        for e in range(begin, masked):
+            _, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            q = load_tile(q_head, token, q_stride_s, None, E, PARTS)
+            dout = load_tile(dout_head, token, dout_stride_s, None, E, PARTS)
+            p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token)[None, :])
+            dv = add_dot(dv, p, dout)
+            ds = p * (dot_t(v, dout) - tl.load(delta_head + token)[None, :])
+            dk = add_dot(dk, ds, q)
+
+        for e in range(masked, end):
+            origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            there = token < Sq
+            q = load_tile(q_head, token, q_stride_s, there, E, PARTS)
+            dout = load_tile(dout_head, token, dout_stride_s, there, E, PARTS)
+            p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
+            see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
+            p = tl.where(see, p, 0.0)
+            dv = add_dot(dv, p, dout)
+            ds = p * (dot_t(v, dout) - tl.load(delta_head + token, there, 0.0)[None, :])
+            dk = add_dot(dk, ds, q)
+
+    dk = scaled(dk, scale)
+    if kv_lens_ptr is not None:  # padding may have met anything; its gradient is 0
+        dk, dv = where(real, dk), where(real, dv)
+    # dk, dv are dense [B, Sk, Hk, E]
+    at = (b * Sk * key_heads + key_head) * E
+    store_tile(dk_ptr + at, key, key_heads * E, valid, dk, E)
+    store_tile(dv_ptr + at, key, key_heads * E, valid, dv, E)
+
+
+def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> None:
+    *mode, scale, dq, dk, dv = args
+    B, Sq, H, E = q.shape
+    Sk, key_heads = k.shape[1:3]
+    padded = kv_lens is not None
+    settings = E, q.dtype, config.capability(q.device), bool(mode[0])
+    widths = dict(E=E, PARTS=config.parts(E))
+
+    delta, base = torch.empty((2, B, H, Sq), dtype=torch.float32, device=q.device)
+    tiles = triton.cdiv(Sq, ROWS)
+    if B * H * Sq:
+        attention_bwd_rows_kernel[(tiles * B * H,)](
+            out, dout, lse, dlse, delta, base, *out.stride()[:3], *dout.stride()[:3], tiles, H, Sq,
+            **widths, ROWS=ROWS, LOG2_E=LOG2_E, num_warps=4,
+        )  # fmt: skip
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]
+    if dq is not None and B * H * Sq:
+        tile = config.backward_queries(*settings)
+        planned, owners = arrange(q, k, mode, tile, False, padded)
+        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        attention_bwd_dq_kernel[(owners * B * H,)](
+            q, k, v, dout, delta, base, dq, kv_lens, *tables, *strides,
+            owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
+            **widths, **planned, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    if (dk is not None or dv is not None) and B * H * Sk:
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) if d is None else d for d in (dk, dv))
+        tile = config.backward_keys(*settings)
+        planned, owners = arrange(q, k, mode, tile, True, padded)
+        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        attention_bwd_dkdv_kernel[(owners * B * key_heads,)](
+            q, k, v, dout, delta, base, dk, dv, kv_lens, *tables, *strides,
+            owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
+            **widths, **planned, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
