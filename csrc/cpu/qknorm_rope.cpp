@@ -1,8 +1,8 @@
 // qk_norm_rope on a CPU, forward and backward: the norm of each head or of the whole width, then the rotary embedding.
 //
-// A token's heads are read from memory once, widened to fp32 in L1 with the channels of a head in the order first
-// halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way - and
-// rounded once at the store. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
+// A token's heads are read from memory once and widened to fp32 in L1: sums are taken on the way in, and normalised,
+// turned and rounded once on the way out. Heads are short - 4 to 8 vectors of 16 floats - so that what costs is not the
+// arithmetic but what surrounds it: passes, remainders of loops, sums across a vector. Hence explicit vectors. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
 // an angle does, so their precision does not depend on the position. No table grows with the clip.
 //
 // Bytes an element of q and k, in units of its dtype. Forward: 2, the fewest possible: x read once, the result written
@@ -10,6 +10,7 @@
 // parameters, their fp32 partials (at most 64 rows) and freqs, read once a token, or a token and head, where given.
 
 #include "common/check.h"
+#include "common/lanes.h"
 #include "common/memory.h"
 #include "common/simd.h"
 
@@ -38,37 +39,159 @@ struct Heads {
   }
 };
 
-// ---- channels of one head, sorted
+// ---- channels of one head
 
+// fp32 in L1: first halves, second halves, the rest that does not turn, each filled up with zeros to whole vectors.
 struct Order {
   int64_t E = 0, pairs = 0;
   bool interleaved = false;
+  int64_t half = 0, width = 0;
+
+  Order() = default;
+  Order(int64_t E, int64_t pairs, bool interleaved) : E(E), pairs(pairs), interleaved(interleaved) {
+    const int64_t V = lanes();
+    half = (pairs + V - 1) / V * V;
+    width = 2 * half + (E - 2 * pairs + V - 1) / V * V;
+  }
+
+  int64_t at(int64_t channel) const {
+    if (channel >= 2 * pairs) return 2 * half + channel - 2 * pairs;
+    if (interleaved) return channel % 2 * half + channel / 2;
+    return channel < pairs ? channel : half + channel - pairs;
+  }
 };
 
-template <class T>
-SORA_INLINE void load(float* to, const T* from, const Order& order) {
-  int64_t done = 0;
-  if (order.interleaved) {
-    float *a = to, *b = to + order.pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < order.pairs; ++i) a[i] = to_float(from[2 * i]), b[i] = to_float(from[2 * i + 1]);
-    done = 2 * order.pairs;
-  }
-#pragma omp simd
-  for (int64_t i = done; i < order.E; ++i) to[i] = to_float(from[i]);
+template <int V>
+using Floats = typename Lanes<V>::Type;
+
+template <int V>
+SORA_INLINE Floats<V> get(const float* from) {
+  return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
 }
 
-template <class T>
-SORA_INLINE void store(T* to, const float* from, const Order& order) {
-  int64_t done = 0;
-  if (order.interleaved) {
-    const float *a = from, *b = from + order.pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < order.pairs; ++i) to[2 * i] = from_float<T>(a[i]), to[2 * i + 1] = from_float<T>(b[i]);
-    done = 2 * order.pairs;
+template <int V>
+SORA_INLINE void put(float* to, Floats<V> x) {
+  *reinterpret_cast<typename Lanes<V>::Unaligned*>(to) = x;
+}
+
+template <int V>
+SORA_INLINE float sum(Floats<V> x) {
+  if constexpr (V == 4) {
+    return (x[0] + x[2]) + (x[1] + x[3]);
+  } else {
+    Floats<V / 2> lower, upper;
+    std::memcpy(&lower, &x, sizeof lower);
+    std::memcpy(&upper, reinterpret_cast<const char*>(&x) + sizeof lower, sizeof upper);
+    return sum<V / 2>(lower + upper);
   }
+}
+
+// V channels side by side, of which the first n exist.
+template <int V, class T>
+SORA_INLINE Floats<V> read(const T* from, int64_t n) {
+  T whole[V];
+  if (n < V) from = std::copy_n(from, n, whole), std::fill(whole + n, whole + V, T{}), from = whole;
+  alignas(64) float x[V];
 #pragma omp simd
-  for (int64_t i = done; i < order.E; ++i) to[i] = from_float<T>(from[i]);
+  for (int j = 0; j < V; ++j) x[j] = to_float(from[j]);
+  return get<V>(x);
+}
+
+template <int V, class T>
+SORA_INLINE void write(T* to, Floats<V> values, int64_t n) {
+  T whole[V];
+  alignas(64) float x[V];
+  put<V>(x, values);
+  T* all = n < V ? whole : to;
+#pragma omp simd
+  for (int j = 0; j < V; ++j) all[j] = from_float<T>(x[j]);
+  if (n < V) std::copy_n(whole, n, to);
+}
+
+// V interleaved pairs. Two 16-bit neighbours are taken apart in the 32-bit lane in which they arrive.
+template <int V, class T>
+SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
+  T whole[2 * V];
+  if (n < V) from = (std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), whole);
+  alignas(64) float x[V], y[V];
+#pragma omp simd
+  for (int j = 0; j < V; ++j) {
+    if constexpr (sizeof(T) == 2) {
+      uint32_t both;
+      std::memcpy(&both, from + 2 * j, sizeof both);
+      x[j] = to_float(T{static_cast<uint16_t>(both)}), y[j] = to_float(T{static_cast<uint16_t>(both >> 16)});
+    } else {
+      x[j] = from[2 * j], y[j] = from[2 * j + 1];
+    }
+  }
+  a = get<V>(x), b = get<V>(y);
+}
+
+template <int V, class T>
+SORA_INLINE void write_pairs(T* to, Floats<V> a, Floats<V> b, int64_t n) {
+  T whole[2 * V];
+  alignas(64) float x[V], y[V];
+  put<V>(x, a), put<V>(y, b);
+  T* all = n < V ? whole : to;
+#pragma omp simd
+  for (int j = 0; j < V; ++j) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t both = from_float<T>(x[j]).bits | uint32_t{from_float<T>(y[j]).bits} << 16;
+      std::memcpy(all + 2 * j, &both, sizeof both);
+    } else {
+      all[2 * j] = x[j], all[2 * j + 1] = y[j];
+    }
+  }
+  if (n < V) std::copy_n(whole, 2 * n, to);
+}
+
+// cos and sin of a head's pairs, in whole vectors; null where nothing turns.
+struct Turn {
+  const float *cos = nullptr, *sin = nullptr;
+};
+
+template <int V>
+SORA_INLINE void rotate(Turn turn, int64_t i, float direction, Floats<V>& a, Floats<V>& b) {
+  const Floats<V> c = get<V>(turn.cos + i), s = direction * get<V>(turn.sin + i), x = a, y = b;
+  a = x * c - y * s;
+  b = x * s + y * c;
+}
+
+// sink(place, vector) for each vector of a head, turned back.
+template <int V, class T, class Sink>
+SORA_INLINE void load(const T* from, const Order& order, Turn turn, const Sink& sink) {
+  for (int64_t i = 0; i < order.pairs; i += V) {
+    Floats<V> a, b;
+    const int64_t n = order.pairs - i;
+    if (order.interleaved) {
+      read_pairs<V>(from + 2 * i, n, a, b);
+    } else {
+      a = read<V>(from + i, n), b = read<V>(from + order.pairs + i, n);
+    }
+    if (turn.cos) rotate<V>(turn, i, -1.0f, a, b);
+    sink(i, a), sink(order.half + i, b);
+  }
+  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
+    sink(at, read<V>(from + i, order.E - i));
+  }
+}
+
+// The vectors source(place) of a head, turned.
+template <int V, class T, class Source>
+SORA_INLINE void store(T* to, const Order& order, Turn turn, const Source& source) {
+  for (int64_t i = 0; i < order.pairs; i += V) {
+    Floats<V> a = source(i), b = source(order.half + i);
+    const int64_t n = order.pairs - i;
+    if (turn.cos) rotate<V>(turn, i, 1.0f, a, b);
+    if (order.interleaved) {
+      write_pairs<V>(to + 2 * i, a, b, n);
+    } else {
+      write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
+    }
+  }
+  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
+    write<V>(to + i, source(at), order.E - i);
+  }
 }
 
 // ---- angles
@@ -103,7 +226,9 @@ class Angles {
  public:
   explicit Angles(const Rotation& rotation)
       : rotation_(rotation),
-        scratch_(2, static_cast<int64_t>(rotation.steps.size())),
+        half_((rotation.pairs + kLanes - 1) / kLanes * kLanes),
+        ragged_(rotation.pairs % lanes() != 0),
+        scratch_(2, half_ * std::max<int64_t>(rotation.heads, 1)),
         positions_(rotation.steps.size()) {}
 
   // False where token s does not turn.
@@ -111,11 +236,7 @@ class Angles {
     const Rotation& r = rotation_;
     s -= r.first;
     if (s < 0 || s >= r.tokens || r.pairs == 0) return false;
-    if (r.cos) {
-      const int64_t row = s * std::max<int64_t>(r.heads, 1) * r.pairs;
-      cos_ = r.cos + row, sin_ = r.sin + row;
-      return true;
-    }
+    if (r.cos) return read(s), true;
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
@@ -138,65 +259,35 @@ class Angles {
     return true;
   }
 
-  // The pairs of head h turn, or (direction -1) turn back.
-  SORA_INLINE void turn(float* v, int64_t h, float direction) const {
-    const int64_t pairs = rotation_.pairs, row = rotation_.heads ? h * pairs : 0;
-    const float *cos = cos_ + row, *sin = sin_ + row;
-    float *a = v, *b = v + pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < pairs; ++i) {
-      const float x = a[i], y = b[i], s = direction * sin[i];
-      a[i] = x * cos[i] - y * s;
-      b[i] = x * s + y * cos[i];
-    }
+  Turn of_head(int64_t h) const {
+    const int64_t row = rotation_.heads ? h * (ragged_ ? half_ : rotation_.pairs) : 0;
+    return {cos_ + row, sin_ + row};
   }
 
  private:
+  // Given rows, copied only if the last vector would reach beyond them.
+  SORA_INLINE void read(int64_t s) {
+    const int64_t rows = std::max<int64_t>(rotation_.heads, 1), pairs = rotation_.pairs;
+    cos_ = rotation_.cos + s * rows * pairs, sin_ = rotation_.sin + s * rows * pairs;
+    if (!ragged_) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < half_; ++i) {
+        scratch_.row(0)[row * half_ + i] = i < pairs ? cos_[row * pairs + i] : 0.0f;
+        scratch_.row(1)[row * half_ + i] = i < pairs ? sin_[row * pairs + i] : 0.0f;
+      }
+    }
+    cos_ = scratch_.row(0), sin_ = scratch_.row(1);
+  }
+
   const Rotation& rotation_;
+  int64_t half_;
+  bool ragged_;
   Scratch scratch_;
   std::vector<uint64_t> positions_;
   const float *cos_ = nullptr, *sin_ = nullptr;
   int64_t at_[3] = {0, 0, 0};
   bool known_ = false;
 };
-
-// ---- statistics
-
-SORA_INLINE float sum(const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += v[i];
-  return total;
-}
-
-SORA_INLINE float sum_of_squares(const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += v[i] * v[i];
-  return total;
-}
-
-SORA_INLINE float dot(const float* u, const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += u[i] * v[i];
-  return total;
-}
-
-// 1/sigma of `heads` heads of width E, taken together, after their mean is taken off in place. Sums go head by head.
-SORA_INLINE float centre(float* v, int64_t heads, int64_t E, int64_t norm, float eps) {
-  const float count = static_cast<float>(heads * E);
-  if (norm == kLayer) {
-    float total = 0;
-    for (int64_t h = 0; h < heads; ++h) total += sum(v + h * E, E);
-    const float mean = total / count;
-#pragma omp simd
-    for (int64_t i = 0; i < heads * E; ++i) v[i] -= mean;
-  }
-  float total = 0;
-  for (int64_t h = 0; h < heads; ++h) total += sum_of_squares(v + h * E, E);
-  return 1.0f / std::sqrt(total / count + eps);
-}
 
 struct Params {
   int64_t B = 0, S = 0, H = 0, E = 0;
@@ -213,53 +304,82 @@ struct Params {
   int64_t rows() const { return B * S; }
   int64_t group() const { return width ? H : 1; }  // heads that share statistics
   int64_t weights() const { return width ? H * E : E; }
-  int64_t gradients() const { return dbias ? 2 * weights() : dweight ? weights() : 0; }
+  int64_t span() const { return group() * order.width; }  // their floats in L1, and a parameter's
+  int64_t gradients() const { return dbias ? 2 * span() : dweight ? span() : 0; }
   int64_t chunks() const { return (rows() + chunk_rows - 1) / chunk_rows; }
 };
 
-template <class T>
-SORA_INLINE void load_parameter_as(const Params& p, const Vector& from, float* to) {
-  for (int64_t i = 0; i < p.weights(); i += p.E) load(to + i, static_cast<const T*>(from.data) + i, p.order);
+// One thread's fp32 copy of the weight or the bias, in the order of the channels; `absent` everywhere if there is none.
+void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
+  std::fill_n(to, p.span(), 0.0f);
+  with_dtype(from.dtype, [&](auto t) {
+    const auto* values = static_cast<const decltype(t)*>(from.data);
+    for (int64_t h = 0; h < p.group(); ++h, to += p.order.width) {
+      for (int64_t i = 0; i < p.E; ++i) to[p.order.at(i)] = from ? to_float(values[h * p.E + i]) : absent;
+    }
+  });
 }
 
-// One thread's fp32 copy of the weight or the bias, sorted like the channels; `absent` everywhere if there is none.
-SORA_INLINE void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
-  if (!from) {
-    for (int64_t i = 0; i < p.weights(); ++i) to[i] = absent;
-    return;
+// Takes the mean off the heads of a group, in place. `exists` is 1, and 0 in what fills up the last vectors.
+template <int V>
+SORA_INLINE void centre(float* v, float mean, const float* exists, int64_t span) {
+  for (int64_t i = 0; i < span; i += V) put<V>(v + i, get<V>(v + i) - mean * get<V>(exists + i));
+}
+
+template <int V>
+SORA_INLINE float sum_of_squares(const float* v, const Order& order, int64_t heads) {
+  Floats<V> total = {};
+  for (int64_t h = 0; h < heads; ++h, v += order.width) {
+    Floats<V> head = {};
+    for (int64_t i = 0; i < order.width; i += V) head += get<V>(v + i) * get<V>(v + i);
+    total += head;
   }
-  switch (from.dtype) {
-    case ScalarType::BFloat16: return load_parameter_as<BFloat16>(p, from, to);
-    case ScalarType::Half: return load_parameter_as<Half>(p, from, to);
-    default: return load_parameter_as<float>(p, from, to);
-  }
+  return sum<V>(total);
 }
 
 // ---- forward
 
-template <class T>
+template <int V, class T>
 struct Forward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const Scratch scratch(3, H * E);
-    float *v = scratch.row(0), *weight = scratch.row(1), *bias = scratch.row(2);
+    const Order order = p.order;
+    const int64_t H = p.H, group = p.group(), span = p.span();
+    const Scratch scratch(4, span);
+    float *v = scratch.row(0), *weight = scratch.row(1), *bias = scratch.row(2), *exists = scratch.row(3);
     load_parameter(p, p.weight, 1.0f, weight);
     load_parameter(p, p.bias, 0.0f, bias);
+    load_parameter(p, {}, 1.0f, exists);
+    const float count = static_cast<float>(group * p.E);
+    const bool layer = p.norm == kLayer;
     Angles angles(*p.rotation);
 
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
       const bool turns = angles.seek(s);
       for (int64_t h = 0; h < H; h += group) {
-        for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
-        if (p.norm != kNone) {
-          const float rstd = centre(v, group, E, p.norm, p.eps);
-#pragma omp simd
-          for (int64_t i = 0; i < span; ++i) v[i] = v[i] * rstd * weight[i] + bias[i];
-        }
+        Floats<V> total = {};
         for (int64_t i = 0; i < group; ++i) {
-          if (turns) angles.turn(v + i * E, h + i, 1.0f);
-          store(p.out.at<T>(b, s, h + i), v + i * E, p.order);
+          Floats<V> head = {};
+          load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+            put<V>(v + i * order.width + at, x);
+            head += layer ? x : x * x;
+          });
+          total += head;
+        }
+        float moment = sum<V>(total) / count;
+        if (layer) {
+          centre<V>(v, moment, exists, span);
+          moment = sum_of_squares<V>(v, order, group) / count;
+        }
+        const float rstd = 1.0f / std::sqrt(moment + p.eps);
+        for (int64_t i = 0; i < group; ++i) {
+          const int64_t first = i * order.width;
+          store<V>(p.out.at<T>(b, s, h + i), order, turns ? angles.of_head(h + i) : Turn{},
+                   [&](int64_t at) SORA_INLINE_LAMBDA {
+                     at += first;
+                     const Floats<V> x = get<V>(v + at);
+                     return p.norm == kNone ? x : x * rstd * get<V>(weight + at) + get<V>(bias + at);
+                   });
         }
       }
     }
@@ -277,72 +397,91 @@ constexpr int64_t kChunks = 64;     // at most
 constexpr int64_t kMinRows = 16;    // of a chunk
 constexpr int64_t kBlockSum = 64;   // values added up before they join a longer sum, to keep its rounding error small
 
-template <class T>
+template <int V, class T>
 struct Backward {
+  // Of one group of heads, but weight and exists.
+  struct Rows {
+    float *g, *v, *weight, *exists, *dweight, *dbias;
+  };
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const int64_t gradients = p.gradients();
-    const Scratch scratch(3, H * E), sums(1, std::max(gradients, p.weights()));
-    float *g = scratch.row(0), *v = scratch.row(1), *weight = scratch.row(2), *block = sums.row(0);
-    load_parameter(p, p.weight, 1.0f, weight);
+    const int64_t span = p.span(), gradients = p.gradients();
+    const Scratch scratch(6, span);
+    const Rows r{scratch.row(0), scratch.row(1), scratch.row(2), scratch.row(3), scratch.row(4), scratch.row(5)};
+    load_parameter(p, p.weight, 1.0f, r.weight);
+    load_parameter(p, {}, 1.0f, r.exists);
     Angles angles(*p.rotation);
-    const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / H);
+    const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / p.H);
 
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* partial = p.partials ? p.partials + chunk * gradients : nullptr;
-      if (partial) std::fill_n(partial, gradients, 0.0f);
+      float* partial = p.partials + chunk * gradients;
+      std::fill_n(partial, gradients, 0.0f);
       const int64_t last = std::min((chunk + 1) * p.chunk_rows, p.rows());
       for (int64_t first = chunk * p.chunk_rows; first < last; first += block_rows) {
-        std::fill_n(block, std::max(gradients, p.weights()), 0.0f);
+        std::fill_n(r.dweight, span, 0.0f);
+        std::fill_n(r.dbias, span, 0.0f);
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
           const bool turns = angles.seek(s);
-          for (int64_t h = 0; h < H; h += group) {
-            for (int64_t i = 0; i < group; ++i) {
-              load(g + i * E, p.dout.at<const T>(b, s, h + i), p.order);
-              if (turns) angles.turn(g + i * E, h + i, -1.0f);
-            }
-            if (p.norm != kNone) {
-              for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
-              normalised(p, g, v, weight, block, span);
-            }
-            if (p.dx) {
-              for (int64_t i = 0; i < group; ++i) store(p.dx.at<T>(b, s, h + i), g + i * E, p.order);
-            }
-          }
+          for (int64_t h = 0; h < p.H; h += p.group()) heads(p, b, s, h, turns ? &angles : nullptr, r);
         }
-        if (partial) {
-#pragma omp simd
-          for (int64_t i = 0; i < gradients; ++i) partial[i] += block[i];
-        }
+        for (int64_t i = 0; i < std::min(gradients, span); ++i) partial[i] += r.dweight[i];
+        for (int64_t i = span; i < gradients; ++i) partial[i] += r.dbias[i - span];
       }
     }
   }
 
-  // g becomes dx; block gains this group's parts of dweight and dbias.
-  static SORA_INLINE void normalised(const Params& p, float* g, float* v, const float* weight, float* block,
-                                     int64_t span) {
-    const int64_t E = p.E, group = p.group();
-    const float rstd = centre(v, group, E, p.norm, p.eps), count = static_cast<float>(span);
-    if (p.dbias) {
-      float* bias = block + p.weights();
-#pragma omp simd
-      for (int64_t i = 0; i < span; ++i) bias[i] += g[i];
+  // Those of one group, from h on.
+  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles, const Rows& r) {
+    const Order order = p.order;
+    const int64_t group = p.group(), span = p.span(), width = order.width;
+    const float count = static_cast<float>(group * p.E);
+    Floats<V> total = {};
+    for (int64_t i = 0; i < group; ++i) {
+      float *g = r.g + i * width, *v = r.v + i * width;
+      load<V>(p.dout.at<const T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
+              [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
+      if (p.norm == kNone) continue;
+      Floats<V> head = {};
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        head += x;
+      });
+      total += head;
     }
-#pragma omp simd
-    for (int64_t i = 0; i < span; ++i) {
-      v[i] *= rstd;
-      block[i] += g[i] * v[i];
-      g[i] *= weight[i];
+
+    float rstd = 1, along = 0, shift = 0;  // dx = (weight * g - shift - v * along) * rstd
+    if (p.norm != kNone) {
+      if (p.norm == kLayer) centre<V>(r.v, sum<V>(total) / count, r.exists, span);
+      Floats<V> squares = {}, products = {}, gradients = {};
+      for (int64_t first = 0; first < span; first += width) {
+        Floats<V> square = {}, product = {}, gradient = {};  // of one head
+        for (int64_t i = first; i < first + width; i += V) {
+          const Floats<V> x = get<V>(r.v + i), dy = get<V>(r.weight + i) * get<V>(r.g + i);
+          square += x * x, product += x * dy, gradient += dy;
+        }
+        squares += square, products += product, gradients += gradient;
+      }
+      rstd = 1.0f / std::sqrt(sum<V>(squares) / count + p.eps);
+      along = sum<V>(products) / count * rstd * rstd;
+      if (p.norm == kLayer) shift = sum<V>(gradients) / count;
+      if (p.gradients() > 0) {
+        for (int64_t i = 0; i < span; i += V) {
+          put<V>(r.dweight + i, get<V>(r.dweight + i) + get<V>(r.g + i) * (get<V>(r.v + i) * rstd));
+        }
+      }
+      if (p.dbias) {
+        for (int64_t i = 0; i < span; i += V) put<V>(r.dbias + i, get<V>(r.dbias + i) + get<V>(r.g + i));
+      }
     }
-    float along = 0, shift = 0;
-    for (int64_t h = 0; h < group; ++h) along += dot(g + h * E, v + h * E, E);
-    if (p.norm == kLayer) {
-      for (int64_t h = 0; h < group; ++h) shift += sum(g + h * E, E);
+    if (!p.dx) return;
+    for (int64_t i = 0; i < group; ++i) {
+      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + i * width;
+      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
+        const Floats<V> dy = get<V>(g + at);
+        return p.norm == kNone ? dy : (dy * get<V>(weight + at) - shift - get<V>(v + at) * along) * rstd;
+      });
     }
-    along /= count, shift /= count;
-#pragma omp simd
-    for (int64_t i = 0; i < span; ++i) g[i] = (g[i] - shift - v[i] * along) * rstd;
   }
 };
 
@@ -350,7 +489,11 @@ void store_gradient(const Params& p, const Vector& to, const float* from) {
   if (!to) return;
   with_dtype(to.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t i = 0; i < p.weights(); i += p.E) store(static_cast<T*>(to.data) + i, from + i, p.order);
+    for (int64_t h = 0; h < p.group(); ++h) {
+      for (int64_t i = 0; i < p.E; ++i) {
+        static_cast<T*>(to.data)[h * p.E + i] = from_float<T>(from[h * p.order.width + p.order.at(i)]);
+      }
+    }
   });
 }
 
@@ -363,7 +506,7 @@ void join_heads(Params& p) {
   }
   if (!p.width || p.order.pairs > 0) return;
   p.E *= p.H, p.H = 1;
-  p.order.E = p.E;
+  p.order = {p.E, 0, p.order.interleaved};
 }
 
 void forward(Params p, ScalarType dtype) {
@@ -374,7 +517,7 @@ void forward(Params p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, p.rows(), grain, [&](int64_t begin, int64_t end) {
-      dispatch<Forward<decltype(t)>>(p, begin, end);
+      dispatch_lanes<Forward, decltype(t)>(p, begin, end);
     });
   });
 }
@@ -391,7 +534,7 @@ void backward(Params p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     if (p.dx) advise_huge_pages(p.dx.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      dispatch<Backward<decltype(t)>>(p, begin, end);
+      dispatch_lanes<Backward, decltype(t)>(p, begin, end);
     });
   });
   if (!p.partials) return;
@@ -399,7 +542,7 @@ void backward(Params p, ScalarType dtype) {
     for (int64_t i = 0; i < gradients; ++i) p.partials[i] += p.partials[chunk * gradients + i];
   }
   store_gradient(p, p.dweight, p.partials);
-  store_gradient(p, p.dbias, p.partials + p.weights());
+  store_gradient(p, p.dbias, p.partials + p.span());
 }
 
 Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
