@@ -289,6 +289,8 @@ class Angles {
   bool known_ = false;
 };
 
+constexpr int64_t kStep = 8;  // heads of a pass, where each has a norm of its own
+
 struct Params {
   int64_t B = 0, S = 0, H = 0, E = 0;
   Heads x, out, dout, dx;
@@ -304,7 +306,9 @@ struct Params {
   int64_t rows() const { return B * S; }
   int64_t group() const { return width ? H : 1; }  // heads that share statistics
   int64_t weights() const { return width ? H * E : E; }
-  int64_t span() const { return group() * order.width; }  // their floats in L1, and a parameter's
+  int64_t step() const { return width ? H : std::min(H, kStep); }  // heads of one pass
+  int64_t span() const { return group() * order.width; }           // floats of a parameter in L1
+  int64_t parameter(int64_t head) const { return width ? head * order.width : 0; }
   int64_t gradients() const { return dbias ? 2 * span() : dweight ? span() : 0; }
   int64_t chunks() const { return (rows() + chunk_rows - 1) / chunk_rows; }
 };
@@ -320,21 +324,33 @@ void load_parameter(const Params& p, const Vector& from, float absent, float* to
   });
 }
 
-// Takes the mean off the heads of a group, in place. `exists` is 1, and 0 in what fills up the last vectors.
-template <int V>
-SORA_INLINE void centre(float* v, float mean, const float* exists, int64_t span) {
-  for (int64_t i = 0; i < span; i += V) put<V>(v + i, get<V>(v + i) - mean * get<V>(exists + i));
+// ---- statistics
+//
+// What follows from a head's sums - two sums across a vector, two divisions, a root - takes longer than its other
+// arithmetic, so several heads go through each pass before the next: their chains overlap.
+
+// Sums of single heads become means over all that share a norm.
+SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
+  const float share = 1.0f / static_cast<float>(p.group() * p.E);
+  if (p.width) {
+    float total = 0;
+    for (int64_t i = 0; i < heads; ++i) total += sums[i];
+    std::fill_n(sums, heads, total);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < heads; ++i) sums[i] *= share;
 }
 
+// Mean squares become 1/sigma.
+SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
+#pragma omp simd
+  for (int64_t i = 0; i < heads; ++i) squares[i] = 1.0f / std::sqrt(squares[i] + p.eps);
+}
+
+// Takes the mean off a head. `exists` is 1, and 0 in what fills up its last vectors.
 template <int V>
-SORA_INLINE float sum_of_squares(const float* v, const Order& order, int64_t heads) {
-  Floats<V> total = {};
-  for (int64_t h = 0; h < heads; ++h, v += order.width) {
-    Floats<V> head = {};
-    for (int64_t i = 0; i < order.width; i += V) head += get<V>(v + i) * get<V>(v + i);
-    total += head;
-  }
-  return sum<V>(total);
+SORA_INLINE void centre(float* v, float mean, const float* exists, int64_t width) {
+  for (int64_t i = 0; i < width; i += V) put<V>(v + i, get<V>(v + i) - mean * get<V>(exists + i));
 }
 
 // ---- forward
@@ -342,46 +358,55 @@ SORA_INLINE float sum_of_squares(const float* v, const Order& order, int64_t hea
 template <int V, class T>
 struct Forward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const Order order = p.order;
-    const int64_t H = p.H, group = p.group(), span = p.span();
-    const Scratch scratch(4, span);
-    float *v = scratch.row(0), *weight = scratch.row(1), *bias = scratch.row(2), *exists = scratch.row(3);
-    load_parameter(p, p.weight, 1.0f, weight);
-    load_parameter(p, p.bias, 0.0f, bias);
-    load_parameter(p, {}, 1.0f, exists);
-    const float count = static_cast<float>(group * p.E);
-    const bool layer = p.norm == kLayer;
+    const Scratch rows(1, p.step() * p.order.width), parameters(3, p.span()), sums(1, p.step());
+    load_parameter(p, p.weight, 1.0f, parameters.row(0));
+    load_parameter(p, p.bias, 0.0f, parameters.row(1));
+    load_parameter(p, {}, 1.0f, parameters.row(2));
     Angles angles(*p.rotation);
-
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
       const bool turns = angles.seek(s);
-      for (int64_t h = 0; h < H; h += group) {
-        Floats<V> total = {};
-        for (int64_t i = 0; i < group; ++i) {
-          Floats<V> head = {};
-          load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-            put<V>(v + i * order.width + at, x);
-            head += layer ? x : x * x;
-          });
-          total += head;
-        }
-        float moment = sum<V>(total) / count;
-        if (layer) {
-          centre<V>(v, moment, exists, span);
-          moment = sum_of_squares<V>(v, order, group) / count;
-        }
-        const float rstd = 1.0f / std::sqrt(moment + p.eps);
-        for (int64_t i = 0; i < group; ++i) {
-          const int64_t first = i * order.width;
-          store<V>(p.out.at<T>(b, s, h + i), order, turns ? angles.of_head(h + i) : Turn{},
-                   [&](int64_t at) SORA_INLINE_LAMBDA {
-                     at += first;
-                     const Floats<V> x = get<V>(v + at);
-                     return p.norm == kNone ? x : x * rstd * get<V>(weight + at) + get<V>(bias + at);
-                   });
-        }
+      for (int64_t h = 0; h < p.H; h += p.step()) {
+        heads(p, b, s, h, turns ? &angles : nullptr, rows.row(0), parameters, sums.row(0));
       }
+    }
+  }
+
+  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles, float* rows,
+                                const Scratch& parameters, float* sums) {
+    const Order order = p.order;
+    const int64_t n = std::min(p.step(), p.H - h), width = order.width;
+    const bool layer = p.norm == kLayer;
+    for (int64_t i = 0; i < n; ++i) {
+      float* v = rows + i * width;
+      Floats<V> total = {};
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        total += layer ? x : x * x;
+      });
+      sums[i] = sum<V>(total);
+    }
+    if (layer) {
+      average(p, sums, n);
+      for (int64_t i = 0; i < n; ++i) {
+        float* v = rows + i * width;
+        centre<V>(v, sums[i], parameters.row(2), width);
+        Floats<V> total = {};
+        for (int64_t at = 0; at < width; at += V) total += get<V>(v + at) * get<V>(v + at);
+        sums[i] = sum<V>(total);
+      }
+    }
+    average(p, sums, n);
+    invert(p, sums, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *v = rows + i * width;
+      const float rstd = sums[i];
+      const float *weight = parameters.row(0) + p.parameter(i), *bias = parameters.row(1) + p.parameter(i);
+      store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
+               [&](int64_t at) SORA_INLINE_LAMBDA {
+                 const Floats<V> x = get<V>(v + at);
+                 return p.norm == kNone ? x : x * rstd * get<V>(weight + at) + get<V>(bias + at);
+               });
     }
   }
 };
@@ -399,15 +424,17 @@ constexpr int64_t kBlockSum = 64;   // values added up before they join a longer
 
 template <int V, class T>
 struct Backward {
-  // Of one group of heads, but weight and exists.
+  // Of a step of heads: gradients turned back, channels, and per head the sums of x, of squares, of products, of dy.
+  // For a group: the rest.
   struct Rows {
-    float *g, *v, *weight, *exists, *dweight, *dbias;
+    float *g, *v, *total, *squares, *products, *gradients, *weight, *exists, *dweight, *dbias;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const int64_t span = p.span(), gradients = p.gradients();
-    const Scratch scratch(6, span);
-    const Rows r{scratch.row(0), scratch.row(1), scratch.row(2), scratch.row(3), scratch.row(4), scratch.row(5)};
+    const Scratch rows(2, p.step() * p.order.width), sums(4, p.step()), parameters(4, span);
+    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
+                 parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
     load_parameter(p, p.weight, 1.0f, r.weight);
     load_parameter(p, {}, 1.0f, r.exists);
     Angles angles(*p.rotation);
@@ -423,7 +450,7 @@ struct Backward {
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
           const bool turns = angles.seek(s);
-          for (int64_t h = 0; h < p.H; h += p.group()) heads(p, b, s, h, turns ? &angles : nullptr, r);
+          for (int64_t h = 0; h < p.H; h += p.step()) heads(p, b, s, h, turns ? &angles : nullptr, r);
         }
         for (int64_t i = 0; i < std::min(gradients, span); ++i) partial[i] += r.dweight[i];
         for (int64_t i = span; i < gradients; ++i) partial[i] += r.dbias[i - span];
@@ -431,56 +458,67 @@ struct Backward {
     }
   }
 
-  // Those of one group, from h on.
   static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles, const Rows& r) {
     const Order order = p.order;
-    const int64_t group = p.group(), span = p.span(), width = order.width;
-    const float count = static_cast<float>(group * p.E);
-    Floats<V> total = {};
-    for (int64_t i = 0; i < group; ++i) {
-      float *g = r.g + i * width, *v = r.v + i * width;
+    const int64_t n = std::min(p.step(), p.H - h), width = order.width;
+    for (int64_t i = 0; i < n; ++i) {
+      float* g = r.g + i * width;
       load<V>(p.dout.at<const T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
               [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
-      if (p.norm == kNone) continue;
-      Floats<V> head = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-        put<V>(v + at, x);
-        head += x;
-      });
-      total += head;
     }
-
-    float rstd = 1, along = 0, shift = 0;  // dx = (weight * g - shift - v * along) * rstd
-    if (p.norm != kNone) {
-      if (p.norm == kLayer) centre<V>(r.v, sum<V>(total) / count, r.exists, span);
-      Floats<V> squares = {}, products = {}, gradients = {};
-      for (int64_t first = 0; first < span; first += width) {
-        Floats<V> square = {}, product = {}, gradient = {};  // of one head
-        for (int64_t i = first; i < first + width; i += V) {
-          const Floats<V> x = get<V>(r.v + i), dy = get<V>(r.weight + i) * get<V>(r.g + i);
-          square += x * x, product += x * dy, gradient += dy;
-        }
-        squares += square, products += product, gradients += gradient;
-      }
-      rstd = 1.0f / std::sqrt(sum<V>(squares) / count + p.eps);
-      along = sum<V>(products) / count * rstd * rstd;
-      if (p.norm == kLayer) shift = sum<V>(gradients) / count;
-      if (p.gradients() > 0) {
-        for (int64_t i = 0; i < span; i += V) {
-          put<V>(r.dweight + i, get<V>(r.dweight + i) + get<V>(r.g + i) * (get<V>(r.v + i) * rstd));
-        }
-      }
-      if (p.dbias) {
-        for (int64_t i = 0; i < span; i += V) put<V>(r.dbias + i, get<V>(r.dbias + i) + get<V>(r.g + i));
-      }
-    }
+    if (p.norm != kNone) normalised(p, b, s, h, n, r);
     if (!p.dx) return;
-    for (int64_t i = 0; i < group; ++i) {
-      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + i * width;
+    for (int64_t i = 0; i < n; ++i) {
+      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
+      const float rstd = r.squares[i], along = r.products[i], shift = r.gradients[i];
       store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
         const Floats<V> dy = get<V>(g + at);
         return p.norm == kNone ? dy : (dy * get<V>(weight + at) - shift - get<V>(v + at) * along) * rstd;
       });
+    }
+  }
+
+  // Leaves rstd, along and shift, of which dx = (weight * g - shift - v * along) * rstd, in the rows of sums, and adds
+  // to dweight and dbias.
+  static SORA_INLINE void normalised(const Params& p, int64_t b, int64_t s, int64_t h, int64_t n, const Rows& r) {
+    const Order order = p.order;
+    const int64_t width = order.width, span = p.span();
+    for (int64_t i = 0; i < n; ++i) {
+      float* v = r.v + i * width;
+      Floats<V> total = {};
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        total += x;
+      });
+      r.total[i] = sum<V>(total);
+    }
+    average(p, r.total, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *g = r.g + i * width, *weight = r.weight + p.parameter(i);
+      float* v = r.v + i * width;
+      if (p.norm == kLayer) centre<V>(v, r.total[i], r.exists, width);
+      Floats<V> squares = {}, products = {}, gradients = {};
+      for (int64_t at = 0; at < width; at += V) {
+        const Floats<V> x = get<V>(v + at), dy = get<V>(weight + at) * get<V>(g + at);
+        squares += x * x, products += x * dy, gradients += dy;
+      }
+      r.squares[i] = sum<V>(squares), r.products[i] = sum<V>(products);
+      r.gradients[i] = p.norm == kLayer ? sum<V>(gradients) : 0.0f;
+    }
+    for (float* sums : {r.squares, r.products, r.gradients}) average(p, sums, n);
+    invert(p, r.squares, n);
+    for (int64_t i = 0; i < n; ++i) r.products[i] *= r.squares[i] * r.squares[i];
+
+    if (p.gradients() == 0) return;
+    const int64_t heads = p.width ? 1 : n;  // that share a weight
+    for (int64_t at = 0; at < span; at += V) {
+      Floats<V> dweight = get<V>(r.dweight + at), dbias = get<V>(r.dbias + at);
+      for (int64_t i = 0; i < heads; ++i) {
+        const Floats<V> g = get<V>(r.g + i * width + at);
+        dweight += g * (get<V>(r.v + i * width + at) * r.squares[i]);
+        dbias += g;
+      }
+      put<V>(r.dweight + at, dweight), put<V>(r.dbias + at, dbias);
     }
   }
 };
