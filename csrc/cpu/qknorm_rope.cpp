@@ -54,10 +54,12 @@ struct Order {
     width = 2 * half + (E - 2 * pairs + V - 1) / V * V;
   }
 
-  int64_t at(int64_t channel) const {
-    if (channel >= 2 * pairs) return 2 * half + channel - 2 * pairs;
-    if (interleaved) return channel % 2 * half + channel / 2;
-    return channel < pairs ? channel : half + channel - pairs;
+  // f(channel in memory, its place in L1)
+  template <class F>
+  void visit(const F& f) const {
+    const int64_t step = interleaved ? 2 : 1, second = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; ++i) f(i * step, i), f(second + i * step, half + i);
+    for (int64_t i = 2 * pairs; i < E; ++i) f(i, 2 * half + i - 2 * pairs);
   }
 };
 
@@ -86,11 +88,18 @@ SORA_INLINE float sum(Floats<V> x) {
   }
 }
 
+// n ones, then zeros.
+template <int V>
+SORA_INLINE Floats<V> first(int64_t n) {
+  alignas(64) static constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  return get<V>(kOnes + 16 - std::min<int64_t>(n, V));
+}
+
 // V channels side by side, of which the first n exist.
 template <int V, class T>
 SORA_INLINE Floats<V> read(const T* from, int64_t n) {
   T whole[V];
-  if (n < V) from = std::copy_n(from, n, whole), std::fill(whole + n, whole + V, T{}), from = whole;
+  if (n < V) std::fill(std::copy_n(from, n, whole), whole + V, T{}), from = whole;
   alignas(64) float x[V];
 #pragma omp simd
   for (int j = 0; j < V; ++j) x[j] = to_float(from[j]);
@@ -112,7 +121,7 @@ SORA_INLINE void write(T* to, Floats<V> values, int64_t n) {
 template <int V, class T>
 SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
   T whole[2 * V];
-  if (n < V) from = (std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), whole);
+  if (n < V) std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), from = whole;
   alignas(64) float x[V], y[V];
 #pragma omp simd
   for (int j = 0; j < V; ++j) {
@@ -157,40 +166,56 @@ SORA_INLINE void rotate(Turn turn, int64_t i, float direction, Floats<V>& a, Flo
   b = x * s + y * c;
 }
 
-// sink(place, vector) for each vector of a head, turned back.
-template <int V, class T, class Sink>
-SORA_INLINE void load(const T* from, const Order& order, Turn turn, const Sink& sink) {
+// The V pairs from pair i on of a head in memory.
+template <int V, class T>
+SORA_INLINE void read_turning(const T* from, const Order& order, int64_t i, Floats<V>& a, Floats<V>& b) {
+  const int64_t n = order.pairs - i;
+  if (order.interleaved) return read_pairs<V>(from + 2 * i, n, a, b);
+  a = read<V>(from + i, n), b = read<V>(from + order.pairs + i, n);
+}
+
+template <int V, class T>
+SORA_INLINE void write_turning(T* to, const Order& order, int64_t i, Floats<V> a, Floats<V> b) {
+  const int64_t n = order.pairs - i;
+  if (order.interleaved) return write_pairs<V>(to + 2 * i, a, b, n);
+  write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
+}
+
+// A head to L1, turned back.
+template <int V, class T>
+SORA_INLINE void load(const T* from, const Order& order, Turn turn, float* to) {
   for (int64_t i = 0; i < order.pairs; i += V) {
     Floats<V> a, b;
-    const int64_t n = order.pairs - i;
-    if (order.interleaved) {
-      read_pairs<V>(from + 2 * i, n, a, b);
-    } else {
-      a = read<V>(from + i, n), b = read<V>(from + order.pairs + i, n);
-    }
+    read_turning<V>(from, order, i, a, b);
     if (turn.cos) rotate<V>(turn, i, -1.0f, a, b);
-    sink(i, a), sink(order.half + i, b);
+    put<V>(to + i, a), put<V>(to + order.half + i, b);
   }
   for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
-    sink(at, read<V>(from + i, order.E - i));
+    put<V>(to + at, read<V>(from + i, order.E - i));
   }
 }
 
-// The vectors source(place) of a head, turned.
-template <int V, class T, class Source>
-SORA_INLINE void store(T* to, const Order& order, Turn turn, const Source& source) {
+// f(place) of each vector to a head.
+template <int V, class T, class F>
+SORA_INLINE void store(T* to, const Order& order, const F& f) {
+  for (int64_t i = 0; i < order.pairs; i += V) write_turning<V>(to, order, i, f(i), f(order.half + i));
+  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
+    write<V>(to + i, f(at), order.E - i);
+  }
+}
+
+// f(place, vector) of each vector from one head to another, then turned.
+template <int V, class T, class F>
+SORA_INLINE void transform(const T* from, T* to, const Order& order, Turn turn, const F& f) {
   for (int64_t i = 0; i < order.pairs; i += V) {
-    Floats<V> a = source(i), b = source(order.half + i);
-    const int64_t n = order.pairs - i;
+    Floats<V> a, b;
+    read_turning<V>(from, order, i, a, b);
+    a = f(i, a), b = f(order.half + i, b);
     if (turn.cos) rotate<V>(turn, i, 1.0f, a, b);
-    if (order.interleaved) {
-      write_pairs<V>(to + 2 * i, a, b, n);
-    } else {
-      write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
-    }
+    write_turning<V>(to, order, i, a, b);
   }
   for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
-    write<V>(to + i, source(at), order.E - i);
+    write<V>(to + i, f(at, read<V>(from + i, order.E - i)), order.E - i);
   }
 }
 
@@ -315,11 +340,12 @@ struct Params {
 
 // One thread's fp32 copy of the weight or the bias, in the order of the channels; `absent` everywhere if there is none.
 void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
-  std::fill_n(to, p.span(), 0.0f);
+  std::fill_n(to, p.span(), absent);
+  if (!from) return;
   with_dtype(from.dtype, [&](auto t) {
     const auto* values = static_cast<const decltype(t)*>(from.data);
-    for (int64_t h = 0; h < p.group(); ++h, to += p.order.width) {
-      for (int64_t i = 0; i < p.E; ++i) to[p.order.at(i)] = from ? to_float(values[h * p.E + i]) : absent;
+    for (int64_t h = 0; h < p.group(); ++h, values += p.E, to += p.order.width) {
+      p.order.visit([&](int64_t channel, int64_t at) { to[at] = to_float(values[channel]); });
     }
   });
 }
@@ -347,66 +373,59 @@ SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
   for (int64_t i = 0; i < heads; ++i) squares[i] = 1.0f / std::sqrt(squares[i] + p.eps);
 }
 
-// Takes the mean off a head. `exists` is 1, and 0 in what fills up its last vectors.
-template <int V>
-SORA_INLINE void centre(float* v, float mean, const float* exists, int64_t width) {
-  for (int64_t i = 0; i < width; i += V) put<V>(v + i, get<V>(v + i) - mean * get<V>(exists + i));
-}
-
 // ---- forward
 
 template <int V, class T>
 struct Forward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const Scratch rows(1, p.step() * p.order.width), parameters(3, p.span()), sums(1, p.step());
+    const Scratch parameters(2, p.span()), sums(2, p.step());
     load_parameter(p, p.weight, 1.0f, parameters.row(0));
     load_parameter(p, p.bias, 0.0f, parameters.row(1));
-    load_parameter(p, {}, 1.0f, parameters.row(2));
+    std::fill_n(sums.row(0), p.step(), 0.0f);
     Angles angles(*p.rotation);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
       const bool turns = angles.seek(s);
       for (int64_t h = 0; h < p.H; h += p.step()) {
-        heads(p, b, s, h, turns ? &angles : nullptr, rows.row(0), parameters, sums.row(0));
+        heads(p, b, s, h, turns ? &angles : nullptr, parameters, sums.row(0), sums.row(1));
       }
     }
   }
 
-  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles, float* rows,
-                                const Scratch& parameters, float* sums) {
+  // mean and rstd: of each head. The mean stays 0 where there is none.
+  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles,
+                                const Scratch& parameters, float* mean, float* rstd) {
     const Order order = p.order;
-    const int64_t n = std::min(p.step(), p.H - h), width = order.width;
-    const bool layer = p.norm == kLayer;
-    for (int64_t i = 0; i < n; ++i) {
-      float* v = rows + i * width;
-      Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-        put<V>(v + at, x);
-        total += layer ? x : x * x;
-      });
-      sums[i] = sum<V>(total);
-    }
-    if (layer) {
-      average(p, sums, n);
+    const int64_t n = std::min(p.step(), p.H - h);
+    if (p.norm == kLayer) {
       for (int64_t i = 0; i < n; ++i) {
-        float* v = rows + i * width;
-        centre<V>(v, sums[i], parameters.row(2), width);
+        const T* x = p.x.at<const T>(b, s, h + i);
         Floats<V> total = {};
-        for (int64_t at = 0; at < width; at += V) total += get<V>(v + at) * get<V>(v + at);
-        sums[i] = sum<V>(total);
+        for (int64_t at = 0; at < order.E; at += V) total += read<V>(x + at, order.E - at);
+        mean[i] = sum<V>(total);
       }
+      average(p, mean, n);
     }
-    average(p, sums, n);
-    invert(p, sums, n);
+    if (p.norm != kNone) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T* x = p.x.at<const T>(b, s, h + i);
+        Floats<V> total = {};
+        for (int64_t at = 0; at < order.E; at += V) {
+          const Floats<V> c = read<V>(x + at, order.E - at) - mean[i] * first<V>(order.E - at);
+          total += c * c;
+        }
+        rstd[i] = sum<V>(total);
+      }
+      average(p, rstd, n);
+      invert(p, rstd, n);
+    }
     for (int64_t i = 0; i < n; ++i) {
-      const float *v = rows + i * width;
-      const float rstd = sums[i];
       const float *weight = parameters.row(0) + p.parameter(i), *bias = parameters.row(1) + p.parameter(i);
-      store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
-               [&](int64_t at) SORA_INLINE_LAMBDA {
-                 const Floats<V> x = get<V>(v + at);
-                 return p.norm == kNone ? x : x * rstd * get<V>(weight + at) + get<V>(bias + at);
-               });
+      const float m = mean[i], r = rstd[i];
+      transform<V>(p.x.at<const T>(b, s, h + i), p.out.at<T>(b, s, h + i), order,
+                   angles ? angles->of_head(h + i) : Turn{}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+                     return p.norm == kNone ? x : (x - m) * r * get<V>(weight + at) + get<V>(bias + at);
+                   });
     }
   }
 };
@@ -424,10 +443,9 @@ constexpr int64_t kBlockSum = 64;   // values added up before they join a longer
 
 template <int V, class T>
 struct Backward {
-  // Of a step of heads: gradients turned back, channels, and per head the sums of x, of squares, of products, of dy.
-  // For a group: the rest.
+  // Of a step of heads: gradients turned back and channels; per head, sums. Of a group, or 1 where a channel `exists`.
   struct Rows {
-    float *g, *v, *total, *squares, *products, *gradients, *weight, *exists, *dweight, *dbias;
+    float *g, *v, *mean, *rstd, *along, *shift, *weight, *exists, *dweight, *dbias;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
@@ -436,7 +454,9 @@ struct Backward {
     const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
                  parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
     load_parameter(p, p.weight, 1.0f, r.weight);
-    load_parameter(p, {}, 1.0f, r.exists);
+    std::fill_n(r.exists, span, 0.0f);
+    p.order.visit([&](int64_t, int64_t at) { r.exists[at] = 1.0f; });
+    std::fill_n(r.mean, p.step(), 0.0f);
     Angles angles(*p.rotation);
     const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / p.H);
 
@@ -462,52 +482,51 @@ struct Backward {
     const Order order = p.order;
     const int64_t n = std::min(p.step(), p.H - h), width = order.width;
     for (int64_t i = 0; i < n; ++i) {
-      float* g = r.g + i * width;
-      load<V>(p.dout.at<const T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
-              [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
+      const Turn turn = angles ? angles->of_head(h + i) : Turn{};
+      load<V>(p.dout.at<const T>(b, s, h + i), order, turn, r.g + i * width);
     }
     if (p.norm != kNone) normalised(p, b, s, h, n, r);
     if (!p.dx) return;
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
-      const float rstd = r.squares[i], along = r.products[i], shift = r.gradients[i];
-      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
+      const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
+      store<V>(p.dx.at<T>(b, s, h + i), order, [&](int64_t at) SORA_INLINE_LAMBDA {
         const Floats<V> dy = get<V>(g + at);
-        return p.norm == kNone ? dy : (dy * get<V>(weight + at) - shift - get<V>(v + at) * along) * rstd;
+        if (p.norm == kNone) return dy;
+        return (dy * get<V>(weight + at) - shift - (get<V>(v + at) - mean) * along) * rstd;
       });
     }
   }
 
-  // Leaves rstd, along and shift, of which dx = (weight * g - shift - v * along) * rstd, in the rows of sums, and adds
-  // to dweight and dbias.
+  // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd, and adds to
+  // dweight and dbias.
   static SORA_INLINE void normalised(const Params& p, int64_t b, int64_t s, int64_t h, int64_t n, const Rows& r) {
     const Order order = p.order;
     const int64_t width = order.width, span = p.span();
+    const bool layer = p.norm == kLayer;
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * width;
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, v);
+      if (!layer) continue;
       Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-        put<V>(v + at, x);
-        total += x;
-      });
-      r.total[i] = sum<V>(total);
+      for (int64_t at = 0; at < width; at += V) total += get<V>(v + at);
+      r.mean[i] = sum<V>(total);
     }
-    average(p, r.total, n);
+    if (layer) average(p, r.mean, n);
     for (int64_t i = 0; i < n; ++i) {
-      const float *g = r.g + i * width, *weight = r.weight + p.parameter(i);
-      float* v = r.v + i * width;
-      if (p.norm == kLayer) centre<V>(v, r.total[i], r.exists, width);
-      Floats<V> squares = {}, products = {}, gradients = {};
+      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
+      const float mean = r.mean[i];
+      Floats<V> squares = {}, along = {}, shift = {};
       for (int64_t at = 0; at < width; at += V) {
-        const Floats<V> x = get<V>(v + at), dy = get<V>(weight + at) * get<V>(g + at);
-        squares += x * x, products += x * dy, gradients += dy;
+        const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at), dy = get<V>(weight + at) * get<V>(g + at);
+        squares += c * c, along += c * dy, shift += dy;
       }
-      r.squares[i] = sum<V>(squares), r.products[i] = sum<V>(products);
-      r.gradients[i] = p.norm == kLayer ? sum<V>(gradients) : 0.0f;
+      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along);
+      r.shift[i] = layer ? sum<V>(shift) : 0.0f;
     }
-    for (float* sums : {r.squares, r.products, r.gradients}) average(p, sums, n);
-    invert(p, r.squares, n);
-    for (int64_t i = 0; i < n; ++i) r.products[i] *= r.squares[i] * r.squares[i];
+    for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
+    invert(p, r.rstd, n);
+    for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
 
     if (p.gradients() == 0) return;
     const int64_t heads = p.width ? 1 : n;  // that share a weight
@@ -515,7 +534,7 @@ struct Backward {
       Floats<V> dweight = get<V>(r.dweight + at), dbias = get<V>(r.dbias + at);
       for (int64_t i = 0; i < heads; ++i) {
         const Floats<V> g = get<V>(r.g + i * width + at);
-        dweight += g * (get<V>(r.v + i * width + at) * r.squares[i]);
+        dweight += g * ((get<V>(r.v + i * width + at) - r.mean[i]) * r.rstd[i]);
         dbias += g;
       }
       put<V>(r.dweight + at, dweight), put<V>(r.dbias + at, dbias);
@@ -527,10 +546,9 @@ void store_gradient(const Params& p, const Vector& to, const float* from) {
   if (!to) return;
   with_dtype(to.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t h = 0; h < p.group(); ++h) {
-      for (int64_t i = 0; i < p.E; ++i) {
-        static_cast<T*>(to.data)[h * p.E + i] = from_float<T>(from[h * p.order.width + p.order.at(i)]);
-      }
+    auto* values = static_cast<T*>(to.data);
+    for (int64_t h = 0; h < p.group(); ++h, values += p.E, from += p.order.width) {
+      p.order.visit([&](int64_t channel, int64_t at) { values[channel] = from_float<T>(from[at]); });
     }
   });
 }
