@@ -63,6 +63,19 @@ struct Order {
   }
 };
 
+// f(order), the usual ones as constants: loops over such a head have no end to look for.
+template <class F>
+SORA_INLINE void with_constants(Order order, const F& f) {
+  const bool whole = order.E == 2 * order.pairs && order.pairs == order.half;
+  const auto known = [&](int64_t E) SORA_INLINE_LAMBDA {
+    order.E = order.width = E, order.pairs = order.half = E / 2;
+    f(order);
+  };
+  if (whole && order.E == 128) return known(128);
+  if (whole && order.E == 64) return known(64);
+  f(order);
+}
+
 template <int V>
 using Floats = typename Lanes<V>::Type;
 
@@ -86,13 +99,6 @@ SORA_INLINE float sum(Floats<V> x) {
     std::memcpy(&upper, reinterpret_cast<const char*>(&x) + sizeof lower, sizeof upper);
     return sum<V / 2>(lower + upper);
   }
-}
-
-// n ones, then zeros.
-template <int V>
-SORA_INLINE Floats<V> first(int64_t n) {
-  alignas(64) static constexpr float kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  return get<V>(kOnes + 16 - std::min<int64_t>(n, V));
 }
 
 // V channels side by side, of which the first n exist.
@@ -181,41 +187,30 @@ SORA_INLINE void write_turning(T* to, const Order& order, int64_t i, Floats<V> a
   write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
 }
 
-// A head to L1, turned back.
-template <int V, class T>
-SORA_INLINE void load(const T* from, const Order& order, Turn turn, float* to) {
+// sink(place, vector) for each vector of a head, turned back.
+template <int V, class T, class Sink>
+SORA_INLINE void load(const T* from, const Order& order, Turn turn, const Sink& sink) {
   for (int64_t i = 0; i < order.pairs; i += V) {
     Floats<V> a, b;
     read_turning<V>(from, order, i, a, b);
     if (turn.cos) rotate<V>(turn, i, -1.0f, a, b);
-    put<V>(to + i, a), put<V>(to + order.half + i, b);
+    sink(i, a), sink(order.half + i, b);
   }
   for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
-    put<V>(to + at, read<V>(from + i, order.E - i));
+    sink(at, read<V>(from + i, order.E - i));
   }
 }
 
-// f(place) of each vector to a head.
-template <int V, class T, class F>
-SORA_INLINE void store(T* to, const Order& order, const F& f) {
-  for (int64_t i = 0; i < order.pairs; i += V) write_turning<V>(to, order, i, f(i), f(order.half + i));
-  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
-    write<V>(to + i, f(at), order.E - i);
-  }
-}
-
-// f(place, vector) of each vector from one head to another, then turned.
-template <int V, class T, class F>
-SORA_INLINE void transform(const T* from, T* to, const Order& order, Turn turn, const F& f) {
+// The vectors source(place) of a head, turned.
+template <int V, class T, class Source>
+SORA_INLINE void store(T* to, const Order& order, Turn turn, const Source& source) {
   for (int64_t i = 0; i < order.pairs; i += V) {
-    Floats<V> a, b;
-    read_turning<V>(from, order, i, a, b);
-    a = f(i, a), b = f(order.half + i, b);
+    Floats<V> a = source(i), b = source(order.half + i);
     if (turn.cos) rotate<V>(turn, i, 1.0f, a, b);
     write_turning<V>(to, order, i, a, b);
   }
   for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
-    write<V>(to + i, f(at, read<V>(from + i, order.E - i)), order.E - i);
+    write<V>(to + i, source(at), order.E - i);
   }
 }
 
@@ -350,6 +345,12 @@ void load_parameter(const Params& p, const Vector& from, float absent, float* to
   });
 }
 
+// 1 for each channel, 0 in what fills up the last vectors.
+void mark_channels(const Order& order, float* exists) {
+  std::fill_n(exists, order.width, 0.0f);
+  order.visit([&](int64_t, int64_t at) { exists[at] = 1.0f; });
+}
+
 // ---- statistics
 //
 // What follows from a head's sums - two sums across a vector, two divisions, a root - takes longer than its other
@@ -377,55 +378,63 @@ SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
 
 template <int V, class T>
 struct Forward {
+  // Of a step of heads: channels; per head, mean and 1/sigma. Of a group, or 1 where a channel `exists`.
+  struct Rows {
+    float *v, *mean, *rstd, *weight, *bias, *exists;
+  };
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const Scratch parameters(2, p.span()), sums(2, p.step());
-    load_parameter(p, p.weight, 1.0f, parameters.row(0));
-    load_parameter(p, p.bias, 0.0f, parameters.row(1));
-    std::fill_n(sums.row(0), p.step(), 0.0f);
+    const Scratch rows(1, p.step() * p.order.width), sums(2, p.step()), parameters(3, p.span());
+    const Rows r{rows.row(0), sums.row(0), sums.row(1), parameters.row(0), parameters.row(1), parameters.row(2)};
+    load_parameter(p, p.weight, 1.0f, r.weight);
+    load_parameter(p, p.bias, 0.0f, r.bias);
+    mark_channels(p.order, r.exists);
     Angles angles(*p.rotation);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
-      const bool turns = angles.seek(s);
-      for (int64_t h = 0; h < p.H; h += p.step()) {
-        heads(p, b, s, h, turns ? &angles : nullptr, parameters, sums.row(0), sums.row(1));
-      }
+      const Angles* turns = angles.seek(s) ? &angles : nullptr;
+      with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+        for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
+      });
     }
   }
 
-  // mean and rstd: of each head. The mean stays 0 where there is none.
-  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles,
-                                const Scratch& parameters, float* mean, float* rstd) {
-    const Order order = p.order;
+  static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
+                                const Angles* angles, const Rows& r) {
     const int64_t n = std::min(p.step(), p.H - h);
-    if (p.norm == kLayer) {
-      for (int64_t i = 0; i < n; ++i) {
-        const T* x = p.x.at<const T>(b, s, h + i);
-        Floats<V> total = {};
-        for (int64_t at = 0; at < order.E; at += V) total += read<V>(x + at, order.E - at);
-        mean[i] = sum<V>(total);
-      }
-      average(p, mean, n);
+    const bool layer = p.norm == kLayer;
+    for (int64_t i = 0; i < n; ++i) {
+      float* v = r.v + i * order.width;
+      Floats<V> total = {};
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        total += layer ? x : x * x;
+      });
+      r.rstd[i] = sum<V>(total), r.mean[i] = 0.0f;
     }
-    if (p.norm != kNone) {
+    if (layer) {
+      average(p, r.rstd, n);
       for (int64_t i = 0; i < n; ++i) {
-        const T* x = p.x.at<const T>(b, s, h + i);
+        const float* v = r.v + i * order.width;
+        const float mean = r.rstd[i];
         Floats<V> total = {};
-        for (int64_t at = 0; at < order.E; at += V) {
-          const Floats<V> c = read<V>(x + at, order.E - at) - mean[i] * first<V>(order.E - at);
+        for (int64_t at = 0; at < order.width; at += V) {
+          const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at);
           total += c * c;
         }
-        rstd[i] = sum<V>(total);
+        r.rstd[i] = sum<V>(total), r.mean[i] = mean;
       }
-      average(p, rstd, n);
-      invert(p, rstd, n);
     }
+    average(p, r.rstd, n);
+    invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) {
-      const float *weight = parameters.row(0) + p.parameter(i), *bias = parameters.row(1) + p.parameter(i);
-      const float m = mean[i], r = rstd[i];
-      transform<V>(p.x.at<const T>(b, s, h + i), p.out.at<T>(b, s, h + i), order,
-                   angles ? angles->of_head(h + i) : Turn{}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-                     return p.norm == kNone ? x : (x - m) * r * get<V>(weight + at) + get<V>(bias + at);
-                   });
+      const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
+      const float mean = r.mean[i], rstd = r.rstd[i];
+      store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
+               [&](int64_t at) SORA_INLINE_LAMBDA {
+                 const Floats<V> x = get<V>(v + at);
+                 return p.norm == kNone ? x : (x - mean) * rstd * get<V>(weight + at) + get<V>(bias + at);
+               });
     }
   }
 };
@@ -454,9 +463,7 @@ struct Backward {
     const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
                  parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
     load_parameter(p, p.weight, 1.0f, r.weight);
-    std::fill_n(r.exists, span, 0.0f);
-    p.order.visit([&](int64_t, int64_t at) { r.exists[at] = 1.0f; });
-    std::fill_n(r.mean, p.step(), 0.0f);
+    mark_channels(p.order, r.exists);
     Angles angles(*p.rotation);
     const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / p.H);
 
@@ -469,8 +476,10 @@ struct Backward {
         std::fill_n(r.dbias, span, 0.0f);
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
-          const bool turns = angles.seek(s);
-          for (int64_t h = 0; h < p.H; h += p.step()) heads(p, b, s, h, turns ? &angles : nullptr, r);
+          const Angles* turns = angles.seek(s) ? &angles : nullptr;
+          with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+            for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
+          });
         }
         for (int64_t i = 0; i < std::min(gradients, span); ++i) partial[i] += r.dweight[i];
         for (int64_t i = span; i < gradients; ++i) partial[i] += r.dbias[i - span];
@@ -478,19 +487,21 @@ struct Backward {
     }
   }
 
-  static SORA_INLINE void heads(const Params& p, int64_t b, int64_t s, int64_t h, const Angles* angles, const Rows& r) {
-    const Order order = p.order;
+  static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
+                                const Angles* angles, const Rows& r) {
     const int64_t n = std::min(p.step(), p.H - h), width = order.width;
     for (int64_t i = 0; i < n; ++i) {
       const Turn turn = angles ? angles->of_head(h + i) : Turn{};
-      load<V>(p.dout.at<const T>(b, s, h + i), order, turn, r.g + i * width);
+      float* g = r.g + i * width;
+      load<V>(p.dout.at<const T>(b, s, h + i), order, turn,
+              [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
     }
-    if (p.norm != kNone) normalised(p, b, s, h, n, r);
+    if (p.norm != kNone) normalised(p, order, b, s, h, n, r);
     if (!p.dx) return;
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
-      store<V>(p.dx.at<T>(b, s, h + i), order, [&](int64_t at) SORA_INLINE_LAMBDA {
+      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
         const Floats<V> dy = get<V>(g + at);
         if (p.norm == kNone) return dy;
         return (dy * get<V>(weight + at) - shift - (get<V>(v + at) - mean) * along) * rstd;
@@ -500,19 +511,20 @@ struct Backward {
 
   // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd, and adds to
   // dweight and dbias.
-  static SORA_INLINE void normalised(const Params& p, int64_t b, int64_t s, int64_t h, int64_t n, const Rows& r) {
-    const Order order = p.order;
-    const int64_t width = order.width, span = p.span();
+  static SORA_INLINE void normalised(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h, int64_t n,
+                                     const Rows& r) {
+    const int64_t width = order.width, span = p.group() * width;
     const bool layer = p.norm == kLayer;
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * width;
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, v);
-      if (!layer) continue;
       Floats<V> total = {};
-      for (int64_t at = 0; at < width; at += V) total += get<V>(v + at);
-      r.mean[i] = sum<V>(total);
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        total += x;
+      });
+      r.mean[i] = layer ? sum<V>(total) : 0.0f;
     }
-    if (layer) average(p, r.mean, n);
+    average(p, r.mean, n);
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
