@@ -1,9 +1,11 @@
 // qk_norm_rope on a CPU, forward and backward: the norm of each head or of the whole width, then the rotary embedding.
 //
-// A token's heads are read from memory once and widened to fp32 in L1: sums are taken on the way in, and normalised,
-// turned and rounded once on the way out. Heads are short - 4 to 8 vectors of 16 floats - so that what costs is not the
-// arithmetic but what surrounds it: passes, remainders of loops, sums across a vector. Hence explicit vectors. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
-// an angle does, so their precision does not depend on the position. No table grows with the clip.
+// A token's heads are read from memory once, widened to fp32 in L1 with the channels of a head in the order first
+// halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way -
+// normalised and turned on the way out, and rounded once at the store. A head is 2 to 16 vectors long: what costs is not
+// its arithmetic but the ends of loops and the sums across a vector, hence vectors by hand, and several heads at once.
+// Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where an angle does, so their
+// precision does not depend on the position. No table grows with the clip.
 //
 // Bytes an element of q and k, in units of its dtype. Forward: 2, the fewest possible: x read once, the result written
 // once. Backward: 3 with a norm (x, the incoming gradient, dx), 2 without, and as many are moved. Neither counts the
@@ -76,90 +78,6 @@ SORA_INLINE void with_constants(Order order, const F& f) {
   f(order);
 }
 
-template <int V>
-using Floats = typename Lanes<V>::Type;
-
-template <int V>
-SORA_INLINE Floats<V> get(const float* from) {
-  return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
-}
-
-template <int V>
-SORA_INLINE void put(float* to, Floats<V> x) {
-  *reinterpret_cast<typename Lanes<V>::Unaligned*>(to) = x;
-}
-
-template <int V>
-SORA_INLINE float sum(Floats<V> x) {
-  if constexpr (V == 4) {
-    return (x[0] + x[2]) + (x[1] + x[3]);
-  } else {
-    Floats<V / 2> lower, upper;
-    std::memcpy(&lower, &x, sizeof lower);
-    std::memcpy(&upper, reinterpret_cast<const char*>(&x) + sizeof lower, sizeof upper);
-    return sum<V / 2>(lower + upper);
-  }
-}
-
-// V channels side by side, of which the first n exist.
-template <int V, class T>
-SORA_INLINE Floats<V> read(const T* from, int64_t n) {
-  T whole[V];
-  if (n < V) std::fill(std::copy_n(from, n, whole), whole + V, T{}), from = whole;
-  alignas(64) float x[V];
-#pragma omp simd
-  for (int j = 0; j < V; ++j) x[j] = to_float(from[j]);
-  return get<V>(x);
-}
-
-template <int V, class T>
-SORA_INLINE void write(T* to, Floats<V> values, int64_t n) {
-  T whole[V];
-  alignas(64) float x[V];
-  put<V>(x, values);
-  T* all = n < V ? whole : to;
-#pragma omp simd
-  for (int j = 0; j < V; ++j) all[j] = from_float<T>(x[j]);
-  if (n < V) std::copy_n(whole, n, to);
-}
-
-// V interleaved pairs. Two 16-bit neighbours are taken apart in the 32-bit lane in which they arrive.
-template <int V, class T>
-SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
-  T whole[2 * V];
-  if (n < V) std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), from = whole;
-  alignas(64) float x[V], y[V];
-#pragma omp simd
-  for (int j = 0; j < V; ++j) {
-    if constexpr (sizeof(T) == 2) {
-      uint32_t both;
-      std::memcpy(&both, from + 2 * j, sizeof both);
-      x[j] = to_float(T{static_cast<uint16_t>(both)}), y[j] = to_float(T{static_cast<uint16_t>(both >> 16)});
-    } else {
-      x[j] = from[2 * j], y[j] = from[2 * j + 1];
-    }
-  }
-  a = get<V>(x), b = get<V>(y);
-}
-
-template <int V, class T>
-SORA_INLINE void write_pairs(T* to, Floats<V> a, Floats<V> b, int64_t n) {
-  T whole[2 * V];
-  alignas(64) float x[V], y[V];
-  put<V>(x, a), put<V>(y, b);
-  T* all = n < V ? whole : to;
-#pragma omp simd
-  for (int j = 0; j < V; ++j) {
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t both = from_float<T>(x[j]).bits | uint32_t{from_float<T>(y[j]).bits} << 16;
-      std::memcpy(all + 2 * j, &both, sizeof both);
-    } else {
-      all[2 * j] = x[j], all[2 * j + 1] = y[j];
-    }
-  }
-  if (n < V) std::copy_n(whole, 2 * n, to);
-}
-
 // cos and sin of a head's pairs, in whole vectors; null where nothing turns.
 struct Turn {
   const float *cos = nullptr, *sin = nullptr;
@@ -181,7 +99,7 @@ SORA_INLINE void read_turning(const T* from, const Order& order, int64_t i, Floa
 }
 
 template <int V, class T>
-SORA_INLINE void write_turning(T* to, const Order& order, int64_t i, Floats<V> a, Floats<V> b) {
+SORA_INLINE void write_turning(T* to, const Order& order, int64_t i, const Floats<V>& a, const Floats<V>& b) {
   const int64_t n = order.pairs - i;
   if (order.interleaved) return write_pairs<V>(to + 2 * i, a, b, n);
   write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
@@ -406,7 +324,7 @@ struct Forward {
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * order.width;
       Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA {
         put<V>(v + at, x);
         total += layer ? x : x * x;
       });
@@ -494,7 +412,7 @@ struct Backward {
       const Turn turn = angles ? angles->of_head(h + i) : Turn{};
       float* g = r.g + i * width;
       load<V>(p.dout.at<const T>(b, s, h + i), order, turn,
-              [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
+              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
     }
     if (p.norm != kNone) normalised(p, order, b, s, h, n, r);
     if (!p.dx) return;
@@ -517,14 +435,15 @@ struct Backward {
     const bool layer = p.norm == kLayer;
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * width;
+      load<V>(p.x.at<const T>(b, s, h + i), order, {},
+              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(v + at, x); });
+      r.mean[i] = 0.0f;
+      if (!layer) continue;
       Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, Floats<V> x) SORA_INLINE_LAMBDA {
-        put<V>(v + at, x);
-        total += x;
-      });
-      r.mean[i] = layer ? sum<V>(total) : 0.0f;
+      for (int64_t at = 0; at < width; at += V) total += get<V>(v + at);
+      r.mean[i] = sum<V>(total);
     }
-    average(p, r.mean, n);
+    if (layer) average(p, r.mean, n);
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
