@@ -1,15 +1,18 @@
 // qk_norm_rope on a CPU, forward and backward: the norm of each head or of the whole width, then the rotary embedding.
 //
 // A token's heads are read from memory once, widened to fp32 in L1 with the channels of a head in the order first
-// halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way - and
-// rounded once at the store. Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where
-// an angle does, so their precision does not depend on the position. No table grows with the clip.
+// halves, second halves, rest - the order of split halves, into which interleaved pairs are sorted on the way -
+// normalised and turned on the way out, and rounded once at the store. A head is 2 to 16 vectors long: what costs is not
+// its arithmetic but the ends of loops and the sums across a vector, hence vectors by hand, and several heads at once.
+// Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where an angle does, so their
+// precision does not depend on the position. No table grows with the clip.
 //
 // Bytes an element of q and k, in units of its dtype. Forward: 2, the fewest possible: x read once, the result written
 // once. Backward: 3 with a norm (x, the incoming gradient, dx), 2 without, and as many are moved. Neither counts the
 // parameters, their fp32 partials (at most 64 rows) and freqs, read once a token, or a token and head, where given.
 
 #include "common/check.h"
+#include "common/lanes.h"
 #include "common/memory.h"
 #include "common/simd.h"
 
@@ -38,37 +41,95 @@ struct Heads {
   }
 };
 
-// ---- channels of one head, sorted
+// ---- channels of one head
 
+// fp32 in L1: first halves, second halves, the rest that does not turn, each filled up with zeros to whole vectors.
 struct Order {
   int64_t E = 0, pairs = 0;
   bool interleaved = false;
+  int64_t half = 0, width = 0;
+
+  Order() = default;
+  Order(int64_t E, int64_t pairs, bool interleaved) : E(E), pairs(pairs), interleaved(interleaved) {
+    const int64_t V = lanes();
+    half = (pairs + V - 1) / V * V;
+    width = 2 * half + (E - 2 * pairs + V - 1) / V * V;
+  }
+
+  // f(channel in memory, its place in L1)
+  template <class F>
+  void visit(const F& f) const {
+    const int64_t step = interleaved ? 2 : 1, second = interleaved ? 1 : pairs;
+    for (int64_t i = 0; i < pairs; ++i) f(i * step, i), f(second + i * step, half + i);
+    for (int64_t i = 2 * pairs; i < E; ++i) f(i, 2 * half + i - 2 * pairs);
+  }
 };
 
-template <class T>
-SORA_INLINE void load(float* to, const T* from, const Order& order) {
-  int64_t done = 0;
-  if (order.interleaved) {
-    float *a = to, *b = to + order.pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < order.pairs; ++i) a[i] = to_float(from[2 * i]), b[i] = to_float(from[2 * i + 1]);
-    done = 2 * order.pairs;
-  }
-#pragma omp simd
-  for (int64_t i = done; i < order.E; ++i) to[i] = to_float(from[i]);
+// f(order), the usual ones as constants: loops over such a head have no end to look for.
+template <class F>
+SORA_INLINE void with_constants(Order order, const F& f) {
+  const bool whole = order.E == 2 * order.pairs && order.pairs == order.half;
+  const auto known = [&](int64_t E) SORA_INLINE_LAMBDA {
+    order.E = order.width = E, order.pairs = order.half = E / 2;
+    f(order);
+  };
+  if (whole && order.E == 128) return known(128);
+  if (whole && order.E == 64) return known(64);
+  f(order);
 }
 
-template <class T>
-SORA_INLINE void store(T* to, const float* from, const Order& order) {
-  int64_t done = 0;
-  if (order.interleaved) {
-    const float *a = from, *b = from + order.pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < order.pairs; ++i) to[2 * i] = from_float<T>(a[i]), to[2 * i + 1] = from_float<T>(b[i]);
-    done = 2 * order.pairs;
+// cos and sin of a head's pairs, in whole vectors; null where nothing turns.
+struct Turn {
+  const float *cos = nullptr, *sin = nullptr;
+};
+
+template <int V>
+SORA_INLINE void rotate(Turn turn, int64_t i, float direction, Floats<V>& a, Floats<V>& b) {
+  const Floats<V> c = get<V>(turn.cos + i), s = direction * get<V>(turn.sin + i), x = a, y = b;
+  a = x * c - y * s;
+  b = x * s + y * c;
+}
+
+// The V pairs from pair i on of a head in memory.
+template <int V, class T>
+SORA_INLINE void read_turning(const T* from, const Order& order, int64_t i, Floats<V>& a, Floats<V>& b) {
+  const int64_t n = order.pairs - i;
+  if (order.interleaved) return read_pairs<V>(from + 2 * i, n, a, b);
+  a = read<V>(from + i, n), b = read<V>(from + order.pairs + i, n);
+}
+
+template <int V, class T>
+SORA_INLINE void write_turning(T* to, const Order& order, int64_t i, const Floats<V>& a, const Floats<V>& b) {
+  const int64_t n = order.pairs - i;
+  if (order.interleaved) return write_pairs<V>(to + 2 * i, a, b, n);
+  write<V>(to + i, a, n), write<V>(to + order.pairs + i, b, n);
+}
+
+// sink(place, vector) for each vector of a head, turned back.
+template <int V, class T, class Sink>
+SORA_INLINE void load(const T* from, const Order& order, Turn turn, const Sink& sink) {
+  for (int64_t i = 0; i < order.pairs; i += V) {
+    Floats<V> a, b;
+    read_turning<V>(from, order, i, a, b);
+    if (turn.cos) rotate<V>(turn, i, -1.0f, a, b);
+    sink(i, a), sink(order.half + i, b);
   }
-#pragma omp simd
-  for (int64_t i = done; i < order.E; ++i) to[i] = from_float<T>(from[i]);
+  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
+    sink(at, read<V>(from + i, order.E - i));
+  }
+}
+
+// The vectors source(place) of a head, turned.
+template <int V, class T, class Source>
+SORA_INLINE void store(T* to, const Order& order, Turn turn, const Source& source) {
+  for (int64_t i = 0; i < order.pairs; i += V) {
+    Floats<V> a = source(i), b = source(order.half + i);
+    if (turn.cos) rotate<V>(turn, i, 1.0f, a, b);
+    write_turning<V>(to, order, i, a, b);
+  }
+  for (int64_t i = 2 * order.pairs, at = 2 * order.half; i < order.E; i += V, at += V) {
+    write<V>(to + i, source(at), order.E - i);
+  }
 }
 
 // ---- angles
@@ -103,7 +164,9 @@ class Angles {
  public:
   explicit Angles(const Rotation& rotation)
       : rotation_(rotation),
-        scratch_(2, static_cast<int64_t>(rotation.steps.size())),
+        half_((rotation.pairs + kLanes - 1) / kLanes * kLanes),
+        ragged_(rotation.pairs % lanes() != 0),
+        scratch_(2, half_ * std::max<int64_t>(rotation.heads, 1)),
         positions_(rotation.steps.size()) {}
 
   // False where token s does not turn.
@@ -111,11 +174,7 @@ class Angles {
     const Rotation& r = rotation_;
     s -= r.first;
     if (s < 0 || s >= r.tokens || r.pairs == 0) return false;
-    if (r.cos) {
-      const int64_t row = s * std::max<int64_t>(r.heads, 1) * r.pairs;
-      cos_ = r.cos + row, sin_ = r.sin + row;
-      return true;
-    }
+    if (r.cos) return read(s), true;
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
@@ -138,21 +197,29 @@ class Angles {
     return true;
   }
 
-  // The pairs of head h turn, or (direction -1) turn back.
-  SORA_INLINE void turn(float* v, int64_t h, float direction) const {
-    const int64_t pairs = rotation_.pairs, row = rotation_.heads ? h * pairs : 0;
-    const float *cos = cos_ + row, *sin = sin_ + row;
-    float *a = v, *b = v + pairs;
-#pragma omp simd
-    for (int64_t i = 0; i < pairs; ++i) {
-      const float x = a[i], y = b[i], s = direction * sin[i];
-      a[i] = x * cos[i] - y * s;
-      b[i] = x * s + y * cos[i];
-    }
+  Turn of_head(int64_t h) const {
+    const int64_t row = rotation_.heads ? h * (ragged_ ? half_ : rotation_.pairs) : 0;
+    return {cos_ + row, sin_ + row};
   }
 
  private:
+  // Given rows, copied only if the last vector would reach beyond them.
+  SORA_INLINE void read(int64_t s) {
+    const int64_t rows = std::max<int64_t>(rotation_.heads, 1), pairs = rotation_.pairs;
+    cos_ = rotation_.cos + s * rows * pairs, sin_ = rotation_.sin + s * rows * pairs;
+    if (!ragged_) return;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < half_; ++i) {
+        scratch_.row(0)[row * half_ + i] = i < pairs ? cos_[row * pairs + i] : 0.0f;
+        scratch_.row(1)[row * half_ + i] = i < pairs ? sin_[row * pairs + i] : 0.0f;
+      }
+    }
+    cos_ = scratch_.row(0), sin_ = scratch_.row(1);
+  }
+
   const Rotation& rotation_;
+  int64_t half_;
+  bool ragged_;
   Scratch scratch_;
   std::vector<uint64_t> positions_;
   const float *cos_ = nullptr, *sin_ = nullptr;
@@ -160,43 +227,7 @@ class Angles {
   bool known_ = false;
 };
 
-// ---- statistics
-
-SORA_INLINE float sum(const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += v[i];
-  return total;
-}
-
-SORA_INLINE float sum_of_squares(const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += v[i] * v[i];
-  return total;
-}
-
-SORA_INLINE float dot(const float* u, const float* v, int64_t n) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += u[i] * v[i];
-  return total;
-}
-
-// 1/sigma of `heads` heads of width E, taken together, after their mean is taken off in place. Sums go head by head.
-SORA_INLINE float centre(float* v, int64_t heads, int64_t E, int64_t norm, float eps) {
-  const float count = static_cast<float>(heads * E);
-  if (norm == kLayer) {
-    float total = 0;
-    for (int64_t h = 0; h < heads; ++h) total += sum(v + h * E, E);
-    const float mean = total / count;
-#pragma omp simd
-    for (int64_t i = 0; i < heads * E; ++i) v[i] -= mean;
-  }
-  float total = 0;
-  for (int64_t h = 0; h < heads; ++h) total += sum_of_squares(v + h * E, E);
-  return 1.0f / std::sqrt(total / count + eps);
-}
+constexpr int64_t kStep = 8;  // heads of a pass, where each has a norm of its own
 
 struct Params {
   int64_t B = 0, S = 0, H = 0, E = 0;
@@ -213,55 +244,115 @@ struct Params {
   int64_t rows() const { return B * S; }
   int64_t group() const { return width ? H : 1; }  // heads that share statistics
   int64_t weights() const { return width ? H * E : E; }
-  int64_t gradients() const { return dbias ? 2 * weights() : dweight ? weights() : 0; }
+  int64_t step() const { return width ? H : std::min(H, kStep); }  // heads of one pass
+  int64_t span() const { return group() * order.width; }           // floats of a parameter in L1
+  int64_t parameter(int64_t head) const { return width ? head * order.width : 0; }
+  int64_t gradients() const { return dbias ? 2 * span() : dweight ? span() : 0; }
   int64_t chunks() const { return (rows() + chunk_rows - 1) / chunk_rows; }
 };
 
-template <class T>
-SORA_INLINE void load_parameter_as(const Params& p, const Vector& from, float* to) {
-  for (int64_t i = 0; i < p.weights(); i += p.E) load(to + i, static_cast<const T*>(from.data) + i, p.order);
+// One thread's fp32 copy of the weight or the bias, in the order of the channels; `absent` everywhere if there is none.
+void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
+  std::fill_n(to, p.span(), absent);
+  if (!from) return;
+  with_dtype(from.dtype, [&](auto t) {
+    const auto* values = static_cast<const decltype(t)*>(from.data);
+    for (int64_t h = 0; h < p.group(); ++h, values += p.E, to += p.order.width) {
+      p.order.visit([&](int64_t channel, int64_t at) { to[at] = to_float(values[channel]); });
+    }
+  });
 }
 
-// One thread's fp32 copy of the weight or the bias, sorted like the channels; `absent` everywhere if there is none.
-SORA_INLINE void load_parameter(const Params& p, const Vector& from, float absent, float* to) {
-  if (!from) {
-    for (int64_t i = 0; i < p.weights(); ++i) to[i] = absent;
-    return;
+// 1 for each channel, 0 in what fills up the last vectors.
+void mark_channels(const Order& order, float* exists) {
+  std::fill_n(exists, order.width, 0.0f);
+  order.visit([&](int64_t, int64_t at) { exists[at] = 1.0f; });
+}
+
+// ---- statistics
+//
+// What follows from a head's sums - two sums across a vector, two divisions, a root - takes longer than its other
+// arithmetic, so several heads go through each pass before the next: their chains overlap.
+
+// Sums of single heads become means over all that share a norm.
+SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
+  const float share = 1.0f / static_cast<float>(p.group() * p.E);
+  if (p.width) {
+    float total = 0;
+    for (int64_t i = 0; i < heads; ++i) total += sums[i];
+    std::fill_n(sums, heads, total);
   }
-  switch (from.dtype) {
-    case ScalarType::BFloat16: return load_parameter_as<BFloat16>(p, from, to);
-    case ScalarType::Half: return load_parameter_as<Half>(p, from, to);
-    default: return load_parameter_as<float>(p, from, to);
-  }
+#pragma omp simd
+  for (int64_t i = 0; i < heads; ++i) sums[i] *= share;
+}
+
+// Mean squares become 1/sigma.
+SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
+#pragma omp simd
+  for (int64_t i = 0; i < heads; ++i) squares[i] = 1.0f / std::sqrt(squares[i] + p.eps);
 }
 
 // ---- forward
 
-template <class T>
+template <int V, class T>
 struct Forward {
-  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const Scratch scratch(3, H * E);
-    float *v = scratch.row(0), *weight = scratch.row(1), *bias = scratch.row(2);
-    load_parameter(p, p.weight, 1.0f, weight);
-    load_parameter(p, p.bias, 0.0f, bias);
-    Angles angles(*p.rotation);
+  // Of a step of heads: channels; per head, mean and 1/sigma. Of a group, or 1 where a channel `exists`.
+  struct Rows {
+    float *v, *mean, *rstd, *weight, *bias, *exists;
+  };
 
+  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+    const Scratch rows(1, p.step() * p.order.width), sums(2, p.step()), parameters(3, p.span());
+    const Rows r{rows.row(0), sums.row(0), sums.row(1), parameters.row(0), parameters.row(1), parameters.row(2)};
+    load_parameter(p, p.weight, 1.0f, r.weight);
+    load_parameter(p, p.bias, 0.0f, r.bias);
+    mark_channels(p.order, r.exists);
+    Angles angles(*p.rotation);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
-      const bool turns = angles.seek(s);
-      for (int64_t h = 0; h < H; h += group) {
-        for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
-        if (p.norm != kNone) {
-          const float rstd = centre(v, group, E, p.norm, p.eps);
-#pragma omp simd
-          for (int64_t i = 0; i < span; ++i) v[i] = v[i] * rstd * weight[i] + bias[i];
+      const Angles* turns = angles.seek(s) ? &angles : nullptr;
+      with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+        for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
+      });
+    }
+  }
+
+  static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
+                                const Angles* angles, const Rows& r) {
+    const int64_t n = std::min(p.step(), p.H - h);
+    const bool layer = p.norm == kLayer;
+    for (int64_t i = 0; i < n; ++i) {
+      float* v = r.v + i * order.width;
+      Floats<V> total = {};
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA {
+        put<V>(v + at, x);
+        total += layer ? x : x * x;
+      });
+      r.rstd[i] = sum<V>(total), r.mean[i] = 0.0f;
+    }
+    if (layer) {
+      average(p, r.rstd, n);
+      for (int64_t i = 0; i < n; ++i) {
+        const float* v = r.v + i * order.width;
+        const float mean = r.rstd[i];
+        Floats<V> total = {};
+        for (int64_t at = 0; at < order.width; at += V) {
+          const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at);
+          total += c * c;
         }
-        for (int64_t i = 0; i < group; ++i) {
-          if (turns) angles.turn(v + i * E, h + i, 1.0f);
-          store(p.out.at<T>(b, s, h + i), v + i * E, p.order);
-        }
+        r.rstd[i] = sum<V>(total), r.mean[i] = mean;
       }
+    }
+    average(p, r.rstd, n);
+    invert(p, r.rstd, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
+      const float mean = r.mean[i], rstd = r.rstd[i];
+      store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
+               [&](int64_t at) SORA_INLINE_LAMBDA {
+                 const Floats<V> x = get<V>(v + at);
+                 return p.norm == kNone ? x : (x - mean) * rstd * get<V>(weight + at) + get<V>(bias + at);
+               });
     }
   }
 };
@@ -277,72 +368,108 @@ constexpr int64_t kChunks = 64;     // at most
 constexpr int64_t kMinRows = 16;    // of a chunk
 constexpr int64_t kBlockSum = 64;   // values added up before they join a longer sum, to keep its rounding error small
 
-template <class T>
+template <int V, class T>
 struct Backward {
+  // Of a step of heads: gradients turned back and channels; per head, sums. Of a group, or 1 where a channel `exists`.
+  struct Rows {
+    float *g, *v, *mean, *rstd, *along, *shift, *weight, *exists, *dweight, *dbias;
+  };
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const int64_t H = p.H, E = p.E, group = p.group(), span = group * E;
-    const int64_t gradients = p.gradients();
-    const Scratch scratch(3, H * E), sums(1, std::max(gradients, p.weights()));
-    float *g = scratch.row(0), *v = scratch.row(1), *weight = scratch.row(2), *block = sums.row(0);
-    load_parameter(p, p.weight, 1.0f, weight);
+    const int64_t span = p.span(), gradients = p.gradients();
+    const Scratch rows(2, p.step() * p.order.width), sums(4, p.step()), parameters(4, span);
+    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
+                 parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
+    load_parameter(p, p.weight, 1.0f, r.weight);
+    mark_channels(p.order, r.exists);
     Angles angles(*p.rotation);
-    const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / H);
+    const int64_t block_rows = std::max<int64_t>(1, p.width ? kBlockSum : kBlockSum / p.H);
 
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* partial = p.partials ? p.partials + chunk * gradients : nullptr;
-      if (partial) std::fill_n(partial, gradients, 0.0f);
+      float* partial = p.partials + chunk * gradients;
+      std::fill_n(partial, gradients, 0.0f);
       const int64_t last = std::min((chunk + 1) * p.chunk_rows, p.rows());
       for (int64_t first = chunk * p.chunk_rows; first < last; first += block_rows) {
-        std::fill_n(block, std::max(gradients, p.weights()), 0.0f);
+        std::fill_n(r.dweight, span, 0.0f);
+        std::fill_n(r.dbias, span, 0.0f);
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
-          const bool turns = angles.seek(s);
-          for (int64_t h = 0; h < H; h += group) {
-            for (int64_t i = 0; i < group; ++i) {
-              load(g + i * E, p.dout.at<const T>(b, s, h + i), p.order);
-              if (turns) angles.turn(g + i * E, h + i, -1.0f);
-            }
-            if (p.norm != kNone) {
-              for (int64_t i = 0; i < group; ++i) load(v + i * E, p.x.at<const T>(b, s, h + i), p.order);
-              normalised(p, g, v, weight, block, span);
-            }
-            if (p.dx) {
-              for (int64_t i = 0; i < group; ++i) store(p.dx.at<T>(b, s, h + i), g + i * E, p.order);
-            }
-          }
+          const Angles* turns = angles.seek(s) ? &angles : nullptr;
+          with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+            for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
+          });
         }
-        if (partial) {
-#pragma omp simd
-          for (int64_t i = 0; i < gradients; ++i) partial[i] += block[i];
-        }
+        for (int64_t i = 0; i < std::min(gradients, span); ++i) partial[i] += r.dweight[i];
+        for (int64_t i = span; i < gradients; ++i) partial[i] += r.dbias[i - span];
       }
     }
   }
 
-  // g becomes dx; block gains this group's parts of dweight and dbias.
-  static SORA_INLINE void normalised(const Params& p, float* g, float* v, const float* weight, float* block,
-                                     int64_t span) {
-    const int64_t E = p.E, group = p.group();
-    const float rstd = centre(v, group, E, p.norm, p.eps), count = static_cast<float>(span);
-    if (p.dbias) {
-      float* bias = block + p.weights();
-#pragma omp simd
-      for (int64_t i = 0; i < span; ++i) bias[i] += g[i];
+  static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
+                                const Angles* angles, const Rows& r) {
+    const int64_t n = std::min(p.step(), p.H - h), width = order.width;
+    for (int64_t i = 0; i < n; ++i) {
+      const Turn turn = angles ? angles->of_head(h + i) : Turn{};
+      float* g = r.g + i * width;
+      load<V>(p.dout.at<const T>(b, s, h + i), order, turn,
+              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
     }
-#pragma omp simd
-    for (int64_t i = 0; i < span; ++i) {
-      v[i] *= rstd;
-      block[i] += g[i] * v[i];
-      g[i] *= weight[i];
+    if (p.norm != kNone) normalised(p, order, b, s, h, n, r);
+    if (!p.dx) return;
+    for (int64_t i = 0; i < n; ++i) {
+      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
+      const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
+      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
+        const Floats<V> dy = get<V>(g + at);
+        if (p.norm == kNone) return dy;
+        return (dy * get<V>(weight + at) - shift - (get<V>(v + at) - mean) * along) * rstd;
+      });
     }
-    float along = 0, shift = 0;
-    for (int64_t h = 0; h < group; ++h) along += dot(g + h * E, v + h * E, E);
-    if (p.norm == kLayer) {
-      for (int64_t h = 0; h < group; ++h) shift += sum(g + h * E, E);
+  }
+
+  // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd, and adds to
+  // dweight and dbias.
+  static SORA_INLINE void normalised(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h, int64_t n,
+                                     const Rows& r) {
+    const int64_t width = order.width, span = p.group() * width;
+    const bool layer = p.norm == kLayer;
+    for (int64_t i = 0; i < n; ++i) {
+      float* v = r.v + i * width;
+      load<V>(p.x.at<const T>(b, s, h + i), order, {},
+              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(v + at, x); });
+      r.mean[i] = 0.0f;
+      if (!layer) continue;
+      Floats<V> total = {};
+      for (int64_t at = 0; at < width; at += V) total += get<V>(v + at);
+      r.mean[i] = sum<V>(total);
     }
-    along /= count, shift /= count;
-#pragma omp simd
-    for (int64_t i = 0; i < span; ++i) g[i] = (g[i] - shift - v[i] * along) * rstd;
+    if (layer) average(p, r.mean, n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
+      const float mean = r.mean[i];
+      Floats<V> squares = {}, along = {}, shift = {};
+      for (int64_t at = 0; at < width; at += V) {
+        const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at), dy = get<V>(weight + at) * get<V>(g + at);
+        squares += c * c, along += c * dy, shift += dy;
+      }
+      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along);
+      r.shift[i] = layer ? sum<V>(shift) : 0.0f;
+    }
+    for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
+    invert(p, r.rstd, n);
+    for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
+
+    if (p.gradients() == 0) return;
+    const int64_t heads = p.width ? 1 : n;  // that share a weight
+    for (int64_t at = 0; at < span; at += V) {
+      Floats<V> dweight = get<V>(r.dweight + at), dbias = get<V>(r.dbias + at);
+      for (int64_t i = 0; i < heads; ++i) {
+        const Floats<V> g = get<V>(r.g + i * width + at);
+        dweight += g * ((get<V>(r.v + i * width + at) - r.mean[i]) * r.rstd[i]);
+        dbias += g;
+      }
+      put<V>(r.dweight + at, dweight), put<V>(r.dbias + at, dbias);
+    }
   }
 };
 
@@ -350,7 +477,10 @@ void store_gradient(const Params& p, const Vector& to, const float* from) {
   if (!to) return;
   with_dtype(to.dtype, [&](auto t) {
     using T = decltype(t);
-    for (int64_t i = 0; i < p.weights(); i += p.E) store(static_cast<T*>(to.data) + i, from + i, p.order);
+    auto* values = static_cast<T*>(to.data);
+    for (int64_t h = 0; h < p.group(); ++h, values += p.E, from += p.order.width) {
+      p.order.visit([&](int64_t channel, int64_t at) { values[channel] = from_float<T>(from[at]); });
+    }
   });
 }
 
@@ -363,7 +493,7 @@ void join_heads(Params& p) {
   }
   if (!p.width || p.order.pairs > 0) return;
   p.E *= p.H, p.H = 1;
-  p.order.E = p.E;
+  p.order = {p.E, 0, p.order.interleaved};
 }
 
 void forward(Params p, ScalarType dtype) {
@@ -374,7 +504,7 @@ void forward(Params p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, p.rows(), grain, [&](int64_t begin, int64_t end) {
-      dispatch<Forward<decltype(t)>>(p, begin, end);
+      dispatch_lanes<Forward, decltype(t)>(p, begin, end);
     });
   });
 }
@@ -391,7 +521,7 @@ void backward(Params p, ScalarType dtype) {
   with_dtype(dtype, [&](auto t) {
     if (p.dx) advise_huge_pages(p.dx.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      dispatch<Backward<decltype(t)>>(p, begin, end);
+      dispatch_lanes<Backward, decltype(t)>(p, begin, end);
     });
   });
   if (!p.partials) return;
@@ -399,7 +529,7 @@ void backward(Params p, ScalarType dtype) {
     for (int64_t i = 0; i < gradients; ++i) p.partials[i] += p.partials[chunk * gradients + i];
   }
   store_gradient(p, p.dweight, p.partials);
-  store_gradient(p, p.dbias, p.partials + p.weights());
+  store_gradient(p, p.dbias, p.partials + p.span());
 }
 
 Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
