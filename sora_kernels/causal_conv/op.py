@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import narrow, needs_grad, parameter
 from . import reference
+
+_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def norm_silu(
@@ -47,9 +50,10 @@ def norm_silu(
         raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups}")
     _check.positive(op, "eps", eps)
     _check.same_device(op, x, {"weight": weight, "bias": bias})
-    grad = _records(x, weight, bias)
+    tensors = narrow(x, (x, weight, bias))
+    grad = needs_grad(tensors)
     run = _NormSilu.apply if grad else _NormSilu.run
-    return run(x, weight, bias, groups if norm == "group" else 0, eps, _dispatch.choose(op, impl, x, grad=grad))
+    return run(*tensors, groups if norm == "group" else 0, eps, _dispatch.choose(op, impl, x, grad=grad))
 
 
 def causal_conv3d(
@@ -98,14 +102,14 @@ def causal_conv3d(
         _check.exact(op, "norm_weight", norm_weight, (weight.shape[0],), "[O], one per output channel")
         _check.positive(op, "norm_eps", norm_eps)
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
-    grad = _records(x, weight, bias, cache, residual, norm_weight)
-    impl = _dispatch.choose(op, impl, x, grad=grad)
+    tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
+    grad = needs_grad(tensors)
+    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_limits)
     if grad:
-        y = _CausalConv3d.apply(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl)
+        y = _CausalConv3d.apply(*tensors, stride, norm_eps, shape, impl)
     else:
         y = _empty(x, shape)
-        fwd = _library.call("causal_conv3d_fwd", impl)
-        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, y, None)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y, None)
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
@@ -171,17 +175,19 @@ def downsample_conv3d(
 
 
 def _resample(op, x, weight, bias, cache, factor, shape, impl):
-    grad = _records(x, weight, bias, cache)
+    tensors = narrow(x, (x, weight, bias, cache))
+    grad = needs_grad(tensors)
     run = _Resample.apply if grad else _Resample.run
-    y = run(x, weight, bias, cache, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad))
+    y = run(*tensors, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad, limits=_limits))
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
-        out = torch.empty_like(x)
-        _library.call("norm_silu_fwd", impl)(x, weight, bias, groups, eps, out)
+        out = _empty(x, x.shape)
+        x = x.contiguous(memory_format=_format(x))
+        _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
     @staticmethod
@@ -195,7 +201,9 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        _library.call("norm_silu_bwd", ctx.impl)(dout, x, weight, bias, ctx.groups, ctx.eps, *grads)
+        dout, x = (t.contiguous(memory_format=_format(x)) for t in (dout, x))
+        bwd = _library.call("norm_silu_bwd", ctx.impl)
+        bwd(dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps, *grads)
         return *grads, None, None, None
 
 
@@ -272,19 +280,25 @@ def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: s
     _check.same_device(op, x, {"cache": cache})
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _format(x: Tensor) -> torch.memory_format:
+    """Channels last where the channels of x lie side by side."""
+    last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
 
 
 def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, in x's dtype and device, channels last where x is."""
-    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    order = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
+    """Uninitialised, in x's dtype, device and memory format."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
 
 
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
-    return torch.empty_like(t) if need else None
+    if not need:
+        return None
+    return _empty(t, t.shape) if t.ndim == 5 else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def _limits(impl: str) -> str | None:
+    return "cpu needs a torch with oneDNN" if impl == "cpu" and not _ONEDNN else None
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):
@@ -352,18 +366,21 @@ _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
     reference=_norm_silu_fwd,
+    impls={"cpu": None},
 )
 _library.define(
     "norm_silu_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, int groups, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()",
     reference=_norm_silu_bwd,
+    impls={"cpu": None},
 )
 _library.define(
     "causal_conv3d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
     "SymInt[3] stride, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
     reference=_causal_conv3d_fwd,
+    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_fwd"},
 )
 _library.define(
     "causal_conv3d_bwd",
@@ -371,6 +388,7 @@ _library.define(
     "SymInt[3] stride, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
+    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_bwd"},
 )
 
 
@@ -387,12 +405,14 @@ def _define_resample(op, forward, source, strided):
         f"{op}_fwd",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()",
         reference=fwd,
+        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_fwd"},
     )
     _library.define(
         f"{op}_bwd",
         "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
         "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()",
         reference=bwd,
+        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_bwd"},
     )
 
 
