@@ -38,6 +38,8 @@ class Benchmark:
                     the inputs of which a backward must read the value, and write the gradient, at the least;
                     the incoming gradients are counted by themselves
     flops           (shape, mode) -> floating-point operations
+    terms           inputs -> how many values are summed into each element of the output, where it is such a sum
+    dims            shape -> what the record says the shape was, where that is not the transformer's own
     """
 
     op: str
@@ -49,6 +51,8 @@ class Benchmark:
     backward_writes: tuple[str, ...]
     flops: Callable[[Shape, str], int]
     peers: Mapping[str, Callable[[Inputs, str], Callable[..., Any]]] = field(default_factory=dict)
+    terms: Callable[[Inputs], int] = lambda inputs: 1
+    dims: Callable[[Shape], dict[str, object]] = Shape.describe
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -212,8 +216,9 @@ class _Case:
             self.oracle[mode] = self.run(benchmark.reference, mode, exact)
             plain = self.run(benchmark.eager, mode)
             largest = max(out.numel() for out in self.grad_outputs)  # a smaller gradient is a sum over tokens
+            terms = benchmark.terms(inputs)
             self.bound[mode] = {
-                n: testing.error_bound(o, plain[n], terms=max(1, largest // max(1, o.numel())))
+                n: testing.error_bound(o, plain[n], terms=max(terms, largest // max(1, o.numel())))
                 for n, o in self.oracle[mode].items()
             }
 
