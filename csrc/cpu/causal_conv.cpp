@@ -164,8 +164,8 @@ struct Moments {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
     const int64_t width = t.C / p.groups;
-    const Scratch scratch(2, t.C);
-    float *centre = scratch.row(0), *sum = scratch.row(1);
+    const Scratch scratch(3, t.C);
+    float *centre = scratch.row(0), *sum = scratch.row(1), *squares = scratch.row(2);
     for (int64_t task = begin; task < end; ++task) {
       double *mean = p.moments + task * 2 * p.groups, *m2 = mean + p.groups;
       std::fill_n(mean, 2 * p.groups, 0.0);
@@ -173,49 +173,56 @@ struct Moments {
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
         const double n = static_cast<double>(tile.n * width);
         std::fill_n(centre, t.C, 0.0f);
-        powers(p, tile, centre, sum, false);
+        deviations(p, tile, centre, sum, squares);
         for (int64_t g = 0; g < p.groups; ++g) {
-          double total = 0;
-          for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sum[c];
-          std::fill_n(centre + g * width, width, static_cast<float>(total / n));
+          std::fill_n(centre + g * width, width, static_cast<float>(total(sum, g, width) / n));
         }
-        powers(p, tile, centre, sum, true);
+        deviations(p, tile, centre, sum, squares);
         double merged = count;
         for (int64_t g = 0; g < p.groups; ++g) {
-          double total = 0;
-          for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sum[c];
+          // what rounding left between the centre and the mean is a deviation like any other
+          const double left = total(sum, g, width) / n;
           merged = count;
-          merge(merged, mean[g], m2[g], n, centre[g * width], total);
+          merge(merged, mean[g], m2[g], n, centre[g * width] + left, total(squares, g, width) - n * left * left);
         }
         count = merged;
       });
     }
   }
 
-  // sum[c] = sum of (x - centre[c]), or of its square, over the pixels of the tile
-  static SORA_INLINE void powers(const Params& p, const Tile& tile, const float* centre, float* sum, bool square) {
+  static SORA_INLINE double total(const float* channels, int64_t g, int64_t width) {
+    double value = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; ++c) value += channels[c];
+    return value;
+  }
+
+  // The sums of x - centre[c] and of its square over the pixels of the tile, for each channel.
+  static SORA_INLINE void deviations(const Params& p, const Tile& tile, const float* centre, float* sum,
+                                     float* squares) {
     const int64_t C = p.tiling->C;
+    std::fill_n(sum, C, 0.0f), std::fill_n(squares, C, 0.0f);
     if constexpr (kChannelsLast) {
-      std::fill_n(sum, C, 0.0f);
       for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
         const T* x = p.x.at<const T>(tile.b, 0, s);
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
           const float d = to_float(x[c]) - centre[c];
-          sum[c] += square ? d * d : d;
+          sum[c] += d;
+          squares[c] += d * d;
         }
       }
     } else {
       for (int64_t c = 0; c < C; ++c) {
         const T* x = p.x.at<const T>(tile.b, c, tile.first);
-        float total = 0;
         const float m = centre[c];
-#pragma omp simd reduction(+ : total)
+        float first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
         for (int64_t i = 0; i < tile.n; ++i) {
           const float d = to_float(x[i]) - m;
-          total += square ? d * d : d;
+          first += d;
+          second += d * d;
         }
-        sum[c] = total;
+        sum[c] = first, squares[c] = second;
       }
     }
   }

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
-from .._operands import narrow, needs_grad, parameter
+from .._operands import empty_video, like, narrow, needs_grad, parameter, video_format
 from . import reference
 
-_ONEDNN = torch.backends.mkldnn.is_available()
+_LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
 
 
 def norm_silu(
@@ -51,9 +51,9 @@ def norm_silu(
     _check.positive(op, "eps", eps)
     _check.same_device(op, x, {"weight": weight, "bias": bias})
     tensors = narrow(x, (x, weight, bias))
-    grad = needs_grad(tensors)
+    grad, groups = needs_grad(tensors), groups if norm == "group" else 0
     run = _NormSilu.apply if grad else _NormSilu.run
-    return run(*tensors, groups if norm == "group" else 0, eps, _dispatch.choose(op, impl, x, grad=grad))
+    return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad))
 
 
 def causal_conv3d(
@@ -104,12 +104,11 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_limits)
+    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
     if grad:
         y = _CausalConv3d.apply(*tensors, stride, norm_eps, shape, impl)
     else:
-        y = _empty(x, shape)
-        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y, None)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y := empty_video(x, shape), None)
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
@@ -178,15 +177,14 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
     tensors = narrow(x, (x, weight, bias, cache))
     grad = needs_grad(tensors)
     run = _Resample.apply if grad else _Resample.run
-    y = run(*tensors, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad, limits=_limits))
+    y = run(*tensors, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get))
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
-        out = _empty(x, x.shape)
-        x = x.contiguous(memory_format=_format(x))
+        out, x = empty_video(x, x.shape), x.contiguous(memory_format=video_format(x))
         _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
@@ -201,20 +199,20 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        dout, x = (t.contiguous(memory_format=_format(x)) for t in (dout, x))
-        bwd = _library.call("norm_silu_bwd", ctx.impl)
-        bwd(dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps, *grads)
+        dout, x = (t.contiguous(memory_format=video_format(x)) for t in (dout, x))
+        args = (dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps)
+        _library.call("norm_silu_bwd", ctx.impl)(*args, *grads)
         return *grads, None, None, None
 
 
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl):
-        out = _empty(x, shape)
+        out = empty_video(x, shape)
         # what the norm read: a forward that kept only its result would have to be run again in the backward
         pre = None if norm_weight is None else torch.empty_like(out)
-        fwd = _library.call("causal_conv3d_fwd", impl)
-        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre)
+        tensors = (x, weight, bias, cache, residual, norm_weight)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, pre)
         ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
         ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
         return out
@@ -236,7 +234,7 @@ class _Resample(torch.autograd.Function):
 
     @staticmethod
     def run(x, weight, bias, cache, factor, shape, op, impl):
-        out = _empty(x, shape)
+        out = empty_video(x, shape)
         _library.call(f"{op}_fwd", impl)(x, weight, bias, cache, factor, out)
         return out
 
@@ -249,7 +247,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, weight, bias, cache = saved = ctx.saved_tensors  # once: activation checkpointing unpacks a single time
+        x, weight, bias, cache = saved = ctx.saved_tensors  # once: checkpointing unpacks a single time
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, saved, strict=False)]
         _library.call(f"{ctx.op}_bwd", ctx.impl)(dout, x, weight, cache, ctx.factor, *grads)
         return *grads, None, None, None, None
@@ -259,8 +257,8 @@ def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, same
     _check.tensor(op, "x", x, "[B, C, T, H, W]", ndim=5)
     _check.tensor(op, "weight", weight, "[O, C, kt, kh, kw]", ndim=5)
     if weight.shape[1] != x.shape[1]:
-        shapes = f"{_check.shape_of(weight)} with x {_check.shape_of(x)}"
-        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {shapes}")
+        got = _check.shape_of(weight)
+        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {got}")
     if min(weight.shape) < 1:
         raise ValueError(f"{op}: weight must not be empty; got shape {_check.shape_of(weight)}")
     if same and not (weight.shape[3] % 2 and weight.shape[4] % 2):
@@ -280,25 +278,8 @@ def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: s
     _check.same_device(op, x, {"cache": cache})
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Channels last where the channels of x lie side by side."""
-    last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
-    return torch.channels_last_3d if last else torch.contiguous_format
-
-
-def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, in x's dtype, device and memory format."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_format(x))
-
-
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
-    if not need:
-        return None
-    return _empty(t, t.shape) if t.ndim == 5 else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-
-def _limits(impl: str) -> str | None:
-    return "cpu needs a torch with oneDNN" if impl == "cpu" and not _ONEDNN else None
+    return (empty_video(t, t.shape) if t.ndim == 5 else like(t, True)) if need else None
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):
@@ -333,7 +314,6 @@ def _causal_conv3d_bwd(
         dout = dpre
         if dresidual is not None:
             dresidual.copy_(dout)
-
     _conv_bwd(reference.causal_input, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
 
 
