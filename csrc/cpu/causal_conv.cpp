@@ -109,6 +109,52 @@ SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
   for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / static_cast<float>(C) + p.eps);
 }
 
+// ---- several pixels of dense channels as one row
+//
+// A VAE's outer layers have 3 to 32 channels: loops over the channels of one pixel would leave most lanes idle. So
+// consecutive pixels are one row of `length` values, with what belongs to a channel or a pixel repeated along it.
+
+class PixelRows {
+ public:
+  PixelRows(const Params& p, bool dense)
+      : C(p.tiling->C), pixels(dense ? std::max<int64_t>(1, 512 / C) : 1), scratch_(5, pixels * C) {
+    repeat(p.weight, weight), repeat(p.bias, bias);
+  }
+
+  // To be called when the clip changes.
+  void load(const Params& p, int64_t b) {
+    repeat(p.mean + p.row_of_clip(b), mean), repeat(p.rstd + p.row_of_clip(b), rstd);
+  }
+
+  // The row's `scale`: rstd, times 1 / rms of each of its n pixels.
+  template <class T>
+  SORA_INLINE void normalise(const Params& p, const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) spread(i, p.rms ? reciprocal_rms(p, x + i * C) : 1.0f, scale);
+#pragma omp simd
+    for (int64_t i = 0; i < n * C; ++i) scale[i] *= rstd[i];
+  }
+
+  SORA_INLINE void spread(int64_t pixel, float value, float* row) const {
+    for (int64_t c = 0; c < C; ++c) row[pixel * C + c] = value;
+  }
+
+  SORA_INLINE void repeat(const float* channels, float* row) const {
+    for (int64_t i = 0; i < pixels; ++i) std::copy_n(channels, C, row + i * C);
+  }
+
+  const int64_t C, pixels;
+
+ private:
+  Scratch scratch_;
+
+ public:
+  float* const weight = scratch_.row(0);
+  float* const bias = scratch_.row(1);
+  float* const mean = scratch_.row(2);
+  float* const rstd = scratch_.row(3);
+  float* const scale = scratch_.row(4);
+};
+
 // ---- forward
 
 template <class T, class TOut, bool kChannelsLast>
@@ -117,20 +163,22 @@ struct Forward {
     const Tiling& t = *p.tiling;
     const int64_t C = t.C;
     const Scratch scratch(1, t.pixels);
+    PixelRows rows(p, p.x.stride_s == C && p.out.stride_s == C);
     float* r = scratch.row(0);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile(t, i / t.per_clip, i % t.per_clip);
-      const float *mean = p.mean + p.row_of_clip(tile.b), *rstd = p.rstd + p.row_of_clip(tile.b);
-      const float *weight = p.weight, *bias = p.bias;
+      const int64_t row = p.row_of_clip(tile.b);
       if constexpr (kChannelsLast) {
-        for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
+        rows.load(p, tile.b);
+        for (int64_t s = tile.first; s < tile.first + tile.n; s += rows.pixels) {
+          const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
           const T* x = p.x.at<const T>(tile.b, 0, s);
           TOut* out = p.out.at<TOut>(tile.b, 0, s);
-          const float r = p.rms ? reciprocal_rms(p, x) : 1.0f;
+          rows.normalise(p, x, n);
 #pragma omp simd
-          for (int64_t c = 0; c < C; ++c) {
-            const float xhat = (to_float(x[c]) - mean[c]) * (r * rstd[c]);
-            out[c] = from_float<TOut>(silu(xhat * weight[c] + bias[c]));
+          for (int64_t j = 0; j < n * C; ++j) {
+            const float xhat = (to_float(x[j]) - rows.mean[j]) * rows.scale[j];
+            out[j] = from_float<TOut>(silu(xhat * rows.weight[j] + rows.bias[j]));
           }
         }
       } else {
@@ -138,7 +186,7 @@ struct Forward {
         for (int64_t c = 0; c < C; ++c) {
           const T* x = p.x.at<const T>(tile.b, c, tile.first);
           TOut* out = p.out.at<TOut>(tile.b, c, tile.first);
-          const float m = mean[c], scale = rstd[c], w = weight[c], b = bias[c];
+          const float m = p.mean[row + c], scale = p.rstd[row + c], w = p.weight[c], b = p.bias[c];
 #pragma omp simd
           for (int64_t i = 0; i < tile.n; ++i) {
             const float xhat = (to_float(x[i]) - m) * (r[i] * scale);
@@ -242,14 +290,16 @@ struct Backward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
     const int64_t C = t.C;
-    const Scratch scratch(2, t.pixels), channels(4, C);
+    const bool dense = p.x.stride_s == C && p.dout.stride_s == C && (!p.out || p.out.stride_s == C);
+    PixelRows rows(p, dense);
+    const Scratch scratch(2, t.pixels), wide(kChannelsLast ? 5 : 0, rows.pixels * C);
     const Scratch dy(1, !kChannelsLast && kPass == Pass::rms ? C * t.pixels : 0);
     for (int64_t task = begin; task < end; ++task) {
       if constexpr (kPass != Pass::dx) std::fill_n(p.sums + task * 2 * C, 2 * C, 0.0f);
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
         float* sums = p.sums + task * 2 * C;
         if constexpr (kChannelsLast) {
-          pixels(p, tile, channels, sums);
+          pixels(p, tile, rows, wide, sums);
         } else {
           planes(p, tile, scratch, dy.row(0), sums);
         }
@@ -257,42 +307,52 @@ struct Backward {
     }
   }
 
-  static SORA_INLINE void pixels(const Params& p, const Tile& tile, const Scratch& channels, float* sums) {
-    const int64_t C = p.tiling->C, row = p.row_of_clip(tile.b);
-    float *xhat = channels.row(0), *dy = channels.row(1), *P = channels.row(2), *Q = channels.row(3);
-    const float *mean = p.mean + row, *rstd = p.rstd + row, *weight = p.weight, *bias = p.bias;
-    std::fill_n(P, C, 0.0f), std::fill_n(Q, C, 0.0f);
-    for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
+  static SORA_INLINE void pixels(const Params& p, const Tile& tile, PixelRows& rows, const Scratch& scratch,
+                                 float* sums) {
+    const int64_t C = p.tiling->C, clip = p.row_of_clip(tile.b);
+    float *xhat = scratch.row(0), *dy = scratch.row(1), *P = scratch.row(2), *Q = scratch.row(3), *dot = scratch.row(4);
+    const float *weight = rows.weight, *bias = rows.bias, *mean = rows.mean, *scale = rows.scale;
+    rows.load(p, tile.b);
+    std::fill_n(P, rows.pixels * C, 0.0f), std::fill_n(Q, rows.pixels * C, 0.0f);
+    if constexpr (kPass == Pass::dx) rows.repeat(p.mean_dy + clip, P), rows.repeat(p.mean_dy_xhat + clip, Q);
+    for (int64_t s = tile.first; s < tile.first + tile.n; s += rows.pixels) {
+      const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
       const T *x = p.x.at<const T>(tile.b, 0, s), *dout = p.dout.at<const T>(tile.b, 0, s);
       T* dx = p.out ? p.out.at<T>(tile.b, 0, s) : nullptr;
-      const float r = kPass == Pass::rms ? reciprocal_rms(p, x) : 1.0f;
-      float dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t c = 0; c < C; ++c) {
-        xhat[c] = (to_float(x[c]) - mean[c]) * (r * rstd[c]);
-        const float dz = to_float(dout[c]) * silu_slope(xhat[c] * weight[c] + bias[c]);
-        dy[c] = dz * weight[c];
+      rows.normalise(p, x, n);
+#pragma omp simd
+      for (int64_t j = 0; j < n * C; ++j) {
+        xhat[j] = (to_float(x[j]) - mean[j]) * scale[j];
+        const float dz = to_float(dout[j]) * silu_slope(xhat[j] * weight[j] + bias[j]);
+        dy[j] = dz * weight[j];
         if constexpr (kPass != Pass::dx) {
-          P[c] += dz;
-          Q[c] += dz * xhat[c];
-          dot += dy[c] * xhat[c];
+          P[j] += dz;
+          Q[j] += dz * xhat[j];
         }
       }
       if (kPass == Pass::rms && dx) {
-        dot /= static_cast<float>(C);
+        for (int64_t i = 0; i < n; ++i) rows.spread(i, mean_product(dy + i * C, xhat + i * C, C), dot);
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) dx[c] = from_float<T>(r * (dy[c] - xhat[c] * dot));
+        for (int64_t j = 0; j < n * C; ++j) dx[j] = from_float<T>(scale[j] * (dy[j] - xhat[j] * dot[j]));
       }
       if constexpr (kPass == Pass::dx) {
-        const float *c1 = p.mean_dy + row, *c2 = p.mean_dy_xhat + row;
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) dx[c] = from_float<T>(rstd[c] * (dy[c] - c1[c] - xhat[c] * c2[c]));
+        for (int64_t j = 0; j < n * C; ++j) dx[j] = from_float<T>(scale[j] * (dy[j] - P[j] - xhat[j] * Q[j]));
       }
     }
     if constexpr (kPass != Pass::dx) {
+      for (int64_t i = 0; i < rows.pixels; ++i) {
 #pragma omp simd
-      for (int64_t c = 0; c < C; ++c) sums[c] += P[c], sums[C + c] += Q[c];
+        for (int64_t c = 0; c < C; ++c) sums[c] += P[i * C + c], sums[C + c] += Q[i * C + c];
+      }
     }
+  }
+
+  static SORA_INLINE float mean_product(const float* a, const float* b, int64_t C) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; ++c) sum += a[c] * b[c];
+    return sum / static_cast<float>(C);
   }
 
   static SORA_INLINE void planes(const Params& p, const Tile& tile, const Scratch& scratch, float* dy, float* sums) {
