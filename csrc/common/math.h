@@ -4,11 +4,10 @@
 
 #include "common/simd.h"
 
-#include <limits>
-
 namespace sora {
 
-// e^x to 2 ulp; subnormal results are flushed to 0. x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial in r.
+// e^x to 2 ulp for |x| <= 87; beyond, at least e^-87.3 and at most e^88.3. x = n ln 2 + r with |r| <= ln 2 / 2, then a
+// polynomial in r.
 SORA_INLINE float exponential(float x) {
   constexpr float kRound = 0x1.8p23f;  // added and subtracted, it rounds to a whole number
   const float clipped = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
@@ -23,18 +22,20 @@ SORA_INLINE float exponential(float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const float scale = as_float((as_bits(shifted) << 23) + 0x3f800000u);
-  const float value = p * scale;
-  return x < -87.3f ? 0.0f : x > 88.3f ? std::numeric_limits<float>::infinity() : value;
+  return p * scale;
 }
 
-SORA_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
-SORA_INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+// Below -88 silu and its derivative vanish; x is clipped there, so that no large x meets what is left of e^x. NaN stays.
+SORA_INLINE float silu(float x) {
+  const float v = x < -88.0f ? -88.0f : x;
+  return v / (1.0f + exponential(-v));
+}
 
 // The derivative of silu.
 SORA_INLINE float silu_slope(float x) {
-  const float s = sigmoid(x);
-  return s * (1.0f + x * (1.0f - s));
+  const float v = x < -88.0f ? -88.0f : x;
+  const float s = 1.0f / (1.0f + exponential(-v));
+  return s * (1.0f + v * (1.0f - s));
 }
 
 }  // namespace sora

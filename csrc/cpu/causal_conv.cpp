@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 namespace sora {
@@ -117,21 +118,20 @@ SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
 class PixelRows {
  public:
   PixelRows(const Params& p, bool dense)
-      : C(p.tiling->C), pixels(dense ? std::max<int64_t>(1, 512 / C) : 1), scratch_(5, pixels * C) {
+      : C(p.tiling->C), pixels(dense ? std::max<int64_t>(1, 512 / C) : 1), scratch_(4, pixels * C) {
     repeat(p.weight, weight), repeat(p.bias, bias);
   }
 
   // To be called when the clip changes.
   void load(const Params& p, int64_t b) {
-    repeat(p.mean + p.row_of_clip(b), mean), repeat(p.rstd + p.row_of_clip(b), rstd);
+    repeat(p.mean + p.row_of_clip(b), mean), repeat(p.rstd + p.row_of_clip(b), scale);
   }
 
-  // The row's `scale`: rstd, times 1 / rms of each of its n pixels.
+  // For the RMS norm, the scale of a row is that of its n pixels.
   template <class T>
   SORA_INLINE void normalise(const Params& p, const T* x, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) spread(i, p.rms ? reciprocal_rms(p, x + i * C) : 1.0f, scale);
-#pragma omp simd
-    for (int64_t i = 0; i < n * C; ++i) scale[i] *= rstd[i];
+    if (!p.rms) return;
+    for (int64_t i = 0; i < n; ++i) spread(i, reciprocal_rms(p, x + i * C), scale);
   }
 
   SORA_INLINE void spread(int64_t pixel, float value, float* row) const {
@@ -151,8 +151,7 @@ class PixelRows {
   float* const weight = scratch_.row(0);
   float* const bias = scratch_.row(1);
   float* const mean = scratch_.row(2);
-  float* const rstd = scratch_.row(3);
-  float* const scale = scratch_.row(4);
+  float* const scale = scratch_.row(3);
 };
 
 // ---- forward
@@ -281,19 +280,22 @@ struct Moments {
 //   dz = dout * silu'(z),  dbias = sum of dz,  dweight = sum of dz * xhat,  dy = dz * weight
 //   dx = r * (dy - xhat * mean_c(dy * xhat))  or  rstd * (dy - mean_group(dy) - xhat * mean_group(dy * xhat))
 //
-// The RMS norm needs one pass; the group norm sums in one and writes dx in another.
+// The RMS norm needs one pass; the group norm sums in one, in which an fp32 dx already keeps dy, and finishes in another.
 
 enum class Pass { rms, sums, dx };
 
 template <class T, bool kChannelsLast, Pass kPass>
 struct Backward {
+  static constexpr bool kKeep = kPass == Pass::sums && std::is_same_v<T, float>;
+  static constexpr bool kReuse = kPass == Pass::dx && std::is_same_v<T, float>;
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
     const int64_t C = t.C;
     const bool dense = p.x.stride_s == C && p.dout.stride_s == C && (!p.out || p.out.stride_s == C);
     PixelRows rows(p, dense);
     const Scratch scratch(2, t.pixels), wide(kChannelsLast ? 5 : 0, rows.pixels * C);
-    const Scratch dy(1, !kChannelsLast && kPass == Pass::rms ? C * t.pixels : 0);
+    const Scratch dy(1, !kChannelsLast && kPass == Pass::rms ? C * t.pixels : t.pixels);
     for (int64_t task = begin; task < end; ++task) {
       if constexpr (kPass != Pass::dx) std::fill_n(p.sums + task * 2 * C, 2 * C, 0.0f);
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
@@ -323,13 +325,18 @@ struct Backward {
 #pragma omp simd
       for (int64_t j = 0; j < n * C; ++j) {
         xhat[j] = (to_float(x[j]) - mean[j]) * scale[j];
-        const float dz = to_float(dout[j]) * silu_slope(xhat[j] * weight[j] + bias[j]);
-        dy[j] = dz * weight[j];
-        if constexpr (kPass != Pass::dx) {
-          P[j] += dz;
-          Q[j] += dz * xhat[j];
+        if constexpr (kReuse) {
+          dy[j] = to_float(dx[j]);
+        } else {
+          const float dz = to_float(dout[j]) * silu_slope(xhat[j] * weight[j] + bias[j]);
+          dy[j] = dz * weight[j];
+          if constexpr (kPass != Pass::dx) {
+            P[j] += dz;
+            Q[j] += dz * xhat[j];
+          }
         }
       }
+      if (kKeep && dx) std::copy_n(dy, n * C, reinterpret_cast<float*>(dx));
       if (kPass == Pass::rms && dx) {
         for (int64_t i = 0; i < n; ++i) rows.spread(i, mean_product(dy + i * C, xhat + i * C, C), dot);
 #pragma omp simd
@@ -369,11 +376,12 @@ struct Backward {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
           const float xhat = (to_float(x[i]) - m) * scale;
-          const float dz = to_float(dout[i]) * silu_slope(xhat * w + b);
-          dx[i] = from_float<T>(scale * (dz * w - c1 - xhat * c2));
+          const float dy = kReuse ? to_float(dx[i]) : to_float(dout[i]) * silu_slope(xhat * w + b) * w;
+          dx[i] = from_float<T>(scale * (dy - c1 - xhat * c2));
         }
       } else {
         float P = 0, Q = 0;
+        float* keep = kKeep && p.out ? p.out.at<float>(tile.b, c, tile.first) : dy;  // else a row nobody reads
 #pragma omp simd reduction(+ : P, Q)
         for (int64_t i = 0; i < n; ++i) {
           const float xhat = (to_float(x[i]) - m) * (r[i] * scale);
@@ -383,6 +391,8 @@ struct Backward {
           if constexpr (kPass == Pass::rms) {
             dy[c * n + i] = dz * w;
             dot[i] += dz * w * xhat;
+          } else if constexpr (kKeep) {
+            keep[i] = dz * w;
           }
         }
         sums[c] += P, sums[C + c] += Q;
