@@ -37,6 +37,7 @@ struct Video {
 
 constexpr int64_t kTasks = 64;           // the target of a reduction; a clip has at least one
 constexpr int64_t kTileElements = 16384;  // 64 KiB of fp32
+constexpr int64_t kPlanePixels = 1024;    // where a plane needs no other: planes lie at strides that share cache sets
 
 struct Tiling {
   int64_t B, C, S;
@@ -45,8 +46,8 @@ struct Tiling {
   int64_t parts;     // tasks of a clip, for reductions
   int64_t part_tiles;
 
-  Tiling(int64_t B, int64_t C, int64_t S) : B(B), C(C), S(S) {
-    pixels = std::max<int64_t>(64, (kTileElements / C + 15) / 16 * 16);
+  Tiling(int64_t B, int64_t C, int64_t S, bool by_plane) : B(B), C(C), S(S) {
+    pixels = by_plane ? kPlanePixels : std::max<int64_t>(64, (kTileElements / C + 15) / 16 * 16);
     per_clip = (S + pixels - 1) / pixels;
     part_tiles = (per_clip + (kTasks + B - 1) / B - 1) / ((kTasks + B - 1) / B);
     parts = (per_clip + part_tiles - 1) / part_tiles;
@@ -210,7 +211,6 @@ template <class T, bool kChannelsLast>
 struct Moments {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
-    const int64_t width = t.C / p.groups;
     const Scratch scratch(3, t.C);
     float *centre = scratch.row(0), *sum = scratch.row(1), *squares = scratch.row(2);
     for (int64_t task = begin; task < end; ++task) {
@@ -218,23 +218,56 @@ struct Moments {
       std::fill_n(mean, 2 * p.groups, 0.0);
       double count = 0;
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
-        const double n = static_cast<double>(tile.n * width);
-        std::fill_n(centre, t.C, 0.0f);
-        deviations(p, tile, centre, sum, squares);
-        for (int64_t g = 0; g < p.groups; ++g) {
-          std::fill_n(centre + g * width, width, static_cast<float>(total(sum, g, width) / n));
+        if constexpr (kChannelsLast) {
+          pixels(p, tile, centre, sum, squares, count, mean, m2);
+        } else {
+          planes(p, tile, count, mean, m2);
         }
-        deviations(p, tile, centre, sum, squares);
-        double merged = count;
-        for (int64_t g = 0; g < p.groups; ++g) {
-          // what rounding left between the centre and the mean is a deviation like any other
-          const double left = total(sum, g, width) / n;
-          merged = count;
-          merge(merged, mean[g], m2[g], n, centre[g * width] + left, total(squares, g, width) - n * left * left);
-        }
-        count = merged;
       });
     }
+  }
+
+  static SORA_INLINE void pixels(const Params& p, const Tile& tile, float* centre, float* sum, float* squares,
+                                 double& count, double* mean, double* m2) {
+    const int64_t C = p.tiling->C, width = C / p.groups;
+    const double n = static_cast<double>(tile.n * width);
+    std::fill_n(centre, C, 0.0f);
+    deviations(p, tile, centre, sum, squares);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      std::fill_n(centre + g * width, width, static_cast<float>(total(sum, g, width) / n));
+    }
+    deviations(p, tile, centre, sum, squares);
+    double merged = count;
+    for (int64_t g = 0; g < p.groups; ++g) {
+      // what rounding left between the centre and the mean is a deviation like any other
+      const double left = total(sum, g, width) / n;
+      merged = count;
+      merge(merged, mean[g], m2[g], n, centre[g * width] + left, total(squares, g, width) - n * left * left);
+    }
+    count = merged;
+  }
+
+  static SORA_INLINE void planes(const Params& p, const Tile& tile, double& count, double* mean, double* m2) {
+    const int64_t width = p.tiling->C / p.groups;
+    const double n = static_cast<double>(tile.n);
+    double merged = count;
+    for (int64_t c = 0; c < p.tiling->C; ++c) {
+      const T* x = p.x.at<const T>(tile.b, c, tile.first);
+      float sum = 0, first = 0, second = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < tile.n; ++i) sum += to_float(x[i]);
+      const float centre = sum / static_cast<float>(tile.n);
+#pragma omp simd reduction(+ : first, second)
+      for (int64_t i = 0; i < tile.n; ++i) {
+        const float d = to_float(x[i]) - centre;
+        first += d;
+        second += d * d;
+      }
+      const double left = first / n;  // what rounding left is a deviation like any other
+      if (c % width == 0) merged = count;
+      merge(merged, mean[c / width], m2[c / width], n, centre + left, second - n * left * left);
+    }
+    count = merged;
   }
 
   static SORA_INLINE double total(const float* channels, int64_t g, int64_t width) {
@@ -248,28 +281,13 @@ struct Moments {
                                      float* squares) {
     const int64_t C = p.tiling->C;
     std::fill_n(sum, C, 0.0f), std::fill_n(squares, C, 0.0f);
-    if constexpr (kChannelsLast) {
-      for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
-        const T* x = p.x.at<const T>(tile.b, 0, s);
+    for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
+      const T* x = p.x.at<const T>(tile.b, 0, s);
 #pragma omp simd
-        for (int64_t c = 0; c < C; ++c) {
-          const float d = to_float(x[c]) - centre[c];
-          sum[c] += d;
-          squares[c] += d * d;
-        }
-      }
-    } else {
       for (int64_t c = 0; c < C; ++c) {
-        const T* x = p.x.at<const T>(tile.b, c, tile.first);
-        const float m = centre[c];
-        float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-        for (int64_t i = 0; i < tile.n; ++i) {
-          const float d = to_float(x[i]) - m;
-          first += d;
-          second += d * d;
-        }
-        sum[c] = first, squares[c] = second;
+        const float d = to_float(x[c]) - centre[c];
+        sum[c] += d;
+        squares[c] += d * d;
       }
     }
   }
@@ -541,9 +559,9 @@ void norm_silu_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   p.groups = check_groups(groups, x), p.rms = groups == 0, p.weight = w.data(), p.bias = b.data();
   if (x.numel() == 0) return;
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
-  const Tiling tiling(x.size(0), C, x.size(2) * x.size(3) * x.size(4));
-  p.tiling = &tiling;
   const bool last = has_dense_channels(x);
+  const Tiling tiling(x.size(0), C, x.size(2) * x.size(3) * x.size(4), !last && !p.rms);
+  p.tiling = &tiling;
   const ChannelStatistics statistics(p, x.scalar_type(), last);
 
   const auto launch = [&](auto from, auto to) {
@@ -572,9 +590,9 @@ void norm_silu_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, co
   std::vector<double> sum_dz(C, 0.0), sum_dz_xhat(C, 0.0);
   if (x.numel() == 0) return store(to_weight, sum_dz_xhat), store(to_bias, sum_dz);
   isa();
-  const Tiling tiling(x.size(0), C, x.size(2) * x.size(3) * x.size(4));
-  p.tiling = &tiling;
   const bool last = has_dense_channels(x);
+  const Tiling tiling(x.size(0), C, x.size(2) * x.size(3) * x.size(4), !last && !p.rms);
+  p.tiling = &tiling;
   const ScalarType dtype = x.scalar_type();
   const ChannelStatistics statistics(p, dtype, last);
   std::vector<float> sums(tiling.tasks() * 2 * C);
