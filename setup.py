@@ -35,6 +35,7 @@ TARGETS = ("cpu", "cuda")
 TORCH_MINIMUM = (2, 11)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 # No -ffast-math: NaN and infinity keep their meaning. Reductions are vectorised by `omp simd` where the source says so.
+# -Wno-psabi: vectors are passed to inlined functions only, never by a calling convention.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
              "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-missing-field-initializers"]
 # sm_80 also carries PTX, for devices newer than this list.

@@ -126,7 +126,7 @@ def make_row(
         kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
         "op": benchmark.name, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
-        "impl_version": peers.version(result.impl), "shape": shape.id, "dims": shape.describe(),
+        "impl_version": peers.version(result.impl), "shape": shape.id, "dims": benchmark.dims(shape),
         "dtype": name,
         "mode": result.mode, "status": result.status, "reason": result.reason,
         "p20_us": stats and stats.p20 * 1e6, "p50_us": stats and stats.p50 * 1e6,

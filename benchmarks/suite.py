@@ -43,6 +43,8 @@ class Benchmark:
     variant         one of several uses of the operation, measured under the name "op:variant"
     checked         shape -> the smaller one to check at, where the oracle of the measured one would take too long
     unchecked       peers that compute something else, which the operation replaces
+    terms           inputs -> how many values are summed into each element of the output, where it is such a sum
+    dims            shape -> what the record says the shape was, where that is not the transformer's own
     """
 
     op: str
@@ -54,6 +56,8 @@ class Benchmark:
     backward_writes: tuple[str, ...]
     flops: Callable[[Shape, str], int]
     peers: Mapping[str, Callable[[Inputs, str], Callable[..., Any]]] = field(default_factory=dict)
+    terms: Callable[[Inputs], int] = lambda inputs: 1
+    dims: Callable[[Shape], dict[str, object]] = Shape.describe
     outputs: int = 0
     variant: str = ""
     checked: Callable[[Shape], Shape] = lambda shape: shape
@@ -249,8 +253,9 @@ class _Case:
             self.oracle[mode] = self.run(benchmark.reference, mode, exact)
             plain = self.run(benchmark.eager, mode)
             largest = max(out.numel() for out in self.grad_outputs)  # a smaller gradient is a sum over tokens
+            terms = benchmark.terms(self.inputs)
             self.bound[mode] = {
-                n: testing.error_bound(o, plain[n], terms=max(1, largest // max(1, o.numel())))
+                n: testing.error_bound(o, plain[n], terms=max(terms, largest // max(1, o.numel())))
                 for n, o in self.oracle[mode].items()
             }
 

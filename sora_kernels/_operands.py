@@ -37,3 +37,14 @@ def table(t: Tensor | None, x: Tensor) -> Tensor | None:
 def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
     """A contiguous destination of the shape, dtype and device of t, where it is wanted."""
     return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
+
+
+def video_format(x: Tensor) -> torch.memory_format:
+    """Of a video [B, C, T, H, W]: channels last where its channels lie side by side."""
+    last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
+def empty_video(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised, in x's dtype, device and memory format."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=video_format(x))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_kernels import (
@@ -28,6 +29,7 @@ from sora_kernels import (
 
 from . import checkpoint
 
+LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
 EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
 
 
@@ -140,9 +142,11 @@ class _Pass:
         frames = conv.kernel_size[0] - 1
         if not self.streaming or frames == 0:
             return function(x, conv.weight, conv.bias, impl=self.impl, **kwargs)
-        B, C, _, H, W = x.shape
-        cache = x.new_zeros(B, C, frames, H, W) if self.starts else next(self.past)
-        y, cache = function(x, conv.weight, conv.bias, cache=cache, impl=self.impl, **kwargs)
+        if self.starts:  # nothing but zeros before x: without a cache they cost nothing
+            y, cache = function(x, conv.weight, conv.bias, impl=self.impl, **kwargs), x[:, :, -frames:]
+            cache = F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
+        else:
+            y, cache = function(x, conv.weight, conv.bias, cache=next(self.past), impl=self.impl, **kwargs)
         self.future.append(cache)
         return y
 
@@ -302,6 +306,7 @@ class CausalVAE(nn.Module):
         self.quant_conv = nn.Conv3d(2 * Z, 2 * Z, 1)
         self.post_quant_conv = nn.Conv3d(Z, Z, 1)
         self.decoder = Decoder(self.config)
+        self.to(memory_format=LAYOUT)
         self.register_buffer("latents_mean", torch.zeros(Z), persistent=False)
         self.register_buffer("latents_std", torch.ones(Z), persistent=False)
         self.set_latent_statistics(self.config.latents_mean, self.config.latents_std)
@@ -324,7 +329,7 @@ class CausalVAE(nn.Module):
         """The posterior of a whole clip: mean and log-variance, [B, z_dim, 1 + (T-1)/4, H/8, W/8] each."""
         self._check("video", video, self.config.in_channels)
         self.config.latent_shape(*video.shape[2:])
-        return self._posterior(self.encoder(video, _Pass(self.impl)))
+        return self._posterior(self.encoder(video.contiguous(memory_format=LAYOUT), _Pass(self.impl)))
 
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
         """The whole clip in one pass: [B, 3, 1 + 4(T'-1), 8H', 8W'], clamped to [-1, 1] if `clamp`.
@@ -344,7 +349,8 @@ class CausalVAE(nn.Module):
                 f"after the first chunk, a chunk must have a multiple of {step} frames; got {video.shape[2]}"
             )
         self.config.latent_shape(video.shape[2] + (cache is not None), *video.shape[3:])
-        return *self._posterior(self.encoder(video, run)), VAECache("encode", tuple(run.future))
+        moments = self.encoder(video.contiguous(memory_format=LAYOUT), run)
+        return *self._posterior(moments), VAECache("encode", tuple(run.future))
 
     def decode_chunk(
         self, latents: Tensor, cache: VAECache | None = None, *, clamp: bool = True
@@ -422,6 +428,7 @@ class CausalVAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def _from_latents(self, latents: Tensor) -> Tensor:                              # [B, Z, T', H', W']
+        latents = latents.contiguous(memory_format=LAYOUT)
         return _Pass(self.impl).conv(latents, self.post_quant_conv)
 
     def _streaming(self, kind: str, cache: VAECache | None) -> _Pass:

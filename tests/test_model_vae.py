@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import sora_model
 from sora_kernels import Unavailable
 from sora_kernels.testing import assert_matches_oracle
 from sora_model.checkpoint import CheckpointError
@@ -281,6 +284,20 @@ def test_reference_and_auto_agree(tiny):
         close(tiny.decode(latents), reference.decode(latents))
     with pytest.raises(Unavailable, match="cuda"):
         CausalVAE(TINY, impl="cuda").decode(latents)
+
+
+def test_the_shipped_checkpoint_decodes_alike_in_every_implementation():
+    folder = pathlib.Path(sora_model.__file__).parent / "checkpoints" / "toy" / "vae"
+    state = load_file(folder / "model.safetensors")
+    latents = torch.randn(1, 8, 3, 4, 6)
+    decoded = {}
+    for impl in ("auto", "reference"):
+        vae = CausalVAE(VAEConfig(**json.loads((folder / "config.json").read_text())), impl=impl)
+        vae.load_state_dict(state)
+        with torch.no_grad():
+            decoded[impl] = vae.decode(latents, clamp=False)
+            close(torch.cat(list(vae.decode_stream(latents, clamp=False)), 2), decoded[impl])
+    close(decoded["auto"], decoded["reference"])
 
 
 def test_half_precision(tiny):

@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "common/simd.h"
+#include "common/lanes.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -27,19 +27,6 @@ struct Tile {
 constexpr int64_t kDepth = 128;
 
 inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Floats of a vector of the instruction set that runs.
-inline int64_t lanes() { return isa() == Isa::avx512 ? 16 : isa() == Isa::avx2 ? 8 : 4; }
-
-// `dispatch` of simd.h for kernels that are written for V floats to a vector: Kernel<V, T>.
-template <template <int, class> class Kernel, class T, class Params>
-void dispatch_lanes(const Params& params, int64_t begin, int64_t end) {
-  switch (isa()) {
-    case Isa::avx512: return run_avx512<Kernel<16, T>>(params, begin, end);
-    case Isa::avx2: return run_avx2<Kernel<8, T>>(params, begin, end);
-    case Isa::baseline: return run_baseline<Kernel<4, T>>(params, begin, end);
-  }
-}
 
 // An operand in memory. A [m, k] is read at data[m * ld + k], transposed at data[k * ld + m], and whole tiles are read:
 // rows beyond the last must exist, whatever their values.
@@ -60,12 +47,6 @@ inline int64_t packed_size(int64_t depth, int64_t columns) { return depth * roun
 
 // B as rows in memory, of whole panels.
 inline Panels row_panels(const float* data, int64_t ld) { return {data, 1, ld}; }
-
-template <int V>
-struct Lanes {
-  typedef float Type __attribute__((vector_size(V * sizeof(float))));
-  typedef float Unaligned __attribute__((vector_size(V * sizeof(float)), aligned(sizeof(float)), may_alias));
-};
 
 // sum += the two products of each pair. In assembly, because the intrinsic inlines only where the whole kernel asks for
 // AVX512_BF16, and so that no arithmetic touches a pair as if it were a float.

@@ -8,12 +8,6 @@
 #include <cstdint>
 #include <cstring>
 
-// After the parameters of a lambda, which does not take SORA_INLINE.
-#define SORA_INLINE_LAMBDA __attribute__((always_inline))
-
-// No vector is passed between functions that are compiled for themselves, so that none has an ABI.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace sora {
 
 template <int V>
@@ -39,7 +33,7 @@ template <int V>
 using Floats = typename Lanes<V>::Type;
 
 template <int V>
-SORA_INLINE Floats<V> get(const float* from) {
+SORA_INLINE Floats<V> fetch(const float* from) {
   return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
 }
 
@@ -68,7 +62,7 @@ SORA_INLINE Floats<V> read(const T* from, int64_t n) {
   alignas(64) float x[V];
 #pragma omp simd
   for (int j = 0; j < V; ++j) x[j] = to_float(from[j]);
-  return get<V>(x);
+  return fetch<V>(x);
 }
 
 template <int V, class T>
@@ -99,7 +93,7 @@ SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b
       x[j] = from[2 * j], y[j] = from[2 * j + 1];
     }
   }
-  a = get<V>(x), b = get<V>(y);
+  a = fetch<V>(x), b = fetch<V>(y);
 }
 
 template <int V, class T>

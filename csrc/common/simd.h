@@ -13,7 +13,7 @@
 #include <cstring>
 
 #define SORA_INLINE inline __attribute__((always_inline))
-#define SORA_LAMBDA __attribute__((always_inline))
+#define SORA_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that a kernel calls
 
 #if defined(__x86_64__)
 #define SORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")))

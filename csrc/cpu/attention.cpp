@@ -12,6 +12,7 @@
 #include "attention_tiles.h"
 #include "common/check.h"
 #include "common/gemm.h"
+#include "common/lanes.h"
 #include "common/memory.h"
 
 #include <torch/csrc/stable/library.h>
@@ -62,20 +63,10 @@ struct Params {
   int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
 };
 
-template <int V>
-SORA_INLINE typename Lanes<V>::Type load(const float* from) {
-  return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
-}
-
-template <int V>
-SORA_INLINE void store(float* to, typename Lanes<V>::Type value) {
-  *reinterpret_cast<typename Lanes<V>::Unaligned*>(to) = value;
-}
-
 // e^x for x <= 0, to 1e-7; 0 below -87, where it leaves the normal numbers. NaN and -infinity give 0 and 0.
 template <int V>
-SORA_INLINE typename Lanes<V>::Type exp_of_negative(typename Lanes<V>::Type x) {
-  using Vector = typename Lanes<V>::Type;
+SORA_INLINE Floats<V> exp_of_negative(Floats<V> x) {
+  using Vector = Floats<V>;
   typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t))));
   const Vector y = x > -87.0f ? x : Vector{} - 87.0f;
   const Vector n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest integer
@@ -94,7 +85,7 @@ SORA_INLINE typename Lanes<V>::Type exp_of_negative(typename Lanes<V>::Type x) {
 // that are not there repeat the first one's place, and their results are dropped.
 template <int V, class T>
 struct Workspace {
-  using Vector = typename Lanes<V>::Type;
+  using Vector = Floats<V>;
   typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t)), may_alias));
 
   const Params& p;
@@ -193,7 +184,7 @@ struct Workspace {
           const int32_t w = static_cast<int32_t>(piece.run->w + piece.offset + i);
           float* score = s + (piece.first + i) * lanes + l;
           const Integers seen = keep | (row & (w >= from) & (w < to));
-          store<V>(score, seen != 0 ? load<V>(score) : Vector{} - kInfinity);
+          put<V>(score, seen != 0 ? fetch<V>(score) : Vector{} - kInfinity);
         }
       }
     }
@@ -233,7 +224,7 @@ struct Workspace {
 
 template <int V, class T>
 struct Forward {
-  using Vector = typename Lanes<V>::Type;
+  using Vector = Floats<V>;
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     Workspace<V, T> w(p);
@@ -275,23 +266,23 @@ struct Forward {
   // V queries' scores with n keys become weights relative to the new maximum; what came before shrinks by `shrink`.
   static SORA_INLINE void softmax(float* scores, int64_t n, int64_t stride, float scale, float* top, float* total,
                                   float* shrink) {
-    const Vector before = load<V>(top);
+    const Vector before = fetch<V>(top);
     Vector highest = before;
     for (int64_t i = 0; i < n; ++i) {
-      const Vector x = load<V>(scores + i * stride) * scale;
+      const Vector x = fetch<V>(scores + i * stride) * scale;
       highest = x > highest ? x : highest;
     }
     const Vector finite = highest > -kInfinity ? highest : Vector{};
     Vector sum{};
     for (int64_t i = 0; i < n; ++i) {
-      const Vector weight = exp_of_negative<V>(load<V>(scores + i * stride) * scale - finite);
-      store<V>(scores + i * stride, weight);
+      const Vector weight = exp_of_negative<V>(fetch<V>(scores + i * stride) * scale - finite);
+      put<V>(scores + i * stride, weight);
       sum += weight;
     }
     const Vector factor = exp_of_negative<V>(before - finite);
-    store<V>(shrink, factor);
-    store<V>(total, load<V>(total) * factor + sum);
-    store<V>(top, highest);
+    put<V>(shrink, factor);
+    put<V>(total, fetch<V>(total) * factor + sum);
+    put<V>(top, highest);
   }
 };
 
@@ -299,7 +290,7 @@ struct Forward {
 
 template <int V, class T>
 struct Backward {
-  using Vector = typename Lanes<V>::Type;
+  using Vector = Floats<V>;
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     Workspace<V, T> w(p);
@@ -337,11 +328,11 @@ struct Backward {
       w.mask();
       w.multiply_keys(w.v, dout_panels, n, w.d);
       for (int64_t l = 0; l < w.lanes; l += V) {
-            const Vector sum = load<V>(lse + l), mean = load<V>(centre + l), extra = load<V>(dlse + l);
+            const Vector sum = fetch<V>(lse + l), mean = fetch<V>(centre + l), extra = fetch<V>(dlse + l);
         for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
-          const Vector weight = exp_of_negative<V>(load<V>(w.s + i) * p.scale - sum);
-          store<V>(w.s + i, weight);
-          store<V>(w.d + i, weight * (load<V>(w.d + i) - mean + extra) * p.scale);
+          const Vector weight = exp_of_negative<V>(fetch<V>(w.s + i) * p.scale - sum);
+          put<V>(w.s + i, weight);
+          put<V>(w.d + i, weight * (fetch<V>(w.d + i) - mean + extra) * p.scale);
         }
       }
       if (p.dq) w.multiply_weights(w.d, w.k, n, dq);
@@ -368,11 +359,11 @@ struct Backward {
       for (int64_t first = 0; first < E; first += kDepth) {
         Vector sum{};
         for (int64_t e = first; e < std::min(first + kDepth, E); ++e) {
-          sum += load<V>(out + panel + e * 2 * V) * load<V>(dout + panel + e * 2 * V);
+          sum += fetch<V>(out + panel + e * 2 * V) * fetch<V>(dout + panel + e * 2 * V);
         }
         total = first > 0 ? total + sum : sum;
       }
-      store<V>(to + l, total);
+      put<V>(to + l, total);
     }
   }
 };

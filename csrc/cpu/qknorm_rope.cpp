@@ -69,12 +69,13 @@ struct Order {
 template <class F>
 SORA_INLINE void with_constants(Order order, const F& f) {
   const bool whole = order.E == 2 * order.pairs && order.pairs == order.half;
-  const auto known = [&](int64_t E) SORA_INLINE_LAMBDA {
+  const auto known = [&](int64_t E) SORA_LAMBDA {
     order.E = order.width = E, order.pairs = order.half = E / 2;
     f(order);
   };
   if (whole && order.E == 128) return known(128);
   if (whole && order.E == 64) return known(64);
+  if (whole && order.E == 32) return known(32);
   f(order);
 }
 
@@ -85,7 +86,7 @@ struct Turn {
 
 template <int V>
 SORA_INLINE void rotate(Turn turn, int64_t i, float direction, Floats<V>& a, Floats<V>& b) {
-  const Floats<V> c = get<V>(turn.cos + i), s = direction * get<V>(turn.sin + i), x = a, y = b;
+  const Floats<V> c = fetch<V>(turn.cos + i), s = direction * fetch<V>(turn.sin + i), x = a, y = b;
   a = x * c - y * s;
   b = x * s + y * c;
 }
@@ -311,7 +312,7 @@ struct Forward {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
       const Angles* turns = angles.seek(s) ? &angles : nullptr;
-      with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+      with_constants(p.order, [&](const Order& order) SORA_LAMBDA {
         for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
       });
     }
@@ -324,7 +325,7 @@ struct Forward {
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * order.width;
       Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA {
+      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
         put<V>(v + at, x);
         total += layer ? x : x * x;
       });
@@ -337,7 +338,7 @@ struct Forward {
         const float mean = r.rstd[i];
         Floats<V> total = {};
         for (int64_t at = 0; at < order.width; at += V) {
-          const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at);
+          const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at);
           total += c * c;
         }
         r.rstd[i] = sum<V>(total), r.mean[i] = mean;
@@ -349,9 +350,9 @@ struct Forward {
       const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
       const float mean = r.mean[i], rstd = r.rstd[i];
       store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
-               [&](int64_t at) SORA_INLINE_LAMBDA {
-                 const Floats<V> x = get<V>(v + at);
-                 return p.norm == kNone ? x : (x - mean) * rstd * get<V>(weight + at) + get<V>(bias + at);
+               [&](int64_t at) SORA_LAMBDA {
+                 const Floats<V> x = fetch<V>(v + at);
+                 return p.norm == kNone ? x : (x - mean) * rstd * fetch<V>(weight + at) + fetch<V>(bias + at);
                });
     }
   }
@@ -395,7 +396,7 @@ struct Backward {
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
           const Angles* turns = angles.seek(s) ? &angles : nullptr;
-          with_constants(p.order, [&](const Order& order) SORA_INLINE_LAMBDA {
+          with_constants(p.order, [&](const Order& order) SORA_LAMBDA {
             for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
           });
         }
@@ -412,17 +413,17 @@ struct Backward {
       const Turn turn = angles ? angles->of_head(h + i) : Turn{};
       float* g = r.g + i * width;
       load<V>(p.dout.at<const T>(b, s, h + i), order, turn,
-              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(g + at, x); });
+              [&](int64_t at, const Floats<V>& x) SORA_LAMBDA { put<V>(g + at, x); });
     }
     if (p.norm != kNone) normalised(p, order, b, s, h, n, r);
     if (!p.dx) return;
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
-      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_INLINE_LAMBDA {
-        const Floats<V> dy = get<V>(g + at);
+      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_LAMBDA {
+        const Floats<V> dy = fetch<V>(g + at);
         if (p.norm == kNone) return dy;
-        return (dy * get<V>(weight + at) - shift - (get<V>(v + at) - mean) * along) * rstd;
+        return (dy * fetch<V>(weight + at) - shift - (fetch<V>(v + at) - mean) * along) * rstd;
       });
     }
   }
@@ -436,11 +437,11 @@ struct Backward {
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * width;
       load<V>(p.x.at<const T>(b, s, h + i), order, {},
-              [&](int64_t at, const Floats<V>& x) SORA_INLINE_LAMBDA { put<V>(v + at, x); });
+              [&](int64_t at, const Floats<V>& x) SORA_LAMBDA { put<V>(v + at, x); });
       r.mean[i] = 0.0f;
       if (!layer) continue;
       Floats<V> total = {};
-      for (int64_t at = 0; at < width; at += V) total += get<V>(v + at);
+      for (int64_t at = 0; at < width; at += V) total += fetch<V>(v + at);
       r.mean[i] = sum<V>(total);
     }
     if (layer) average(p, r.mean, n);
@@ -449,7 +450,7 @@ struct Backward {
       const float mean = r.mean[i];
       Floats<V> squares = {}, along = {}, shift = {};
       for (int64_t at = 0; at < width; at += V) {
-        const Floats<V> c = get<V>(v + at) - mean * get<V>(r.exists + at), dy = get<V>(weight + at) * get<V>(g + at);
+        const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at), dy = fetch<V>(weight + at) * fetch<V>(g + at);
         squares += c * c, along += c * dy, shift += dy;
       }
       r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along);
@@ -462,10 +463,10 @@ struct Backward {
     if (p.gradients() == 0) return;
     const int64_t heads = p.width ? 1 : n;  // that share a weight
     for (int64_t at = 0; at < span; at += V) {
-      Floats<V> dweight = get<V>(r.dweight + at), dbias = get<V>(r.dbias + at);
+      Floats<V> dweight = fetch<V>(r.dweight + at), dbias = fetch<V>(r.dbias + at);
       for (int64_t i = 0; i < heads; ++i) {
-        const Floats<V> g = get<V>(r.g + i * width + at);
-        dweight += g * ((get<V>(r.v + i * width + at) - r.mean[i]) * r.rstd[i]);
+        const Floats<V> g = fetch<V>(r.g + i * width + at);
+        dweight += g * ((fetch<V>(r.v + i * width + at) - r.mean[i]) * r.rstd[i]);
         dbias += g;
       }
       put<V>(r.dweight + at, dweight), put<V>(r.dbias + at, dbias);

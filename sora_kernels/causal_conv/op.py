@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._operands import empty_video, like, narrow, needs_grad, parameter, video_format
 from . import reference
+
+_LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
 
 
 def norm_silu(
@@ -47,9 +50,10 @@ def norm_silu(
         raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups}")
     _check.positive(op, "eps", eps)
     _check.same_device(op, x, {"weight": weight, "bias": bias})
-    grad = _records(x, weight, bias)
+    tensors = narrow(x, (x, weight, bias))
+    grad, groups = needs_grad(tensors), groups if norm == "group" else 0
     run = _NormSilu.apply if grad else _NormSilu.run
-    return run(x, weight, bias, groups if norm == "group" else 0, eps, _dispatch.choose(op, impl, x, grad=grad))
+    return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad))
 
 
 def causal_conv3d(
@@ -98,14 +102,13 @@ def causal_conv3d(
         _check.exact(op, "norm_weight", norm_weight, (weight.shape[0],), "[O], one per output channel")
         _check.positive(op, "norm_eps", norm_eps)
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
-    grad = _records(x, weight, bias, cache, residual, norm_weight)
-    impl = _dispatch.choose(op, impl, x, grad=grad)
+    tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
+    grad = needs_grad(tensors)
+    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
     if grad:
-        y = _CausalConv3d.apply(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl)
+        y = _CausalConv3d.apply(*tensors, stride, norm_eps, shape, impl)
     else:
-        y = _empty(x, shape)
-        fwd = _library.call("causal_conv3d_fwd", impl)
-        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, y, None)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y := empty_video(x, shape), None)
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
@@ -171,17 +174,18 @@ def downsample_conv3d(
 
 
 def _resample(op, x, weight, bias, cache, factor, shape, impl):
-    grad = _records(x, weight, bias, cache)
+    tensors = narrow(x, (x, weight, bias, cache))
+    grad = needs_grad(tensors)
     run = _Resample.apply if grad else _Resample.run
-    y = run(x, weight, bias, cache, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad))
+    y = run(*tensors, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get))
     return y if cache is None else (y, reference.next_cache(x, cache))
 
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
-        out = torch.empty_like(x)
-        _library.call("norm_silu_fwd", impl)(x, weight, bias, groups, eps, out)
+        out, x = empty_video(x, x.shape), x.contiguous(memory_format=video_format(x))
+        _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
     @staticmethod
@@ -195,18 +199,20 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        _library.call("norm_silu_bwd", ctx.impl)(dout, x, weight, bias, ctx.groups, ctx.eps, *grads)
+        dout, x = (t.contiguous(memory_format=video_format(x)) for t in (dout, x))
+        args = (dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps)
+        _library.call("norm_silu_bwd", ctx.impl)(*args, *grads)
         return *grads, None, None, None
 
 
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl):
-        out = _empty(x, shape)
+        out = empty_video(x, shape)
         # what the norm read: a forward that kept only its result would have to be run again in the backward
         pre = None if norm_weight is None else torch.empty_like(out)
-        fwd = _library.call("causal_conv3d_fwd", impl)
-        fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre)
+        tensors = (x, weight, bias, cache, residual, norm_weight)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, pre)
         ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
         ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
         return out
@@ -228,7 +234,7 @@ class _Resample(torch.autograd.Function):
 
     @staticmethod
     def run(x, weight, bias, cache, factor, shape, op, impl):
-        out = _empty(x, shape)
+        out = empty_video(x, shape)
         _library.call(f"{op}_fwd", impl)(x, weight, bias, cache, factor, out)
         return out
 
@@ -241,7 +247,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, weight, bias, cache = saved = ctx.saved_tensors  # once: activation checkpointing unpacks a single time
+        x, weight, bias, cache = saved = ctx.saved_tensors  # once: checkpointing unpacks a single time
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, saved, strict=False)]
         _library.call(f"{ctx.op}_bwd", ctx.impl)(dout, x, weight, cache, ctx.factor, *grads)
         return *grads, None, None, None, None
@@ -251,8 +257,8 @@ def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, same
     _check.tensor(op, "x", x, "[B, C, T, H, W]", ndim=5)
     _check.tensor(op, "weight", weight, "[O, C, kt, kh, kw]", ndim=5)
     if weight.shape[1] != x.shape[1]:
-        shapes = f"{_check.shape_of(weight)} with x {_check.shape_of(x)}"
-        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {shapes}")
+        got = _check.shape_of(weight)
+        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {got}")
     if min(weight.shape) < 1:
         raise ValueError(f"{op}: weight must not be empty; got shape {_check.shape_of(weight)}")
     if same and not (weight.shape[3] % 2 and weight.shape[4] % 2):
@@ -272,19 +278,8 @@ def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: s
     _check.same_device(op, x, {"cache": cache})
 
 
-def _records(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, in x's dtype and device, channels last where x is."""
-    last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    order = torch.channels_last_3d if last else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=order)
-
-
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
-    return torch.empty_like(t) if need else None
+    return (empty_video(t, t.shape) if t.ndim == 5 else like(t, True)) if need else None
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):
@@ -319,7 +314,6 @@ def _causal_conv3d_bwd(
         dout = dpre
         if dresidual is not None:
             dresidual.copy_(dout)
-
     _conv_bwd(reference.causal_input, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
 
 
@@ -352,18 +346,21 @@ _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
     reference=_norm_silu_fwd,
+    impls={"cpu": None},
 )
 _library.define(
     "norm_silu_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, int groups, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()",
     reference=_norm_silu_bwd,
+    impls={"cpu": None},
 )
 _library.define(
     "causal_conv3d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
     "SymInt[3] stride, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
     reference=_causal_conv3d_fwd,
+    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_fwd"},
 )
 _library.define(
     "causal_conv3d_bwd",
@@ -371,6 +368,7 @@ _library.define(
     "SymInt[3] stride, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
+    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_bwd"},
 )
 
 
@@ -387,12 +385,14 @@ def _define_resample(op, forward, source, strided):
         f"{op}_fwd",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()",
         reference=fwd,
+        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_fwd"},
     )
     _library.define(
         f"{op}_bwd",
         "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
         "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()",
         reference=bwd,
+        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_bwd"},
     )
 
 

@@ -1,0 +1,340 @@
+"""The convolutions on a CPU: oneDNN in fp32 on channels-last videos, whatever the size of the batch.
+
+`F.conv3d` leaves oneDNN for an unrolled matrix product where a single small clip comes in, as every chunk of a stream
+is; the operators below are asked for by name instead. Measured on one core of an AVX-512 machine, 3x3x3 taps:
+
+    F.conv3d, 4 frames of 64x64      C = 32: 16 GFLOP/s    C = 96:  95
+    oneDNN, contiguous                       99                     104
+    oneDNN, channels last                    107                    110     (no reordering of x and of the result)
+
+The result is added by oneDNN to what the destination holds (zeros or the residual), so it is written where it belongs.
+Half precision is widened on the way in: without bf16 instructions a bf16 convolution is many times slower than fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _library
+
+LAST = torch.channels_last_3d
+ONE = (1, 1, 1)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """A video in fp32, channels last: itself or a copy."""
+    return t.to(torch.float32, memory_format=LAST).contiguous(memory_format=LAST)
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.float()
+
+
+def _is_wide(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.is_contiguous(memory_format=LAST)
+
+
+def _empty(shape) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, memory_format=LAST)
+
+
+def _packed(x: Tensor, cache: Tensor | None, front: tuple[int, int, int], back: tuple[int, int] = (0, 0)) -> Tensor:
+    """One fp32 copy of x with `front` frames, rows and columns before it and `back` rows and columns after it.
+
+    Zeros, save that the frames of `cache` lie before those of x.
+    """
+    past, top, left = front
+    if past == top == left == sum(back) == 0:
+        return _wide(x)
+    B, C, T, H, W = x.shape
+    packed = _empty((B, C, past + T, top + H + back[0], left + W + back[1]))
+    if top + left + sum(back) or (past and cache is None):
+        packed.zero_()
+    inside = packed[..., top : top + H, left : left + W]
+    inside[:, :, past:] = x
+    if past and cache is not None:
+        inside[:, :, :past] = cache[:, :, cache.shape[2] - past :]
+    return packed
+
+
+def _add(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> None:
+    """out += conv3d(x, weight, bias, stride, padding); all fp32, videos channels last and dense."""
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        out, x, weight, bias, padding, stride, ONE, 1, "add", 1.0, None, [], None
+    )
+
+
+def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bias: Tensor | None, padding) -> None:
+    """out += the convolution of x after its past, which is not copied together with it.
+
+    The first kt - 1 frames read the past; the others read x in place. Without a cache the taps on frames of zeros are
+    left out. x is copied after its past where it is smaller than the weight, which oneDNN reorders in each call, and
+    for a batch, whose chunks are not dense in memory.
+    """
+    past = weight.shape[2] - 1
+    head = min(past, out.shape[2])
+    if past and (out.shape[0] > 1 or (cache is not None and x[:, :, head:].numel() < weight.numel())):
+        return _add(out, _packed(x, cache, (past, 0, 0)), weight, bias, ONE, padding)
+    x = _wide(x)
+    if cache is None:
+        for t in range(head):
+            _add(out[:, :, t : t + 1], x[:, :, : t + 1], weight[:, :, past - t :], bias, ONE, padding)
+    elif head:
+        _add(out[:, :, :head], _packed(x[:, :, :head], cache, (past, 0, 0)), weight, bias, ONE, padding)
+    if out.shape[2] > head:
+        _add(out[:, :, head:], x, weight, bias, ONE, padding)
+
+
+def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, opaque: bool):
+    """aten's convolution_backward; opaque tensors keep oneDNN in charge where aten would leave it, and copy."""
+    inputs = [t.to_mkldnn() if opaque else t for t in (dout, x)]
+    dims = len(stride)
+    grads = torch.ops.aten.convolution_backward(
+        *inputs, weight, None, stride, padding, (1,) * dims, False, (0,) * dims, 1, [*mask, False]
+    )
+    return [g.to_dense() if g is not None and g.is_mkldnn else g for g in grads[:2]]
+
+
+def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask):
+    dout, x = _images(dout), _images(x)
+    opaque = len(x) == 1 and x[..., 0].numel() <= 20480  # a single small image
+    return _backward(dout, x, weight, stride[1:], padding[1:], mask, opaque)
+
+
+def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
+    """The gradients of conv3d for x and weight, None where not asked for.
+
+    oneDNN's 3D backward takes 2 to 5 times as long as its 2D one on channels-last tensors, forward they are alike. So
+    the frames are a batch of images, one convolution per tap in time; the data of several taps are left to the 3D
+    kernel on opaque tensors, which is as fast and errs half as much as a sum over taps.
+    """
+    B, _, frames = dout.shape[:3]
+    if weight.shape[2] == 1 and stride[0] == 1:
+        dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, [data, taps])
+        return dx.unflatten(0, (B, frames)).transpose(1, 2) if data else None, dweight[:, :, None] if taps else None
+    dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=True)[0] if data else None
+    if not taps:
+        return dx, None
+    dweight = torch.empty_like(weight)
+    for i in range(weight.shape[2]):
+        read = x[:, :, i : i + (frames - 1) * stride[0] + 1 : stride[0]]
+        dweight[:, :, i] = _images_backward(dout, read, weight[:, :, i], stride, padding, [False, True])[1]
+    return dx, dweight
+
+
+def _images(x: Tensor) -> Tensor:
+    """The frames of a batch as a batch of images [B T, C, H, W], channels last."""
+    return x.contiguous(memory_format=LAST).transpose(1, 2).flatten(0, 1)
+
+
+@functools.cache
+def _norm_op(direction: str):
+    impl = "reference" if _dispatch.why_not("norm_silu", "cpu", "cpu") else "cpu"
+    return _library.call(f"norm_silu_{direction}", impl)
+
+
+# causal_conv3d
+
+
+def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre) -> None:
+    if out.numel() == 0:
+        return
+    total = next((t for t in (pre, out) if t is not None and _is_wide(t)), None)  # where the convolution adds up
+    total = _empty(out.shape) if total is None else total
+    total.zero_() if residual is None else total.copy_(residual)
+    weight, bias, padding = weight.float(), _float(bias), _same(weight)
+    if tuple(stride) == ONE:
+        _add_causal(total, x, cache, weight, bias, padding)
+    else:
+        _add(total, _packed(x, cache, (weight.shape[2] - 1, 0, 0)), weight, bias, stride, padding)
+    if pre is not None and pre is not total:
+        pre.copy_(total)
+    if norm_weight is not None:
+        normed = out if out.is_contiguous(memory_format=LAST) else torch.empty_like(total)
+        _norm_op("fwd")(total, norm_weight, None, 0, norm_eps, normed)
+        total = normed
+    if total is not out:
+        out.copy_(total)
+
+
+def causal_conv3d_bwd(
+    dout, x, weight, cache, norm_weight, pre, stride, norm_eps, dx, dweight, dbias, dcache, dresidual, dnorm_weight
+) -> None:
+    if dout.numel() == 0:
+        return _zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
+    dout = _wide(dout)
+    if norm_weight is not None:
+        dpre = _empty(dout.shape)
+        _norm_op("bwd")(dout, _wide(pre), norm_weight, None, 0, norm_eps, dpre, dnorm_weight, None)
+        dout = dpre
+        if dresidual is not None:
+            dresidual.copy_(dout)
+    front = (weight.shape[2] - 1, 0, 0)
+    _conv_bwd(dout, x, weight, cache, stride, front, (0, 0), _same(weight), dx, dweight, dbias, dcache)
+
+
+def _same(weight: Tensor) -> tuple[int, int, int]:
+    return 0, weight.shape[3] // 2, weight.shape[4] // 2
+
+
+def _conv_bwd(dout, x, weight, cache, stride, front, back, padding, dx, dweight, dbias, dcache) -> None:
+    data = dx is not None or dcache is not None
+    if dbias is not None:
+        dbias.copy_(dout.sum((0, 2, 3, 4)))
+    if not data and dweight is None:
+        return
+    packed = _packed(x, cache, front, back)
+    dpacked, taps = _gradients(dout, packed, weight.float(), stride, padding, data, dweight is not None)
+    if dweight is not None:
+        dweight.copy_(taps)
+    if data:
+        past, top, left = front
+        inside = dpacked[..., top : top + x.shape[3], left : left + x.shape[4]]
+        if dx is not None:
+            dx.copy_(inside[:, :, past:])
+        if dcache is not None:
+            dcache.copy_(inside[:, :, :past])
+
+
+# downsample_conv3d
+
+
+def _downsample_padding(weight: Tensor, factor):
+    """(front, back, padding): symmetric padding is oneDNN's own, the other is copied."""
+    past, *spare = (k - f for k, f in zip(weight.shape[2:], factor, strict=True))
+    half = tuple(n // 2 for n in spare)
+    if all(n % 2 == 0 for n in spare):
+        return (past, 0, 0), (0, 0), (0, *half)
+    return (past, *half), tuple(n - n // 2 for n in spare), (0, 0, 0)
+
+
+def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
+    if out.numel() == 0:
+        return
+    front, back, padding = _downsample_padding(weight, factor)
+    total = (out if _is_wide(out) else _empty(out.shape)).zero_()
+    _add(total, _packed(x, cache, front, back), weight.float(), _float(bias), factor, padding)
+    if total is not out:
+        out.copy_(total)
+
+
+def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
+    if dout.numel() == 0:
+        return _zero(dx, dweight, dbias, dcache)
+    front, back, padding = _downsample_padding(weight, factor)
+    _conv_bwd(_wide(dout), x, weight, cache, factor, front, back, padding, dx, dweight, dbias, dcache)
+
+
+# upsample_conv3d
+#
+# Output f*i + a of an axis reads x[i + (a + j - front) // f] through tap j: for each a, the "phase", this is a
+# convolution of x itself, whose taps are sums of those that meet on one element. For three taps and a factor of 2 in
+# height and width that is 4 convolutions of 2x2 taps instead of one of 3x3 on four times the pixels: 4/9 of the work.
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One phase along one axis: tap j of the weight adds to tap taps[j]; `before` and `after` elements are padded."""
+
+    phase: int
+    taps: tuple[int, ...]
+    before: int
+    after: int
+
+
+def _axis(kernel: int, factor: int, front: int) -> list[_Axis]:
+    axes = []
+    for phase in range(factor):
+        offsets = [(phase + j - front) // factor for j in range(kernel)]
+        taps = tuple(o - offsets[0] for o in offsets)
+        axes.append(_Axis(phase, taps, -offsets[0], offsets[-1]))
+    return axes
+
+
+def _phases(weight: Tensor, factor) -> Iterator[tuple[_Axis, _Axis, _Axis]]:
+    kt, kh, kw = weight.shape[2:]
+    fronts = (kt - 1, kh // 2, kw // 2)
+    return itertools.product(*(_axis(k, f, front) for k, f, front in zip((kt, kh, kw), factor, fronts, strict=True)))
+
+
+def _phase_weight(weight: Tensor, axes) -> Tensor:
+    """The sums of taps, added in order, channels last."""
+    weight = weight.permute(0, 2, 3, 4, 1).contiguous()
+    for dim, axis in enumerate(axes, 1):
+        if axis.taps != tuple(range(len(axis.taps))):
+            summed = weight.new_zeros([axis.taps[-1] + 1 if d == dim else n for d, n in enumerate(weight.shape)])
+            for j, tap in enumerate(axis.taps):
+                summed.select(dim, tap).add_(weight.select(dim, j))
+            weight = summed
+    return weight.permute(0, 4, 1, 2, 3)
+
+
+def _phase_padding(axes):
+    """(padding, window): oneDNN pads both ends alike; of its result the window is the phase."""
+    padding = tuple(max(axis.before, axis.after) for axis in axes[1:])
+    return (0, *padding), tuple(p - axis.before for p, axis in zip(padding, axes[1:], strict=True))
+
+
+def _of_phase(t: Tensor, axes, factor) -> Tensor:
+    (at, ah, aw), (ft, fh, fw) = (axis.phase for axis in axes), factor
+    return t[:, :, at::ft, ah::fh, aw::fw]
+
+
+def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
+    if out.numel() == 0:
+        return
+    weight, bias, x = weight.float(), _float(bias), _wide(x)
+    B, _, T, H, W = x.shape
+    for axes in _phases(weight, factor):
+        padding, (top, left) = _phase_padding(axes)
+        taps = _phase_weight(weight, axes)
+        rows, columns = (n + 2 * p - k + 1 for n, p, k in zip((H, W), padding[1:], taps.shape[3:], strict=True))
+        total = _empty((B, weight.shape[0], T, rows, columns)).zero_()
+        _add_causal(total, x, cache, taps, bias, padding)
+        _of_phase(out, axes, factor).copy_(total[..., top : top + H, left : left + W])
+
+
+def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
+    if dout.numel() == 0:
+        return _zero(dx, dweight, dbias, dcache)
+    if dbias is not None:
+        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    data = dx is not None or dcache is not None
+    if not data and dweight is None:
+        return
+    wide = weight.float()
+    past = max(axis.before for axis in _axis(weight.shape[2], factor[0], weight.shape[2] - 1))
+    packed = _packed(x, cache, (past, 0, 0))
+    dpacked, dtaps = torch.zeros_like(packed), torch.zeros_like(wide)
+    T, H, W = x.shape[2:]
+    for axes in _phases(weight, factor):
+        padding, (top, left) = _phase_padding(axes)
+        taps = _phase_weight(wide, axes)
+        rows, columns = (n + 2 * p - k + 1 for n, p, k in zip((H, W), padding[1:], taps.shape[3:], strict=True))
+        dphase = _packed(_of_phase(dout, axes, factor), None, (0, top, left), (rows - top - H, columns - left - W))
+        first = past - axes[0].before
+        dsource, dphase_taps = _gradients(dphase, packed[:, :, first:], taps, ONE, padding, data, dweight is not None)
+        if data:
+            dpacked[:, :, first:] += dsource
+        if dweight is not None:
+            for dim, axis in enumerate(axes, 2):
+                dphase_taps = dphase_taps.index_select(dim, torch.tensor(axis.taps))
+            dtaps += dphase_taps
+    if dweight is not None:
+        dweight.copy_(dtaps)
+    if dx is not None:
+        dx.copy_(dpacked[:, :, past:])
+    if dcache is not None:
+        dcache.copy_(dpacked[:, :, :past])
+
+
+def _zero(*destinations: Tensor | None) -> None:
+    for destination in destinations:
+        if destination is not None:
+            destination.zero_()
