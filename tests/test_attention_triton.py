@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_attention import MODES, brute_mask, definition, explicit, make
 
@@ -35,8 +35,12 @@ def tiles(monkeypatch):
     return use
 
 
-def check(inputs, mask, mode, *, kv_lens=None, scale=None) -> None:
-    """Output, LSE and every gradient, of both results, by the error rule. mask [Sq, Sk] or [B, 1, Sq, Sk]."""
+def check(inputs, mask, mode, *, kv_lens=None, scale=None, few=False) -> None:
+    """Output, LSE and every gradient, of both results, by the error rule. mask [Sq, Sk] or [B, 1, Sq, Sk].
+
+    few: queries may see so few keys that what plain PyTorch does without error is all that is left. Then the roundings
+    of what a backward from the LSE works with count as well: of the LSE, and of the terms of dO·V − Σ dO·O.
+    """
     q = inputs["q"]
     grads = [torch.randn_like(q), torch.randn(q.shape[0], q.shape[2], q.shape[1], device=q.device)]
     lens = {} if kv_lens is None else dict(kv_lens=kv_lens)
@@ -60,6 +64,12 @@ def check(inputs, mask, mode, *, kv_lens=None, scale=None) -> None:
         actual, expected, plain = (t.masked_fill(~seen, 0) for t in (ours[name], expected, baseline[name]))
         if name == "output1":  # a maximum plus a logarithm: where they cancel, their own roundings remain
             expected, plain, actual = (t + 1 for t in (expected, plain, actual))
+        if few and name.startswith("grad"):
+            eps, lse = torch.finfo(torch.float32).eps, oracle["output1"]
+            slack = lse[lse.isfinite()].abs().max() * expected.abs().max()
+            if name != "grad v":
+                slack += grads[0].norm(dim=-1).max() * inputs["v"].norm(dim=-1).max() * inputs["k"].abs().max()
+            plain = plain + eps * slack
         terms = q.shape[1] if name in ("grad k", "grad v") else inputs["k"].shape[1]
         assert_matches_oracle(actual, expected, plain, name, terms=terms)
 
@@ -69,13 +79,13 @@ def draw(name, dtype=torch.float32, heads=(1, 1), E=8, B=1):
     return {n: t[:B].to(DEVICE) for n, t in inputs.items()}, mode, definition(name)[None, None].to(DEVICE)
 
 
-LARGE = {name for name, (q_len, k_len, _) in MODES.items() if q_len * k_len > 2000}
+LARGE = {name for name, (q_len, k_len, _) in MODES.items() if q_len * k_len > 700}
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_mode(name, tiles):
     if name in LARGE:
-        tiles(32, 16)
+        tiles(32, 32)
     inputs, mode, mask = draw(name)
     check(inputs, mask, mode)
 
@@ -154,10 +164,10 @@ def test_large_scores_do_not_overflow(tiles):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_gradients(layout, tiles):
-    tiles(32, 32)
-    inputs, mode, _ = draw("causal_text", heads=(2, 1), B=2)
+    tiles(16, 32)
+    inputs, mode, _ = draw("causal_cache_text", heads=(2, 1), B=2)
     arranged = {n: arrange(t, layout) for n, t in inputs.items()}
-    grads = [torch.randn_like(inputs["q"]), torch.randn(inputs["q"].shape[0], 2, 28, device=DEVICE)]
+    grads = [torch.randn_like(inputs["q"]), torch.randn(2, 2, 16, device=DEVICE)]
     awkward = [arrange(g, layout) for g in grads]
     run = functools.partial(outputs_and_grads, lambda **kw: attend(**kw, **mode, return_lse=True))
     ours = run(arranged, awkward)
@@ -173,6 +183,7 @@ def test_heads_before_tokens_by_stride(tiles):
 
 @pytest.mark.parametrize("name", ["cross", "causal_window_sink_cache"])
 def test_backward_repeats_bitwise(name, tiles):
+    tiles(16, 32)
     inputs, mode, _ = draw(name, heads=(2, 1))
     grads = [torch.randn_like(inputs["q"])]
     first, second = (outputs_and_grads(lambda **kw: attend(**kw, **mode), inputs, grads) for _ in range(2))
@@ -180,7 +191,7 @@ def test_backward_repeats_bitwise(name, tiles):
 
 
 def test_only_the_gradients_asked_for(tiles):
-    inputs, mode, _ = draw("frame_causal")
+    inputs, mode, _ = draw("causal_cache")
     grads = [torch.randn_like(inputs["q"])]
     whole = outputs_and_grads(lambda **kw: attend(**kw, **mode), inputs, grads)
     for name in inputs:
@@ -284,10 +295,10 @@ def run_sweep(case, shape) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("forward", "backward_queries", "backward_keys"):
             patch.setattr(config, name, lambda *_: config.Tile(*shape, 4, 2))
-        check(inputs, brute_mask(q_len, k_len, **mode)[None, None].to(DEVICE), mode)
+        check(inputs, brute_mask(q_len, k_len, **mode)[None, None].to(DEVICE), mode, few=True)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(modes(), st.sampled_from([(16, 16), (32, 16), (16, 64)]))
 def test_sweep(case, shape):
     run_sweep(case, shape)

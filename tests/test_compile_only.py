@@ -21,16 +21,21 @@ STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
 
 
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory):
+def compiled(tmp_path_factory, *families):
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     targets = ",".join(f"sm_{capability}" for capability in TARGETS)
     script = pathlib.Path(__file__).with_name("compile_kernels.py")
-    result = subprocess.run([sys.executable, script, targets], capture_output=True, text=True, env=environment)
+    command = [sys.executable, script, targets, *families]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return compiled(tmp_path_factory)
 
 
 pytestmark = pytest.mark.compile_only
@@ -53,7 +58,31 @@ def test_shared_memory_fits(rows):
 
 def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
     """A row of 64 of the per-token backward is one short load per thread, and is left out, as are partials 72 wide."""
-    checked = [r for r in rows if r["case"] != "D=64 backward per token"]
+    checked = [r for r in rows if r["case"] != "D=64 backward per token" and r["family"] != "attention"]
     checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or not r["case"].startswith("16x72 ")]
     narrow = [r for r in checked if r["vector_loads"] < r["loads"] - NARROW.get(r["kernel"], 0)]
     assert checked and not narrow, narrow
+
+
+def check_attention(rows):
+    """Tensor cores of each generation, and all tiles of q, k, v and dO by loads 16 bytes wide; the rest is the plan."""
+    assert {row["kernel"] for row in rows} == {
+        "attention_fwd_kernel", "attention_bwd_rows_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"
+    }  # fmt: skip
+    for row in rows:
+        products = "rows" not in row["kernel"] and "float32" not in row["case"]
+        assert (row["wgmma"] > 0) == (products and row["sm"] == 90), row
+        assert (row["tcgen05"] > 0) == (products and row["sm"] == 100), row
+        assert row["vector_loads"] >= 4, row
+
+
+def test_attention_uses_tensor_cores(rows):
+    check_attention([row for row in rows if row["family"] == "attention"])
+
+
+@pytest.mark.slow
+def test_attention_of_every_width(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "attention_widths")
+    check_attention(rows)
+    test_nothing_spills(rows)
+    test_shared_memory_fits(rows)

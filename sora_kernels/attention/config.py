@@ -94,7 +94,9 @@ def forward(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
         return Tile(64, 32, 8, 2)
     if capability in (90, 100):
         return Tile(128, 64, 8, 3)
-    return Tile(128, 32 if planned and E > 64 else 64, 8, 2)
+    if planned and E > 64:
+        return Tile(128, 32, 8, 2) if capability < 120 else Tile(64, 32, 8, 2)
+    return Tile(128, 64, 8, 2)
 
 
 def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
@@ -112,6 +114,6 @@ def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) ->
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
     if E > 128:
         return Tile(64, 32, 8, 1)
-    if capability in (90, 100):
+    if capability in (90, 100) or E <= 64:
         return Tile(32, 128, 8, 2)
-    return Tile(64, 64, 8, 2)
+    return Tile(32, 64, 8, 2)
