@@ -92,11 +92,9 @@ def forward(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
         return Tile(64, 32, 8, 1) if E <= 128 else Tile(16, 16, 4, 1)
     if E > 128:
         return Tile(64, 32, 8, 2)
-    if capability in (90, 100):
-        return Tile(128, 64, 8, 3)
-    if planned and E > 64:
-        return Tile(128, 32, 8, 2) if capability < 120 else Tile(64, 32, 8, 2)
-    return Tile(128, 64, 8, 2)
+    if planned and E > 64 and capability not in (90, 100):
+        return Tile(128, 32, 8, 3) if capability < 120 else Tile(64, 32, 8, 3)
+    return Tile(128, 64, 8, 3)
 
 
 def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:

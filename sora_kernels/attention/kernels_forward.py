@@ -179,7 +179,8 @@ def seen(
         if RUNS:
             first = tl.where(origin < 0, ~origin, origin)
             length = tl.minimum(length, tl.where(first < start, start, stop))  # text before the video ends with it
-            position = token - tl.where(first >= visit_end, FAR, start)  # text after the video is before all frames
+            base = tl.where(first >= visit_end, FAR, start)  # text after the video is before all frames
+            position = token - tl.where(origin < 0, base, -FAR)  # and a box is behind them
             see = see | (position[None, :] < reach[6])
         return see & (token < length)[None, :]
     else:
