@@ -94,7 +94,8 @@ def test_mode(name, tiles):
 @pytest.mark.parametrize("name", ["cross", "window_text_start", "causal_window_sink_cache", "packed_causal"])
 def test_half_precision_heads_and_batches(name, tiles):
     tiles(16, 32)
-    inputs, mode, mask = draw(name, torch.float16, heads=(6, 2) if name == "cross" else (2, 1), B=2 if name == "cross" else 1)
+    heads, B = ((6, 2), 2) if name == "cross" else ((2, 1), 1)
+    inputs, mode, mask = draw(name, torch.float16, heads, B=B)
     check(inputs, mask, mode)
 
 
