@@ -104,7 +104,7 @@ def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool)
         return Tile(64, 32, 8, 1)
     if capability in (90, 100):
         return Tile(128, 32, 8, 2) if planned else Tile(128, 64, 8, 2)
-    return Tile(64, 64, 8, 2)
+    return Tile(64, 64 if len(parts(E)) == 1 else 32, 8, 2)
 
 
 def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
@@ -114,4 +114,4 @@ def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) ->
         return Tile(64, 32, 8, 1)
     if capability in (90, 100) or E <= 64:
         return Tile(32, 128, 8, 2)
-    return Tile(32, 64, 8, 2)
+    return Tile(32, 64 if len(parts(E)) == 1 else 32, 8, 2)
