@@ -63,8 +63,8 @@ def check(inputs, mask, mode, *, kv_lens=None, scale=None, few=False) -> None:
         seen = torch.isfinite(expected)
         assert torch.equal(ours[name][~seen].double(), expected[~seen]), f"{name}: -inf where nothing is seen"
         actual, expected, plain = (t.masked_fill(~seen, 0) for t in (ours[name], expected, baseline[name]))
-        if name == "output1":  # a maximum plus a logarithm: where they cancel, their own roundings remain
-            expected, plain, actual = (t + 1 for t in (expected, plain, actual))
+        if name == "output1":  # to base 2 and back: a rounding of the maximum and of the logarithm, which may cancel
+            plain = plain + torch.finfo(torch.float32).eps * max(1, expected.abs().max())
         if few and name.startswith("grad"):
             eps, lse = torch.finfo(torch.float32).eps, oracle["output1"]
             slack = lse[lse.isfinite()].abs().max() * expected.abs().max()
