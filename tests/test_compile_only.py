@@ -71,7 +71,7 @@ def check_attention(rows):
         "attention_fwd_kernel", "attention_bwd_rows_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"
     }  # fmt: skip
     for row in rows:
-        narrow = "E=256" in row["case"] and "backward" in row["case"]  # tiles of 32 rows: products of warps, not of groups
+        narrow = "E=256" in row["case"] and "backward" in row["case"]  # tiles of 32 rows: products of warps
         products = "rows" not in row["kernel"] and "float32" not in row["case"] and not narrow
         assert (row["wgmma"] > 0) == (products and row["sm"] == 90), row
         assert (row["tcgen05"] > 0) == (products and row["sm"] == 100), row

@@ -69,8 +69,9 @@ class Tile:
 
 
 def parts(E: int) -> tuple[int, ...]:
-    """Powers of two that hold a head of width E, two where that is less: 72 -> (64, 16). Products take 16 at least;
-    beyond 128 a part of less than 64 makes the compiler spill thousands of bytes.
+    """Powers of two that hold a head of width E, two where that is less: 72 -> (64, 16).
+
+    A product takes 16 at least; beside 128, less than 64 made the compiler spill thousands of bytes.
     """
     whole = max(16, 1 << max(E - 1, 0).bit_length())
     rest = max(64 if whole > 128 else 16, 1 << max(E - whole // 2 - 1, 0).bit_length())
