@@ -1,7 +1,13 @@
 """Fast, trainable, reference-proven operations for video diffusion transformers and their causal VAEs."""
 
 from ._dispatch import Unavailable
-from .attention import attention_plan, spacetime_attention
+from .attention import (
+    attention_backward,
+    attention_forward,
+    attention_plan,
+    merge_attention,
+    spacetime_attention,
+)
 from .causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from .patchify import final_layer, patch_embed3d, unpatchify3d
@@ -9,12 +15,15 @@ from .qknorm_rope import qk_norm_rope
 
 __all__ = [
     "Unavailable",
+    "attention_backward",
+    "attention_forward",
     "attention_plan",
     "causal_conv3d",
     "downsample_conv3d",
     "final_layer",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "merge_attention",
     "norm_modulate",
     "norm_silu",
     "patch_embed3d",

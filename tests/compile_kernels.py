@@ -7,6 +7,8 @@ Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kern
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import pathlib
 import re
@@ -211,15 +213,61 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
             yield f"{name} C={C} D={D}", call, modules
 
 
-FAMILIES = {"modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify}
+WINDOW_AND_TEXT = dict(grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8), text_len=256)
+
+
+def attention(cases=((128, torch.bfloat16, WINDOW_AND_TEXT), (128, torch.bfloat16, {}))) -> Iterator[tuple]:
+    """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU."""
+    from sora_kernels.attention import config, kernels_backward, kernels_forward
+    from sora_kernels.attention.plan import resolve
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rules = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
+    S = 30 * 48 * 80 + 256
+    for (E, dtype, rule), sm in itertools.product(cases, SUPPORTED):
+        q, k, v, out, dout, dq, dk, dv = (empty(1, S, 24, E, dtype=dtype) for _ in range(8))
+        lse = empty(1, 24, S, dtype=torch.float32)
+        mode = (None, *resolve("attention", S, S, *(rules | rule).values()), 0.1)
+
+        def on_this_gpu(launch, *args, sm=sm):
+            original, config.capability = config.capability, lambda device: sm
+            try:
+                launch(*args)
+            finally:
+                config.capability = original
+
+        forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
+        backward = functools.partial(
+            on_this_gpu, kernels_backward.spacetime_attention_bwd, dout, None, q, k, v, out, lse, *mode, dq, dk, dv
+        )
+        name = f"E={E} {str(dtype).removeprefix('torch.')} {'window and text' if rule else 'dense'}"
+        yield f"{name} forward", forward, (kernels_forward,), (sm,)
+        yield f"{name} backward", backward, (kernels_backward,), (sm,)
+
+
+def attention_widths() -> Iterator[tuple]:
+    """Every width and dtype that has tiles of its own: minutes."""
+    half = [(E, torch.bfloat16, WINDOW_AND_TEXT) for E in (64, 72, 80, 96, 112, 256)]
+    rest = [(E, torch.float32, WINDOW_AND_TEXT) for E in (64, 128, 256)] + [(128, torch.float16, WINDOW_AND_TEXT)]
+    yield from attention((*half, *rest))
+
+
+SUPPORTED = (80, 90, 100, 120)
+FAMILIES = {
+    "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "attention": attention,
+}  # fmt: skip
+SLOW = {"attention_widths": attention_widths}
 
 
 def main() -> None:
     capabilities = [int(sm.removeprefix("sm_")) for sm in sys.argv[1].split(",")]
     for family in sys.argv[2:] or FAMILIES:
-        for case, call, modules in FAMILIES[family]():
-            for kernel, args, kwargs in record(call, *modules):
-                for capability in capabilities:
+        for case, call, modules, *only in (FAMILIES | SLOW)[family]():
+            targets = [c for c in capabilities if not only or c in only[0]]
+            for kernel, args, kwargs in record(call, *modules) if targets else ():
+                for capability in targets:
                     row = measure(kernel, args, kwargs, capability)
                     print(json.dumps(dict(family=family, case=case, sm=capability, **row)), flush=True)
 

@@ -6,54 +6,52 @@ import math
 
 import pytest
 import torch
-from test_attention import MODES, definition
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_attention import MODES, brute_mask, definition
 
 from sora_kernels import attention_plan
 
 
-def tile_tokens(origin, box, H, W):
-    """The tokens of a tile, and (h, w) of each; a run begins at ~origin and has no places."""
+def places(origin, box, start, H, W):
+    """Tokens of a tile, and t, h, w of each; a run begins at ~origin and lies in no box."""
     j = torch.arange(math.prod(box))
     if origin < 0:
         return ~origin + j, None
-    dt, dh, dw = j // (box[1] * box[2]), j // box[2] % box[1], j % box[2]
-    return origin + dt * (H * W) + dh * W + dw, (dh, dw)
-
-
-def inside(origin, box, start, end, H, W):
-    """The tokens of a box or run that lie in the clip `[start, end)` and in the frame."""
-    token, place = tile_tokens(origin, box, H, W)
-    here = token < end
-    if place is not None:
-        at = origin - start
-        here &= (at // W % H + place[0] < H) & (at % W + place[1] < W)
-    return token[here], bool(here.all())
+    at = origin - start
+    t, h, w = at // (H * W) + j // (box[1] * box[2]), at // W % H + j // box[2] % box[1], at % W + j % box[2]
+    return start + (t * H + h) * W + w, torch.stack((t, h, w))
 
 
 def expand(plan):
-    """What a kernel makes of the plan: [own, visited] how often each pair is met, and whether it was promised seen."""
-    own_len = plan.reach.shape[1]
-    visited_len = plan.q_len if plan.transposed else plan.k_len
-    met = torch.zeros(own_len, visited_len, dtype=torch.int32)
-    promised, owned = met.bool(), torch.zeros(own_len, dtype=torch.int32)
+    """What a kernel makes of the plan: [own, visited] how often each pair is met, and the owners of each token."""
+    met = torch.zeros(plan.reach.shape[1], plan.q_len if plan.transposed else plan.k_len, dtype=torch.int32)
+    owned = torch.zeros(met.shape[0], dtype=torch.int32)
     for begin, masked, end, origin, own_start, own_end, start, visit_end, stop, H, W in plan.rows.tolist():
-        own, _ = inside(origin, plan.own_box, own_start, own_end, H, W)
+        own, place = places(origin, plan.own_box, own_start, H, W)
+        inside = own < own_end
+        if place is not None:
+            inside &= (place[1] < H) & (place[2] < W)
+        own = own[inside]
         owned[own] += 1
+        reach = plan.reach[:, own, None]
         for e in range(begin, end):
             tile = plan.tiles[e].item()
-            first = ~tile if tile < 0 else tile
-            limit = visit_end if tile >= 0 else start if first < start else stop
-            token, complete = inside(tile, plan.visit_box, start, limit, H, W)
-            assert e >= masked or complete, "a tile that is promised whole crosses an edge"
-            see = torch.ones(len(own), len(token), dtype=torch.bool)
-            if tile < 0 and start <= first < visit_end:  # a run inside the clip is its sink
-                see = token < start + plan.reach[6, own][:, None]
-            met[own[:, None], token] += see
-            promised[own[:, None], token] |= see & (e < masked)
-    return met, promised, owned
+            token, place = places(tile, plan.visit_box, start, H, W)
+            if e < masked:
+                limit = stop if tile < 0 else visit_end
+                assert token.max() < limit and (place is None or (place[1] < H).all() and (place[2] < W).all())
+                see = torch.ones(len(own), len(token), dtype=torch.bool)
+            elif place is None:
+                position = token - (1 << 30 if ~tile >= visit_end else start)
+                see = (position < reach[6]) & (token < (start if ~tile < start else stop))
+            else:
+                see = (place[:, None] >= reach[:6:2]).all(0) & (place[:, None] < reach[1:6:2]).all(0)
+            met.index_put_((own[:, None], token.clamp_max(met.shape[1] - 1)[None]), see.int(), accumulate=True)
+    return met, owned
 
 
-TILES = [(1, 1), (4, 4), (8, 4), (16, 16), (128, 64), ((1, 2, 2), (1, 2, 4)), ((2, 2, 4), (2, 1, 2))]
+TILES = [(1, 1), (4, 4), (16, 16), (128, 64), ((1, 2, 2), (1, 2, 4)), ((2, 2, 4), (2, 1, 2))]
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["queries own", "keys own"])
@@ -63,13 +61,59 @@ def test_plan_promises_hold(name, tile, key_tile, transposed):
     q_len, k_len, mode = MODES[name]
     plan = attention_plan(q_len, k_len, **mode, tile=tile, key_tile=key_tile, transposed=transposed)
     mask = definition(name).T if transposed else definition(name)
-    met, promised, owned = expand(plan)
+    met, owned = expand(plan)
     assert (owned == 1).all(), "a token has not one owner"
-    assert met.max() <= 1, "a pair is visited twice"
-    assert (met.bool() | ~mask).all(), "a visible pair is not visited"
-    assert not (promised & ~mask).any(), "a whole tile hides a pair"
+    assert torch.equal(met, mask.int()), "a visible pair is met once, any other never"
     assert plan.visible_pairs() == mask.sum() <= plan.computed_pairs()
     assert all(t.dtype == torch.int32 for t in (plan.rows, plan.tiles, plan.reach))
+
+
+@st.composite
+def modes(draw):
+    """(q_len, k_len, mode) of any combination of rules over small clips."""
+    side, flag = st.integers(1, 5), st.booleans()
+    mode, packed = {}, draw(st.integers(0, 4)) == 0
+    size = st.tuples(st.integers(1, 4), side, side)
+    if draw(flag):
+        mode["window"] = draw(st.tuples(side, side, side))
+        mode["stride"] = draw(st.tuples(side, side, side))
+        mode["sink"] = draw(st.integers(0, 2))
+    if draw(flag):
+        mode["causal"] = draw(st.sampled_from(["frame", 2, 3]))
+    if packed:
+        mode["grids"] = draw(st.lists(size, min_size=1, max_size=3))
+        length = sum(math.prod(g) for g in mode["grids"])
+        return length, length, mode
+    mode["grid"] = grid = draw(size)
+    mode["text_len"], mode["text_at"] = draw(st.integers(0, 18)), draw(st.sampled_from(["end", "start"]))
+    frames = draw(st.integers(1, grid[0]))
+    length = math.prod(grid)
+    return frames * grid[1] * grid[2] + mode["text_len"], length + mode["text_len"], mode
+
+
+def check_sweep(case, tile, key_tile, transposed) -> None:
+    q_len, k_len, mode = case
+    plan = attention_plan(q_len, k_len, **mode, tile=tile, key_tile=key_tile, transposed=transposed)
+    mask = brute_mask(q_len, k_len, **mode)
+    met, owned = expand(plan)
+    assert (owned == 1).all() and torch.equal(met, (mask.T if transposed else mask).int())
+    assert plan.visible_pairs() == mask.sum()
+
+
+VOLUME = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(modes(), VOLUME, VOLUME, st.booleans())
+def test_sweep(case, tile, key_tile, transposed):
+    check_sweep(case, tile, key_tile, transposed)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000, deadline=None)
+@given(modes(), VOLUME, VOLUME, st.booleans())
+def test_long_sweep(case, tile, key_tile, transposed):
+    check_sweep(case, tile, key_tile, transposed)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -112,7 +156,7 @@ def test_a_plan_of_many_tokens_is_small():
 
 
 def test_plan_errors():
-    for settings, message in (
+    for bad, message in (
         (dict(q_len=8, grid=(2, 2, 3)), "attention_plan: grid"),
         (dict(q_len=-1), "q_len must be an integer of at least 0; got -1"),
         (dict(q_len=3, k_len=2.0), "k_len must be an integer of at least 0; got 2.0"),
@@ -121,4 +165,4 @@ def test_plan_errors():
         (dict(q_len=12, grid=(2, 2, 3), tile=(1, 2, 3)), r"tile must hold a power of two of tokens; got \(1, 2, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            attention_plan(**settings)
+            attention_plan(**bad)

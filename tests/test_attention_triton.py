@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from test_attention import MODES, brute_mask, definition, explicit, make
+from test_attention_plan import modes
 
 from sora_kernels import Unavailable, _dispatch, spacetime_attention
 from sora_kernels.attention import attention_backward, attention_forward, config, merge_attention
@@ -35,8 +36,12 @@ def tiles(monkeypatch):
     return use
 
 
-def check(inputs, mask, mode, *, kv_lens=None, scale=None) -> None:
-    """Output, LSE and every gradient, of both results, by the error rule. mask [Sq, Sk] or [B, 1, Sq, Sk]."""
+def check(inputs, mask, mode, *, kv_lens=None, scale=None, few=False) -> None:
+    """Output, LSE and every gradient, of both results, by the error rule. mask [Sq, Sk] or [B, 1, Sq, Sk].
+
+    few: queries may see so few keys that what plain PyTorch does without error is all that is left. Then the roundings
+    of what a backward from the LSE works with count as well: of the LSE, and of the terms of dO·V − Σ dO·O.
+    """
     q = inputs["q"]
     grads = [torch.randn_like(q), torch.randn(q.shape[0], q.shape[2], q.shape[1], device=q.device)]
     lens = {} if kv_lens is None else dict(kv_lens=kv_lens)
@@ -58,8 +63,14 @@ def check(inputs, mask, mode, *, kv_lens=None, scale=None) -> None:
         seen = torch.isfinite(expected)
         assert torch.equal(ours[name][~seen].double(), expected[~seen]), f"{name}: -inf where nothing is seen"
         actual, expected, plain = (t.masked_fill(~seen, 0) for t in (ours[name], expected, baseline[name]))
-        if name == "output1":  # a maximum plus a logarithm: where they cancel, their own roundings remain
-            expected, plain, actual = (t + 1 for t in (expected, plain, actual))
+        if name == "output1":  # to base 2 and back: a rounding of the maximum and of the logarithm, which may cancel
+            plain = plain + torch.finfo(torch.float32).eps * max(1, expected.abs().max())
+        if few and name.startswith("grad"):
+            eps, lse = torch.finfo(torch.float32).eps, oracle["output1"]
+            slack = lse[lse.isfinite()].abs().max() * expected.abs().max()
+            if name != "grad v":
+                slack += grads[0].norm(dim=-1).max() * inputs["v"].norm(dim=-1).max() * inputs["k"].abs().max()
+            plain = plain + eps * slack
         terms = q.shape[1] if name in ("grad k", "grad v") else inputs["k"].shape[1]
         assert_matches_oracle(actual, expected, plain, name, terms=terms)
 
@@ -69,13 +80,13 @@ def draw(name, dtype=torch.float32, heads=(1, 1), E=8, B=1):
     return {n: t[:B].to(DEVICE) for n, t in inputs.items()}, mode, definition(name)[None, None].to(DEVICE)
 
 
-LARGE = {name for name, (q_len, k_len, _) in MODES.items() if q_len * k_len > 2000}
+LARGE = {name for name, (q_len, k_len, _) in MODES.items() if q_len * k_len > 700}
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_mode(name, tiles):
     if name in LARGE:
-        tiles(32, 16)
+        tiles(32, 32)
     inputs, mode, mask = draw(name)
     check(inputs, mask, mode)
 
@@ -83,7 +94,8 @@ def test_mode(name, tiles):
 @pytest.mark.parametrize("name", ["cross", "window_text_start", "causal_window_sink_cache", "packed_causal"])
 def test_half_precision_heads_and_batches(name, tiles):
     tiles(16, 32)
-    inputs, mode, mask = draw(name, torch.float16, heads=(6, 2) if name == "cross" else (2, 1), B=2)
+    heads, B = ((6, 2), 2) if name == "cross" else ((2, 1), 1)
+    inputs, mode, mask = draw(name, torch.float16, heads, B=B)
     check(inputs, mask, mode)
 
 
@@ -154,10 +166,10 @@ def test_large_scores_do_not_overflow(tiles):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_gradients(layout, tiles):
-    tiles(32, 32)
-    inputs, mode, _ = draw("causal_text", heads=(2, 1), B=2)
+    tiles(16, 32)
+    inputs, mode, _ = draw("causal_cache_text", heads=(2, 1))
     arranged = {n: arrange(t, layout) for n, t in inputs.items()}
-    grads = [torch.randn_like(inputs["q"]), torch.randn(inputs["q"].shape[0], 2, 28, device=DEVICE)]
+    grads = [torch.randn_like(inputs["q"]), torch.randn(1, 2, 16, device=DEVICE)]
     awkward = [arrange(g, layout) for g in grads]
     run = functools.partial(outputs_and_grads, lambda **kw: attend(**kw, **mode, return_lse=True))
     ours = run(arranged, awkward)
@@ -173,6 +185,7 @@ def test_heads_before_tokens_by_stride(tiles):
 
 @pytest.mark.parametrize("name", ["cross", "causal_window_sink_cache"])
 def test_backward_repeats_bitwise(name, tiles):
+    tiles(16, 32)
     inputs, mode, _ = draw(name, heads=(2, 1))
     grads = [torch.randn_like(inputs["q"])]
     first, second = (outputs_and_grads(lambda **kw: attend(**kw, **mode), inputs, grads) for _ in range(2))
@@ -180,7 +193,7 @@ def test_backward_repeats_bitwise(name, tiles):
 
 
 def test_only_the_gradients_asked_for(tiles):
-    inputs, mode, _ = draw("frame_causal")
+    inputs, mode, _ = draw("causal_cache")
     grads = [torch.randn_like(inputs["q"])]
     whole = outputs_and_grads(lambda **kw: attend(**kw, **mode), inputs, grads)
     for name in inputs:
@@ -255,39 +268,16 @@ def test_merging_is_differentiable_and_knows_queries_that_see_nothing():
 # A sweep
 
 
-@st.composite
-def modes(draw):
-    """(q_len, k_len, mode) of any combination of rules over small clips."""
-    side, flag = st.integers(1, 5), st.booleans()
-    mode, packed = {}, draw(st.integers(0, 4)) == 0
-    size = st.tuples(st.integers(1, 4), side, side)
-    if draw(flag):
-        mode["window"] = draw(st.tuples(side, side, side))
-        mode["stride"] = draw(st.tuples(side, side, side))
-        mode["sink"] = draw(st.integers(0, 2))
-    if draw(flag):
-        mode["causal"] = draw(st.sampled_from(["frame", 2, 3]))
-    if packed:
-        mode["grids"] = draw(st.lists(size, min_size=1, max_size=3))
-        length = sum(math.prod(g) for g in mode["grids"])
-        return length, length, mode
-    mode["grid"] = grid = draw(size)
-    mode["text_len"], mode["text_at"] = draw(st.integers(0, 18)), draw(st.sampled_from(["end", "start"]))
-    frames = draw(st.integers(1, grid[0]))
-    length = math.prod(grid)
-    return frames * grid[1] * grid[2] + mode["text_len"], length + mode["text_len"], mode
-
-
 def run_sweep(case, shape) -> None:
     q_len, k_len, mode = case
     inputs = {n: torch.randn(1, q_len if n == "q" else k_len, 1, 8, device=DEVICE) for n in "qkv"}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("forward", "backward_queries", "backward_keys"):
             patch.setattr(config, name, lambda *_: config.Tile(*shape, 4, 2))
-        check(inputs, brute_mask(q_len, k_len, **mode)[None, None].to(DEVICE), mode)
+        check(inputs, brute_mask(q_len, k_len, **mode)[None, None].to(DEVICE), mode, few=True)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(modes(), st.sampled_from([(16, 16), (32, 16), (16, 64)]))
 def test_sweep(case, shape):
     run_sweep(case, shape)

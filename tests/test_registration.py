@@ -74,6 +74,10 @@ CALLS = {
         lambda q, k, v: sora_kernels.spacetime_attention(q, k, v, grid=(3, 2, 2), window=(2, 1, 2), causal="frame"),
         heads,
     ),
+    "merge_attention": (
+        lambda a, la, b, lb: sora_kernels.merge_attention((a, la), (b, lb))[0],
+        lambda n: (*(t for _ in "ab" for t in (torch.randn(n, 6, 2, 8), torch.randn(n, 2, 6))),),
+    ),
     "norm_silu": (sora_kernels.norm_silu, lambda n: (torch.randn(n, 4, 2, 3, 3), torch.randn(4))),
     "causal_conv3d": (
         sora_kernels.causal_conv3d,
@@ -88,7 +92,7 @@ CALLS = {
         lambda n: (torch.randn(n, 4, 2, 4, 4), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
     ),
 }  # fmt: skip
-NOT_OPS = {"Unavailable", "attention_plan"}
+NOT_OPS = {"Unavailable", "attention_plan", "attention_forward", "attention_backward"}  # no tensors, or no autograd
 
 
 def test_every_public_function_is_compiled_below():

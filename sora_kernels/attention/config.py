@@ -69,9 +69,12 @@ class Tile:
 
 
 def parts(E: int) -> tuple[int, ...]:
-    """Powers of two of at least 16 that hold a head of width E, two where that is less: 72 -> (64, 16)."""
-    whole = max(16, 1 << (E - 1).bit_length()) if E else 16
-    rest = max(16, 1 << (E - whole // 2 - 1).bit_length()) if whole > 32 else whole
+    """Powers of two that hold a head of width E, two where that is less: 72 -> (64, 16).
+
+    A product takes 16 at least; beside 128, less than 64 made the compiler spill thousands of bytes.
+    """
+    whole = max(16, 1 << max(E - 1, 0).bit_length())
+    rest = max(64 if whole > 128 else 16, 1 << max(E - whole // 2 - 1, 0).bit_length())
     return (whole,) if rest >= whole // 2 else (whole // 2, rest)
 
 
@@ -83,35 +86,45 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-# Register budgets found by compiling for each GPU (tests/test_compile_only.py); speed not yet measured on any. A masked
-# loop (`planned`) holds a few more registers than a dense one, which decides on GPUs whose sums live in registers only.
+# Found by compiling for each GPU within its registers and shared memory (tests/test_compile_only.py); speed not yet
+# measured on any. A masked loop (`planned`) holds a few more registers than a dense one.
+
+
+def _asynchronous(capability: int) -> bool:
+    """Products read their operands from shared memory: wgmma, tcgen05."""
+    return 90 <= capability < 120
+
+
+def _small(capability: int) -> bool:
+    """100 KiB of shared memory: consumer GPUs."""
+    return capability in (86, 87, 89) or capability >= 120
 
 
 def forward(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
     if dtype == torch.float32:  # products in full precision run on plain cores
         return Tile(64, 32, 8, 1) if E <= 128 else Tile(16, 16, 4, 1)
     if E > 128:
-        return Tile(64, 32, 8, 2)
-    if capability in (90, 100):
-        return Tile(128, 64, 8, 3)
-    return Tile(128, 32 if planned and E > 64 else 64, 8, 2)
+        return Tile(64, 16 if planned and not _asynchronous(capability) else 32, 8, 2)
+    if planned and E > 64 and not _asynchronous(capability):
+        return Tile(64 if _small(capability) else 128, 32, 8, 3)
+    return Tile(128, 64, 8, 3)
 
 
 def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
     if E > 128:
-        return Tile(64, 32, 8, 1)
-    if capability in (90, 100):
+        return Tile(32, 32, 8, 1)
+    if _asynchronous(capability):
         return Tile(128, 32, 8, 2) if planned else Tile(128, 64, 8, 2)
-    return Tile(64, 64, 8, 2)
+    return Tile(64, 64 if len(parts(E)) == 1 else 32, 8, 2)
 
 
 def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
     if E > 128:
-        return Tile(64, 32, 8, 1)
-    if capability in (90, 100):
+        return Tile(32, 32, 8, 1)
+    if _asynchronous(capability) or E <= 64:
         return Tile(32, 128, 8, 2)
-    return Tile(64, 64, 8, 2)
+    return Tile(32, 64 if len(parts(E)) == 1 else 32, 8, 2)

@@ -16,6 +16,7 @@ from .kernels_forward import (
     add_dot,
     arrange,
     dot_t,
+    in_units,
     load_owner,
     load_reach,
     load_tile,
@@ -35,7 +36,7 @@ def attention_bwd_rows_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, base_ptr,
     out_stride_b, out_stride_s, out_stride_h, dout_stride_b, dout_stride_s, dout_stride_h,
     tiles, heads, Sq,
-    E: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, LOG2_E: tl.constexpr,
+    E: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, LOG2_E: tl.constexpr,
 ):  # fmt: skip
     """delta = Σ dout·out − dlse, and the log-sum-exp to base 2, +inf where a query saw nothing: its p is then 0."""
     program = tl.program_id(0)
@@ -43,8 +44,10 @@ def attention_bwd_rows_kernel(
     row = (program // tiles).to(tl.int64)
     b, head = row // heads, row % heads
     valid = token < Sq
-    out = load_tile(out_ptr + b * out_stride_b + head * out_stride_h, token, out_stride_s, valid, E, PARTS)
-    dout = load_tile(dout_ptr + b * dout_stride_b + head * dout_stride_h, token, dout_stride_s, valid, E, PARTS)
+    out_ptr += (b * out_stride_b + head * out_stride_h) * UNIT
+    dout_ptr += (b * dout_stride_b + head * dout_stride_h) * UNIT
+    out = load_tile(out_ptr, token, out_stride_s, valid, E, PARTS, UNIT)
+    dout = load_tile(dout_ptr, token, dout_stride_s, valid, E, PARTS, UNIT)
     delta = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), 1)
     if len(PARTS) == 2:
         delta += tl.sum(out[1].to(tl.float32) * dout[1].to(tl.float32), 1)
@@ -63,7 +66,7 @@ def attention_bwd_dq_kernel(
     dout_stride_b, dout_stride_s, dout_stride_h,
     owners, heads, groups, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · ds k with ds = p ∘ (dout vᵀ − delta), for one tile of queries of one head."""
     QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
@@ -86,11 +89,13 @@ def attention_bwd_dq_kernel(
         start, visit_end, stop, H, W = 0, 0, 0, 1, 1
         token = tile * QUERIES + tl.arange(0, QUERIES)
         valid = token < Sq
-    k_ptr += b * k_stride_b + head // groups * k_stride_h
-    v_ptr += b * v_stride_b + head // groups * v_stride_h
+    k_ptr += (b * k_stride_b + head // groups * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + head // groups * v_stride_h) * UNIT
+    q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
+    dout_ptr += (b * dout_stride_b + head * dout_stride_h) * UNIT
 
-    q = load_tile(q_ptr + b * q_stride_b + head * q_stride_h, token, q_stride_s, valid, E, PARTS)
-    dout = load_tile(dout_ptr + b * dout_stride_b + head * dout_stride_h, token, dout_stride_s, valid, E, PARTS)
+    q = load_tile(q_ptr, token, q_stride_s, valid, E, PARTS, UNIT)
+    dout = load_tile(dout_ptr, token, dout_stride_s, valid, E, PARTS, UNIT)
     row = (b * heads + head) * Sq + token
     base = tl.load(base_ptr + row, valid, 0.0)[:, None]
     delta = tl.load(delta_ptr + row, valid, 0.0)[:, None]
@@ -98,8 +103,8 @@ def attention_bwd_dq_kernel(
 
     for e in range(begin, masked):
         _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS)
-        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS)
+        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS, UNIT)
+        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS, UNIT)
         p = tl.exp2(dot_t(q, k) * scale_2 - base)
         dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
@@ -108,8 +113,8 @@ def attention_bwd_dq_kernel(
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
     for e in range(masked, end):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
-        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
+        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS, UNIT)
+        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS, UNIT)
         p = tl.exp2(dot_t(q, k) * scale_2 - base)
         see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
         p = tl.where(see, p, 0.0)
@@ -126,7 +131,7 @@ def attention_bwd_dkdv_kernel(
     dout_stride_b, dout_stride_s, dout_stride_h,
     owners, heads, groups, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dv = pᵀ dout and dk = scale · dsᵀ q, for one tile of keys of one key head, summed over its query heads."""
     KEYS: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
@@ -151,22 +156,24 @@ def attention_bwd_dkdv_kernel(
     real = valid
     if kv_lens_ptr is not None:
         real = valid & (key < tl.load(kv_lens_ptr + b).to(tl.int32))
-    k = load_tile(k_ptr + b * k_stride_b + key_head * k_stride_h, key, k_stride_s, real, E, PARTS)
-    v = load_tile(v_ptr + b * v_stride_b + key_head * v_stride_h, key, v_stride_s, real, E, PARTS)
+    k_ptr += (b * k_stride_b + key_head * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + key_head * v_stride_h) * UNIT
+    k = load_tile(k_ptr, key, k_stride_s, real, E, PARTS, UNIT)
+    v = load_tile(v_ptr, key, v_stride_s, real, E, PARTS, UNIT)
     dk = zeros(KEYS, PARTS)
     dv = zeros(KEYS, PARTS)
 
     for group in range(groups):
         head = key_head * groups + group
-        q_head = q_ptr + b * q_stride_b + head * q_stride_h
-        dout_head = dout_ptr + b * dout_stride_b + head * dout_stride_h
+        q_head = q_ptr + (b * q_stride_b + head * q_stride_h) * UNIT
+        dout_head = dout_ptr + (b * dout_stride_b + head * dout_stride_h) * UNIT
         base_head = base_ptr + (b * heads + head) * Sq
         delta_head = delta_ptr + (b * heads + head) * Sq
 
         for e in range(begin, masked):
             _, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-            q = load_tile(q_head, token, q_stride_s, None, E, PARTS)
-            dout = load_tile(dout_head, token, dout_stride_s, None, E, PARTS)
+            q = load_tile(q_head, token, q_stride_s, None, E, PARTS, UNIT)
+            dout = load_tile(dout_head, token, dout_stride_s, None, E, PARTS, UNIT)
             p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token)[None, :])
             dv = add_dot(dv, p, dout)
             ds = p * (dot_t(v, dout) - tl.load(delta_head + token)[None, :])
@@ -175,8 +182,8 @@ def attention_bwd_dkdv_kernel(
         for e in range(masked, end):
             origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
             there = token < Sq
-            q = load_tile(q_head, token, q_stride_s, there, E, PARTS)
-            dout = load_tile(dout_head, token, dout_stride_s, there, E, PARTS)
+            q = load_tile(q_head, token, q_stride_s, there, E, PARTS, UNIT)
+            dout = load_tile(dout_head, token, dout_stride_s, there, E, PARTS, UNIT)
             p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
             see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
             p = tl.where(see, p, 0.0)
@@ -203,12 +210,13 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
 
     delta, base = torch.empty((2, B, H, Sq), dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(Sq, ROWS)
+    strides, unit = in_units(out, dout)
     if B * H * Sq:
         attention_bwd_rows_kernel[(tiles * B * H,)](
-            out, dout, lse, dlse, delta, base, *out.stride()[:3], *dout.stride()[:3], tiles, H, Sq,
-            **widths, ROWS=ROWS, LOG2_E=LOG2_E, num_warps=4,
+            out, dout, lse, dlse, delta, base, *strides, tiles, H, Sq,
+            **widths, UNIT=unit, ROWS=ROWS, LOG2_E=LOG2_E, num_warps=4,
         )  # fmt: skip
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3]
+    strides, unit = in_units(q, k, v, dout)
     if dq is not None and B * H * Sq:
         tile = config.backward_queries(*settings)
         planned, owners = arrange(q, k, mode, tile, False, padded)
@@ -216,7 +224,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         attention_bwd_dq_kernel[(owners * B * H,)](
             q, k, v, dout, delta, base, dq, kv_lens, *tables, *strides,
             owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
-            **widths, **planned, num_warps=tile.warps, num_stages=tile.stages,
+            **widths, **planned, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if (dk is not None or dv is not None) and B * H * Sk:
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) if d is None else d for d in (dk, dv))
@@ -226,5 +234,5 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         attention_bwd_dkdv_kernel[(owners * B * key_heads,)](
             q, k, v, dout, delta, base, dk, dv, kv_lens, *tables, *strides,
             owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
-            **widths, **planned, num_warps=tile.warps, num_stages=tile.stages,
+            **widths, **planned, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

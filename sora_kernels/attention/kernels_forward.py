@@ -9,6 +9,8 @@ A head of width E is held in one or two parts whose widths are powers of two, 96
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -21,9 +23,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_tile(ptr, token, stride, mask, E: tl.constexpr, PARTS: tl.constexpr):
-    """Rows `token` of a tensor [tokens, E], dense in E, as a tuple of its parts; 0 where masked. mask may be None."""
-    rows = ptr + token.to(tl.int64)[:, None] * stride
+def load_tile(ptr, token, stride, mask, E: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr):
+    """Rows `token` of a tensor [tokens, E], dense in E, as a tuple of its parts; 0 where masked. mask may be None.
+
+    Strides count in UNITs: a compiler that knows that 72 is a multiple of 8 loads 16 bytes at a time.
+    """
+    rows = ptr + token.to(tl.int64)[:, None] * stride * UNIT
     if len(PARTS) == 1:
         return (load_columns(rows, mask, 0, E, PARTS[0]),)
     else:
@@ -179,7 +184,8 @@ def seen(
         if RUNS:
             first = tl.where(origin < 0, ~origin, origin)
             length = tl.minimum(length, tl.where(first < start, start, stop))  # text before the video ends with it
-            position = token - tl.where(first >= visit_end, FAR, start)  # text after the video is before all frames
+            base = tl.where(first >= visit_end, FAR, start)  # text after the video is before all frames
+            position = token - tl.where(origin < 0, base, -FAR)  # and a box is behind them
             see = see | (position[None, :] < reach[6])
         return see & (token < length)[None, :]
     else:
@@ -204,7 +210,7 @@ def attention_fwd_kernel(
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     owners, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
-    RUNS: tl.constexpr, NEGATIVE: tl.constexpr,
+    RUNS: tl.constexpr, NEGATIVE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale · q kᵀ) v over the keys seen, and its log-sum-exp, for one tile of queries of one head.
 
@@ -230,10 +236,11 @@ def attention_fwd_kernel(
         start, visit_end, stop, H, W = 0, 0, 0, 1, 1
         token = tile * QUERIES + tl.arange(0, QUERIES)
         valid = token < Sq
-    k_ptr += b * k_stride_b + head // groups * k_stride_h
-    v_ptr += b * v_stride_b + head // groups * v_stride_h
+    k_ptr += (b * k_stride_b + head // groups * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + head // groups * v_stride_h) * UNIT
+    q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
 
-    q = load_tile(q_ptr + b * q_stride_b + head * q_stride_h, token, q_stride_s, valid, E, PARTS)
+    q = load_tile(q_ptr, token, q_stride_s, valid, E, PARTS, UNIT)
     if NEGATIVE:
         q = scaled(q, -1)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -242,8 +249,8 @@ def attention_fwd_kernel(
 
     for e in range(begin, masked):
         _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS)
-        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS)
+        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS, UNIT)
+        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS, UNIT)
         sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
 
     reach = None
@@ -251,8 +258,8 @@ def attention_fwd_kernel(
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
     for e in range(masked, end):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS)
-        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS)
+        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS, UNIT)
+        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS, UNIT)
         scores = dot_t(q, k)
         see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
         scores = tl.where(see, scores, float("-inf"))
@@ -265,6 +272,13 @@ def attention_fwd_kernel(
     store_tile(out_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, out, E)
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN_2)
     tl.store(lse_ptr + (b * heads + head) * Sq + token, lse, mask=valid)
+
+
+def in_units(*tensors) -> tuple[list[int], int]:
+    """The strides of all axes but the last, and the unit they are counted in: 16 elements or the most that fits all."""
+    strides = [0 if n == 1 else step for t in tensors for n, step in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    unit = math.gcd(16, *strides)
+    return [step // unit for step in strides], unit
 
 
 def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int]:
@@ -286,10 +300,11 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
         return
     tile = config.forward(E, q.dtype, config.capability(q.device), bool(mode[0]))
     planned, owners = arrange(q, k, mode, tile, False, kv_lens is not None)
+    strides, unit = in_units(q, k, v)
     attention_fwd_kernel[(owners * B * H,)](
         q, k, v, out, lse, kv_lens, planned.pop("rows_ptr"), planned.pop("tiles_ptr"), planned.pop("reach_ptr"),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        owners, H, H // k.shape[2], Sq, k.shape[1],
+        *strides, owners, H, H // k.shape[2], Sq, k.shape[1],
         max(abs(scale) * LOG2_E, 1e-30),  # 0 would make NaN of the -inf of a hidden key
-        E=E, PARTS=config.parts(E), NEGATIVE=scale < 0, **planned, num_warps=tile.warps, num_stages=tile.stages,
+        E=E, PARTS=config.parts(E), UNIT=unit, NEGATIVE=scale < 0, **planned,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,10 +1,9 @@
 """Which tiles of tokens meet: what every mode of spacetime attention reduces to.
 
-A plan is seen from the side whose tiles *own* a program: the queries (forward, dq), or the keys (dk and dv). An owner
-visits tiles of the other side, the *visited*. Tiles are boxes of the video, or runs of consecutive tokens (text; all
-tokens where the owner is text; whole frames of a sink). Owners are cut once and cover their side; visited boxes start
-at any token, wherever the owner's reach begins, so that an exact window computes little more than its own keys.
-Everything follows from one monotone interval per axis, `[lo, hi)` of the keys that a query index reaches.
+A plan is seen from the side whose tiles *own* a program: the queries (forward, dq) or the keys (dk, dv). An owner
+visits tiles of the other side. Tiles are boxes of the video or runs of consecutive tokens (text; everything, where the
+owner is text; frames of a sink). Owners are cut once and cover their side; visited boxes start at any token, where
+the owner's reach begins. All follows from one interval of keys per axis, whose ends never fall from query to query.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class AttentionPlan:
 
     rows     [owners, 11] int32, longest lists first. Columns: begin, masked, end: in `tiles`, begin:masked are seen
              whole, masked:end by coordinates; origin: the owner's first token (~token for a run); own_start, own_end:
-             the tokens of the owner's clip (or run); start, end: those of the clip on the visited side; stop: no
-             visited run goes beyond; H, W of the clip, after axes were merged (at least: see `Clip`)
+             the tokens of the owner's clip (or run); start, visit_end: those of the clip on the visited side; stop:
+             no visited run goes beyond; H, W of the clip after axes were merged
     tiles    [n] int32: the first token of a visited tile, ~token for a run. Each pair that is seen is visited once
     reach    [7, own] int32: for each own token, lo and hi along t, h, w of the box that it sees on the visited side,
              and `kept`: it also sees the first `kept` tokens of its clip. Text sees all
@@ -144,9 +143,9 @@ class Mode:
 class Clip:
     """What the tokens of one clip reach: an interval of the visited side per axis, `[lo, hi)`, for each own index.
 
-    axes     (lo, hi, visited length) along t, h, w. Axes that are seen whole are merged with the one before, the
-             result is padded with axes of length 1; neither lo nor hi falls along an axis, so the intervals of a tile
-             of indices have an interval as union and as intersection, and the keys' own intervals exist as well
+    axes     (lo, hi, visited length) along t, h, w. An axis seen whole is merged with the one before; axes of length 1
+             take its place in front. lo and hi never fall, so what a tile of indices reaches is an interval too, and
+             so are the queries that reach a key
     lead     the first axis that is not padding
     kept     sink tokens that index i along it sees; lo is not below them, so that nothing is seen twice. Transposed:
              how many of the lead's first keys are sink. Whatever the window, every query from `lo` on sees those
@@ -238,8 +237,7 @@ def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPla
             own_range, visit_range = visit_range, own_range
         stop = visit_len if len(mode.clips) == 1 else visit_range[1]
         owner = Owners(clip, own_box)
-        text = [torch.full_like(owner.origin, n) for n in (visit_text_at, visit_text_at + visit_text)]
-        lists = []
+        lists, text = [], [torch.full_like(owner.origin, n) for n in (visit_text_at, visit_text_at + visit_text)]
         if mode.sink and transposed:
             owner.sink_keys()
             boxes = math.prod(-(-n // side) for (_, _, n), side in zip(clip.axes, visit_box, strict=True))
@@ -267,9 +265,8 @@ def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPla
     sides = zip(own_box, visit_box, *([max(lo.shape[0], n) for lo, _, n in c.axes] for c in on_host), strict=True)
     return AttentionPlan(
         rows=rows[order], tiles=torch.cat(tiles).int(), reach=torch.cat(reaches, 1), own_box=own_box,
-        visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides),
-        runs=bool(own_text or visit_text or mode.sink), transposed=transposed, q_len=mode.q_len, k_len=mode.k_len,
-        text_len=mode.text_len,
+        visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides), transposed=transposed, q_len=mode.q_len,
+        runs=bool(own_text or visit_text or mode.sink), k_len=mode.k_len, text_len=mode.text_len,
     )  # fmt: skip
 
 
@@ -312,9 +309,8 @@ class Owners:
 
     def boxes(self, visit: Box, start: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Lists of at most `most` boxes that cover the reach of each owner: (origin, is one, is seen whole)."""
-        counts = [((past - some).clamp_min(0) + side - 1) // side
-                  for (some, past, _, _), side in zip(self.spans, visit, strict=True)]  # fmt: skip
-        t, h, w = (count[:, None] for count in counts)
+        spans = zip(self.spans, visit, strict=True)
+        t, h, w = (((past - some).clamp_min(0) + side - 1)[:, None] // side for (some, past, _, _), side in spans)
         e = torch.arange(most, device=t.device)
         steps = e // (h * w).clamp_min(1), e // w.clamp_min(1) % h.clamp_min(1), e % w.clamp_min(1)
         origin, whole = start, True
