@@ -56,6 +56,8 @@ _LAYERS = {
     "cpu-8192x1536": Layer("wan2.1", 96, (4, 48, 80)),
     "cpu-frames": Layer("wan2.1", 192, (4, 24, 40)),
     "cpu-tokens": Layer("wan2.1", 384, (2, 12, 20)),
+    "cpu-attention": Layer("wan2.1", 32, (4, 64, 64)),
+    "tiny": Layer("ours", 16, (1, 8, 8)),
     "cpu-rms": Layer("hunyuan", 128, (4, 32, 48), groups=32),
     "toy": Layer("ours", 16, (3, 8, 8), batch=2),
 }

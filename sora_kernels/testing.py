@@ -38,7 +38,7 @@ def assert_matches_oracle(
     actual    the kernel's result
     oracle    the fp64 result on the same (exactly representable) inputs
     baseline  plain PyTorch in actual's dtype: the same formula without any upcast
-    terms     how many values were summed into each element, where that is a reduction over tokens
+    terms     how many values were summed into each element, where that is a reduction or a convolution
     """
     if actual.shape != oracle.shape:
         raise AssertionError(f"{name}: shape {list(actual.shape)}, the oracle has {list(oracle.shape)}")
