@@ -212,9 +212,8 @@ def table(console: Console) -> list[str]:
 def judge(actual: Any, exact: Any, plain: Any, terms: int = 1) -> tuple[float, float]:
     """(error, bound) of the output that comes closest to its bound; `terms`: values summed into each element."""
     outputs = zip(*(value if isinstance(value, tuple) else (value,) for value in (actual, exact, plain)), strict=True)
-    return max(
-        ((max_error(a, e), error_bound(e, p, terms)) for a, e, p in outputs), key=lambda pair: pair[0] / max(pair[1], 1e-300)
-    )
+    pairs = ((max_error(a, e), error_bound(e, p, terms)) for a, e, p in outputs)
+    return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-300))
 
 
 def compile_quietly(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any] | None:

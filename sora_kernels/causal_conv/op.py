@@ -85,8 +85,7 @@ def causal_conv3d(
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1.
     Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once; error against fp64 ≤ 2 × that of plain
-    PyTorch plus one rounding and the √n roundings of a sum of n = C·kt·kh·kw products in an order of its own. Cutting a
-    clip into chunks changes nothing but that order.
+    PyTorch plus the √n + 1 roundings of n = C·kt·kh·kw products summed in another order: all that chunks change.
     """
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
