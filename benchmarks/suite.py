@@ -243,7 +243,7 @@ class _Case:
         self.leaves = tuple(n for n in benchmark.differentiable if isinstance(inputs.get(n), Tensor))
         with torch.no_grad():
             outputs = _as_tuple(benchmark.eager(**inputs))
-        self.grad_outputs = tuple(torch.randn_like(out) for out in outputs)
+        self.grad_outputs = tuple(_gradient_of(out) for out in outputs)
 
     def consult_oracle(self, with_grads: bool) -> None:
         benchmark = self.benchmark
@@ -309,6 +309,12 @@ class _Case:
                 raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(oracle.shape)}")
             judged.append((testing.max_error(value, oracle), bound, name))
         return max(judged, key=lambda j: j[0] / max(j[1], 1e-300))
+
+
+def _gradient_of(out: Tensor) -> Tensor:
+    """Dense, whatever view eager returned: so is what comes back from the operations behind. A video keeps its format."""
+    kept = out.ndim == 5 and out.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.randn_like(out, memory_format=torch.preserve_format if kept else torch.contiguous_format)
 
 
 def _is_real(value: Any) -> bool:
