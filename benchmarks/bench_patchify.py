@@ -42,7 +42,7 @@ def _embed_inputs(shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor])
 
 
 def _embed_view(video, weight, bias, *, pos=None) -> Tensor:
-    """The tokens are a view [B, S, D] of what the convolution wrote channel by channel: the next operation transposes."""
+    """The tokens are a view [B, S, D] of what the convolution wrote by channels; the next operation transposes."""
     tokens = F.conv3d(video, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
     return tokens if pos is None else tokens + pos
 

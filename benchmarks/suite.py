@@ -312,7 +312,7 @@ class _Case:
 
 
 def _gradient_of(out: Tensor) -> Tensor:
-    """Dense, whatever view eager returned: so is what comes back from the operations behind. A video keeps its format."""
+    """Dense, whatever view eager returned: so is what later operations send back. A video keeps its format."""
     kept = out.ndim == 5 and out.is_contiguous(memory_format=torch.channels_last_3d)
     return torch.randn_like(out, memory_format=torch.preserve_format if kept else torch.contiguous_format)
 
