@@ -6,9 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from test_attention import MODES, brute_mask, definition
+from test_attention import MODES, definition
 
 from sora_kernels import attention_plan
 
@@ -66,54 +64,6 @@ def test_plan_promises_hold(name, tile, key_tile, transposed):
     assert torch.equal(met, mask.int()), "a visible pair is met once, any other never"
     assert plan.visible_pairs() == mask.sum() <= plan.computed_pairs()
     assert all(t.dtype == torch.int32 for t in (plan.rows, plan.tiles, plan.reach))
-
-
-@st.composite
-def modes(draw):
-    """(q_len, k_len, mode) of any combination of rules over small clips."""
-    side, flag = st.integers(1, 5), st.booleans()
-    mode, packed = {}, draw(st.integers(0, 4)) == 0
-    size = st.tuples(st.integers(1, 4), side, side)
-    if draw(flag):
-        mode["window"] = draw(st.tuples(side, side, side))
-        mode["stride"] = draw(st.tuples(side, side, side))
-        mode["sink"] = draw(st.integers(0, 2))
-    if draw(flag):
-        mode["causal"] = draw(st.sampled_from(["frame", 2, 3]))
-    if packed:
-        mode["grids"] = draw(st.lists(size, min_size=1, max_size=3))
-        length = sum(math.prod(g) for g in mode["grids"])
-        return length, length, mode
-    mode["grid"] = grid = draw(size)
-    mode["text_len"], mode["text_at"] = draw(st.integers(0, 18)), draw(st.sampled_from(["end", "start"]))
-    frames = draw(st.integers(1, grid[0]))
-    length = math.prod(grid)
-    return frames * grid[1] * grid[2] + mode["text_len"], length + mode["text_len"], mode
-
-
-def check_sweep(case, tile, key_tile, transposed) -> None:
-    q_len, k_len, mode = case
-    plan = attention_plan(q_len, k_len, **mode, tile=tile, key_tile=key_tile, transposed=transposed)
-    mask = brute_mask(q_len, k_len, **mode)
-    met, owned = expand(plan)
-    assert (owned == 1).all() and torch.equal(met, (mask.T if transposed else mask).int())
-    assert plan.visible_pairs() == mask.sum()
-
-
-VOLUME = st.sampled_from([1, 2, 4, 8, 16, 32, 64])
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(modes(), VOLUME, VOLUME, st.booleans())
-def test_sweep(case, tile, key_tile, transposed):
-    check_sweep(case, tile, key_tile, transposed)
-
-
-@pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
-@given(modes(), VOLUME, VOLUME, st.booleans())
-def test_long_sweep(case, tile, key_tile, transposed):
-    check_sweep(case, tile, key_tile, transposed)
 
 
 @pytest.mark.parametrize("padded", [False, True])
