@@ -26,7 +26,7 @@ namespace sora {
 namespace {
 
 constexpr int64_t kKeys = 128;     // of a block
-constexpr int64_t kTasks = 32;     // of the backward, at least, where there are as many tiles
+constexpr int64_t kTasks = 8;      // of the backward, at least: each has a dK and a dV of its own, whose pages cost time
 constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
