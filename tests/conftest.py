@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -35,6 +36,25 @@ def require():
     def check(op: str, impl: str, device: str = "cpu", dtype: torch.dtype = torch.float32, grad: bool = False) -> None:
         if reason := _dispatch.why_not(op, impl, device, dtype, grad):
             pytest.skip(reason)
+
+    return check
+
+
+@pytest.fixture
+def for_any_threads():
+    """The tensors that `run()` gives by name, which must be the same bits however many threads run it."""
+
+    def check(run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                results.append(run())
+        finally:
+            torch.set_num_threads(threads)
+        for name, expected in results[0].items():
+            assert all(torch.equal(other[name], expected) for other in results[1:]), name
+        return results[0]
 
     return check
 

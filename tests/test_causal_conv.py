@@ -527,18 +527,11 @@ def plain_norm(tensors, kwargs):
 @cpu_library
 @pytest.mark.parametrize("order", [LAST, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("norm", ["rms", "group"])
-def test_norm_silu_does_not_depend_on_the_number_of_threads(norm, order):
+def test_norm_silu_does_not_depend_on_the_number_of_threads(norm, order, for_any_threads):
     tensors = dict(x=torch.randn(2, 12, 5, 37, 41).contiguous(memory_format=order), weight=torch.randn(12))
-    dout, threads, results = torch.randn(2, 12, 5, 37, 41), torch.get_num_threads(), []
+    dout = torch.randn(2, 12, 5, 37, 41)
     call = lambda **ts: norm_silu(**ts, norm=norm, groups=4, impl="cpu")  # noqa: E731
-    try:
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(outputs_and_grads(call, tensors, [dout]))
-    finally:
-        torch.set_num_threads(threads)
-    for name, expected in results[0].items():
-        assert all(torch.equal(other[name], expected) for other in results[1:]), name
+    for_any_threads(lambda: outputs_and_grads(call, tensors, [dout]))
 
 
 @cpu_library

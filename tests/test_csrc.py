@@ -46,20 +46,10 @@ def run(tensors: dict[str, torch.Tensor], grads: list[torch.Tensor], impl: str) 
     [(1, 1100, 40, 1), (2, 96, 33, 12), (1, 37, 130, 37)],
     ids=["row-split-over-chunks", "rows-share-a-chunk", "row-per-token"],
 )
-def test_results_do_not_depend_on_the_number_of_threads(B, S, D, F):
+def test_results_do_not_depend_on_the_number_of_threads(B, S, D, F, for_any_threads):
     tensors, grads = inputs(B, S, D, F), [torch.randn(B, S, D), torch.randn(B, S, D)]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(run(tensors, grads, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for name, expected in results[0].items():
-        assert expected.isfinite().all(), name
-        for other in results[1:]:
-            assert torch.equal(other[name], expected), name
+    for name, result in for_any_threads(lambda: run(tensors, grads, "cpu")).items():
+        assert result.isfinite().all(), name
 
 
 @cpu_library

@@ -513,18 +513,12 @@ def test_backward_repeats_bitwise(across, impl, require):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_cpu_results_do_not_depend_on_the_number_of_threads(require):
+def test_cpu_results_do_not_depend_on_the_number_of_threads(require, for_any_threads):
     require("qk_norm_rope", "cpu", grad=True)
     inputs, settings = make(Case((5, 7, 9), (2, 3), 6, rotary_dim=4, text=1, norm="layer"), torch.float32)
     grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, impl="cpu"), inputs, grads))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    run = lambda **kw: qk_norm_rope(**kw, **settings, impl="cpu")  # noqa: E731
+    for_any_threads(lambda: outputs_and_grads(run, inputs, grads))
 
 
 @IMPLS

@@ -12,6 +12,7 @@
 #include "attention_tiles.h"
 #include "common/check.h"
 #include "common/gemm.h"
+#include "common/heads.h"
 #include "common/lanes.h"
 #include "common/memory.h"
 
@@ -29,19 +30,6 @@ constexpr int64_t kKeys = 128;     // of a block
 constexpr int64_t kTasks = 8;      // of the backward, at least: each has a dK and a dV of its own, whose pages cost time
 constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// [B, S, H, E] with a dense last axis.
-struct Heads {
-  void* data = nullptr;
-  int64_t stride_b = 0, stride_s = 0, stride_h = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-
-  template <class T>
-  SORA_INLINE T* at(int64_t b, int64_t s, int64_t h) const {
-    return static_cast<T*>(data) + b * stride_b + s * stride_s + h * stride_h;
-  }
-};
 
 struct Params {
   int64_t B = 0, Sq = 0, Sk = 0, H = 0, Hk = 0, E = 0;
@@ -328,7 +316,7 @@ struct Backward {
       w.mask();
       w.multiply_keys(w.v, dout_panels, n, w.d);
       for (int64_t l = 0; l < w.lanes; l += V) {
-            const Vector sum = fetch<V>(lse + l), mean = fetch<V>(centre + l), extra = fetch<V>(dlse + l);
+        const Vector sum = fetch<V>(lse + l), mean = fetch<V>(centre + l), extra = fetch<V>(dlse + l);
         for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
           const Vector weight = exp_of_negative<V>(fetch<V>(w.s + i) * p.scale - sum);
           put<V>(w.s + i, weight);
@@ -402,15 +390,6 @@ struct Add {
 };
 
 // ---- the operations
-
-Heads heads(const char* name, const OptionalTensor& t, const Tensor& like) {
-  if (!t) return {};
-  bool same = t->dim() == 4 && t->scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < 4; ++i) same = t->size(i) == like.size(i);
-  SORA_CHECK(same, name, ": expected the shape and dtype of ", describe(like), ", got ", describe(*t));
-  if (t->numel() > 0) check_common(name, *t, like);  // an empty tensor counts as contiguous with any strides
-  return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2)};
-}
 
 float* log_sums(const char* name, const OptionalTensor& t, const Params& p) {
   if (!t) return nullptr;
@@ -489,16 +468,14 @@ void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
   isa();  // as in forward
   const int64_t key_heads = p.B * p.Hk, most = std::max<int64_t>(1, static_cast<int64_t>(all.all().size()));
   p.parts = std::min(most, (kTasks + key_heads - 1) / std::max<int64_t>(1, key_heads));
-  const auto zeros = [&](bool wanted) {
-    return Zeros<float>(wanted ? p.parts * key_heads * p.Sk * p.E : 0);
-  };
-  const Zeros<float> dk_parts = zeros(static_cast<bool>(p.dk)), dv_parts = zeros(static_cast<bool>(p.dv));
+  const int64_t size = p.parts * key_heads * p.Sk * p.E;
+  const Zeros<float> dk_parts(p.dk ? size : 0), dv_parts(p.dv ? size : 0);
   const Zeros<uint8_t> touched(p.parts * key_heads * p.spans());
   if (p.dk) p.dk_parts = dk_parts.data();
   if (p.dv) p.dv_parts = dv_parts.data();
   p.touched = touched.data();
   with_dtype(q.scalar_type(), [&](auto t) {
-    torch::stable::parallel_for(0, p.B * p.Hk * p.parts, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, key_heads * p.parts, 1, [&](int64_t begin, int64_t end) {
       dispatch_lanes<Backward, decltype(t)>(p, begin, end);
     });
     for (const auto& [to, parts] : {std::pair{p.dk, p.dk_parts}, std::pair{p.dv, p.dv_parts}}) {
