@@ -30,10 +30,7 @@ import torch
 
 from . import machine, report, run, shapes, suite, targets, verified
 
-BUILD_SHARE, TEST_SHARE = (
-    0.4,
-    0.5,
-)  # of the time that is left when the step begins; the benchmarks take the rest
+BUILD_SHARE, TEST_SHARE = 0.4, 0.5  # of the time that is left when the step begins; the benchmarks take the rest
 GRACE_S = 15  # for a stopped step to write what it has
 
 
@@ -103,13 +100,8 @@ class Session:
             targets = "cpu"
             self.done(Step("build cuda", "skipped", note=f"no nvcc in PATH or {toolkit}/bin: no CUDA library"))
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        self.step(
-            f"build {targets}",
-            command,
-            self.out / "build.log",
-            BUILD_SHARE * self.left(),
-            SORA_KERNELS_BUILD=targets,
-        )
+        limit = BUILD_SHARE * self.left()
+        self.step(f"build {targets}", command, self.out / "build.log", limit, SORA_KERNELS_BUILD=targets)
 
     def test(self, facts: dict[str, object]) -> None:
         if importlib.util.find_spec("pytest") is None:
@@ -184,17 +176,8 @@ class Session:
                 continue
             best = min(ours, key=lambda r: r["p50_us"])
             against = [f"{own[n]['p50_us'] / best['p50_us']:.2f}" if n in own else "" for n in ("eager", "compile")]
-            lines.append(
-                (
-                    op,
-                    shape,
-                    mode,
-                    best["impl"],
-                    f"{best['p50_us']:.0f}",
-                    f"{best['percent_copy']:.0f}",
-                    *against,
-                )
-            )
+            figures = f"{best['p50_us']:.0f}", f"{best['percent_copy']:.0f}"
+            lines.append((op, shape, mode, best["impl"], *figures, *against))
         failed = [f"{r['status']}: {r['op']} {r['impl']} {r['mode']} {r['shape']}: {r['reason']}"
                   for r in rows if r["kind"] == "ours" and r["status"] == "failed"]  # fmt: skip
         columns = ("op", "shape", "mode", "fastest", "p50 µs", "% copy", "x eager", "x compile")
@@ -203,28 +186,13 @@ class Session:
     def without_gpu(self) -> list[Step]:
         """What a GPU run would do, and a check of as much of it as runs here."""
         self.say("no GPU: torch sees no CUDA device here")
-        self.done(
-            Step(
-                "build",
-                "skipped",
-                note="would run setup.py build_ext --inplace with SORA_KERNELS_BUILD=cpu,cuda",
-            )
-        )
+        would = "would run setup.py build_ext --inplace with SORA_KERNELS_BUILD=cpu,cuda"
+        self.done(Step("build", "skipped", note=would))
         if importlib.util.find_spec("pytest") is None:
             self.done(Step("tests", "skipped", note="and pytest is not installed"))
         else:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-m",
-                "gpu",
-                "-q",
-                "--collect-only",
-                "-p",
-                "no:cacheprovider",
-                self.tests,
-            ]
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--collect-only", "-p", "no:cacheprovider",
+                       self.tests]  # fmt: skip
             step = self.step("collect", command, self.out / "pytest.log", self.left())
             if step.status == "failed" and "exit 5" in step.note:  # pytest: nothing collected
                 step.status = "ok"

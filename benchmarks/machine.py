@@ -19,13 +19,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def device_name(device: torch.device | str) -> str:
+    """`NVIDIA H200`; of a CPU with its instruction set, which virtual machines of one name differ in."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def slug(name: str) -> str:

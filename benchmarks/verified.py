@@ -1,8 +1,8 @@
 """Which implementation of which family passed its tests on which device, from pytest's own report.
 
 `results/<device>/verified.json` holds `{family: {impl: {passed, failed, device, date, commit, dirty, ...}}}`.
-The family is that of `tests/test_<family>.py`. The implementation stands in a test's parameters, as in
-`test_backward[triton-...]`, or begins its name, as in `test_triton_backward[...]`.
+The family is that of `tests/test_<family>.py` or `tests/test_<family>_<part>.py`. The implementation stands in a test's
+parameters, as in `test_backward[triton-...]`, begins its name, as in `test_triton_backward[...]`, or is the part.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from .suite import IMPLS
 NOT_RUN = "not yet run on a GPU"
 
 
+def families() -> list[str]:
+    return sorted(p.parent.name for p in (machine.ROOT / "sora_kernels").glob("*/reference.py"))
+
+
 def from_junit(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, int]]]:
     """{family: {impl: {"passed": n, "failed": n}}} of a junit file. Skipped tests are not counted."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
@@ -26,13 +30,14 @@ def from_junit(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, in
         if case.find("skipped") is not None:
             continue
         module = re.search(r"(?:^|\.)test_(\w+)$", case.get("classname", "").split(".Test")[0])
+        family = next((f for f in families() if module and f"{module[1]}_".startswith(f"{f}_")), None)
         name, _, parameters = case.get("name", "").partition("[")
-        words = [*re.split(r"[^a-z]+", parameters), name.split("_")[1] if "_" in name else ""]
+        words = [*re.split(r"[^a-z]+", parameters), *name.split("_")[1:2], *(module[1].split("_") if module else ())]
         impl = next((word for word in words if word in IMPLS), None)
-        if module is None or impl is None:
+        if family is None or impl is None:
             continue
         broken = case.find("failure") is not None or case.find("error") is not None
-        count = counts.setdefault(module[1], {}).setdefault(impl, {"passed": 0, "failed": 0})
+        count = counts.setdefault(family, {}).setdefault(impl, {"passed": 0, "failed": 0})
         count["failed" if broken else "passed"] += 1
     return counts
 

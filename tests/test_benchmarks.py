@@ -345,6 +345,7 @@ JUNIT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.test_modulation" name="test_cuda_forward[1]"><failure message="x"/></testcase>
 <testcase classname="tests.test_modulation" name="test_cuda_forward[2]"/>
 <testcase classname="tests.test_attention" name="test_triton_forward[1]"><skipped/></testcase>
+<testcase classname="tests.test_patchify_triton" name="test_every_patch[float16-1]"/>
 <testcase classname="tests.test_layout" name="test_names"/>
 </testsuite></testsuites>"""
 
@@ -357,6 +358,7 @@ def test_test_records_say_what_passed_where(tmp_path):
     said = functools.partial(verified.verified_on, results=tmp_path / "results")
     assert said("modulation", "triton") == "verified on NVIDIA H200 (2026-11-20, 1a2b3c)"
     assert said("modulation", "cuda") == "1 of 2 tests fail on NVIDIA H200 (2026-11-20, 1a2b3c)"
+    assert said("patchify", "triton") == "verified on NVIDIA H200 (2026-11-20, 1a2b3c)", "a file's name says both"
     assert said("attention", "triton") == said("modulation", "cpu") == "not yet run on a GPU"
     matrix = report.verification(tmp_path / "results")
     assert re.search(r"\| `norm_modulate` \| triton \|.*\| verified on NVIDIA H200", matrix)
