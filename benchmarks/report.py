@@ -1,6 +1,6 @@
-"""Recorded results -> the README's tables and one HTML page with plots. Numbers are never written by hand.
+"""Recorded results -> the README's tables, all tables, one HTML page with plots. Numbers are never written by hand.
 
-python -m benchmarks.report              regenerate the blocks between the markers in README.md
+python -m benchmarks.report              regenerate the blocks of README.md, and results/README.md with every figure
 python -m benchmarks.report --add DIR    first file a run's rows and test records under results/<device>/
 python -m benchmarks.report --html FILE  also one self-contained page with every row, plotted
 """
@@ -11,6 +11,7 @@ import argparse
 import html
 import io
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -20,6 +21,7 @@ from pathlib import Path
 from . import machine, verified
 
 README = machine.ROOT / "README.md"
+ALL = "benchmarks/results/README.md"
 Row = dict
 
 
@@ -78,17 +80,20 @@ def add(folder: Path, results: Path = machine.RESULTS) -> list[Path]:
     return written
 
 
-def figures(rows: Iterable[Row]) -> str:
-    """One table per device: our fastest implementation of each case beside eager, compile, the best peer."""
+def figures(rows: Iterable[Row], *, every: bool = False) -> str:
+    """One table per device: our fastest implementation of each case beside eager, compile, the best peer.
+
+    Of each op the largest shape measured in each dtype, or every one; those left out are counted, losses by themselves.
+    """
     by_device: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         by_device[row["device"], row["threads"] or 0].append(row)
     if not by_device:
         return "No figures have been recorded yet."
-    return "\n\n".join(_device_table(own) for _, own in sorted(by_device.items()))
+    return "\n\n".join(_device_table(own, every) for _, own in sorted(by_device.items()))
 
 
-def _device_table(rows: list[Row]) -> str:
+def _device_table(rows: list[Row], every: bool) -> str:
     last = max(rows, key=lambda r: r["date"])
     where = (
         f", {last['threads']} thread{'s' * (last['threads'] > 1)}" if last["threads"] else f", driver {last['driver']}"
@@ -102,11 +107,19 @@ def _device_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     cases: dict[tuple, list[Row]] = defaultdict(list)
+    largest: dict[tuple, tuple] = {}
     for row in rows:
         cases[row["op"], row["shape"], row["dtype"], row["mode"]].append(row)
+        of = row["op"], row["dtype"]
+        largest[of] = max(largest.get(of, (0, "")), (row["bytes"] or 0, row["shape"]))
+    left_out = lost = 0
     for (op, shape, dtype, mode), case in sorted(
         cases.items(), key=lambda c: (c[0][0], c[0][1], c[0][2], c[0][3] == "bwd")
     ):
+        if not every and shape != largest[op, dtype][1]:
+            left_out += 1
+            lost += _is_lost(case)
+            continue
         ours = [r for r in case if r["kind"] == "ours" and r["status"] == "ok"]
         if not ours:
             wrong = "; ".join(f"{r['impl']}: {r['reason']}" for r in case if r["kind"] == "ours")
@@ -121,7 +134,18 @@ def _device_table(rows: list[Row]) -> str:
         time = f"{best['p50_us']:.0f} ({best['p20_us']:.0f}–{best['p80_us']:.0f})"
         cells = (op, shape, dtype, mode, best["impl"], time, f"{best['percent_copy']:.0f}", *ratios)
         lines.append(f"| {' | '.join(cells)} |")
+    if left_out:
+        lines += ["", f"{left_out} further cases, {lost} of them slower than eager, compile or a peer: [{ALL}]({ALL})."]
     return "\n".join(lines)
+
+
+def _is_lost(case: list[Row]) -> bool:
+    """Whether another is faster than the fastest of ours, or none of ours is right."""
+    ours, others = [], []
+    for row in case:
+        if row["status"] == "ok":
+            (ours if row["kind"] == "ours" else others).append(row["p50_us"])
+    return min(others, default=math.inf) < min(ours, default=math.inf) or not ours
 
 
 def _ratio(other: Row | None, ours: Row) -> str:
@@ -148,22 +172,25 @@ WITHOUT_A_GPU = {
 
 
 def verification(results: Path = machine.RESULTS) -> str:
-    """The capability matrix: function x implementation x direction, and where its tests have passed."""
+    """The capability matrix: which directions of a function each implementation has, and where its tests passed."""
     import sora_kernels
     from sora_kernels import _library
 
-    lines = [
-        "| function | implementation | forward | backward | by `make test` | on a GPU |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [f"| function | {' | '.join(WITHOUT_A_GPU)} | on a GPU |", "|---" * (len(WITHOUT_A_GPU) + 2) + "|"]
     functions = [getattr(sora_kernels, name) for name in sora_kernels.__all__]
     ops = [(f.__module__.split(".")[1], f.__name__) for f in functions if _library.impls(f"{f.__name__}_fwd")]
     for family, op in sorted(ops):
-        for impl in (i for i in WITHOUT_A_GPU if i in _library.impls(f"{op}_fwd")):
-            backward = "yes" if impl in _library.impls(f"{op}_bwd") else "–"
-            gpu = "–" if impl == "cpu" else verified.verified_on(family, impl, results)
-            lines.append(f"| `{op}` | {impl} | yes | {backward} | {WITHOUT_A_GPU[impl]} | {gpu} |")
-    return "\n".join(lines)
+        cells, said = [], defaultdict(list)
+        for impl in WITHOUT_A_GPU:
+            directions = [way for way in ("fwd", "bwd") if impl in _library.impls(f"{op}_{way}")]
+            cells.append(" + ".join(directions) or "–")
+            if directions and impl != "cpu":
+                said[verified.verified_on(family, impl, results)].append(impl)
+        gpu = "; ".join(f"{', '.join(impls)}: {what}" for what, impls in said.items())
+        gpu = "not yet" if set(said) == {verified.NOT_RUN} else gpu
+        lines.append(f"| `{op}` | {' | '.join(cells)} | {gpu} |")
+    how = "; ".join(f"{impl}: {what}" for impl, what in WITHOUT_A_GPU.items())
+    return "\n".join([*lines, "", f"What `make test` does without a GPU: {how}."])
 
 
 def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" / "eval.json") -> str:
@@ -203,6 +230,15 @@ def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> boo
     if after != before:
         verified.write_beside(readme, after)
     return after != before
+
+
+def update_tables(target: Path = machine.ROOT / ALL, results: Path = machine.RESULTS) -> bool:
+    """Write every figure into `target`; whether anything changed."""
+    text = f"# Every figure\n\nGenerated from the files beside this one.\n\n{figures(load_rows(results), every=True)}\n"
+    changed = not target.exists() or target.read_text(encoding="utf-8") != text
+    if changed:
+        verified.write_beside(target, text)
+    return changed
 
 
 def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
@@ -288,8 +324,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for path in add(args.add, args.results) if args.add else ():
             print(f"wrote {path}")
-        changed = update_readme(args.readme, args.results)
-        print(f"{args.readme}: {'updated' if changed else 'already up to date'}")
+        updates = {args.readme: update_readme(args.readme, args.results)}
+        if args.results == machine.RESULTS:
+            updates[machine.ROOT / ALL] = update_tables()
+        for path, changed in updates.items():
+            print(f"{path}: {'updated' if changed else 'already up to date'}")
         if args.html:
             verified.write_beside(args.html, page(load_rows(args.results), args.results))
             print(f"wrote {args.html}")

@@ -316,6 +316,15 @@ def test_the_readme_block_is_made_from_the_results_and_is_stable(tmp_path, resul
     assert readme.read_text() == text and readme.stat().st_mtime_ns == stamp
 
 
+def test_the_readme_has_the_largest_shape_and_counts_the_rest_with_their_losses():
+    small, large = make_row(shape="small", bytes=10), make_row(shape="large", bytes=1000)
+    rows = [small, small | dict(impl="eager", kind="baseline", p50_us=small["p50_us"] / 2), large]
+    text = report.figures(rows)
+    assert "| large |" in text and "| small |" not in text
+    assert "1 further cases, 1 of them slower than eager, compile or a peer" in text
+    assert "| small |" in report.figures(rows, every=True)
+
+
 def test_a_readme_without_markers_is_left_alone(tmp_path, results, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("no markers\n")
@@ -361,7 +370,8 @@ def test_test_records_say_what_passed_where(tmp_path):
     assert said("patchify", "triton") == "verified on NVIDIA H200 (2026-11-20, 1a2b3c)", "a file's name says both"
     assert said("attention", "triton") == said("modulation", "cpu") == "not yet run on a GPU"
     matrix = report.verification(tmp_path / "results")
-    assert re.search(r"\| `norm_modulate` \| triton \|.*\| verified on NVIDIA H200", matrix)
+    assert re.search(r"\| `norm_modulate` \|.* triton: verified on NVIDIA H200 .*; cuda: 1 of 2 tests fail", matrix)
+    assert re.search(r"\| `norm_modulate` \| fwd \+ bwd \| fwd \+ bwd \| fwd \+ bwd \| fwd \|", matrix)
 
 
 def test_a_run_is_filed_under_its_device(tmp_path):

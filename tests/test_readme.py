@@ -27,3 +27,6 @@ def test_generated_blocks_are_up_to_date(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README.read_text())
     assert not report.update_readme(copy), "run python -m benchmarks.report and commit the README"
+    tables = tmp_path / "tables.md"
+    tables.write_text((README.parent / report.ALL).read_text())
+    assert not report.update_tables(tables), f"run python -m benchmarks.report and commit {report.ALL}"
