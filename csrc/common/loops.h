@@ -16,6 +16,12 @@ struct At {
   SORA_INLINE Floats<V> operator()(const T* from) const { return fetch<V>(from + i); }
   template <class T>
   SORA_INLINE void put(T* to, const Floats<V>& x) const { sora::put<V>(to + i, x); }
+
+  // Of a row that comes next: it starts too soon for the hardware to have seen it coming.
+  template <class T>
+  SORA_INLINE void will_read(const T* from) const { __builtin_prefetch(from + i, 0); }
+  template <class T>
+  SORA_INLINE void will_write(T* to) const { __builtin_prefetch(to + i, 1); }
 };
 
 template <>
@@ -26,6 +32,8 @@ struct At<1> {
   SORA_INLINE float operator()(const T* from) const { return to_float(from[i]); }
   template <class T>
   SORA_INLINE void put(T* to, float x) const { to[i] = from_float<T>(x); }
+  SORA_INLINE void will_read(const void*) const {}
+  SORA_INLINE void will_write(void*) const {}
 };
 
 template <int V, class F>

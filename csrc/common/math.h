@@ -11,36 +11,31 @@ namespace sora {
 template <class F>
 using BitsOf = std::conditional_t<sizeof(F) == 4, uint32_t, typename Lanes<sizeof(F) / 4>::Bits>;
 
-// e^x to 2 ulp for |x| <= 87; beyond, at least e^-87.3 and at most e^88.3. x = n ln 2 + r with |r| <= ln 2 / 2, then a
-// polynomial in r. NaN stays.
+// e^x to 2 ulp for -87.3 <= x <= 88.3. x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial in r, by Estrin's scheme: a loop
+// over it is bound by the length of the chain from load to store.
 template <class F>
 SORA_INLINE F exponential(F x) {
   constexpr float kRound = 0x1.8p23f;  // added and subtracted, it rounds to a whole number
-  const F above = x < -87.3f ? F{} - 87.3f : x, clipped = above > 88.3f ? F{} + 88.3f : above;
-  const F shifted = clipped * 0x1.715476p0f + kRound;
+  const F shifted = x * 0x1.715476p0f + kRound;
   const F n = shifted - kRound;
-  const F r = (clipped - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
-  F p = r * 0x1.6a3b7ep-10f + 0x1.1239f4p-7f;
-  p = p * r + 0x1.5557aap-5f;
-  p = p * r + 0x1.555538p-3f;
-  p = p * r + 0x1.fffff8p-2f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const F r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f, r2 = r * r;
+  const F upper = r2 * 0x1.6a3b7ep-10f + (r * 0x1.1239f4p-7f + 0x1.5557aap-5f);
+  const F p = (upper * r2 + (r * 0x1.555538p-3f + 0x1.fffff8p-2f)) * r2 + (r + 1.0f);
   const BitsOf<F> scale = (__builtin_bit_cast(BitsOf<F>, shifted) << 23) + 0x3f800000u;
   return p * __builtin_bit_cast(F, scale);
 }
 
-// Below -88 silu and its derivative vanish; x is clipped there, so that no large x meets what is left of e^x. NaN stays.
+// Below -88 silu and its derivative vanish: x is clipped there, so that no large x meets what is left of e^x. NaN stays.
 template <class F>
 SORA_INLINE F silu(F x) {
-  const F v = x < -88.0f ? F{} - 88.0f : x;
-  return v / (1.0f + exponential(-v));
+  const F v = x < -88.0f ? F{} - 88.0f : x, clipped = v > 87.3f ? F{} + 87.3f : v;
+  return v / (1.0f + exponential(-clipped));
 }
 
 // The derivative of silu.
 template <class F>
 SORA_INLINE F silu_slope(F x) {
-  const F v = x < -88.0f ? F{} - 88.0f : x;
+  const F above = x < -88.0f ? F{} - 88.0f : x, v = above > 87.3f ? F{} + 87.3f : above;
   const F s = 1.0f / (1.0f + exponential(-v));
   return s * (1.0f + v * (1.0f - s));
 }

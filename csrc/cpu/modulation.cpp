@@ -151,7 +151,7 @@ struct Forward {
     ModulationRow<C::kOwn> m{};
 
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / S, s = row % S;
+      const int64_t b = row / S, s = row % S, next = std::min(row + 1, end - 1);
       if (row == begin || s % G == 0) m = rows.load(b, s / G);
 
       const T* x = row_of<const T>(p.x, b, s);
@@ -164,8 +164,10 @@ struct Forward {
       if constexpr (C::kNorm) {
         const float* v = widened<V>(x, scratch.row(0), D);
         const auto [mean, rstd] = statistics<V>(v, D, p.rms, p.eps);
-        T* out = row_of<T>(p.out, b, s);
+        T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next / S, next % S);
+        const T* next_x = row_of<const T>(p.x, next / S, next % S);
         each<V>(D, [=, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
+          if constexpr (!C::kGate) at.will_read(next_x), at.will_write(next_out);
           at.put(out, (at(v) - mean) * rstd * m.mul(at) + m.shift(at));
         });
       }
@@ -269,7 +271,7 @@ struct Backward {
                            affine ? scratch.row(4) : in_place(p.dscale, scratch.row(4), b, s),
                            in_place(p.dgate, scratch.row(5), b, s)};
         const Row m = rows.load(b, s);
-        token(p, m, scratch, b, s, of);
+        token(p, m, scratch, b, s, std::min(s + 1, S - 1), of);
         if (partials[0]) accumulate(p, m, of, block);
         store_row_gradients(p, row, of.P, of.Q, of.R, m.weight, m.bias, scratch.row(0), 0, D);
       }
@@ -300,7 +302,9 @@ struct Backward {
       std::fill_n(group_sum, 3 * stride, 0.0f);
       for (int64_t i = first; i < last; i += kBlockRows) {
         std::fill_n(block.P, 3 * stride, 0.0f);
-        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) token(p, m, scratch, b, f * c.group_rows + s, block);
+        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) {
+          token(p, m, scratch, b, f * c.group_rows + s, f * c.group_rows + std::min(s + 1, last - 1), block);
+        }
         if (!p.sums_rows()) continue;
         add_row(group_sum, block.P, 3 * stride);
         if (partials[0]) accumulate(p, m, block, partials);
@@ -314,24 +318,28 @@ struct Backward {
 
   // Adds the token's P, Q, R to those given, or puts them there.
   static SORA_INLINE void token(const BackwardParams& p, const Row& m, const Scratch& scratch, int64_t b, int64_t s,
-                                TokenSums of) {
+                                int64_t next_s, TokenSums of) {
     const int64_t D = p.shape.D;
-    const float share = 1.0f / static_cast<float>(D), *v = nullptr;
+    const float* v = nullptr;
     const T *dout = nullptr, *dx_new = p.dx_new ? row_of<const T>(p.dx_new, b, s) : nullptr;
+    T* next_dx = nullptr;
     float mean = 0, rstd = 0, c1 = 0, c2 = 0;
     const auto join = [](auto at, float* to, auto value) SORA_LAMBDA { at.put(to, C::kOwn ? value : at(to) + value); };
 
     if constexpr (C::kNorm) {
       v = widened<V>(row_of<const T>(p.x, b, s), scratch.row(0), D);
       dout = row_of<const T>(p.dout, b, s);
+      next_dx = row_of<T>(p.dx ? p.dx : p.x, b, next_s);
+      const T *next_x = row_of<const T>(p.x, b, next_s), *next_dout = row_of<const T>(p.dout, b, next_s);
       const Statistics stats = statistics<V>(v, D, p.rms, p.eps);
       mean = stats.mean, rstd = stats.rstd;
       const auto totals = sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
+        at.will_read(next_x), at.will_read(next_dout);
         const auto g = at(dout), xhat = (at(v) - mean) * rstd, dn = g * m.mul(at);
         join(at, of.P, g), join(at, of.Q, g * xhat);
         s[0] += dn, s[1] += dn * xhat;
       });
-      c1 = p.rms ? 0.0f : totals.of[0] * share, c2 = totals.of[1] * share;
+      c1 = p.rms ? 0.0f : totals.of[0] / static_cast<float>(D), c2 = totals.of[1] / static_cast<float>(D);
     }
     const auto gradient = [=](auto at) SORA_LAMBDA {
       if constexpr (C::kNorm) return (at(dout) * m.mul(at) - c1 - (at(v) - mean) * rstd * c2) * rstd;
@@ -341,6 +349,7 @@ struct Backward {
     const T* y = C::kGate ? row_of<const T>(p.y, b, s) : nullptr;
     if (!C::kGate && !dx) return;
     each<V>(D, [=](auto at) SORA_LAMBDA {
+      if constexpr (C::kNorm) at.will_write(next_dx);
       auto g = gradient(at);
       if (C::kNorm && dx_new) g += at(dx_new);
       if (dx) at.put(dx, g);
