@@ -1,4 +1,5 @@
-// Vectors of V floats, for kernels that must say what stays in registers. Elsewhere plain loops serve (simd.h).
+// Vectors of V floats, V being what a register of the instruction set holds: a vector type wider than that lives in
+// memory. For kernels that say what stays in registers; elsewhere plain loops serve (simd.h).
 
 #pragma once
 
@@ -14,6 +15,9 @@ template <int V>
 struct Lanes {
   typedef float Type __attribute__((vector_size(V * sizeof(float))));
   typedef float Unaligned __attribute__((vector_size(V * sizeof(float)), aligned(sizeof(float)), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(V * sizeof(uint32_t))));
+  typedef uint16_t Words __attribute__((vector_size(V * sizeof(uint16_t))));
+  typedef uint16_t UnalignedWords __attribute__((vector_size(V * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
 };
 
 // Floats of a vector of the instruction set that runs.
@@ -32,14 +36,36 @@ void dispatch_lanes(const Params& params, int64_t begin, int64_t end) {
 template <int V>
 using Floats = typename Lanes<V>::Type;
 
+// V 16-bit words, each in 32 bits. In assembly, because GCC 12 makes five instructions of the conversion.
 template <int V>
-SORA_INLINE Floats<V> fetch(const float* from) {
-  return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
+SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
+  const auto& words = *static_cast<const typename Lanes<V>::UnalignedWords*>(from);
+#if defined(__x86_64__)
+  if constexpr (V > 4) {
+    typename Lanes<V>::Bits bits;
+    asm("vpmovzxwd %1, %0" : "=v"(bits) : "m"(words));
+    return bits;
+  }
+#endif
+  return __builtin_convertvector(words, typename Lanes<V>::Bits);
 }
 
-template <int V>
-SORA_INLINE void put(float* to, const Floats<V>& x) {
-  *reinterpret_cast<typename Lanes<V>::Unaligned*>(to) = x;
+// V values of any dtype as fp32, and rounded back.
+template <int V, class T>
+SORA_INLINE Floats<V> fetch(const T* from) {
+  if constexpr (sizeof(T) == 2) return decode<Floats<V>>(T{}, widen<V>(from));
+  else return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
+}
+
+template <int V, class T>
+SORA_INLINE void put(T* to, const Floats<V>& x) {
+  using Lane = Lanes<V>;
+  if constexpr (sizeof(T) == 2) {
+    const auto bits = encode<typename Lane::Bits>(T{}, x);
+    *reinterpret_cast<typename Lane::UnalignedWords*>(to) = __builtin_convertvector(bits, typename Lane::Words);
+  } else {
+    *reinterpret_cast<typename Lane::Unaligned*>(to) = x;
+  }
 }
 
 template <int V>
@@ -59,20 +85,13 @@ template <int V, class T>
 SORA_INLINE Floats<V> read(const T* from, int64_t n) {
   T whole[V];
   if (n < V) std::fill(std::copy_n(from, n, whole), whole + V, T{}), from = whole;
-  alignas(64) float x[V];
-#pragma omp simd
-  for (int j = 0; j < V; ++j) x[j] = to_float(from[j]);
-  return fetch<V>(x);
+  return fetch<V>(from);
 }
 
 template <int V, class T>
-SORA_INLINE void write(T* to, const Floats<V>& values, int64_t n) {
+SORA_INLINE void write(T* to, const Floats<V>& x, int64_t n) {
   T whole[V];
-  alignas(64) float x[V];
-  put<V>(x, values);
-  T* all = n < V ? whole : to;
-#pragma omp simd
-  for (int j = 0; j < V; ++j) all[j] = from_float<T>(x[j]);
+  put<V>(n < V ? whole : to, x);
   if (n < V) std::copy_n(whole, n, to);
 }
 
@@ -82,34 +101,31 @@ template <int V, class T>
 SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
   T whole[2 * V];
   if (n < V) std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), from = whole;
-  alignas(64) float x[V], y[V];
+  if constexpr (sizeof(T) == 2) {
+    typename Lanes<V>::Bits both;
+    std::memcpy(&both, from, sizeof both);
+    a = decode<Floats<V>>(T{}, both & 0xffffu), b = decode<Floats<V>>(T{}, both >> 16);
+  } else {
+    alignas(64) float x[V], y[V];
 #pragma omp simd
-  for (int j = 0; j < V; ++j) {
-    if constexpr (sizeof(T) == 2) {
-      uint32_t both;
-      std::memcpy(&both, from + 2 * j, sizeof both);
-      x[j] = to_float(T{static_cast<uint16_t>(both)}), y[j] = to_float(T{static_cast<uint16_t>(both >> 16)});
-    } else {
-      x[j] = from[2 * j], y[j] = from[2 * j + 1];
-    }
+    for (int j = 0; j < V; ++j) x[j] = from[2 * j], y[j] = from[2 * j + 1];
+    a = fetch<V>(x), b = fetch<V>(y);
   }
-  a = fetch<V>(x), b = fetch<V>(y);
 }
 
 template <int V, class T>
 SORA_INLINE void write_pairs(T* to, const Floats<V>& a, const Floats<V>& b, int64_t n) {
   T whole[2 * V];
-  alignas(64) float x[V], y[V];
-  put<V>(x, a), put<V>(y, b);
   T* all = n < V ? whole : to;
+  if constexpr (sizeof(T) == 2) {
+    using Bits = typename Lanes<V>::Bits;
+    const Bits both = encode<Bits>(T{}, a) | encode<Bits>(T{}, b) << 16;
+    std::memcpy(all, &both, sizeof both);
+  } else {
+    alignas(64) float x[V], y[V];
+    put<V>(x, a), put<V>(y, b);
 #pragma omp simd
-  for (int j = 0; j < V; ++j) {
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t both = from_float<T>(x[j]).bits | uint32_t{from_float<T>(y[j]).bits} << 16;
-      std::memcpy(all + 2 * j, &both, sizeof both);
-    } else {
-      all[2 * j] = x[j], all[2 * j + 1] = y[j];
-    }
+    for (int j = 0; j < V; ++j) all[2 * j] = x[j], all[2 * j + 1] = y[j];
   }
   if (n < V) std::copy_n(whole, 2 * n, to);
 }

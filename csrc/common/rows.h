@@ -3,9 +3,8 @@
 #pragma once
 
 #include "common/check.h"
+#include "common/loops.h"
 #include "common/memory.h"
-#include "common/simd.h"
-#include "common/sums.h"
 
 #include <algorithm>
 #include <cmath>
@@ -81,10 +80,11 @@ struct Statistics {
   float mean, rstd;
 };
 
+template <int V>
 SORA_INLINE Statistics statistics(const float* v, int64_t D, bool rms, float eps) {
-  const float mean = rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(v); }) / static_cast<float>(D);
+  const float mean = rms ? 0.0f : sum<V>(D, [=](auto at) SORA_LAMBDA { return at(v); }) / static_cast<float>(D);
   const auto square = [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); };
-  return {mean, 1.0f / std::sqrt(sum(D, square) / static_cast<float>(D) + eps)};
+  return {mean, 1.0f / std::sqrt(sum<V>(D, square) / static_cast<float>(D) + eps)};
 }
 
 // ---- chunks of tokens for a backward

@@ -10,7 +10,6 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 #define SORA_INLINE inline __attribute__((always_inline))
 #define SORA_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that a kernel calls
@@ -57,8 +56,8 @@ void dispatch(const Params& params, int64_t begin, int64_t end) {
   }
 }
 
-// 16-bit floats as their bits. Both conversions are integer and fp32 arithmetic only, so that they vectorise on
-// every instruction set, and round to nearest even like the hardware's.
+// 16-bit floats as their bits. The conversions are integer and fp32 arithmetic only, so that they vectorise on every
+// instruction set, and round to nearest even like the hardware's.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -67,57 +66,61 @@ struct Half {
   uint16_t bits;
 };
 
-SORA_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+SORA_INLINE float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+SORA_INLINE uint32_t as_bits(float value) { return __builtin_bit_cast(uint32_t, value); }
+
+// The value whose 16 bits are the lower half of `bits`, and back. F is float and Bits uint32_t, or both are vectors of them.
+template <class F, class Bits>
+SORA_INLINE F decode(BFloat16, Bits bits) {
+  return __builtin_bit_cast(F, bits << 16);
 }
-
-SORA_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-SORA_INLINE float to_float(float value) { return value; }
-
-SORA_INLINE float to_float(BFloat16 value) { return as_float(uint32_t{value.bits} << 16); }
 
 // The product by 2^112 moves the exponent's bias from 15 to 127 and makes subnormals normal; what was infinity or NaN
 // then lies at or above 2^16 and gets the exponent of all ones back.
-SORA_INLINE float to_float(Half value) {
-  const uint32_t magnitude = uint32_t{value.bits} << 13 & 0x0fffe000u;
-  const uint32_t scaled = as_bits(as_float(magnitude) * 0x1p112f);
-  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  return as_float(scaled | special | (uint32_t{value.bits} & 0x8000u) << 16);
+template <class F, class Bits>
+SORA_INLINE F decode(Half, Bits bits) {
+  const Bits magnitude = bits << 13 & 0x0fffe000u;
+  const Bits scaled = __builtin_bit_cast(Bits, __builtin_bit_cast(F, magnitude) * 0x1p112f);
+  const Bits special = magnitude >= 0x0f800000u ? Bits{} + 0x7f800000u : Bits{};
+  return __builtin_bit_cast(F, scaled | special | (bits & 0x8000u) << 16);
 }
 
-template <class T>
-SORA_INLINE T from_float(float value);
-
-template <>
-SORA_INLINE float from_float<float>(float value) {
-  return value;
-}
-
-template <>
-SORA_INLINE BFloat16 from_float<BFloat16>(float value) {
-  const uint32_t bits = as_bits(value);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
+template <class Bits, class F>
+SORA_INLINE Bits encode(BFloat16, F value) {
+  const Bits bits = __builtin_bit_cast(Bits, value);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return value != value ? Bits{} + 0x7fc0u : rounded;
 }
 
 // Adding a power of two whose last place is the half's last place rounds in hardware, subnormals included; the two
 // products first send what overflows a half to infinity.
+template <class Bits, class F>
+SORA_INLINE Bits encode(Half, F value) {
+  const Bits bits = __builtin_bit_cast(Bits, value), doubled = bits + bits;
+  const F clipped = (__builtin_bit_cast(F, bits & 0x7fffffffu) * 0x1p112f) * 0x1p-110f;
+  const Bits bias = doubled & 0xff000000u;
+  const Bits power = ((bias < 0x71000000u ? Bits{} + 0x71000000u : bias) >> 1) + 0x07800000u;
+  const Bits rounded = __builtin_bit_cast(Bits, __builtin_bit_cast(F, power) + clipped);
+  const Bits half = (rounded >> 13 & 0x7c00u) + (rounded & 0x0fffu);
+  const Bits magnitude = doubled > 0xff000000u ? Bits{} + 0x7e00u : half;
+  return (bits >> 16 & 0x8000u) | magnitude;
+}
+
+SORA_INLINE float to_float(float value) { return value; }
+
+template <class T>
+SORA_INLINE float to_float(T value) {
+  return decode<float>(T{}, uint32_t{value.bits});
+}
+
+template <class T>
+SORA_INLINE T from_float(float value) {
+  return {static_cast<uint16_t>(encode<uint32_t>(T{}, value))};
+}
+
 template <>
-SORA_INLINE Half from_float<Half>(float value) {
-  const uint32_t bits = as_bits(value), doubled = bits + bits;
-  const float clipped = (as_float(bits & 0x7fffffffu) * 0x1p112f) * 0x1p-110f;
-  const uint32_t bias = doubled & 0xff000000u;
-  const float rounded = as_float(((bias < 0x71000000u ? 0x71000000u : bias) >> 1) + 0x07800000u) + clipped;
-  const uint32_t half = (as_bits(rounded) >> 13 & 0x7c00u) + (as_bits(rounded) & 0x0fffu);
-  const uint32_t magnitude = doubled > 0xff000000u ? 0x7e00u : half;
-  return {static_cast<uint16_t>((bits >> 16 & 0x8000u) | magnitude)};
+SORA_INLINE float from_float<float>(float value) {
+  return value;
 }
 
 // f(a value of the C++ type of this dtype)

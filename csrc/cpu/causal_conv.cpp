@@ -9,6 +9,7 @@
 // first read to the store. Tiles, tasks and every order of summation depend on the sizes only.
 
 #include "common/check.h"
+#include "common/loops.h"
 #include "common/math.h"
 #include "common/memory.h"
 
@@ -86,29 +87,37 @@ struct Params {
   SORA_INLINE int64_t row_of_clip(int64_t b) const { return rms ? 0 : b * tiling->C; }
 };
 
+// What one kernel serves: dtypes, which axis is dense, and, of a backward, the pass.
+enum class Pass { rms, sums, dx };
+
+template <class Element, bool channels_last, Pass pass = Pass::rms, class Result = Element>
+struct Case {
+  using T = Element;
+  using TOut = Result;
+  static constexpr bool kChannelsLast = channels_last;
+  static constexpr Pass kPass = pass;
+};
+
 // ---- 1 / rms of each pixel
 
-template <class T>
+template <int V, class T>
 SORA_INLINE float reciprocal_rms(const Params& p, const T* x) {
-  const int64_t C = p.tiling->C;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < C; ++c) sum += to_float(x[c]) * to_float(x[c]);
-  return 1.0f / std::sqrt(sum / static_cast<float>(C) + p.eps);
+  const float squares = sum<V>(p.tiling->C, [=](auto at) SORA_LAMBDA { return at(x) * at(x); });
+  return 1.0f / std::sqrt(squares / static_cast<float>(p.tiling->C) + p.eps);
 }
 
-template <class T>
+template <int V, class T>
 SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
   const int64_t C = p.tiling->C, n = tile.n;
+  const float eps = p.eps;
   std::fill_n(r, n, p.rms ? 0.0f : 1.0f);
   if (!p.rms) return;
   for (int64_t c = 0; c < C; ++c) {
     const T* x = p.x.at<const T>(tile.b, c, tile.first);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) r[i] += to_float(x[i]) * to_float(x[i]);
+    each<V>(n, [=](auto at) SORA_LAMBDA { at.put(r, at(r) + at(x) * at(x)); });
   }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / static_cast<float>(C) + p.eps);
+  for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / static_cast<float>(C) + eps);
 }
 
 // ---- several pixels of dense channels as one row
@@ -129,10 +138,10 @@ class PixelRows {
   }
 
   // For the RMS norm, the scale of a row is that of its n pixels.
-  template <class T>
+  template <int V, class T>
   SORA_INLINE void normalise(const Params& p, const T* x, int64_t n) {
     if (!p.rms) return;
-    for (int64_t i = 0; i < n; ++i) spread(i, reciprocal_rms(p, x + i * C), scale);
+    for (int64_t i = 0; i < n; ++i) spread(i, reciprocal_rms<V>(p, x + i * C), scale);
   }
 
   SORA_INLINE void spread(int64_t pixel, float value, float* row) const {
@@ -157,43 +166,43 @@ class PixelRows {
 
 // ---- forward
 
-template <class T, class TOut, bool kChannelsLast>
+template <int V, class Case>
 struct Forward {
+  using T = typename Case::T;
+  using TOut = typename Case::TOut;
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
-    const int64_t C = t.C;
     const Scratch scratch(1, t.pixels);
-    PixelRows rows(p, p.x.stride_s == C && p.out.stride_s == C);
-    float* r = scratch.row(0);
+    PixelRows rows(p, p.x.stride_s == t.C && p.out.stride_s == t.C);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile(t, i / t.per_clip, i % t.per_clip);
-      const int64_t row = p.row_of_clip(tile.b);
-      if constexpr (kChannelsLast) {
-        rows.load(p, tile.b);
-        for (int64_t s = tile.first; s < tile.first + tile.n; s += rows.pixels) {
-          const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
-          const T* x = p.x.at<const T>(tile.b, 0, s);
-          TOut* out = p.out.at<TOut>(tile.b, 0, s);
-          rows.normalise(p, x, n);
-#pragma omp simd
-          for (int64_t j = 0; j < n * C; ++j) {
-            const float xhat = (to_float(x[j]) - rows.mean[j]) * rows.scale[j];
-            out[j] = from_float<TOut>(silu(xhat * rows.weight[j] + rows.bias[j]));
-          }
-        }
-      } else {
-        reciprocal_rms<T>(p, tile, r);
-        for (int64_t c = 0; c < C; ++c) {
-          const T* x = p.x.at<const T>(tile.b, c, tile.first);
-          TOut* out = p.out.at<TOut>(tile.b, c, tile.first);
-          const float m = p.mean[row + c], scale = p.rstd[row + c], w = p.weight[c], b = p.bias[c];
-#pragma omp simd
-          for (int64_t i = 0; i < tile.n; ++i) {
-            const float xhat = (to_float(x[i]) - m) * (r[i] * scale);
-            out[i] = from_float<TOut>(silu(xhat * w + b));
-          }
-        }
-      }
+      Case::kChannelsLast ? pixels(p, tile, rows) : planes(p, tile, scratch.row(0));
+    }
+  }
+
+  static SORA_INLINE void pixels(const Params& p, const Tile& tile, PixelRows& rows) {
+    const float *weight = rows.weight, *bias = rows.bias, *mean = rows.mean, *scale = rows.scale;
+    rows.load(p, tile.b);
+    for (int64_t s = tile.first; s < tile.first + tile.n; s += rows.pixels) {
+      const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
+      const T* x = p.x.at<const T>(tile.b, 0, s);
+      TOut* out = p.out.at<TOut>(tile.b, 0, s);
+      rows.template normalise<V>(p, x, n);
+      each<V>(n * rows.C, [=](auto at) SORA_LAMBDA {
+        at.put(out, silu((at(x) - at(mean)) * at(scale) * at(weight) + at(bias)));
+      });
+    }
+  }
+
+  static SORA_INLINE void planes(const Params& p, const Tile& tile, float* r) {
+    const int64_t row = p.row_of_clip(tile.b);
+    reciprocal_rms<V, T>(p, tile, r);
+    for (int64_t c = 0; c < p.tiling->C; ++c) {
+      const T* x = p.x.at<const T>(tile.b, c, tile.first);
+      TOut* out = p.out.at<TOut>(tile.b, c, tile.first);
+      const float m = p.mean[row + c], scale = p.rstd[row + c], w = p.weight[c], b = p.bias[c];
+      each<V>(tile.n, [=](auto at) SORA_LAMBDA { at.put(out, silu((at(x) - m) * (at(r) * scale) * w + b)); });
     }
   }
 };
@@ -207,8 +216,10 @@ SORA_INLINE void merge(double& count, double& mean, double& m2, double n, double
   count = total;
 }
 
-template <class T, bool kChannelsLast>
+template <int V, class Case>
 struct Moments {
+  using T = typename Case::T;
+
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
     const Scratch scratch(3, t.C);
@@ -218,7 +229,7 @@ struct Moments {
       std::fill_n(mean, 2 * p.groups, 0.0);
       double count = 0;
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
-        if constexpr (kChannelsLast) {
+        if constexpr (Case::kChannelsLast) {
           pixels(p, tile, centre, sum, squares, count, mean, m2);
         } else {
           planes(p, tile, count, mean, m2);
@@ -253,16 +264,11 @@ struct Moments {
     double merged = count;
     for (int64_t c = 0; c < p.tiling->C; ++c) {
       const T* x = p.x.at<const T>(tile.b, c, tile.first);
-      float sum = 0, first = 0, second = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < tile.n; ++i) sum += to_float(x[i]);
-      const float centre = sum / static_cast<float>(tile.n);
-#pragma omp simd reduction(+ : first, second)
-      for (int64_t i = 0; i < tile.n; ++i) {
-        const float d = to_float(x[i]) - centre;
-        first += d;
-        second += d * d;
-      }
+      const float centre = sum<V>(tile.n, [=](auto at) SORA_LAMBDA { return at(x); }) / static_cast<float>(tile.n);
+      const auto [first, second] = sums<V, 2>(tile.n, [=](auto at, auto& s) SORA_LAMBDA {
+        const auto d = at(x) - centre;
+        s[0] += d, s[1] += d * d;
+      }).of;
       const double left = first / n;  // what rounding left is a deviation like any other
       if (c % width == 0) merged = count;
       merge(merged, mean[c / width], m2[c / width], n, centre + left, second - n * left * left);
@@ -283,12 +289,10 @@ struct Moments {
     std::fill_n(sum, C, 0.0f), std::fill_n(squares, C, 0.0f);
     for (int64_t s = tile.first; s < tile.first + tile.n; ++s) {
       const T* x = p.x.at<const T>(tile.b, 0, s);
-#pragma omp simd
-      for (int64_t c = 0; c < C; ++c) {
-        const float d = to_float(x[c]) - centre[c];
-        sum[c] += d;
-        squares[c] += d * d;
-      }
+      each<V>(C, [=](auto at) SORA_LAMBDA {
+        const auto d = at(x) - at(centre);
+        at.put(sum, at(sum) + d), at.put(squares, at(squares) + d * d);
+      });
     }
   }
 };
@@ -300,10 +304,10 @@ struct Moments {
 //
 // The RMS norm needs one pass; the group norm sums in one, in which an fp32 dx already keeps dy, and finishes in another.
 
-enum class Pass { rms, sums, dx };
-
-template <class T, bool kChannelsLast, Pass kPass>
+template <int V, class Case>
 struct Backward {
+  using T = typename Case::T;
+  static constexpr Pass kPass = Case::kPass;
   static constexpr bool kKeep = kPass == Pass::sums && std::is_same_v<T, float>;
   static constexpr bool kReuse = kPass == Pass::dx && std::is_same_v<T, float>;
 
@@ -312,13 +316,13 @@ struct Backward {
     const int64_t C = t.C;
     const bool dense = p.x.stride_s == C && p.dout.stride_s == C && (!p.out || p.out.stride_s == C);
     PixelRows rows(p, dense);
-    const Scratch scratch(2, t.pixels), wide(kChannelsLast ? 5 : 0, rows.pixels * C);
-    const Scratch dy(1, !kChannelsLast && kPass == Pass::rms ? C * t.pixels : t.pixels);
+    const Scratch scratch(2, t.pixels), wide(Case::kChannelsLast ? 5 : 0, rows.pixels * C);
+    const Scratch dy(1, !Case::kChannelsLast && kPass == Pass::rms ? C * t.pixels : t.pixels);
     for (int64_t task = begin; task < end; ++task) {
       if constexpr (kPass != Pass::dx) std::fill_n(p.sums + task * 2 * C, 2 * C, 0.0f);
       for_tiles(t, task, [&](const Tile& tile) SORA_LAMBDA {
         float* sums = p.sums + task * 2 * C;
-        if constexpr (kChannelsLast) {
+        if constexpr (Case::kChannelsLast) {
           pixels(p, tile, rows, wide, sums);
         } else {
           planes(p, tile, scratch, dy.row(0), sums);
@@ -339,30 +343,28 @@ struct Backward {
       const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
       const T *x = p.x.at<const T>(tile.b, 0, s), *dout = p.dout.at<const T>(tile.b, 0, s);
       T* dx = p.out ? p.out.at<T>(tile.b, 0, s) : nullptr;
-      rows.normalise(p, x, n);
-#pragma omp simd
-      for (int64_t j = 0; j < n * C; ++j) {
-        xhat[j] = (to_float(x[j]) - mean[j]) * scale[j];
+      rows.template normalise<V>(p, x, n);
+      each<V>(n * C, [=](auto at) SORA_LAMBDA {
+        const auto x_hat = (at(x) - at(mean)) * at(scale);
+        at.put(xhat, x_hat);
         if constexpr (kReuse) {
-          dy[j] = to_float(dx[j]);
+          at.put(dy, at(dx));
         } else {
-          const float dz = to_float(dout[j]) * silu_slope(xhat[j] * weight[j] + bias[j]);
-          dy[j] = dz * weight[j];
-          if constexpr (kPass != Pass::dx) {
-            P[j] += dz;
-            Q[j] += dz * xhat[j];
-          }
+          const auto dz = at(dout) * silu_slope(x_hat * at(weight) + at(bias));
+          at.put(dy, dz * at(weight));
+          if constexpr (kPass != Pass::dx) at.put(P, at(P) + dz), at.put(Q, at(Q) + dz * x_hat);
         }
-      }
+      });
       if (kKeep && dx) std::copy_n(dy, n * C, reinterpret_cast<float*>(dx));
       if (kPass == Pass::rms && dx) {
-        for (int64_t i = 0; i < n; ++i) rows.spread(i, mean_product(dy + i * C, xhat + i * C, C), dot);
-#pragma omp simd
-        for (int64_t j = 0; j < n * C; ++j) dx[j] = from_float<T>(scale[j] * (dy[j] - xhat[j] * dot[j]));
+        for (int64_t i = 0; i < n; ++i) {
+          const float *a = dy + i * C, *b = xhat + i * C;
+          rows.spread(i, sum<V>(C, [=](auto at) SORA_LAMBDA { return at(a) * at(b); }) / static_cast<float>(C), dot);
+        }
+        each<V>(n * C, [=](auto at) SORA_LAMBDA { at.put(dx, at(scale) * (at(dy) - at(xhat) * at(dot))); });
       }
       if constexpr (kPass == Pass::dx) {
-#pragma omp simd
-        for (int64_t j = 0; j < n * C; ++j) dx[j] = from_float<T>(scale[j] * (dy[j] - P[j] - xhat[j] * Q[j]));
+        each<V>(n * C, [=](auto at) SORA_LAMBDA { at.put(dx, at(scale) * (at(dy) - at(P) - at(xhat) * at(Q))); });
       }
     }
     if constexpr (kPass != Pass::dx) {
@@ -373,17 +375,10 @@ struct Backward {
     }
   }
 
-  static SORA_INLINE float mean_product(const float* a, const float* b, int64_t C) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < C; ++c) sum += a[c] * b[c];
-    return sum / static_cast<float>(C);
-  }
-
   static SORA_INLINE void planes(const Params& p, const Tile& tile, const Scratch& scratch, float* dy, float* sums) {
     const int64_t C = p.tiling->C, n = tile.n, row = p.row_of_clip(tile.b);
     float *r = scratch.row(0), *dot = scratch.row(1);
-    reciprocal_rms<T>(p, tile, r);
+    reciprocal_rms<V, T>(p, tile, r);
     std::fill_n(dot, n, 0.0f);
     for (int64_t c = 0; c < C; ++c) {
       const T *x = p.x.at<const T>(tile.b, c, tile.first), *dout = p.dout.at<const T>(tile.b, c, tile.first);
@@ -391,40 +386,32 @@ struct Backward {
       if constexpr (kPass == Pass::dx) {
         T* dx = p.out.at<T>(tile.b, c, tile.first);
         const float c1 = p.mean_dy[row + c], c2 = p.mean_dy_xhat[row + c];
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const float xhat = (to_float(x[i]) - m) * scale;
-          const float dy = kReuse ? to_float(dx[i]) : to_float(dout[i]) * silu_slope(xhat * w + b) * w;
-          dx[i] = from_float<T>(scale * (dy - c1 - xhat * c2));
-        }
+        each<V>(n, [=](auto at) SORA_LAMBDA {
+          const auto xhat = (at(x) - m) * scale;
+          if constexpr (kReuse) at.put(dx, scale * (at(dx) - c1 - xhat * c2));
+          else at.put(dx, scale * (at(dout) * silu_slope(xhat * w + b) * w - c1 - xhat * c2));
+        });
       } else {
-        float P = 0, Q = 0;
         float* keep = kKeep && p.out ? p.out.at<float>(tile.b, c, tile.first) : dy;  // else a row nobody reads
-#pragma omp simd reduction(+ : P, Q)
-        for (int64_t i = 0; i < n; ++i) {
-          const float xhat = (to_float(x[i]) - m) * (r[i] * scale);
-          const float dz = to_float(dout[i]) * silu_slope(xhat * w + b);
-          P += dz;
-          Q += dz * xhat;
-          if constexpr (kPass == Pass::rms) {
-            dy[c * n + i] = dz * w;
-            dot[i] += dz * w * xhat;
-          } else if constexpr (kKeep) {
-            keep[i] = dz * w;
-          }
-        }
-        sums[c] += P, sums[C + c] += Q;
+        if constexpr (kPass == Pass::rms) keep = dy + c * n;
+        const auto totals = sora::sums<V, 2>(n, [=](auto at, auto& s) SORA_LAMBDA {
+          const auto xhat = (at(x) - m) * (at(r) * scale), dz = at(dout) * silu_slope(xhat * w + b);
+          s[0] += dz, s[1] += dz * xhat;
+          if constexpr (kPass == Pass::rms || kKeep) at.put(keep, dz * w);
+          if constexpr (kPass == Pass::rms) at.put(dot, at(dot) + dz * w * xhat);
+        });
+        sums[c] += totals.of[0], sums[C + c] += totals.of[1];
       }
     }
     if (kPass != Pass::rms || !p.out) return;
+    const float share = 1.0f / static_cast<float>(C);
     for (int64_t c = 0; c < C; ++c) {
       const T* x = p.x.at<const T>(tile.b, c, tile.first);
       T* dx = p.out.at<T>(tile.b, c, tile.first);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const float xhat = to_float(x[i]) * r[i];
-        dx[i] = from_float<T>(r[i] * (dy[c * n + i] - xhat * (dot[i] / static_cast<float>(C))));
-      }
+      const float* dy_row = dy + c * n;
+      each<V>(n, [=](auto at) SORA_LAMBDA {
+        at.put(dx, at(r) * (at(dy_row) - at(x) * at(r) * (at(dot) * share)));
+      });
     }
   }
 };
@@ -490,22 +477,16 @@ void store(const Vector& to, const std::vector<double>& values) {
   });
 }
 
-template <template <class, bool> class Kernel>
+template <template <int, class> class Kernel, Pass pass = Pass::rms>
 void for_tasks(const Params& p, ScalarType dtype, bool channels_last) {
   with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
     torch::stable::parallel_for(0, p.tiling->tasks(), 1, [&](int64_t begin, int64_t end) {
-      channels_last ? dispatch<Kernel<decltype(t), true>>(p, begin, end)
-                    : dispatch<Kernel<decltype(t), false>>(p, begin, end);
+      channels_last ? dispatch_lanes<Kernel, Case<T, true, pass>>(p, begin, end)
+                    : dispatch_lanes<Kernel, Case<T, false, pass>>(p, begin, end);
     });
   });
 }
-
-template <class T, bool kChannelsLast>
-using BackwardRms = Backward<T, kChannelsLast, Pass::rms>;
-template <class T, bool kChannelsLast>
-using BackwardSums = Backward<T, kChannelsLast, Pass::sums>;
-template <class T, bool kChannelsLast>
-using BackwardDx = Backward<T, kChannelsLast, Pass::dx>;
 
 // What normalises each channel of each clip, [B, C]; for the RMS norm nothing does.
 struct ChannelStatistics {
@@ -570,7 +551,8 @@ void norm_silu_fwd(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     if (out.is_contiguous() || last) advise_huge_pages(p.out.data, out.numel() * static_cast<int64_t>(sizeof(TOut)));
     const int64_t grain = std::max<int64_t>(1, 32768 / (C * tiling.pixels));  // as in ATen
     torch::stable::parallel_for(0, tiling.tiles(), grain, [&](int64_t begin, int64_t end) {
-      last ? dispatch<Forward<T, TOut, true>>(p, begin, end) : dispatch<Forward<T, TOut, false>>(p, begin, end);
+      last ? dispatch_lanes<Forward, Case<T, true, Pass::rms, TOut>>(p, begin, end)
+           : dispatch_lanes<Forward, Case<T, false, Pass::rms, TOut>>(p, begin, end);
     });
   };
   with_dtype(out.scalar_type(), [&](auto to) { same ? launch(to, to) : launch(float{}, to); });
@@ -597,7 +579,7 @@ void norm_silu_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, co
   const ChannelStatistics statistics(p, dtype, last);
   std::vector<float> sums(tiling.tasks() * 2 * C);
   p.sums = sums.data();
-  p.rms ? for_tasks<BackwardRms>(p, dtype, last) : for_tasks<BackwardSums>(p, dtype, last);
+  p.rms ? for_tasks<Backward, Pass::rms>(p, dtype, last) : for_tasks<Backward, Pass::sums>(p, dtype, last);
 
   // clip by clip, task by task
   std::vector<float> mean_dy(p.rms ? 0 : tiling.B * C), mean_dy_xhat(mean_dy.size());
@@ -621,7 +603,7 @@ void norm_silu_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, co
   store(to_weight, sum_dz_xhat), store(to_bias, sum_dz);
   if (p.rms || !p.out) return;
   p.mean_dy = mean_dy.data(), p.mean_dy_xhat = mean_dy_xhat.data();
-  for_tasks<BackwardDx>(p, dtype, last);
+  for_tasks<Backward, Pass::dx>(p, dtype, last);
 }
 
 }  // namespace

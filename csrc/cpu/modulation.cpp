@@ -8,10 +8,9 @@
 // widened to fp32 in L1, normalised there by two passes, and rounded once at the store.
 
 #include "common/check.h"
+#include "common/loops.h"
 #include "common/memory.h"
 #include "common/rows.h"
-#include "common/simd.h"
-#include "common/sums.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,12 +21,18 @@
 namespace sora {
 namespace {
 
+// What one kernel serves: a dtype, the operations, and whether every token has modulation rows of its own.
+template <class Element, bool gate, bool norm, bool own>
+struct Case {
+  using T = Element;
+  static constexpr bool kGate = gate, kNorm = norm, kOwn = own;
+};
+
 // The row in fp32: itself, or a copy.
-template <class T>
+template <int V, class T>
 SORA_INLINE const float* widened(const T* from, float* copy, int64_t D) {
   if constexpr (std::is_same_v<T, float>) return from;
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) copy[d] = to_float(from[d]);
+  each<V>(D, [=](auto at) SORA_LAMBDA { at.put(copy, at(from)); });
   return copy;
 }
 
@@ -40,50 +45,82 @@ struct Modulation {
 
 // What the inner loops read, in fp32. Where tokens share a row it is worked out once, in scratch rows. Where every token
 // has a row of its own (kOwn), the row is read where it lies, and only what is not fp32 is copied.
-template <bool kGate, bool kNorm, bool kOwn>
-class ModulationRow {
- public:
-  ModulationRow(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
-    if (kOwn) std::fill_n(zeros_, D, 0.0f);
-    if constexpr (kGate) start(gate_table_, 0.0f, from.gate_table);
-    if constexpr (kNorm) {
-      start(scale_table_, 1.0f, from.scale_table), start(shift_table_, 0.0f, from.shift_table);
-      start(weight, from.weight ? 0.0f : 1.0f, from.weight), start(bias, 0.0f, from.bias);
-    }
-  }
-
-  SORA_INLINE void load(int64_t b, int64_t f) {
-    if constexpr (kGate) gate_ = fetch(from_.gate, gate_table_, scratch_.row(6), b, f);
-    if constexpr (kNorm) {
-      scale_ = fetch(from_.scale, scale_table_, scratch_.row(7), b, f);
-      shift_ = fetch(from_.shift, shift_table_, scratch_.row(8), b, f);
-    }
-    if constexpr (kNorm && !kOwn) {
-      float *mul = scratch_.row(9), *shift = scratch_.row(8);
-#pragma omp simd
-      for (int64_t d = 0; d < D_; ++d) mul[d] = weight[d] * scale_[d], shift[d] += bias[d] * scale_[d];
-    }
-  }
+template <bool kOwn>
+struct ModulationRow {
+  const float *weight, *bias, *gate_table, *scale_table, *shift_table;  // scale_table: 1 + table
+  const float *gate_row, *scale_row, *shift_row, *mul_row;
 
   // gate + table; 1 + scale + table; weight * scale; bias * scale + shift + table
-  SORA_INLINE float gate(int64_t d) const { return kOwn ? gate_table_[d] + gate_[d] : gate_[d]; }
-  SORA_INLINE float scale(int64_t d) const { return kOwn ? scale_table_[d] + scale_[d] : scale_[d]; }
-  SORA_INLINE float mul(int64_t d) const { return kOwn ? weight[d] * scale(d) : mul_[d]; }
-  SORA_INLINE float shift(int64_t d) const {
-    return kOwn ? bias[d] * scale(d) + (shift_table_[d] + shift_[d]) : shift_[d];
+  template <class At>
+  SORA_INLINE auto gate(At at) const {
+    if constexpr (kOwn) return at(gate_table) + at(gate_row);
+    else return at(gate_row);
+  }
+
+  template <class At>
+  SORA_INLINE auto scale(At at) const {
+    if constexpr (kOwn) return at(scale_table) + at(scale_row);
+    else return at(scale_row);
+  }
+
+  template <class At>
+  SORA_INLINE auto mul(At at) const {
+    if constexpr (kOwn) return at(weight) * scale(at);
+    else return at(mul_row);
+  }
+
+  template <class At>
+  SORA_INLINE auto shift(At at) const {
+    if constexpr (kOwn) return at(bias) * scale(at) + (at(shift_table) + at(shift_row));
+    else return at(shift_row);
+  }
+};
+
+template <int V, class C>
+class ModulationRows {
+ public:
+  using Row = ModulationRow<C::kOwn>;
+
+  ModulationRows(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
+    if (C::kOwn) std::fill_n(zeros(), D, 0.0f);
+    if constexpr (C::kGate) start(1, 0.0f, from.gate_table);
+    if constexpr (C::kNorm) {
+      start(2, 1.0f, from.scale_table), start(3, 0.0f, from.shift_table);
+      start(4, from.weight ? 0.0f : 1.0f, from.weight), start(5, 0.0f, from.bias);
+    }
+  }
+
+  SORA_INLINE Row load(int64_t b, int64_t f) const {
+    Row row{scratch_.row(4), scratch_.row(5), scratch_.row(1), scratch_.row(2), scratch_.row(3)};
+    if constexpr (C::kGate) row.gate_row = read(from_.gate, row.gate_table, scratch_.row(6), b, f);
+    if constexpr (C::kNorm) {
+      row.scale_row = read(from_.scale, row.scale_table, scratch_.row(7), b, f);
+      row.shift_row = read(from_.shift, row.shift_table, scratch_.row(8), b, f);
+    }
+    if constexpr (C::kNorm && !C::kOwn) {
+      float *mul = scratch_.row(9), *shift = scratch_.row(8);
+      row.mul_row = mul;
+      each<V>(D_, [=](auto at) SORA_LAMBDA {
+        at.put(mul, at(row.weight) * at(row.scale_row));
+        at.put(shift, at(shift) + at(row.bias) * at(row.scale_row));
+      });
+    }
+    return row;
   }
 
  private:
-  SORA_INLINE void start(float* row, float value, const Vector& plus) const {
-    std::fill_n(row, D_, value);
-    add(row, plus, D_);
+  float* zeros() const { return scratch_.row(0); }
+
+  SORA_INLINE void start(int64_t row, float value, const Vector& plus) const {
+    std::fill_n(scratch_.row(row), D_, value);
+    add(scratch_.row(row), plus, D_);
   }
 
-  SORA_INLINE const float* fetch(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
+  SORA_INLINE const float* read(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
     const int64_t offset = b * from.stride_b + f * from.stride_f;
-    if (kOwn && !from) return zeros_;
-    if (kOwn && from.dtype == ScalarType::Float) return static_cast<const float*>(from.data) + offset;
-    if (from) with_span<Sum>({copy, from.data, from.dtype, offset, kOwn ? zeros_ : table}, D_);
+    if (C::kOwn && !from) return zeros();
+    if (C::kOwn && from.dtype == ScalarType::Float) return static_cast<const float*>(from.data) + offset;
+    if (from) with_span<Sum>({copy, from.data, from.dtype, offset, C::kOwn ? zeros() : table}, D_);
     else std::copy_n(table, D_, copy);
     return copy;
   }
@@ -91,16 +128,6 @@ class ModulationRow {
   const Modulation& from_;
   int64_t D_;
   Scratch scratch_;
-  float* const zeros_ = scratch_.row(0);  // for kOwn
-  float* const gate_table_ = scratch_.row(1);
-  float* const scale_table_ = scratch_.row(2);  // 1 + table
-  float* const shift_table_ = scratch_.row(3);
-  const float *gate_ = nullptr, *scale_ = nullptr, *shift_ = nullptr;
-  const float* const mul_ = scratch_.row(9);
-
- public:
-  float* const weight = scratch_.row(4);
-  float* const bias = scratch_.row(5);
 };
 
 // ---- forward
@@ -113,31 +140,36 @@ struct ForwardParams {
   float eps = 0;
 };
 
-template <class T, bool kGate, bool kNorm, bool kOwn>
+template <int V, class C>
 struct Forward {
+  using T = typename C::T;
+
   static SORA_INLINE void run(const ForwardParams& p, int64_t begin, int64_t end) {
     const int64_t S = p.shape.S, D = p.shape.D, G = p.shape.rows_per_modulation();
-    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
+    const ModulationRows<V, C> rows(p.modulation, D);
     const Scratch scratch(1, D);
+    ModulationRow<C::kOwn> m{};
 
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / S, s = row % S;
-      if (row == begin || s % G == 0) m.load(b, s / G);
+      const int64_t b = row / S, s = row % S, next = std::min(row + 1, end - 1);
+      if (row == begin || s % G == 0) m = rows.load(b, s / G);
 
       const T* x = row_of<const T>(p.x, b, s);
-      if constexpr (kGate) {
-        const T* y = row_of<const T>(p.y, b, s);
+      if constexpr (C::kGate) {
+        const T *from = x, *y = row_of<const T>(p.y, b, s);
         T* x_new = row_of<T>(p.x_new, b, s);
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) x_new[d] = from_float<T>(to_float(x[d]) + m.gate(d) * to_float(y[d]));
+        each<V>(D, [=](auto at) SORA_LAMBDA { at.put(x_new, at(from) + m.gate(at) * at(y)); });
         x = x_new;
       }
-      if constexpr (kNorm) {
-        const float* v = widened(x, scratch.row(0), D);
-        const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
-        T* out = row_of<T>(p.out, b, s);
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) out[d] = from_float<T>((v[d] - mean) * rstd * m.mul(d) + m.shift(d));
+      if constexpr (C::kNorm) {
+        const float* v = widened<V>(x, scratch.row(0), D);
+        const auto [mean, rstd] = statistics<V>(v, D, p.rms, p.eps);
+        T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next / S, next % S);
+        const T* next_x = row_of<const T>(p.x, next / S, next % S);
+        each<V>(D, [=, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
+          if constexpr (!C::kGate) at.will_read(next_x), at.will_write(next_out);
+          at.put(out, (at(v) - mean) * rstd * m.mul(at) + m.shift(at));
+        });
       }
     }
   }
@@ -150,10 +182,11 @@ void forward(const ForwardParams& p, ScalarType dtype) {
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   const int64_t grain = std::max<int64_t>(1, 32768 / D);  // elements worth waking a thread for, as in ATen
   with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
     for (const Tokens* to : {&p.x_new, &p.out}) advise_huge_pages(*to, p.shape, sizeof t);
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      p.shape.rows_per_modulation() == 1 ? dispatch<Forward<decltype(t), kGate, kNorm, true>>(p, begin, end)
-                                         : dispatch<Forward<decltype(t), kGate, kNorm, false>>(p, begin, end);
+      p.shape.rows_per_modulation() == 1 ? dispatch_lanes<Forward, Case<T, kGate, kNorm, true>>(p, begin, end)
+                                         : dispatch_lanes<Forward, Case<T, kGate, kNorm, false>>(p, begin, end);
     });
   });
 }
@@ -200,46 +233,50 @@ void store_row_gradients(const BackwardParams& p, int64_t group, const float* P,
   store(R, p.dgate, b, f, d, n);
 }
 
+// The sums of one token, of a block of tokens, of a chunk: rows of fp32.
+struct TokenSums {
+  float *P, *Q, *R;
+};
+
 // kOwn: every token has modulation rows of its own, so P, Q and R of one token are what its rows' gradients need.
-template <class T, bool kGate, bool kNorm, bool kOwn>
+template <int V, class C>
 struct Backward {
+  using T = typename C::T;
+  using Row = ModulationRow<C::kOwn>;
+
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
     const int64_t D = p.shape.D;
-    ModulationRow<kGate, kNorm, kOwn> m(p.modulation, D);
+    const ModulationRows<V, C> rows(p.modulation, D);
     const Scratch scratch(6 + kPartials, D);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       float* partials[kPartials];
       for (int i = 0; i < kPartials; ++i) partials[i] = p.partials ? p.partial(chunk, i) : nullptr;
       if (p.partials) std::fill_n(partials[0], kPartials * D, 0.0f);
-      kOwn ? own_rows(p, m, scratch, chunk, partials) : shared_rows(p, m, scratch, chunk, partials);
+      C::kOwn ? own_rows(p, rows, scratch, chunk, partials) : shared_rows(p, rows, scratch, chunk, partials);
     }
   }
 
-  static SORA_INLINE void own_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+  static SORA_INLINE void own_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
                                    int64_t chunk, float* const* partials) {
-    const int64_t D = p.shape.D, S = p.shape.S, rows = p.chunking->groups;
-    const int64_t first = chunk * rows, last = std::min(first + rows, p.shape.rows());
-    const int64_t stride = scratch.row(1) - scratch.row(0);
+    const int64_t D = p.shape.D, S = p.shape.S, chunk_rows = p.chunking->groups;
+    const int64_t first = chunk * chunk_rows, last = std::min(first + chunk_rows, p.shape.rows());
     float* block[kPartials];
     for (int i = 0; i < kPartials; ++i) block[i] = scratch.row(6 + i);
     for (int64_t i = first; i < last; i += kBlockRows) {
-      if (partials[0]) std::fill_n(block[0], kPartials * stride, 0.0f);
+      if (partials[0]) std::fill_n(block[0], kPartials * scratch.stride(), 0.0f);
       for (int64_t row = i; row < std::min(i + kBlockRows, last); ++row) {
         const int64_t b = row / S, s = row % S;
         const bool affine = p.modulation.weight || p.modulation.bias;
-        float* P = in_place(p.dshift, scratch.row(3), b, s);
-        float* Q = affine ? scratch.row(4) : in_place(p.dscale, scratch.row(4), b, s);
-        float* R = in_place(p.dgate, scratch.row(5), b, s);
-        m.load(b, s);
-        token(p, m, scratch, b, s, P, Q, R);
-        if (partials[0]) accumulate(p, m, P, Q, R, block);
-        store_row_gradients(p, row, P, Q, R, m.weight, m.bias, scratch.row(0), 0, D);
+        const TokenSums of{in_place(p.dshift, scratch.row(3), b, s),
+                           affine ? scratch.row(4) : in_place(p.dscale, scratch.row(4), b, s),
+                           in_place(p.dgate, scratch.row(5), b, s)};
+        const Row m = rows.load(b, s);
+        token(p, m, scratch, b, s, std::min(s + 1, S - 1), of);
+        if (partials[0]) accumulate(p, m, of, block);
+        store_row_gradients(p, row, of.P, of.Q, of.R, m.weight, m.bias, scratch.row(0), 0, D);
       }
       if (!partials[0]) continue;
-      for (int k = 0; k < kPartials; ++k) {
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) partials[k][d] += block[k][d];
-      }
+      for (int k = 0; k < kPartials; ++k) add_row(partials[k], block[k], D);
     }
   }
 
@@ -249,97 +286,99 @@ struct Backward {
     return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
   }
 
-  static SORA_INLINE void shared_rows(const BackwardParams& p, ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
+  static SORA_INLINE void shared_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
                                       int64_t chunk, float* const* partials) {
     const Chunking& c = *p.chunking;
-    const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.row(1) - scratch.row(0);
-    float *block = scratch.row(3), *group_sum = scratch.row(6);
+    const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.stride();
+    const TokenSums block{scratch.row(3), scratch.row(4), scratch.row(5)};
+    float* group_sum = scratch.row(6);
     const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
     const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t b = group / F, f = group % F;
       const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
       const int64_t last = std::min(first + c.part_rows, c.group_rows);
-      m.load(b, f);
+      const Row m = rows.load(b, f);
       std::fill_n(group_sum, 3 * stride, 0.0f);
       for (int64_t i = first; i < last; i += kBlockRows) {
-        std::fill_n(block, 3 * stride, 0.0f);
+        std::fill_n(block.P, 3 * stride, 0.0f);
         for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) {
-          token(p, m, scratch, b, f * c.group_rows + s, block, block + stride, block + 2 * stride);
+          token(p, m, scratch, b, f * c.group_rows + s, f * c.group_rows + std::min(s + 1, last - 1), block);
         }
         if (!p.sums_rows()) continue;
-#pragma omp simd
-        for (int64_t d = 0; d < 3 * stride; ++d) group_sum[d] += block[d];
-        if (partials[0]) accumulate(p, m, block, block + stride, block + 2 * stride, partials);
+        add_row(group_sum, block.P, 3 * stride);
+        if (partials[0]) accumulate(p, m, block, partials);
       }
       if (c.parts == 1) {
-        store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block,
+        store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block.P,
                             0, D);
       }
     }
   }
 
   // Adds the token's P, Q, R to those given, or puts them there.
-  static SORA_INLINE void token(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const Scratch& scratch,
-                                int64_t b, int64_t s, float* P, float* Q, float* R) {
+  static SORA_INLINE void token(const BackwardParams& p, const Row& m, const Scratch& scratch, int64_t b, int64_t s,
+                                int64_t next_s, TokenSums of) {
     const int64_t D = p.shape.D;
-    float *xhat = scratch.row(0), *dn = scratch.row(1), *dx = scratch.row(2);
-    const auto put = [](float& to, float value) SORA_LAMBDA { to = kOwn ? value : to + value; };
+    const float* v = nullptr;
+    const T *dout = nullptr, *dx_new = p.dx_new ? row_of<const T>(p.dx_new, b, s) : nullptr;
+    T* next_dx = nullptr;
+    float mean = 0, rstd = 0, c1 = 0, c2 = 0;
+    const auto join = [](auto at, float* to, auto value) SORA_LAMBDA { at.put(to, C::kOwn ? value : at(to) + value); };
 
-    if constexpr (kNorm) {
-      const float* v = widened(row_of<const T>(p.x, b, s), xhat, D);
-      const T* dout = row_of<const T>(p.dout, b, s);
-      const auto [mean, rstd] = statistics(v, D, p.rms, p.eps);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) {
-        const float g = to_float(dout[d]);
-        xhat[d] = (v[d] - mean) * rstd;
-        dn[d] = g * m.mul(d);
-        put(P[d], g);
-        put(Q[d], g * xhat[d]);
+    if constexpr (C::kNorm) {
+      v = widened<V>(row_of<const T>(p.x, b, s), scratch.row(0), D);
+      dout = row_of<const T>(p.dout, b, s);
+      next_dx = row_of<T>(p.dx ? p.dx : p.x, b, next_s);
+      const T *next_x = row_of<const T>(p.x, b, next_s), *next_dout = row_of<const T>(p.dout, b, next_s);
+      const Statistics stats = statistics<V>(v, D, p.rms, p.eps);
+      mean = stats.mean, rstd = stats.rstd;
+      const auto totals = sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
+        at.will_read(next_x), at.will_read(next_dout);
+        const auto g = at(dout), xhat = (at(v) - mean) * rstd, dn = g * m.mul(at);
+        join(at, of.P, g), join(at, of.Q, g * xhat);
+        s[0] += dn, s[1] += dn * xhat;
+      });
+      c1 = p.rms ? 0.0f : totals.of[0] / static_cast<float>(D), c2 = totals.of[1] / static_cast<float>(D);
+    }
+    const auto gradient = [=](auto at) SORA_LAMBDA {
+      if constexpr (C::kNorm) return (at(dout) * m.mul(at) - c1 - (at(v) - mean) * rstd * c2) * rstd;
+      else return at(dx_new);
+    };
+    T *dx = p.dx ? row_of<T>(p.dx, b, s) : nullptr, *dy = p.dy ? row_of<T>(p.dy, b, s) : nullptr;
+    const T* y = C::kGate ? row_of<const T>(p.y, b, s) : nullptr;
+    if (!C::kGate && !dx) return;
+    each<V>(D, [=](auto at) SORA_LAMBDA {
+      if constexpr (C::kNorm) at.will_write(next_dx);
+      auto g = gradient(at);
+      if (C::kNorm && dx_new) g += at(dx_new);
+      if (dx) at.put(dx, g);
+      if constexpr (C::kGate) {
+        join(at, of.R, at(y) * g);
+        if (dy) at.put(dy, m.gate(at) * g);
       }
-      const float c1 = p.rms ? 0.0f : sum(D, [=](auto at) SORA_LAMBDA { return at(dn); }) / static_cast<float>(D);
-      const float c2 = sum(D, [=](auto at) SORA_LAMBDA { return at(dn) * at(xhat); }) / static_cast<float>(D);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) dx[d] = (dn[d] - c1 - xhat[d] * c2) * rstd;
+    });
+  }
+
+  static SORA_INLINE void accumulate(const BackwardParams& p, const Row& m, TokenSums of, float* const* sums) {
+    const int64_t D = p.shape.D;
+    const auto add = [](auto at, float* to, auto value) SORA_LAMBDA { at.put(to, at(to) + value); };
+    float *P = sums[kP], *Q = sums[kQ], *R = sums[kR], *scale_P = sums[kScaleP], *scale_Q = sums[kScaleQ];
+    if constexpr (C::kNorm) {
+      each<V>(D, [=](auto at) SORA_LAMBDA { add(at, P, at(of.P)), add(at, Q, at(of.Q)); });
     }
-    if (p.dx_new) {
-      const T* dx_new = row_of<const T>(p.dx_new, b, s);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) dx[d] = to_float(dx_new[d]) + (kNorm ? dx[d] : 0.0f);
+    if (C::kNorm && (p.dweight || p.dbias)) {
+      each<V>(D, [=](auto at) SORA_LAMBDA {
+        add(at, scale_P, m.scale(at) * at(of.P)), add(at, scale_Q, m.scale(at) * at(of.Q));
+      });
     }
-    if (p.dx) {
-      T* to = row_of<T>(p.dx, b, s);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(dx[d]);
-    }
-    if constexpr (kGate) {
-      const T* y = row_of<const T>(p.y, b, s);
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) put(R[d], to_float(y[d]) * dx[d]);
-      if (p.dy) {
-        T* to = row_of<T>(p.dy, b, s);
-#pragma omp simd
-        for (int64_t d = 0; d < D; ++d) to[d] = from_float<T>(m.gate(d) * dx[d]);
-      }
+    if constexpr (C::kGate) {
+      each<V>(D, [=](auto at) SORA_LAMBDA { add(at, R, at(of.R)); });
     }
   }
 
-  static SORA_INLINE void accumulate(const BackwardParams& p, const ModulationRow<kGate, kNorm, kOwn>& m, const float* P,
-                                     const float* Q, const float* R, float* const* sums) {
-    const int64_t D = p.shape.D;
-    if constexpr (kNorm) {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sums[kP][d] += P[d], sums[kQ][d] += Q[d];
-    }
-    if (kNorm && (p.dweight || p.dbias)) {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sums[kScaleP][d] += m.scale(d) * P[d], sums[kScaleQ][d] += m.scale(d) * Q[d];
-    }
-    if constexpr (kGate) {
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) sums[kR][d] += R[d];
-    }
+  static SORA_INLINE void add_row(float* to, const float* from, int64_t n) {
+    each<V>(n, [=](auto at) SORA_LAMBDA { at.put(to, at(to) + at(from)); });
   }
 };
 
@@ -347,8 +386,10 @@ struct Backward {
 struct AddPartials {
   static SORA_INLINE void run(const BackwardParams& p, int64_t begin, int64_t end) {
     const Chunking& c = *p.chunking;
-    const ModulationRow<false, true, false> m(p.modulation, p.shape.D);
-    const Scratch scratch(kPartials + 1, kColumns);
+    const Scratch scratch(kPartials + 1, kColumns), affine(2, p.shape.D);
+    float *weight = affine.row(0), *bias = affine.row(1);
+    std::fill_n(weight, p.shape.D, p.modulation.weight ? 0.0f : 1.0f), add(weight, p.modulation.weight, p.shape.D);
+    std::fill_n(bias, p.shape.D, 0.0f), add(bias, p.modulation.bias, p.shape.D);
     float* sum[kPartials];
     for (int i = 0; i < kPartials; ++i) sum[i] = scratch.row(i);
     float* spare = scratch.row(kPartials);
@@ -358,12 +399,12 @@ struct AddPartials {
       if (c.parts > 1) {
         for (int64_t group = 0; group < c.all_groups; ++group) {
           add_chunks(p, sum, kR + 1, group * c.parts, (group + 1) * c.parts, d, n);
-          store_row_gradients(p, group, sum[kP], sum[kQ], sum[kR], m.weight, m.bias, spare, d, n);
+          store_row_gradients(p, group, sum[kP], sum[kQ], sum[kR], weight, bias, spare, d, n);
         }
       }
       if (p.sums_over_all()) {
         add_chunks(p, sum, kPartials, 0, c.chunks(), d, n);
-        for (int64_t i = 0; i < n; ++i) spare[i] = m.weight[d + i] * sum[kQ][i] + m.bias[d + i] * sum[kP][i];
+        for (int64_t i = 0; i < n; ++i) spare[i] = weight[d + i] * sum[kQ][i] + bias[d + i] * sum[kP][i];
         store(sum[kP], p.dshift_table, d, n);
         store(spare, p.dscale_table, d, n);
         store(sum[kR], p.dgate_table, d, n);
@@ -411,17 +452,15 @@ void backward(BackwardParams& p, ScalarType dtype) {
   p.partials = second_pass ? partials.row(0) : nullptr;
 
   with_dtype(dtype, [&](auto t) {
+    using T = decltype(t);
     for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
     for (const Rows* to : {&p.dgate, &p.dshift, &p.dscale}) {  // as large as x where every token has a row of its own
       const int64_t element_size = to->dtype == ScalarType::Float ? 4 : 2;
       if (chunking.group_rows == 1) advise_huge_pages({to->data, to->stride_b, to->stride_f}, p.shape, element_size);
     }
     torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
-      if (chunking.group_rows == 1) {
-        dispatch<Backward<decltype(t), kGate, kNorm, true>>(p, begin, end);
-      } else {
-        dispatch<Backward<decltype(t), kGate, kNorm, false>>(p, begin, end);
-      }
+      chunking.group_rows == 1 ? dispatch_lanes<Backward, Case<T, kGate, kNorm, true>>(p, begin, end)
+                               : dispatch_lanes<Backward, Case<T, kGate, kNorm, false>>(p, begin, end);
     });
   });
   if (!second_pass) return;

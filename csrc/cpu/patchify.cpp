@@ -395,21 +395,20 @@ class ModulationRow {
   float* const shift = rows_.row(1);
 };
 
-template <class T>
+template <int V, class T>
 SORA_INLINE float normalise(const FinalParams& p, int64_t row, float* xhat) {
   const int64_t D = p.shape.D;
   const T* x = row_of<const T>(p.x, row / p.shape.S, row % p.shape.S);
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) xhat[d] = to_float(x[d]);
-  const auto [mean, rstd] = statistics(xhat, D, p.rms, p.eps);
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) xhat[d] = (xhat[d] - mean) * rstd;
+  each<V>(D, [=](auto at) SORA_LAMBDA { at.put(xhat, at(x)); });
+  const auto [mean, rstd] = statistics<V>(xhat, D, p.rms, p.eps);
+  each<V>(D, [=, mean = mean, rstd = rstd](auto at) SORA_LAMBDA { at.put(xhat, (at(xhat) - mean) * rstd); });
   return rstd;
 }
 
+template <int V>
 SORA_INLINE void modulate(const ModulationRow& m, const float* xhat, float* h, int64_t D) {
-#pragma omp simd
-  for (int64_t d = 0; d < D; ++d) h[d] = xhat[d] * m.scale[d] + m.shift[d];
+  const float *scale = m.scale, *shift = m.shift;
+  each<V>(D, [=](auto at) SORA_LAMBDA { at.put(h, at(xhat) * at(scale) + at(shift)); });
 }
 
 template <int V, class T>
@@ -423,8 +422,8 @@ struct FinalForward {
       const int64_t rows = std::min(size, p.shape.rows() - first);
       for (int64_t r = 0; r < rows; ++r) {
         m.load((first + r) / G);
-        normalise<T>(p, first + r, wide.row(r));
-        modulate(m, wide.row(r), wide.row(r), D);
+        normalise<V, T>(p, first + r, wide.row(r));
+        modulate<V>(m, wide.row(r), wide.row(r), D);
       }
       multiply<V, false>(wide, packed_panels(p.weight, D), rows, N, D, small.row(0), small.ld(), false);
       for (int64_t r = 0; r < rows; ++r) {
@@ -455,9 +454,9 @@ struct FinalBackward {
         const int64_t rows = std::min(size, stop - first);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = first + r;
-          rstd.row(0)[r] = normalise<T>(p, row, xhat.row(r));
+          rstd.row(0)[r] = normalise<V, T>(p, row, xhat.row(r));
           p.video.gather<T>(row / S, row % S, dy.row(r));
-          if (p.dweight) m.load(row / G), modulate(m, xhat.row(r), h.row(r), D);
+          if (p.dweight) m.load(row / G), modulate<V>(m, xhat.row(r), h.row(r), D);
         }
         if (p.dbias) add_columns(dy, rows, N, dbias_block.row(0), partials + p.dbias_at());
         if (p.dweight) {
@@ -480,21 +479,17 @@ struct FinalBackward {
   static SORA_INLINE void token(const FinalParams& p, const ModulationRow& m, int64_t row, float* dh, const float* xhat,
                                 float rstd, const Matrix& sums) {
     const int64_t D = p.shape.D;
-    float *dshift = sums.row(0), *dscale = sums.row(1), sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-    for (int64_t d = 0; d < D; ++d) {
-      const float g = dh[d], dn = g * m.scale[d];
-      dshift[d] += g;
-      dscale[d] += g * xhat[d];
-      dh[d] = dn;
-      sum += dn;
-      dot += dn * xhat[d];
-    }
+    float *dshift = sums.row(0), *dscale = sums.row(1);
+    const float* scale = m.scale;
+    const auto totals = sora::sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
+      const auto g = at(dh), dn = g * at(scale);
+      at.put(dshift, at(dshift) + g), at.put(dscale, at(dscale) + g * at(xhat)), at.put(dh, dn);
+      s[0] += dn, s[1] += dn * at(xhat);
+    });
     if (!p.dx) return;
-    const float c1 = p.rms ? 0.0f : sum / static_cast<float>(D), c2 = dot / static_cast<float>(D);
+    const float c1 = p.rms ? 0.0f : totals.of[0] / static_cast<float>(D), c2 = totals.of[1] / static_cast<float>(D);
     T* dx = row_of<T>(p.dx, row / p.shape.S, row % p.shape.S);
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) dx[d] = from_float<T>((dh[d] - c1 - xhat[d] * c2) * rstd);
+    each<V>(D, [=](auto at) SORA_LAMBDA { at.put(dx, (at(dh) - c1 - at(xhat) * c2) * rstd); });
   }
 
   static SORA_INLINE void flush(const FinalParams& p, int64_t group, float* partials, const Matrix& sums, bool last) {

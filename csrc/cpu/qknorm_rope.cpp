@@ -231,6 +231,7 @@ struct Params {
   float* partials = nullptr;   // [chunks, gradients()]: of the weight, then of the bias
 
   int64_t rows() const { return B * S; }
+  int64_t next(int64_t s) const { return std::min(s + 1, S - 1); }  // whose rows are fetched while those of s are at work
   int64_t group() const { return width ? H : 1; }  // heads that share statistics
   int64_t weights() const { return width ? H * E : E; }
   int64_t step() const { return width ? H : std::min(H, kStep); }  // heads of one pass
@@ -340,7 +341,9 @@ struct Forward {
       store<V>(p.out.at<T>(b, s, h + i), order, angles ? angles->of_head(h + i) : Turn{},
                [&](int64_t at) SORA_LAMBDA {
                  const Floats<V> x = fetch<V>(v + at);
-                 return p.norm == kNone ? x : (x - mean) * rstd * fetch<V>(weight + at) + fetch<V>(bias + at);
+                 if (p.norm == kNone) return x;
+                 const Floats<V> y = (x - mean) * rstd * fetch<V>(weight + at);
+                 return p.bias ? y + fetch<V>(bias + at) : y;
                });
     }
   }
@@ -397,68 +400,74 @@ struct Backward {
   static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
                                 const Angles* angles, const Rows& r) {
     const int64_t n = std::min(p.step(), p.H - h), width = order.width;
+    const bool norm = p.norm != kNone;
     for (int64_t i = 0; i < n; ++i) {
       const Turn turn = angles ? angles->of_head(h + i) : Turn{};
       float* g = r.g + i * width;
       load<V>(p.dout.at<const T>(b, s, h + i), order, turn,
               [&](int64_t at, const Floats<V>& x) SORA_LAMBDA { put<V>(g + at, x); });
+      if (norm) channels(p, order, b, s, h, i, r);
     }
-    if (p.norm != kNone) normalised(p, order, b, s, h, n, r);
-    if (!p.dx) return;
+    if (norm) statistics(p, order, n, r);
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
-      store<V>(p.dx.at<T>(b, s, h + i), order, {}, [&](int64_t at) SORA_LAMBDA {
+      float *dweight = r.dweight + p.parameter(i), *dbias = r.dbias + p.parameter(i);
+      const bool wants_dweight = p.gradients() > 0, wants_dbias = static_cast<bool>(p.dbias);
+      const T* next_dx = p.dx.at<const T>(b, p.next(s), h + i);
+      const auto dx = [&](int64_t at) SORA_LAMBDA {
         const Floats<V> dy = fetch<V>(g + at);
-        if (p.norm == kNone) return dy;
-        return (dy * fetch<V>(weight + at) - shift - (fetch<V>(v + at) - mean) * along) * rstd;
-      });
+        if (!norm) return dy;
+        __builtin_prefetch(next_dx + at, 1);
+        const Floats<V> c = fetch<V>(v + at) - mean;
+        if (wants_dweight) put<V>(dweight + at, fetch<V>(dweight + at) + dy * (c * rstd));
+        if (wants_dbias) put<V>(dbias + at, fetch<V>(dbias + at) + dy);
+        return (dy * fetch<V>(weight + at) - shift - c * along) * rstd;
+      };
+      if (p.dx) {
+        store<V>(p.dx.at<T>(b, s, h + i), order, {}, dx);
+      } else {
+        for (int64_t at = 0; at < width; at += V) dx(at);
+      }
     }
   }
 
-  // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd, and adds to
-  // dweight and dbias.
-  static SORA_INLINE void normalised(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h, int64_t n,
-                                     const Rows& r) {
-    const int64_t width = order.width, span = p.group() * width;
+  // The sums of a head's squares, of v * weight * g and of weight * g. An RMS norm has them as soon as v is read; a layer
+  // norm has the sum of v first.
+  static SORA_INLINE void channels(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h, int64_t i,
+                                   const Rows& r) {
+    const float *g = r.g + i * order.width, *weight = r.weight + p.parameter(i);
+    const T *next_x = p.x.at<const T>(b, p.next(s), h + i), *next_dout = p.dout.at<const T>(b, p.next(s), h + i);
+    float* v = r.v + i * order.width;
     const bool layer = p.norm == kLayer;
-    for (int64_t i = 0; i < n; ++i) {
-      float* v = r.v + i * width;
-      load<V>(p.x.at<const T>(b, s, h + i), order, {},
-              [&](int64_t at, const Floats<V>& x) SORA_LAMBDA { put<V>(v + at, x); });
-      r.mean[i] = 0.0f;
-      if (!layer) continue;
-      Floats<V> total = {};
-      for (int64_t at = 0; at < width; at += V) total += fetch<V>(v + at);
-      r.mean[i] = sum<V>(total);
-    }
+    Floats<V> squares = {}, along = {};
+    load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
+      __builtin_prefetch(next_x + at, 0), __builtin_prefetch(next_dout + at, 0);
+      put<V>(v + at, x);
+      squares += layer ? x : x * x;
+      if (!layer) along += x * (fetch<V>(weight + at) * fetch<V>(g + at));
+    });
+    r.mean[i] = layer ? sum<V>(squares) : 0.0f;
+    r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = 0.0f;
+  }
+
+  // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd.
+  static SORA_INLINE void statistics(const Params& p, const Order& order, int64_t n, const Rows& r) {
+    const bool layer = p.norm == kLayer;
     if (layer) average(p, r.mean, n);
-    for (int64_t i = 0; i < n; ++i) {
-      const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
+    for (int64_t i = 0; i < (layer ? n : 0); ++i) {
+      const float *g = r.g + i * order.width, *v = r.v + i * order.width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
       Floats<V> squares = {}, along = {}, shift = {};
-      for (int64_t at = 0; at < width; at += V) {
+      for (int64_t at = 0; at < order.width; at += V) {
         const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at), dy = fetch<V>(weight + at) * fetch<V>(g + at);
         squares += c * c, along += c * dy, shift += dy;
       }
-      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along);
-      r.shift[i] = layer ? sum<V>(shift) : 0.0f;
+      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift);
     }
     for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
-
-    if (p.gradients() == 0) return;
-    const int64_t heads = p.width ? 1 : n;  // that share a weight
-    for (int64_t at = 0; at < span; at += V) {
-      Floats<V> dweight = fetch<V>(r.dweight + at), dbias = fetch<V>(r.dbias + at);
-      for (int64_t i = 0; i < heads; ++i) {
-        const Floats<V> g = fetch<V>(r.g + i * width + at);
-        dweight += g * ((fetch<V>(r.v + i * width + at) - r.mean[i]) * r.rstd[i]);
-        dbias += g;
-      }
-      put<V>(r.dweight + at, dweight), put<V>(r.dbias + at, dbias);
-    }
   }
 };
 

@@ -1,0 +1,80 @@
+// Loops over rows of any length, written once for `at`: V values from i on, or, where fewer are left, one.
+
+#pragma once
+
+#include "common/lanes.h"
+
+#include <cstdint>
+
+namespace sora {
+
+template <int V>
+struct At {
+  int64_t i;
+
+  template <class T>
+  SORA_INLINE Floats<V> operator()(const T* from) const { return fetch<V>(from + i); }
+  template <class T>
+  SORA_INLINE void put(T* to, const Floats<V>& x) const { sora::put<V>(to + i, x); }
+
+  // Of a row that comes next: it starts too soon for the hardware to have seen it coming.
+  template <class T>
+  SORA_INLINE void will_read(const T* from) const { __builtin_prefetch(from + i, 0); }
+  template <class T>
+  SORA_INLINE void will_write(T* to) const { __builtin_prefetch(to + i, 1); }
+};
+
+template <>
+struct At<1> {
+  int64_t i;
+
+  template <class T>
+  SORA_INLINE float operator()(const T* from) const { return to_float(from[i]); }
+  template <class T>
+  SORA_INLINE void put(T* to, float x) const { to[i] = from_float<T>(x); }
+  SORA_INLINE void will_read(const void*) const {}
+  SORA_INLINE void will_write(void*) const {}
+};
+
+template <int V, class F>
+SORA_INLINE void each(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + V <= n; i += V) f(At<V>{i});
+  for (; i < n; ++i) f(At<1>{i});
+}
+
+template <int N>
+struct Totals {
+  float of[N];
+};
+
+// N sums over a row, in an order that depends on n and V only: f(at, sums) adds to sums[0], ..., sums[N - 1]. Several
+// vectors of each: they are bound by loads instead of the latency of one addition, and the rounding error shrinks.
+template <int V, int N, class F>
+SORA_INLINE Totals<N> sums(int64_t n, const F& f) {
+  constexpr int kWays = N == 1 ? 4 : 2;
+  Floats<V> s[kWays][N] = {};
+  float rest[N] = {};
+  int64_t i = 0;
+  for (; i + kWays * V <= n; i += kWays * V) {
+#pragma GCC unroll 4
+    for (int way = 0; way < kWays; ++way) f(At<V>{i + way * V}, s[way]);
+  }
+  for (; i + V <= n; i += V) f(At<V>{i}, s[0]);
+  for (; i < n; ++i) f(At<1>{i}, rest);
+
+  Totals<N> totals;
+  for (int k = 0; k < N; ++k) {
+    const Floats<V> first = s[0][k] + s[1][k];
+    totals.of[k] = sum<V>(N == 1 ? first + (s[kWays - 2][k] + s[kWays - 1][k]) : first) + rest[k];
+  }
+  return totals;
+}
+
+// The sum of term(at).
+template <int V, class Term>
+SORA_INLINE float sum(int64_t n, const Term& term) {
+  return sums<V, 1>(n, [&](auto at, auto& s) SORA_LAMBDA { s[0] += term(at); }).of[0];
+}
+
+}  // namespace sora
