@@ -32,10 +32,10 @@ def op_samples():
         ("norm_silu_bwd", (t(*x.shape), x, row, t(4), 2, 1e-6, t(*x.shape), t(4), t(4))),
         ("causal_conv3d_fwd", (x, w, None, None, None, None, one, 1e-6, out, None)),
         ("causal_conv3d_fwd", (x, w, b, cache, residual, norm, one, 1e-6, out, pre)),
-        ("causal_conv3d_bwd", (out, x, w, None, None, None, one, 1e-6, dx, dw, None, None, None, None)),
+        ("causal_conv3d_bwd", (out, None, x, w, None, None, None, one, 1e-6, dx, dw, None, None, None, None)),
         (
             "causal_conv3d_bwd",
-            (out, x, w, cache, norm, pre, one, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
+            (out, residual, x, w, cache, norm, pre, one, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
         ),
         ("upsample_conv3d_fwd", (x, w, b, up_cache, (2, 2, 2), up)),
         ("upsample_conv3d_bwd", (up, x, w, None, (2, 2, 2), dx, dw, t(6), None)),
