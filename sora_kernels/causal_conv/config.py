@@ -31,12 +31,18 @@ def _power(n: int) -> int:
 
 
 def parts(width: int, most: int) -> tuple[int, ...]:
-    """One or two powers of two, 16 at the least, that hold `width` or, several times over, share it: 96 -> (64, 32)."""
-    blocks = -(-width // most)
-    share = max(16, -(-width // blocks))
-    whole = _power(share)
-    rest = max(16, _power(share - whole // 2))
-    return (whole,) if whole == 16 or rest >= whole // 2 else (whole // 2, rest)
+    """One or two powers of two from 16 to 128, of which blocks of at most `most` cover `width` with little to spare.
+
+    96 -> (64, 32); 384 -> (128, 64), twice. A further block reads the pixels again: counted as 32 columns.
+    """
+    candidates = []
+    for blocks in range(-(-width // most), -(-width // 16) + 1):
+        share = max(16, -(-width // blocks))
+        whole = min(_power(share), 256)
+        rest = max(16, _power(share - whole // 2))
+        columns = (whole,) if whole <= 128 and (whole == 16 or rest >= whole // 2) else (whole // 2, rest)
+        candidates.append((blocks * (sum(columns) + 32), blocks, columns))
+    return min(candidates)[2]
 
 
 @functools.cache
@@ -56,21 +62,42 @@ def choose_box(pixels: int, frames: int, height: int, width: int) -> Box:
 
 
 # Found by compiling for each GPU within its registers and shared memory (tests/test_compile_only.py); speed not yet
-# measured on any.
+# measured on any. More pixels a program read the weight less often from L2, the bound that is next to the products.
+
+
+def _asynchronous(capability: int) -> bool:
+    """Products read their operands from shared memory: wgmma, tcgen05."""
+    return 90 <= capability < 120
+
+
+def _block(C: int) -> int:
+    """Channels of a step: 64, or what divides a multiple of 32."""
+    block = min(64, max(16, _power(C)))
+    return 32 if C > 32 and C % block else block
 
 
 def forward(C: int, O: int, dtype: torch.dtype, capability: int) -> Tile:  # noqa: E741
     """Of a convolution of C channels to O, forward or the gradient of its data."""
-    block = min(64, max(16, _power(C)))
-    if C % block and C > 32:
-        block = 32  # 96 = 3 · 32
-    if dtype == torch.float32:
-        return Tile(64, parts(O, 64), min(block, 16), 8, 1)
-    return Tile(128, parts(O, 256), block, 8, 3)
+    if dtype == torch.float32:  # products in full precision run on plain cores
+        return Tile(64, parts(O, 96), 16, 8, 1)
+    if not _asynchronous(capability):
+        columns = parts(O, 192)
+        if sum(columns) > 128 and capability > 80:  # 100 KiB of shared memory: consumer GPUs
+            return Tile(128, columns, min(32, _block(C)), 8, 2)
+        return Tile(128, columns, _block(C), 8, 3)
+    columns = parts(O, 256)
+    if sum(columns) > 128:
+        return Tile(128, columns, _block(C), 8, 3)
+    if columns == (128,):  # 16 warps: the sums of 8 would leave a few words without a register
+        return Tile(256, columns, _block(C), 16, 3)
+    return Tile(256, columns, _block(C), 8, 4)
 
 
-def weight_gradient(C: int, O: int, dtype: torch.dtype, capability: int) -> Tile:  # noqa: E741
-    """Of the sums over pixels of O values times C: `channels` are those of O, `columns` those of C."""
+def weight_gradient(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the sums over pixels of N values times C: `channels` are those of N, `columns` those of C."""
+    block = 128 if N > 64 else 64 if N > 16 else 16
     if dtype == torch.float32:
-        return Tile(32, parts(C, 32), 32, 8, 1)
-    return Tile(64, parts(C, 128), 128 if O > 64 else 64, 8, 3)
+        return Tile(32, parts(C, 32), min(block, 32), 8, 1)
+    if not _asynchronous(capability):
+        return Tile(32, parts(C, 128), block, 8, 3)
+    return Tile(64, parts(C, 256), block, 8, 3)

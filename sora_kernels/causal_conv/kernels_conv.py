@@ -28,6 +28,12 @@ import triton.language as tl
 from .._triton import load_vector
 from . import config
 
+# Sizes and places: one kernel serves all clips, chunks, phases and positions of a tile.
+SIZES = (
+    "T", "H", "W", "past", "frames", "height", "width", "offset_t", "offset_h", "offset_w",
+    "tiles_t", "tiles_h", "tiles_w",
+)  # fmt: skip
+
 
 @triton.jit
 def box_pixels(tile, tiles_t, tiles_h, tiles_w, BOX: tl.constexpr):
@@ -39,6 +45,14 @@ def box_pixels(tile, tiles_t, tiles_h, tiles_w, BOX: tl.constexpr):
     if BOX[0] > 1:
         t += j // (BOX[1] * BOX[2])
     return tile // tiles_w // tiles_h // tiles_t, t, h, w
+
+
+@triton.jit
+def at_pixels(ptr, b, t, h, w, stride_b, stride_t, stride_h, stride_w, WIDE: tl.constexpr):
+    """Pointers to pixels (t, h, w) of video b. Offsets within a frame take 32 bits, or, WIDE, 64."""
+    if WIDE:
+        h, w = h.to(tl.int64), w.to(tl.int64)
+    return ptr + b * stride_b + t.to(tl.int64) * stride_t + (h * stride_h + w * stride_w)
 
 
 @triton.jit
@@ -65,7 +79,7 @@ def load_pixels(
     pixels = frame + (h * stride_h + w * stride_w)
     if C % WIDTH != 0:
         mask = mask & (c < C)[None, :]
-    return tl.load(pixels[:, None] + c[None, :], mask, 0.0)
+    return tl.load(pixels[:, None] + c[None, :], mask, 0.0, cache_modifier=".ca")  # the next taps read it again
 
 
 @triton.jit
@@ -118,11 +132,11 @@ def next_tap(i, j, k, c, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BL
 
 
 @triton.jit
-def finish(acc, bias_ptr, residual_ptr, o, mask, stride_c, O: tl.constexpr):
-    """acc + bias + residual; residual_ptr: of each pixel."""
+def finish(acc, bias_ptr, pixels, o, mask, stride_c, O: tl.constexpr):
+    """acc + bias + what the residual has at `pixels`."""
     acc += load_vector(bias_ptr, o, O, 0.0)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr[:, None] + o[None, :] * stride_c, mask, 0.0).to(tl.float32)
+    if pixels is not None:
+        acc += tl.load(pixels[:, None] + o[None, :] * stride_c, mask, 0.0).to(tl.float32)
     return acc
 
 
@@ -133,11 +147,11 @@ def norm_silu(acc, norm_weight_ptr, o, rstd, O: tl.constexpr):
 
 
 @triton.jit
-def store(ptr, pixels, o, values, mask, stride_c):
-    tl.store(ptr + pixels[:, None] + o.to(tl.int64)[None, :] * stride_c, values.to(ptr.dtype.element_ty), mask)
+def store(pixels, o, values, mask, stride_c):
+    tl.store(pixels[:, None] + o[None, :] * stride_c, values.to(pixels.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_kernel(
     x_ptr, cache_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, out_ptr, raw_ptr,
     x_stride_b, x_stride_t, x_stride_h, x_stride_w,
@@ -186,31 +200,37 @@ def conv_kernel(
         i, j, k, c = next_tap(i, j, k, c, C, KH, KW, BLOCK_C)
 
     live = (h < tl.where(t < frames, height, 0)) & (w < width)
-    t, h, w = t.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
-    pixels = b * out_stride_b + t * out_stride_t + h * out_stride_h + w * out_stride_w
+    if WIDE:
+        out_stride_c, residual_stride_c = tl.cast(out_stride_c, tl.int64), tl.cast(residual_stride_c, tl.int64)
+    pixels = at_pixels(out_ptr, b, t, h, w, out_stride_b, out_stride_t, out_stride_h, out_stride_w, WIDE)
+    skip = None
     if residual_ptr is not None:
-        residual_ptr += b * residual_stride_b + t * residual_stride_t + h * residual_stride_h + w * residual_stride_w
+        skip = at_pixels(
+            residual_ptr, b, t, h, w,
+            residual_stride_b, residual_stride_t, residual_stride_h, residual_stride_w, WIDE,
+        )  # fmt: skip
     o = first + tl.arange(0, PARTS[0])
     mask = live[:, None] & (o < O)[None, :]
-    head = finish(acc[0], bias_ptr, residual_ptr, o, mask, residual_stride_c, O)
+    head = finish(acc[0], bias_ptr, skip, o, mask, residual_stride_c, O)
     square = tl.sum(head * head, 1)
     if len(PARTS) == 2:
         o_2 = first + PARTS[0] + tl.arange(0, PARTS[1])
         mask_2 = live[:, None] & (o_2 < O)[None, :]
-        tail = finish(acc[1], bias_ptr, residual_ptr, o_2, mask_2, residual_stride_c, O)
+        tail = finish(acc[1], bias_ptr, skip, o_2, mask_2, residual_stride_c, O)
         square += tl.sum(tail * tail, 1)
     if raw_ptr is not None:
-        store(raw_ptr, pixels, o, head, mask, out_stride_c)
+        raw = at_pixels(raw_ptr, b, t, h, w, out_stride_b, out_stride_t, out_stride_h, out_stride_w, WIDE)
+        store(raw, o, head, mask, out_stride_c)
         if len(PARTS) == 2:
-            store(raw_ptr, pixels, o_2, tail, mask_2, out_stride_c)
+            store(raw, o_2, tail, mask_2, out_stride_c)
     if norm_weight_ptr is not None:
         rstd = 1.0 / tl.sqrt_rn(square / O + eps)
         head = norm_silu(head, norm_weight_ptr, o, rstd, O)
         if len(PARTS) == 2:
             tail = norm_silu(tail, norm_weight_ptr, o_2, rstd, O)
-    store(out_ptr, pixels, o, head, mask, out_stride_c)
+    store(pixels, o, head, mask, out_stride_c)
     if len(PARTS) == 2:
-        store(out_ptr, pixels, o_2, tail, mask_2, out_stride_c)
+        store(pixels, o_2, tail, mask_2, out_stride_c)
 
 
 def last(t):
@@ -218,12 +238,15 @@ def last(t):
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous(memory_format=torch.channels_last_3d)
 
 
-def source(x, cache) -> tuple[list[int], bool]:
-    """The strides of x and cache that the kernels take, and whether a frame needs 64-bit offsets."""
-    videos = [x] if cache is None else [x, cache]
-    strides = [stride for v in videos for axis, stride in enumerate(v.stride()) if axis != 1]
-    reach = max(sum((n - 1) * s for n, s in zip(v.shape[3:], v.stride()[3:], strict=True)) + v.shape[1] for v in videos)
-    return strides if cache is not None else [*strides, 0, 0, 0, 0], reach >= 2**31
+def strides_of(*videos) -> list[int]:
+    """Of b, t, h and w; 0 for a video that is None."""
+    return [0 if v is None else v.stride(axis) for v in videos for axis in (0, 2, 3, 4)]
+
+
+def is_wide(*videos) -> bool:
+    """Whether offsets within a frame of one of them need 64 bits."""
+    frames = [v for v in videos if v is not None]
+    return any(sum((v.shape[axis] - 1) * v.stride(axis) for axis in (1, 3, 4)) >= 2**31 for v in frames)
 
 
 def whole(weight, x) -> bool:
@@ -248,14 +271,14 @@ def convolve(
     tile = config.forward(C, O, x.dtype, config.capability(x.device))
     box = config.choose_box(tile.pixels, frames, height, width)
     tiles = [triton.cdiv(n, side) for n, side in zip((frames, height, width), box, strict=True)]
-    strides, wide = source(x, cache)
     programs = out.shape[0] * tiles[0] * tiles[1] * tiles[2] * triton.cdiv(O, sum(tile.columns))
     conv_kernel[(programs,)](
-        x, cache, weight, bias, residual, norm_weight, out, raw, *strides, *weight.stride(),
+        x, cache, weight, bias, residual, norm_weight, out, raw, *strides_of(x, cache), *weight.stride(),
         *((0,) * 5 if residual is None else residual.stride()), *out.stride(),
         *x.shape[2:], 0 if cache is None else cache.shape[2], frames, height, width, *offset, *tiles, eps,
         C=C, O=O, KT=kt, KH=kh, KW=kw, ST=stride[0], SH=stride[1], SW=stride[2], STEP=step,
-        BOX=box, PARTS=tile.columns, BLOCK_C=tile.channels, WIDE=wide, num_warps=tile.warps, num_stages=tile.stages,
+        BOX=box, PARTS=tile.columns, BLOCK_C=tile.channels, WIDE=is_wide(x, cache, out, residual),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -19,17 +19,13 @@ import triton.language as tl
 
 from .._triton import sum_partials
 from . import config
-from .kernels_conv import box_pixels, load_pixels, source, zeros
+from .kernels_conv import SIZES, at_pixels, box_pixels, is_wide, load_pixels, strides_of, zeros
 
 PROGRAMS = 512  # at least, where there is work for them: four per SM of a large GPU
+CHUNKS = ("tiles", "tiles_per_program")
 
 
-@triton.jit
-def add_outer(acc, y, x, PART: tl.constexpr):
-    return tl.dot(y, x, acc[PART], input_precision="ieee")
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES + CHUNKS)
 def dweight_kernel(
     y_ptr, x_ptr, cache_ptr, partial_ptr, y_stride_b, y_stride_t, y_stride_h, y_stride_w,
     x_stride_b, x_stride_t, x_stride_h, x_stride_w, cache_stride_b, cache_stride_t, cache_stride_h, cache_stride_w,
@@ -67,10 +63,7 @@ def dweight_kernel(
         b, t, h, w = box_pixels(tile, tiles_t, tiles_h, tiles_w, BOX)
         b = b.to(tl.int64)
         live = (h < tl.where(t < frames, height, 0)) & (w < width)
-        y_h, y_w = h, w
-        if WIDE:
-            y_h, y_w = h.to(tl.int64), w.to(tl.int64)
-        pixels = y_ptr + b * y_stride_b + t.to(tl.int64) * y_stride_t + (y_h * y_stride_h + y_w * y_stride_w)
+        pixels = at_pixels(y_ptr, b, t, h, w, y_stride_b, y_stride_t, y_stride_h, y_stride_w, WIDE)
         mask = live[:, None]
         if N % BLOCK_N != 0:
             mask = mask & (n < N)[None, :]
@@ -84,13 +77,13 @@ def dweight_kernel(
             video, earlier, x_t, x_h, x_w, first, T, H, W, past,
             x_stride_t, x_stride_h, x_stride_w, cache_stride_t, cache_stride_h, cache_stride_w, C, PARTS[0], WIDE,
         )  # fmt: skip
-        head = add_outer(acc, y, x, 0)
+        head = tl.dot(y, x, acc[0], input_precision="ieee")
         if len(PARTS) == 2:
             x = load_pixels(
                 video, earlier, x_t, x_h, x_w, first + PARTS[0], T, H, W, past,
                 x_stride_t, x_stride_h, x_stride_w, cache_stride_t, cache_stride_h, cache_stride_w, C, PARTS[1], WIDE,
             )  # fmt: skip
-            acc = (head, add_outer(acc, y, x, 1))
+            acc = (head, tl.dot(y, x, acc[1], input_precision="ieee"))
         else:
             acc = (head,)
 
@@ -125,13 +118,11 @@ def weight_gradient(terms, out, *, stride=(1, 1, 1), step=1) -> None:
         return
     partials = torch.empty((1, chunks, out.numel()), dtype=torch.float32, device=out.device)
     for y, x, cache, offset, tile, box, counts, tiles, programs, each, begin in launches:
-        strides, wide = source(x, cache)
-        y_strides, y_wide = source(y, None)
         dweight_kernel[(triton.cdiv(tiles, each) * programs,)](
-            y, x, cache, partials[:, begin:], *y_strides[:4], *strides, *out.stride(), out.numel(),
+            y, x, cache, partials[:, begin:], *strides_of(y, x, cache), *out.stride(), out.numel(),
             *x.shape[2:], 0 if cache is None else cache.shape[2], *y.shape[2:], *offset, *counts, tiles, each,
             N=N, C=C, KT=kt, KH=kh, KW=kw, ST=stride[0], SH=stride[1], SW=stride[2], STEP=step,
-            BOX=box, PARTS=tile.columns, BLOCK_N=tile.channels, WIDE=wide or y_wide,
+            BOX=box, PARTS=tile.columns, BLOCK_N=tile.channels, WIDE=is_wide(y, x, cache),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     sum_partials(partials, out.as_strided((1, out.numel()), (out.numel(), 1)))
