@@ -142,7 +142,7 @@ def _diffusers_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tenso
 
 
 def _cudnn_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
-    """The best that eager PyTorch can do: cuDNN on channels last, its own padding in space, the past copied in front."""
+    """The best that eager PyTorch can do: cuDNN on channels last, which pads in space; the past is copied in front."""
     if inputs["x"].device.type != "cuda":
         raise peers.Missing("cuDNN needs a CUDA device")
 

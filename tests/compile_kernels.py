@@ -282,7 +282,10 @@ CONVOLUTIONS = {
 }
 
 
-def causal_conv(names=("Wan 96", "Wan 192", "Wan up", "Wan out")) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]]:
+COMMON = ("Wan 96", "Wan 192", "Wan up", "Wan out")
+
+
+def causal_conv(names=COMMON) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]]:
     """Layers of VAEs, a chunk of a stream each, with the tiles of each GPU."""
     from sora_kernels import _triton
     from sora_kernels.causal_conv import config, kernels_conv, kernels_dweight, kernels_triton
@@ -333,7 +336,7 @@ def causal_conv(names=("Wan 96", "Wan 192", "Wan up", "Wan out")) -> Iterator[tu
 
 def causal_conv_layers() -> Iterator[tuple]:
     """The other layers of Wan's and HunyuanVideo's VAEs, fp32 and odd channels: minutes."""
-    yield from causal_conv([name for name in CONVOLUTIONS if name not in ("Wan 96", "Wan 192", "Wan up", "Wan out")])
+    yield from causal_conv([name for name in CONVOLUTIONS if name not in COMMON])
 
 
 SUPPORTED = (80, 90, 100, 120)

@@ -124,12 +124,15 @@ def test_the_tiles_that_are_shipped(dtype, monkeypatch):
     monkeypatch.undo()
     function, tensors, kwargs = draw("causal_conv3d everything", dtype)
     terms = functools.partial(terms_of_small, kwargs=kwargs)
-    judged(function, functools.partial(plain, "causal_conv3d"), on_device(tensors), kwargs, terms, impl="triton", runs=1)
+    baseline = functools.partial(plain, "causal_conv3d")
+    judged(function, baseline, on_device(tensors), kwargs, terms, impl="triton", runs=1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [(3, 96), (16, 384), (96, 96), (192, 192), (128, 256), (512, 512), (96, 3)], ids=str)
+@pytest.mark.parametrize(
+    "channels", [(3, 96), (16, 384), (96, 96), (192, 192), (128, 256), (512, 512), (96, 3)], ids=str
+)
 @pytest.mark.parametrize("function", [causal_conv3d, upsample_conv3d, downsample_conv3d])
 def test_real_channels_on_a_gpu(function, channels, dtype, monkeypatch):
     """With the tiles of this GPU."""
@@ -298,8 +301,8 @@ def test_the_first_image_of_a_clip_has_the_weight_gradient_of_its_only_frame():
 def test_parameters_of_another_dtype_are_rounded_to_that_of_x():
     x = torch.randn(1, 4, 2, 3, 3, device=DEVICE).half()
     weight, bias = torch.randn(4, 4, 1, 3, 3, device=DEVICE), torch.randn(4, device=DEVICE)
-    y = causal_conv3d(x, weight, bias, norm_weight=torch.ones(4, device=DEVICE), impl="triton")
-    assert torch.equal(y, causal_conv3d(x, weight.half(), bias, norm_weight=torch.ones(4, device=DEVICE), impl="triton"))
+    call = functools.partial(causal_conv3d, x, bias=bias, norm_weight=torch.ones(4, device=DEVICE), impl="triton")
+    assert torch.equal(call(weight), call(weight.half()))
     weight.requires_grad_()
     upsample_conv3d(x, weight, impl="triton").sum().backward()
     assert weight.grad.dtype == torch.float32

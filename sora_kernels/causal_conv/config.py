@@ -76,16 +76,16 @@ def _block(C: int) -> int:
     return 32 if C > 32 and C % block else block
 
 
-def forward(C: int, O: int, dtype: torch.dtype, capability: int) -> Tile:  # noqa: E741
-    """Of a convolution of C channels to O, forward or the gradient of its data."""
+def forward(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of a convolution of C channels to N, forward or the gradient of its data."""
     if dtype == torch.float32:  # products in full precision run on plain cores
-        return Tile(64, parts(O, 96), 16, 8, 1)
+        return Tile(64, parts(N, 96), 16, 8, 1)
     if not _asynchronous(capability):
-        columns = parts(O, 192)
+        columns = parts(N, 192)
         if sum(columns) > 128 and capability > 80:  # 100 KiB of shared memory: consumer GPUs
             return Tile(128, columns, min(32, _block(C)), 8, 2)
         return Tile(128, columns, _block(C), 8, 3)
-    columns = parts(O, 256)
+    columns = parts(N, 256)
     if sum(columns) > 128:
         return Tile(128, columns, _block(C), 8, 3)
     if columns == (128,):  # 16 warps: the sums of 8 would leave a few words without a register

@@ -1,6 +1,6 @@
 """Triton kernel of the convolutions: one implicit GEMM for all of them and for the gradients of their data.
 
-    out[p, o] = bias[o] + Σ_taps Σ_c x[stride·p + offset ± tap, c] · weight[o, c, tap]        p = (t, h, w)
+    out[p, n] = bias[n] + Σ_taps Σ_c x[stride·p + offset ± tap, c] · weight[n, c, tap]        p = (t, h, w)
 
 Rows of the product are a box of output pixels, columns output channels, and the sum runs over taps and input channels.
 A row is read where it lies: its coordinates are computed once, each tap shifts them and compares. Frames before x lie
@@ -10,7 +10,7 @@ the whole box are not visited: the first frame of a clip takes a third of the wo
 x is read channels last with any other strides (and made so once where it is not), weights channels last, as they are
 where they lie so and in x's dtype.
 
-Work: 2·C·O·taps flops a pixel. Bytes: x, out and the weight once, 2·(C + O) a pixel in 16 bits, so for 3x3x3 taps of
+Work: 2·C·N·taps flops a pixel. Bytes: x, out and the weight once, 2·(C + N) a pixel in 16 bits, so for 3x3x3 taps of
 96 channels 1296 flops a byte: bound by the tensor cores by far (an H200 does 184 per byte that it copies). The next
 bound is L2, from which a program reads its pixels once per tap, pixels·C, and the taps' weights, C·columns, for
 2·pixels·C·columns flops: tiles of 128 pixels and 96 columns have 55 flops a byte of it, of 256 pixels 70. A result of
@@ -92,28 +92,28 @@ def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def load_weight(
-    ptr, c, o, stride_c, stride_o, C: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
+    ptr, c, n, stride_c, stride_n, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """[BLOCK input channels from c, WIDTH output channels from o] of one tap."""
-    c, o = c + tl.arange(0, BLOCK), o + tl.arange(0, WIDTH)
-    mask = (o < O)[None, :]
+    """[BLOCK input channels from c, WIDTH output channels from n] of one tap."""
+    c, n = c + tl.arange(0, BLOCK), n + tl.arange(0, WIDTH)
+    mask = (n < N)[None, :]
     if C % BLOCK != 0:
         mask = mask & (c < C)[:, None]
-    return tl.load(ptr + c[:, None] * stride_c + o[None, :] * stride_o, mask, 0.0)
+    return tl.load(ptr + c[:, None] * stride_c + n[None, :] * stride_n, mask, 0.0)
 
 
 @triton.jit
 def add_product(
-    acc, x, ptr, c, o, stride_c, stride_o,
-    C: tl.constexpr, O: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    acc, x, ptr, c, n, stride_c, stride_n,
+    C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """acc + x · weight, for each part of the output channels."""
-    w = load_weight(ptr, c, o, stride_c, stride_o, C, O, BLOCK, PARTS[0])
+    w = load_weight(ptr, c, n, stride_c, stride_n, C, N, BLOCK, PARTS[0])
     head = tl.dot(x, w, acc[0], input_precision="ieee")
     if len(PARTS) == 1:
         return (head,)
     else:
-        w = load_weight(ptr, c, o + PARTS[0], stride_c, stride_o, C, O, BLOCK, PARTS[1])
+        w = load_weight(ptr, c, n + PARTS[0], stride_c, stride_n, C, N, BLOCK, PARTS[1])
         return (head, tl.dot(x, w, acc[1], input_precision="ieee"))
 
 
@@ -132,23 +132,23 @@ def next_tap(i, j, k, c, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, BL
 
 
 @triton.jit
-def finish(acc, bias_ptr, pixels, o, mask, stride_c, O: tl.constexpr):
+def finish(acc, bias_ptr, pixels, n, mask, stride_c, N: tl.constexpr):
     """acc + bias + what the residual has at `pixels`."""
-    acc += load_vector(bias_ptr, o, O, 0.0)[None, :]
+    acc += load_vector(bias_ptr, n, N, 0.0)[None, :]
     if pixels is not None:
-        acc += tl.load(pixels[:, None] + o[None, :] * stride_c, mask, 0.0).to(tl.float32)
+        acc += tl.load(pixels[:, None] + n[None, :] * stride_c, mask, 0.0).to(tl.float32)
     return acc
 
 
 @triton.jit
-def norm_silu(acc, norm_weight_ptr, o, rstd, O: tl.constexpr):
-    y = acc * rstd[:, None] * load_vector(norm_weight_ptr, o, O, 0.0)[None, :]
+def norm_silu(acc, norm_weight_ptr, n, rstd, N: tl.constexpr):
+    y = acc * rstd[:, None] * load_vector(norm_weight_ptr, n, N, 0.0)[None, :]
     return y / (1.0 + tl.exp(-y))
 
 
 @triton.jit
-def store(pixels, o, values, mask, stride_c):
-    tl.store(pixels[:, None] + o[None, :] * stride_c, values.to(pixels.dtype.element_ty), mask)
+def store(pixels, n, values, mask, stride_c):
+    tl.store(pixels[:, None] + n[None, :] * stride_c, values.to(pixels.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -156,11 +156,11 @@ def conv_kernel(
     x_ptr, cache_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr, out_ptr, raw_ptr,
     x_stride_b, x_stride_t, x_stride_h, x_stride_w,
     cache_stride_b, cache_stride_t, cache_stride_h, cache_stride_w,
-    weight_stride_o, weight_stride_c, weight_stride_t, weight_stride_h, weight_stride_w,
+    weight_stride_n, weight_stride_c, weight_stride_t, weight_stride_h, weight_stride_w,
     residual_stride_b, residual_stride_c, residual_stride_t, residual_stride_h, residual_stride_w,
     out_stride_b, out_stride_c, out_stride_t, out_stride_h, out_stride_w,
     T, H, W, past, frames, height, width, offset_t, offset_h, offset_w, tiles_t, tiles_h, tiles_w, eps,
-    C: tl.constexpr, O: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, STEP: tl.constexpr,
     BOX: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -169,7 +169,7 @@ def conv_kernel(
     (frames, height, width) is the size of out, (T, H, W) that of x. raw has out's strides.
     """
     COLUMNS: tl.constexpr = PARTS[0] + (PARTS[1] if len(PARTS) == 2 else 0)
-    BLOCKS: tl.constexpr = (O + COLUMNS - 1) // COLUMNS  # side by side: they share their pixels in L2
+    BLOCKS: tl.constexpr = (N + COLUMNS - 1) // COLUMNS  # side by side: they share their pixels in L2
     ROWS: tl.constexpr = BOX[0] * BOX[1] * BOX[2]
     first = tl.program_id(0) % BLOCKS * COLUMNS
     tile = tl.program_id(0) // BLOCKS
@@ -196,7 +196,7 @@ def conv_kernel(
             x_stride_t, x_stride_h, x_stride_w, cache_stride_t, cache_stride_h, cache_stride_w, C, BLOCK_C, WIDE,
         )  # fmt: skip
         tap = weight_ptr + i * weight_stride_t + j * weight_stride_h + k * weight_stride_w
-        acc = add_product(acc, x, tap, c, first, weight_stride_c, weight_stride_o, C, O, BLOCK_C, PARTS)
+        acc = add_product(acc, x, tap, c, first, weight_stride_c, weight_stride_n, C, N, BLOCK_C, PARTS)
         i, j, k, c = next_tap(i, j, k, c, C, KH, KW, BLOCK_C)
 
     live = (h < tl.where(t < frames, height, 0)) & (w < width)
@@ -209,28 +209,28 @@ def conv_kernel(
             residual_ptr, b, t, h, w,
             residual_stride_b, residual_stride_t, residual_stride_h, residual_stride_w, WIDE,
         )  # fmt: skip
-    o = first + tl.arange(0, PARTS[0])
-    mask = live[:, None] & (o < O)[None, :]
-    head = finish(acc[0], bias_ptr, skip, o, mask, residual_stride_c, O)
+    n = first + tl.arange(0, PARTS[0])
+    mask = live[:, None] & (n < N)[None, :]
+    head = finish(acc[0], bias_ptr, skip, n, mask, residual_stride_c, N)
     square = tl.sum(head * head, 1)
     if len(PARTS) == 2:
-        o_2 = first + PARTS[0] + tl.arange(0, PARTS[1])
-        mask_2 = live[:, None] & (o_2 < O)[None, :]
-        tail = finish(acc[1], bias_ptr, skip, o_2, mask_2, residual_stride_c, O)
+        n_2 = first + PARTS[0] + tl.arange(0, PARTS[1])
+        mask_2 = live[:, None] & (n_2 < N)[None, :]
+        tail = finish(acc[1], bias_ptr, skip, n_2, mask_2, residual_stride_c, N)
         square += tl.sum(tail * tail, 1)
     if raw_ptr is not None:
         raw = at_pixels(raw_ptr, b, t, h, w, out_stride_b, out_stride_t, out_stride_h, out_stride_w, WIDE)
-        store(raw, o, head, mask, out_stride_c)
+        store(raw, n, head, mask, out_stride_c)
         if len(PARTS) == 2:
-            store(raw, o_2, tail, mask_2, out_stride_c)
+            store(raw, n_2, tail, mask_2, out_stride_c)
     if norm_weight_ptr is not None:
-        rstd = 1.0 / tl.sqrt_rn(square / O + eps)
-        head = norm_silu(head, norm_weight_ptr, o, rstd, O)
+        rstd = 1.0 / tl.sqrt_rn(square / N + eps)
+        head = norm_silu(head, norm_weight_ptr, n, rstd, N)
         if len(PARTS) == 2:
-            tail = norm_silu(tail, norm_weight_ptr, o_2, rstd, O)
-    store(pixels, o, head, mask, out_stride_c)
+            tail = norm_silu(tail, norm_weight_ptr, n_2, rstd, N)
+    store(pixels, n, head, mask, out_stride_c)
     if len(PARTS) == 2:
-        store(pixels, o_2, tail, mask_2, out_stride_c)
+        store(pixels, n_2, tail, mask_2, out_stride_c)
 
 
 def last(t):
@@ -251,8 +251,8 @@ def is_wide(*videos) -> bool:
 
 def whole(weight, x) -> bool:
     """Whether one program has all channels of its pixels, as a norm in its epilogue needs."""
-    O, C = weight.shape[:2]  # noqa: E741
-    return O <= sum(config.forward(C, O, x.dtype, config.capability(x.device)).columns)
+    N, C = weight.shape[:2]
+    return N <= sum(config.forward(C, N, x.dtype, config.capability(x.device)).columns)
 
 
 def convolve(
@@ -261,22 +261,22 @@ def convolve(
 ) -> None:  # fmt: skip
     """out[p] = Σ_taps weight[tap] x[stride·p + offset + step·tap], and the epilogue.
 
-    x, cache  channels last (`last`); weight a view [O, C, kt, kh, kw] dense in O or in C, of x's dtype.
-    out       [B, O, ...], any strides, as residual; its size says which pixels there are. raw has its strides.
+    x, cache  channels last (`last`); weight a view [N, C, kt, kh, kw] dense in N or in C, of x's dtype.
+    out       [B, N, ...], any strides, as residual; its size says which pixels there are. raw has its strides.
     """
     if out.numel() == 0:
         return
-    O, C, kt, kh, kw = weight.shape  # noqa: E741
+    N, C, kt, kh, kw = weight.shape
     frames, height, width = out.shape[2:]
-    tile = config.forward(C, O, x.dtype, config.capability(x.device))
+    tile = config.forward(C, N, x.dtype, config.capability(x.device))
     box = config.choose_box(tile.pixels, frames, height, width)
-    tiles = [triton.cdiv(n, side) for n, side in zip((frames, height, width), box, strict=True)]
-    programs = out.shape[0] * tiles[0] * tiles[1] * tiles[2] * triton.cdiv(O, sum(tile.columns))
+    tiles = [triton.cdiv(size, side) for size, side in zip((frames, height, width), box, strict=True)]
+    programs = out.shape[0] * tiles[0] * tiles[1] * tiles[2] * triton.cdiv(N, sum(tile.columns))
     conv_kernel[(programs,)](
         x, cache, weight, bias, residual, norm_weight, out, raw, *strides_of(x, cache), *weight.stride(),
         *((0,) * 5 if residual is None else residual.stride()), *out.stride(),
         *x.shape[2:], 0 if cache is None else cache.shape[2], frames, height, width, *offset, *tiles, eps,
-        C=C, O=O, KT=kt, KH=kh, KW=kw, ST=stride[0], SH=stride[1], SW=stride[2], STEP=step,
+        C=C, N=N, KT=kt, KH=kh, KW=kw, ST=stride[0], SH=stride[1], SW=stride[2], STEP=step,
         BOX=box, PARTS=tile.columns, BLOCK_C=tile.channels, WIDE=is_wide(x, cache, out, residual),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -288,9 +288,9 @@ def convolve_phases(x, cache, weight, out, *, stride, offset, step, bias=None) -
     Pixels of one phase, p mod stride, meet the same taps, every stride-th one; a convolution each.
     """
     for phase in itertools.product(*map(range, stride)):
-        first = [-step * (p + o) % s for p, o, s in zip(phase, offset, stride, strict=True)]
+        first = [-step * (p + front) % s for p, front, s in zip(phase, offset, stride, strict=True)]
         (ft, fh, fw), (at, ah, aw), (st, sh, sw) = first, phase, stride
-        shifts = [(p + o + step * f) // s for p, o, f, s in zip(phase, offset, first, stride, strict=True)]
+        shifts = [(p + front + step * f) // s for p, front, f, s in zip(phase, offset, first, stride, strict=True)]
         convolve(
             x, cache, weight[:, :, ft::st, fh::sh, fw::sw], out[:, :, at::st, ah::sh, aw::sw],
             offset=shifts, step=step, bias=bias,

@@ -5,8 +5,8 @@ those taps j of the weight for which (y + j - front) // f = q. Summed, they are 
 
     boxed[i] = Σ_r weight[i - (f-1) + r],  r = 0 .. f-1        out[y] = Σ boxed[i] x[(y + i - front - (f-1)) / f]
 
-over the i that divide. For 3 taps and f = 2 that is 2 of 4 taps, in two dimensions 4 products instead of 9. Its gradients
-are those of the convolution with stride f that it transposes.
+over the i that divide. For 3 taps and f = 2 that is 2 of 4 taps, in two dimensions 4 products instead of 9. Its
+gradients are those of the convolution with stride f that it transposes.
 """
 
 from __future__ import annotations

@@ -373,6 +373,8 @@ _library.define(
     reference=_norm_silu_bwd,
     impls={"cpu": None},
 )
+
+
 def _implementations(op: str) -> dict[str, str]:
     return {impl: f"sora_kernels.causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cpu")}
 
