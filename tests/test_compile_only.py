@@ -24,6 +24,7 @@ STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
 STACK_BYTES |= {"final forward C=16 D=5120": 8, "final backward C=16 D=5120": 16}
 # Nothing is aligned and the weight is of another dtype: an address for every element, and three products for one.
 STACK_BYTES |= {"embed forward C=3 D=33": 104, "embed backward C=3 D=33": 16, "final forward C=3 D=33": 24}
+STACK_BYTES |= {"odd 33 forward": 8}
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
 # Bias, the shared rows of scale and shift, and the statistics of tokens: vectors in the layout of the tile they meet.

@@ -88,8 +88,8 @@ def forward(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile:
     columns = parts(N, 256)
     if sum(columns) > 128:
         return Tile(128, columns, _block(C), 8, 3)
-    if columns == (128,):  # 16 warps: the sums of 8 would leave a few words without a register
-        return Tile(256, columns, _block(C), 16, 3)
+    if columns == (128,):  # on sm_90 the sums of 8 warps would leave a few words without a register
+        return Tile(256, columns, _block(C), 16 if capability == 90 else 8, 3)
     return Tile(256, columns, _block(C), 8, 4)
 
 

@@ -11,10 +11,11 @@ x is read channels last with any other strides (and made so once where it is not
 where they lie so and in x's dtype.
 
 Work: 2·C·N·taps flops a pixel. Bytes: x, out and the weight once, 2·(C + N) a pixel in 16 bits, so for 3x3x3 taps of
-96 channels 1296 flops a byte: bound by the tensor cores by far (an H200 does 184 per byte that it copies). The next
-bound is L2, from which a program reads its pixels once per tap, pixels·C, and the taps' weights, C·columns, for
-2·pixels·C·columns flops: tiles of 128 pixels and 96 columns have 55 flops a byte of it, of 256 pixels 70. A result of
-3 channels is bound by that alone.
+96 channels 1296 flops a byte: bound by the tensor cores by far (an H200 does 184 per byte that it copies). What comes
+next is L2. For the 2·pixels·C·columns flops of a tap a program reads pixels·C values of x and C·columns of the weight:
+55 flops a byte with 128 pixels and 96 columns, 70 with 256. The taps of a frame read nearly the same pixels, so x goes
+through L1, which holds them (16x16 pixels with their rim, 96 channels: 61 KiB): 256 flops a byte are left, the
+weight's. A result of 3 channels is bound by these reads alone.
 """
 
 from __future__ import annotations
