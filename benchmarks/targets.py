@@ -18,6 +18,9 @@ PERCENT_COPY = {
     "final_layer": (80, 70),
     "norm_silu": (85, 75),
 }
+# Percent of the measured matmul rate, forward, by channels: from so many on, the widest first.
+PERCENT_MATMUL = {"causal_conv3d": ((192, 75), (96, 60))}
+NEVER_BELOW = {"causal_conv3d": "cudnn"}  # forward and backward
 TFLOP_S = {"spacetime_attention": (500, 400), "spacetime_attention:tiles": (None, 500)}
 
 # On a CPU: times faster than eager and than torch.compile, by dtype, forward and backward.
@@ -58,7 +61,12 @@ def _goals(best: Row, own: Mapping[str, Row], op: str, dtype: str, mode: str) ->
     if best["impl"] == "reference" or dtype == "float32":
         return []
     at = ("fwd", "bwd").index(mode)
+    channels = (best["dims"] or {}).get("channels", 0)
+    matmul = next((goal for least, goal in PERCENT_MATMUL.get(op, ()) if channels >= least and mode == "fwd"), None)
+    rivals = [name for name in own if name == NEVER_BELOW.get(op)]
     return [
+        *[(own[name]["p50_us"] / best["p50_us"], 1, f"x {name}") for name in rivals],
+        (best["percent_matmul"], matmul, "% matmul"),
         (best["percent_copy"], PERCENT_COPY.get(op, (None, None))[at], "% copy"),
         (best["tflop_s"], TFLOP_S.get(op, (None, None))[at], "TFLOP/s"),
     ]

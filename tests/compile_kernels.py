@@ -40,11 +40,11 @@ def specialise(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[A
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value == 1:
+        elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[(index,)] = "constexpr", 1
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
@@ -72,6 +72,16 @@ def record(call: Callable[[], None], *modules) -> list:
         for module, name, kernel in patched:
             setattr(module, name, kernel)
     return launches
+
+
+def distinct(launches: list) -> list:
+    """One launch of each compiled kernel: the phases of a convolution share theirs."""
+    found = {}
+    for kernel, args, kwargs in launches:
+        source, options = specialise(kernel, args, dict(kwargs))
+        key = repr((kernel.__name__, source.signature, source.constants, source.attrs, options))
+        found.setdefault(key, (kernel, args, kwargs))
+    return list(found.values())
 
 
 def measure(kernel, args, kwargs, capability: int) -> dict:
@@ -254,11 +264,87 @@ def attention_widths() -> Iterator[tuple]:
     yield from attention((*half, *rest))
 
 
+# name -> C, O, taps, pixels of out (frames, height, width), op, norm in the epilogue
+CONVOLUTIONS = {
+    "Wan 96": (96, 96, (3, 3, 3), (4, 480, 832), "causal_conv3d", True),
+    "Wan 192": (192, 192, (3, 3, 3), (4, 240, 416), "causal_conv3d", True),
+    "Wan 384": (384, 384, (3, 3, 3), (2, 120, 208), "causal_conv3d", False),
+    "Wan in": (16, 384, (3, 3, 3), (1, 60, 104), "causal_conv3d", False),
+    "Wan out": (96, 3, (3, 3, 3), (4, 480, 832), "causal_conv3d", False),
+    "Wan up": (384, 192, (1, 3, 3), (2, 240, 416), "upsample_conv3d", False),
+    "Wan down": (192, 192, (1, 3, 3), (4, 120, 208), "downsample_conv3d", False),
+    "Wan time": (384, 768, (3, 1, 1), (1, 60, 104), "causal_conv3d", False),
+    "Hunyuan 128": (128, 128, (3, 3, 3), (4, 720, 1280), "causal_conv3d", False),
+    "Hunyuan 256": (256, 256, (3, 3, 3), (4, 360, 640), "causal_conv3d", False),
+    "Hunyuan 512": (512, 512, (3, 3, 3), (2, 180, 320), "causal_conv3d", False),
+    "fp32 96": (96, 96, (3, 3, 3), (4, 480, 832), "causal_conv3d", True),
+    "odd 33": (3, 33, (1, 3, 5), (3, 37, 41), "causal_conv3d", True),
+}
+
+
+COMMON = ("Wan 96", "Wan 192", "Wan up", "Wan out")
+
+
+def causal_conv(names=COMMON) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]]:
+    """Layers of VAEs, a chunk of a stream each, with the tiles of each GPU."""
+    from sora_kernels import _triton
+    from sora_kernels.causal_conv import config, kernels_conv, kernels_dweight, kernels_triton
+
+    for name, sm in itertools.product(names, SUPPORTED):
+        C, O, taps, size, op, norm = CONVOLUTIONS[name]  # noqa: E741
+        dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
+        factor = {"upsample_conv3d": (1, 2, 2), "downsample_conv3d": (1, 2, 2)}.get(op, (1, 1, 1))
+
+        def video(channels, size, dtype=dtype):
+            return torch.empty(1, channels, *size, dtype=dtype, device="meta").to(memory_format=torch.channels_last_3d)
+
+        scale = (lambda n, f: n // f) if op == "upsample_conv3d" else (lambda n, f: n * f)
+        x, dx = (video(C, [scale(n, f) for n, f in zip(size, factor, strict=True)]) for _ in range(2))
+        out, raw, residual = (video(O, size) for _ in range(3))
+        weight, dweight = (
+            torch.empty(O, C, *taps, dtype=dtype, device="meta").to(memory_format=torch.channels_last_3d)
+            for _ in range(2)
+        )
+        cache = video(C, (taps[0] - 1, *x.shape[3:])) if taps[0] > 1 else None
+        bias, norm_weight = (torch.empty(O, dtype=dtype, device="meta") for _ in range(2))
+        norm_weight, raw = (norm_weight, raw) if norm else (None, None)
+        if op == "causal_conv3d":
+            run = functools.partial(
+                kernels_triton.causal_conv3d_fwd, x, weight, bias, cache, residual, norm_weight, factor, 1e-6, out, raw
+            )
+            back = functools.partial(
+                kernels_triton.causal_conv3d_bwd, out, None, x, weight, cache, None, None, factor, 1e-6,
+                dx, dweight, None, None, None, None,
+            )  # fmt: skip
+        else:
+            run = functools.partial(getattr(kernels_triton, f"{op}_fwd"), x, weight, bias, cache, factor, out)
+            back = functools.partial(
+                getattr(kernels_triton, f"{op}_bwd"), out, x, weight, cache, factor, dx, dweight, None, None
+            )
+
+        def on_this_gpu(launch, sm=sm):
+            original, config.capability = config.capability, lambda device: sm
+            try:
+                launch()
+            finally:
+                config.capability = original
+
+        modules = (kernels_conv, kernels_dweight, _triton)
+        yield f"{name} forward", functools.partial(on_this_gpu, run), modules, (sm,)
+        yield f"{name} backward", functools.partial(on_this_gpu, back), modules, (sm,)
+
+
+def causal_conv_layers() -> Iterator[tuple]:
+    """The other layers of Wan's and HunyuanVideo's VAEs, fp32 and odd channels: minutes."""
+    yield from causal_conv([name for name in CONVOLUTIONS if name not in COMMON])
+
+
 SUPPORTED = (80, 90, 100, 120)
 FAMILIES = {
     "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "attention": attention,
+    "causal_conv": causal_conv,
 }  # fmt: skip
-SLOW = {"attention_widths": attention_widths}
+SLOW = {"attention_widths": attention_widths, "causal_conv_layers": causal_conv_layers}
 
 
 def main() -> None:
@@ -266,7 +352,7 @@ def main() -> None:
     for family in sys.argv[2:] or FAMILIES:
         for case, call, modules, *only in (FAMILIES | SLOW)[family]():
             targets = [c for c in capabilities if not only or c in only[0]]
-            for kernel, args, kwargs in record(call, *modules) if targets else ():
+            for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
                 for capability in targets:
                     row = measure(kernel, args, kwargs, capability)
                     print(json.dumps(dict(family=family, case=case, sm=capability, **row)), flush=True)

@@ -255,11 +255,18 @@ def test_goals_are_of_the_fastest_of_ours_and_of_operations_that_are_measured():
     missed = make_row(dtype="bfloat16", percent_copy=60.0, p50=50.0)
     met = make_row(dtype="bfloat16", percent_copy=91.0, shape="latte-xl")
     attention = make_row(op="spacetime_attention", dtype="bfloat16", tflop_s=300.0)
-    assert targets.shortfalls([slow, missed, met, attention]) == [
+    wide, narrow = (
+        make_row(op="causal_conv3d", dtype="bfloat16", percent_matmul=70.0, shape=f"{C}", dims={"channels": C})
+        for C in (192, 96)
+    )
+    rival = make_row("cudnn", 90.0, "peer", op="causal_conv3d", dtype="bfloat16", shape="96", dims={"channels": 96})
+    assert targets.shortfalls([slow, missed, met, attention, wide, narrow, rival]) == [
         "below its goal of 90 % copy: norm_modulate triton fwd bfloat16 at toy, 60",
         "below its goal of 500 TFLOP/s: spacetime_attention triton fwd bfloat16 at toy, 300",
+        "below its goal of 75 % matmul: causal_conv3d triton fwd bfloat16 at 192, 70",
+        "below its goal of 1 x cudnn: causal_conv3d triton fwd bfloat16 at 96, 0.9",
     ]
-    named = {*targets.PERCENT_COPY, *targets.TFLOP_S, *targets.SPEEDUP}
+    named = {*targets.PERCENT_COPY, *targets.TFLOP_S, *targets.SPEEDUP, *targets.PERCENT_MATMUL, *targets.NEVER_BELOW}
     assert named <= {*suite.discover(), *sora_kernels.__all__}
 
 

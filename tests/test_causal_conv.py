@@ -21,9 +21,9 @@ def op_samples():
         return torch.randn(*shape, generator=g)
 
     x, row, down_x = t(2, 4, 3, 4, 5), t(4), t(2, 4, 2, 4, 5)
-    w, b, cache = t(6, 4, 3, 3, 3), t(6), t(2, 4, 2, 4, 5)
+    w, b, cache = t(6, 4, 3, 1, 3), t(6), t(2, 4, 2, 4, 5)
     out, pre, residual, norm = t(2, 6, 3, 4, 5), t(2, 6, 3, 4, 5), t(2, 6, 3, 4, 5), t(6)
-    up, up_cache, down, down_cache = t(2, 6, 6, 8, 10), t(2, 4, 1, 4, 5), t(2, 6, 1, 2, 2), t(2, 4, 1, 4, 5)
+    up, up_cache, down, down_cache = t(2, 6, 6, 4, 10), t(2, 4, 1, 4, 5), t(2, 6, 1, 4, 2), t(2, 4, 1, 4, 5)
     one, dx, dw = (1, 1, 1), t(*x.shape), t(*w.shape)
     return [
         ("norm_silu_fwd", (x, row, None, 0, 1e-6, t(*x.shape))),
@@ -32,17 +32,17 @@ def op_samples():
         ("norm_silu_bwd", (t(*x.shape), x, row, t(4), 2, 1e-6, t(*x.shape), t(4), t(4))),
         ("causal_conv3d_fwd", (x, w, None, None, None, None, one, 1e-6, out, None)),
         ("causal_conv3d_fwd", (x, w, b, cache, residual, norm, one, 1e-6, out, pre)),
-        ("causal_conv3d_bwd", (out, x, w, None, None, None, one, 1e-6, dx, dw, None, None, None, None)),
+        ("causal_conv3d_bwd", (out, None, x, w, None, None, None, one, 1e-6, dx, dw, None, None, None, None)),
         (
             "causal_conv3d_bwd",
-            (out, x, w, cache, norm, pre, one, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
+            (out, residual, x, w, cache, norm, pre, one, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
         ),
-        ("upsample_conv3d_fwd", (x, w, b, up_cache, (2, 2, 2), up)),
-        ("upsample_conv3d_bwd", (up, x, w, None, (2, 2, 2), dx, dw, t(6), None)),
-        ("upsample_conv3d_bwd", (up, x, w, up_cache, (2, 2, 2), None, None, None, t(*up_cache.shape))),
-        ("downsample_conv3d_fwd", (down_x, w, b, down_cache, (2, 2, 2), down)),
-        ("downsample_conv3d_bwd", (down, down_x, w, None, (2, 2, 2), t(*down_x.shape), t(*w.shape), t(6), None)),
-        ("downsample_conv3d_bwd", (down, down_x, w, down_cache, (2, 2, 2), None, None, None, t(*down_cache.shape))),
+        ("upsample_conv3d_fwd", (x, w, b, up_cache, (2, 1, 2), up)),
+        ("upsample_conv3d_bwd", (up, x, w, None, (2, 1, 2), dx, dw, t(6), None)),
+        ("upsample_conv3d_bwd", (up, x, w, up_cache, (2, 1, 2), None, None, None, t(*up_cache.shape))),
+        ("downsample_conv3d_fwd", (down_x, w, b, down_cache, (2, 1, 2), down)),
+        ("downsample_conv3d_bwd", (down, down_x, w, None, (2, 1, 2), t(*down_x.shape), t(*w.shape), t(6), None)),
+        ("downsample_conv3d_bwd", (down, down_x, w, down_cache, (2, 1, 2), None, None, None, t(*down_cache.shape))),
     ]  # fmt: skip
 
 
@@ -124,6 +124,18 @@ def test_epilogue_is_residual_then_norm_and_silu():
     torch.testing.assert_close(fused, norm_silu(y + residual, norm, eps=1e-3))
 
 
+def test_the_raw_result_is_what_the_norm_reads():
+    x, weight, norm = torch.randn(1, 3, 2, 3, 5), torch.randn(4, 3, 3, 3, 3), torch.randn(4)
+    for cache in (None, torch.randn(1, 3, 2, 3, 5)):
+        options = dict(norm_weight=norm, residual=torch.randn(1, 4, 2, 3, 5), cache=cache)
+        y, raw, *rest = causal_conv3d(x, weight, **options, return_raw=True)
+        expected = causal_conv3d(x, weight, **options)
+        assert torch.equal(y, expected if cache is None else expected[0])
+        plain_y = causal_conv3d(x, weight, residual=options["residual"], cache=cache)
+        assert torch.equal(raw, plain_y if cache is None else plain_y[0])
+        assert len(rest) == (cache is not None) and all(torch.equal(r, expected[1]) for r in rest)
+
+
 def test_the_input_of_a_convolution_is_all_it_reads():
     """`reference` splits a convolution into what it reads and aten's convolution; the backward rests on it."""
     x, weight = torch.randn(1, 3, 4, 5, 6), torch.randn(2, 3, 3, 4, 3)
@@ -153,6 +165,11 @@ def draw(name, dtype=torch.float64):
             dict(x=x, weight=w, bias=b, cache=t(2, 4, 2, 3, 2), residual=t(2, 2, 2, 3, 2), norm_weight=t(2)),
             {},
         ),
+        "causal_conv3d raw": (
+            causal_conv3d,
+            dict(x=x, weight=w, cache=t(2, 4, 2, 3, 2), residual=t(2, 2, 2, 3, 2), norm_weight=t(2)),
+            dict(return_raw=True),
+        ),
         "upsample_conv3d": (upsample_conv3d, dict(x=x, weight=w, bias=b), dict(factor=(1, 1, 2))),
         "upsample_conv3d cache": (
             upsample_conv3d, dict(x=x, weight=w, cache=t(2, 4, 1, 3, 2)), dict(factor=(2, 1, 1)),
@@ -166,8 +183,8 @@ def draw(name, dtype=torch.float64):
 
 CALLS = [
     "norm_silu rms", "norm_silu rms bias", "norm_silu group", "causal_conv3d", "causal_conv3d stride",
-    "causal_conv3d residual", "causal_conv3d everything", "upsample_conv3d", "upsample_conv3d cache",
-    "downsample_conv3d", "downsample_conv3d cache",
+    "causal_conv3d residual", "causal_conv3d everything", "causal_conv3d raw", "upsample_conv3d",
+    "upsample_conv3d cache", "downsample_conv3d", "downsample_conv3d cache",
 ]  # fmt: skip
 
 
@@ -266,8 +283,13 @@ def test_error_against_fp64(name, dtype):
     with poison_empty():
         actual = outputs_and_grads(lambda **ts: function(**ts, **kwargs), tensors, douts)
     for key, expected in oracle.items():
-        terms = 1 if key.startswith("output1") else tensors["x"].numel()
-        assert_matches_oracle(actual[key], expected, baseline[key], key, terms=terms)
+        assert_matches_oracle(actual[key], expected, baseline[key], key, terms=terms_of_small(key, tensors, kwargs))
+
+
+def terms_of_small(key, tensors, kwargs):
+    """At most all of x is summed; the cache, the last result, is copied."""
+    last = "output2" if kwargs.get("return_raw") else "output1"
+    return 1 if "cache" in tensors and key == last else tensors["x"].numel()
 
 
 def plain(name, tensors, kwargs):
@@ -292,10 +314,13 @@ def plain(name, tensors, kwargs):
         h = h[:, :, past * factor[0] - (kt - 1) :]
     y = F.conv3d(F.pad(h, pad), weight, bias, stride)
     y = y if tensors.get("residual") is None else y + tensors["residual"]
+    raw = y
     if tensors.get("norm_weight") is not None:
         y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + 1e-6) * tensors["norm_weight"].view(-1, 1, 1, 1)
         y = F.silu(y)
-    return y if cache is None else (y, torch.cat([cache, x], 2)[:, :, -past:])
+    outputs = (y, raw) if kwargs.get("return_raw") else (y,)
+    outputs = outputs if cache is None else (*outputs, torch.cat([cache, x], 2)[:, :, -past:])
+    return outputs if len(outputs) > 1 else y
 
 
 def test_parameters_of_another_dtype_than_x():
@@ -395,6 +420,7 @@ BAD = {
     "norm_eps": (
         lambda: causal_conv3d(X, W, norm_weight=torch.ones(8), norm_eps=0.0), ValueError, "norm_eps must be positive",
     ),
+    "raw of nothing": (lambda: causal_conv3d(X, W, return_raw=True), ValueError, "return_raw=True needs norm_weight"),
     "factor 0": (lambda: upsample_conv3d(X, W, factor=(1, 0, 2)), ValueError, "factor must be at least 1"),
     "factor an int": (lambda: upsample_conv3d(X, W, factor=2), ValueError, "factor must be three integers"),
     "upsample cache": (
@@ -425,8 +451,8 @@ cpu_library = pytest.mark.skipif(_library.load_error("cpu") is not None, reason=
 LAST = torch.channels_last_3d
 
 
-def judged(function, plain, tensors, kwargs, terms, scale=1.0):
-    """Output and every gradient of impl="cpu" against fp64 on the same values, by the error rule; bits repeat."""
+def judged(function, plain, tensors, kwargs, terms, scale=1.0, impl="cpu", runs=2):
+    """Output and every gradient against fp64 on the same values, by the error rule; all runs give the same bits."""
     as_double = {n: t.double() for n, t in tensors.items()}
     outputs = function(**as_double, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -434,11 +460,11 @@ def judged(function, plain, tensors, kwargs, terms, scale=1.0):
     oracle = outputs_and_grads(lambda **ts: function(**ts, **kwargs), as_double, [d.double() for d in douts])
     baseline = outputs_and_grads(lambda **ts: plain(ts, kwargs), tensors, douts)
     with poison_empty():
-        first, second = (
-            outputs_and_grads(lambda **ts: function(**ts, **kwargs, impl="cpu"), tensors, douts) for _ in range(2)
+        first, *others = (
+            outputs_and_grads(lambda **ts: function(**ts, **kwargs, impl=impl), tensors, douts) for _ in range(runs)
         )
     for key, expected in oracle.items():
-        assert torch.equal(first[key], second[key]), key
+        assert all(torch.equal(other[key], first[key]) for other in others), key
         assert_matches_oracle(first[key], expected, baseline[key], key, terms=terms(key, tensors))
 
 
@@ -626,5 +652,5 @@ def test_on_a_gpu(name, dtype):
         baseline = outputs_and_grads(lambda **ts: plain(name, ts, kwargs), on_gpu, [d.cuda() for d in douts])
         actual = outputs_and_grads(lambda **ts: function(**ts, **kwargs), on_gpu, [d.cuda() for d in douts])
     for key, expected in oracle.items():
-        terms = 1 if key.startswith("output1") else tensors["x"].numel()
+        terms = terms_of_small(key, tensors, kwargs)
         assert_matches_oracle(actual[key].cpu(), expected, baseline[key].cpu(), key, terms=terms)

@@ -24,6 +24,7 @@ STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
 STACK_BYTES |= {"final forward C=16 D=5120": 8, "final backward C=16 D=5120": 16}
 # Nothing is aligned and the weight is of another dtype: an address for every element, and three products for one.
 STACK_BYTES |= {"embed forward C=3 D=33": 104, "embed backward C=3 D=33": 16, "final forward C=3 D=33": 24}
+STACK_BYTES |= {"odd 33 forward": 8}
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
 # Bias, the shared rows of scale and shift, and the statistics of tokens: vectors in the layout of the tile they meet.
@@ -73,7 +74,8 @@ def test_shared_memory_fits(rows):
 
 def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
     """A row of 64 of the per-token backward is one short load per thread, and is left out, as are partials 72 wide."""
-    checked = [r for r in rows if r["case"] != "D=64 backward per token" and r["family"] != "attention"]
+    checked = [r for r in rows if r["family"] not in ("attention", "causal_conv")]  # they have checks of their own
+    checked = [r for r in checked if r["case"] != "D=64 backward per token"]
     checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or not r["case"].startswith("16x72 ")]
     checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or r["family"] != "patchify"]
     checked = [r for r in checked if r["kernel"] not in GATHERS and not r["case"].endswith(ODD)]
@@ -113,6 +115,31 @@ def check_attention(rows):
 
 def test_attention_uses_tensor_cores(rows):
     check_attention([row for row in rows if row["family"] == "attention"])
+
+
+def check_convolutions(rows):
+    """Tensor cores of each generation for every 16-bit product whose tile has the 64 rows that wgmma takes, and tiles
+    prefetched 16 bytes at a time: all of x's where its channels allow, of the weight's the part that is wide enough."""
+    assert {row["kernel"] for row in rows} == {"conv_kernel", "dweight_kernel", "sum_partials_kernel"}
+    for row in (row for row in rows if row["kernel"] != "sum_partials_kernel"):
+        narrow = row["case"] == "Wan out backward" and row["kernel"] == "dweight_kernel"  # 3 channels: 16 rows
+        products = not narrow and not row["case"].startswith("fp32")
+        assert (row["wgmma"] > 0) == (products and row["sm"] == 90), row
+        assert (row["tcgen05"] > 0) == (products and row["sm"] == 100), row
+        if row["case"].split()[0] in ("Wan", "Hunyuan") and not row["case"].startswith(("Wan out", "Wan in")):
+            assert row["copies"] and row["vector_copies"] >= row["copies"] / 2, row
+
+
+def test_convolutions_use_tensor_cores(rows):
+    check_convolutions([row for row in rows if row["family"] == "causal_conv"])
+
+
+@pytest.mark.slow
+def test_convolutions_of_every_layer(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "causal_conv_layers")
+    check_convolutions(rows)
+    test_shared_memory_fits(rows)
+    test_nothing_spills(rows)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ ALLOWED = {"__init__.py", "reference.py", "op.py", "config.py", "plan.py"}
 MODULES = sorted(p for d in ("sora_kernels", "sora_model", "benchmarks") for p in (ROOT / d).rglob("*.py"))
 LONG = {  # file -> why it may exceed 400 lines
     "sora_kernels/modulation/op.py": "three functions with long signatures, each with schema, autograd and docstring",
+    "sora_kernels/causal_conv/op.py": "four functions with long signatures, each with schema, autograd and docstring",
     "sora_model/pipeline.py": "a request is checked whole, size and memory included, before anything is loaded",
     "sora_model/vae.py": "configuration, layers, streaming and Wan's names are one model in one file",
 }
@@ -85,7 +86,7 @@ def test_reference_imports_only_torch(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triton_kernels_import_only_triton_torch_and_the_shared_primitives(family):
-    libraries = {"__future__", "functools", "math", "torch", "triton"}
+    libraries = {"__future__", "functools", "itertools", "math", "torch", "triton"}
     for path in (ROOT / "sora_kernels" / family).glob("kernels*.py"):
         if "@triton.jit" in path.read_text():
             for name in imports(path):

@@ -164,15 +164,16 @@ def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, nor
 
 
 def causal_conv3d_bwd(
-    dout, x, weight, cache, norm_weight, pre, stride, norm_eps, dx, dweight, dbias, dcache, dresidual, dnorm_weight
-) -> None:
+    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dx, dweight, dbias, dcache, dresidual, dnorm_weight,
+) -> None:  # fmt: skip
     if dout.numel() == 0:
         return _zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
     dout = _wide(dout)
     if norm_weight is not None:
         dpre = _empty(dout.shape)
         _norm_op("bwd")(dout, _wide(pre), norm_weight, None, 0, norm_eps, dpre, dnorm_weight, None)
-        dout = dpre
+        dout = dpre if draw is None else dpre.add_(draw)
         if dresidual is not None:
             dresidual.copy_(dout)
     front = (weight.shape[2] - 1, 0, 0)

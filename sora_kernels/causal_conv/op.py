@@ -66,8 +66,9 @@ def causal_conv3d(
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
+    return_raw: bool = False,
     impl: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """3D convolution that is causal in time and "same" in space, with an optional epilogue.
 
         h[t] = bias + Σ_i weight[:, :, i] ∗ x[t·stride_t − (kt−1) + i]         (∗: 2D convolution, k//2 zeros around)
@@ -81,11 +82,15 @@ def causal_conv3d(
                  (y, cache for the next chunk) is returned. T must then be a multiple of stride_t.
     residual     like the result; added before the norm.
     norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
-    Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight.
+    return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
+                 the one and adds the other to its result.
+    Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw.
 
-    Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1.
+    Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
+    without norm_weight.
     Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once; error against fp64 ≤ 2 × that of plain
     PyTorch plus the √n + 1 roundings of n = C·kt·kh·kw products summed in another order: all that chunks change.
+    In triton the weight is rounded to x's dtype. Gradients are deterministic.
     """
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
@@ -101,15 +106,17 @@ def causal_conv3d(
     if norm_weight is not None:
         _check.exact(op, "norm_weight", norm_weight, (weight.shape[0],), "[O], one per output channel")
         _check.positive(op, "norm_eps", norm_eps)
+    elif return_raw:
+        raise ValueError(f"{op}: return_raw=True needs norm_weight, without which y is the raw result; got None")
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
+    run = _CausalConv3d.apply if grad else _CausalConv3d.run
     impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
-    if grad:
-        y = _CausalConv3d.apply(*tensors, stride, norm_eps, shape, impl)
-    else:
-        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y := empty_video(x, shape), None)
-    return y if cache is None else (y, reference.next_cache(x, cache))
+    y = run(*tensors, stride, norm_eps, shape, return_raw, impl)
+    if cache is None:
+        return y
+    return (*y, reference.next_cache(x, cache)) if return_raw else (y, reference.next_cache(x, cache))
 
 
 def upsample_conv3d(
@@ -207,26 +214,36 @@ class _NormSilu(torch.autograd.Function):
 
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, impl):
+    def run(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl, keep=False):
+        """y, or (y, raw) where the caller wants it or, `keep`, the backward does."""
         out = empty_video(x, shape)
-        # what the norm read: a forward that kept only its result would have to be run again in the backward
-        pre = None if norm_weight is None else torch.empty_like(out)
+        raw = torch.empty_like(out) if return_raw or keep else None
         tensors = (x, weight, bias, cache, residual, norm_weight)
-        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, pre)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, raw)
+        return out if raw is None else (out, raw)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl):
+        # what the norm read: a forward that kept only its result would have to be run again in the backward
+        keep = norm_weight is not None
+        tensors = (x, weight, bias, cache, residual, norm_weight)
+        out = _CausalConv3d.run(*tensors, stride, norm_eps, shape, return_raw, impl, keep)
+        y, pre = out if keep else (out, None)
         ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
         ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
-        return out
+        return (y, pre) if return_raw else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout, draw=None):
         x, weight, bias, cache, norm_weight, pre = ctx.saved_tensors
         need, plain = ctx.needs_input_grad, norm_weight is None  # then the gradient of residual is `dout` itself
         dx, dweight, dbias, dcache = (_like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False))
         dresidual, dnorm = _like_if(need[4] and not plain, pre), _like_if(need[5], norm_weight)
-        args = (dout, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
+        args = (dout, draw, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
         _library.call("causal_conv3d_bwd", ctx.impl)(*args, dx, dweight, dbias, dcache, dresidual, dnorm)
-        return dx, dweight, dbias, dcache, dout if need[4] and plain else dresidual, dnorm, None, None, None, None
+        grads = (dx, dweight, dbias, dcache, dout if need[4] and plain else dresidual, dnorm)
+        return *grads, None, None, None, None, None
 
 
 class _Resample(torch.autograd.Function):
@@ -306,12 +323,13 @@ def _causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, no
 
 
 def _causal_conv3d_bwd(
-    dout, x, weight, cache, norm_weight, pre, stride, norm_eps, dx, dweight, dbias, dcache, dresidual, dnorm_weight
-):
+    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dx, dweight, dbias, dcache, dresidual, dnorm_weight,
+):  # fmt: skip
     if norm_weight is not None:
         dpre = torch.empty_like(pre, dtype=torch.promote_types(pre.dtype, torch.float32))
         _norm_silu_bwd(dout, pre, norm_weight, None, 0, norm_eps, dpre, dnorm_weight, None)
-        dout = dpre
+        dout = dpre if draw is None else dpre.add_(draw)
         if dresidual is not None:
             dresidual.copy_(dout)
     _conv_bwd(reference.causal_input, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
@@ -355,20 +373,26 @@ _library.define(
     reference=_norm_silu_bwd,
     impls={"cpu": None},
 )
+
+
+def _implementations(op: str) -> dict[str, str]:
+    return {impl: f"sora_kernels.causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cpu")}
+
+
 _library.define(
     "causal_conv3d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
     "SymInt[3] stride, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
     reference=_causal_conv3d_fwd,
-    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_fwd"},
+    impls=_implementations("causal_conv3d_fwd"),
 )
 _library.define(
     "causal_conv3d_bwd",
-    "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, Tensor? norm_weight, Tensor? pre, "
+    "(Tensor dout, Tensor? draw, Tensor x, Tensor weight, Tensor? cache, Tensor? norm_weight, Tensor? pre, "
     "SymInt[3] stride, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
-    impls={"cpu": "sora_kernels.causal_conv.kernels_cpu:causal_conv3d_bwd"},
+    impls=_implementations("causal_conv3d_bwd"),
 )
 
 
@@ -385,14 +409,14 @@ def _define_resample(op, forward, source, strided):
         f"{op}_fwd",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()",
         reference=fwd,
-        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_fwd"},
+        impls=_implementations(f"{op}_fwd"),
     )
     _library.define(
         f"{op}_bwd",
         "(Tensor dout, Tensor x, Tensor weight, Tensor? cache, SymInt[3] factor, "
         "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dcache) -> ()",
         reference=bwd,
-        impls={"cpu": f"sora_kernels.causal_conv.kernels_cpu:{op}_bwd"},
+        impls=_implementations(f"{op}_bwd"),
     )
 
 
