@@ -213,6 +213,36 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
             yield f"{name} C={C} D={D}", call, modules
 
 
+def causal_conv_norm() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """RMS norms of Wan 2.1's decoder at 480p, group norms of wider ones at 720p, in both memory formats; odd sizes."""
+    from sora_kernels.causal_conv import kernels_norm
+
+    cases = [  # C, grid, groups, dtype of the parameters
+        *((C, (4, 480, 832), 0, torch.bfloat16) for C in (96, 192, 384)),
+        *((C, (4, 720, 1280), 32, torch.float32) for C in (128, 256, 512)),
+        (33, (3, 5, 7), 3, torch.float32),
+    ]
+    formats = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
+    for (C, grid, groups, dtype), (where, order) in itertools.product(cases, formats.items()):
+        videos = [torch.empty(1, C, *grid, dtype=torch.bfloat16, device="meta", memory_format=order) for _ in range(3)]
+        weight, bias, dweight, dbias = (torch.empty(C, dtype=dtype, device="meta") for _ in range(4))
+
+        def forward(x=videos[0], out=videos[1], weight=weight, bias=bias, groups=groups):
+            kernels_norm.norm_silu_fwd(x, weight, bias, groups, 1e-6, out)
+
+        def backward(videos=videos, weight=weight, bias=bias, groups=groups, dweight=dweight, dbias=dbias):
+            dout, x, dx = videos
+            kernels_norm.norm_silu_bwd(dout, x, weight, bias, groups, 1e-6, dx, dweight, dbias)
+
+        name = f"{'group' if groups else 'rms'} C={C} channels {where}"
+        yield f"{name} forward", forward, (kernels_norm,)
+        yield f"{name} backward", backward, (kernels_norm,)
+
+
+def causal_conv() -> Iterator[tuple]:
+    yield from causal_conv_norm()
+
+
 WINDOW_AND_TEXT = dict(grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8), text_len=256)
 
 
@@ -256,7 +286,8 @@ def attention_widths() -> Iterator[tuple]:
 
 SUPPORTED = (80, 90, 100, 120)
 FAMILIES = {
-    "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "attention": attention,
+    "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
+    "attention": attention,
 }  # fmt: skip
 SLOW = {"attention_widths": attention_widths}
 

@@ -22,18 +22,22 @@ import triton.language as tl
 
 from .._triton import load_vector
 
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 PROGRAMS = 1024  # of a reduction: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
 
 @triton.jit
-def silu(z):
-    return z / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def silu_slope(z):
-    s = 1.0 / (1.0 + tl.exp(-z))
-    return s * (1.0 + z * (1.0 - s))
+def sigmoid(z):
+    """Without the special cases of subnormal numbers, which took half of all instructions."""
+    if INTERPRET:
+        return 1.0 / (1.0 + tl.exp(-z))
+    else:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -46,6 +50,11 @@ def tile(b, c, first, stride_b, stride_c, stride_s, C, S, BLOCK_S: tl.constexpr)
 
 
 @triton.jit
+def channels(block, BLOCK_C: tl.constexpr):
+    return block * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
 def load_clip(ptr, b, c, C, default: tl.constexpr):
     """Row b of an fp32 [B, C]; `default` everywhere if it is absent."""
     if ptr is None:
@@ -55,36 +64,39 @@ def load_clip(ptr, b, c, C, default: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_rms(x, C, eps):
-    """Of the channels of each pixel, masked ones being 0: [1, pixels]."""
-    return (1.0 / tl.sqrt_rn(tl.sum(x * x, 0) / C + eps))[None, :]
-
-
-@triton.jit
 def norm_silu_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, out_ptr, stride_b, stride_c, stride_s, C, S, eps,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(x̂·weight + bias). Without statistics of each channel, x̂ is RMS-normed over the channels of a pixel."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_S
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(1) * CHUNKS
     b = tl.program_id(2).to(tl.int64)
-    offsets, mask = tile(b, c, first, stride_b, stride_c, stride_s, C, S, BLOCK_S)
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    scale = load_vector(weight_ptr, c, C, 0.0)
-    if mean_ptr is None:
-        x *= reciprocal_rms(x, C, eps)
-    else:
-        x -= load_clip(mean_ptr, b, c, C, 0.0)[:, None]
-        scale *= load_clip(rstd_ptr, b, c, C, 0.0)
-    z = x * scale[:, None] + load_vector(bias_ptr, c, C, 0.0)[:, None]
-    tl.store(out_ptr + offsets, silu(z).to(out_ptr.dtype.element_ty), mask=mask)
+    xs = ()
+    squares = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    for k in tl.static_range(CHUNKS):
+        offsets, mask = tile(b, channels(block + k, BLOCK_C), first, stride_b, stride_c, stride_s, C, S, BLOCK_S)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        squares += x * x
+        xs = xs + (x,)
+    rms = tl.sqrt_rn(tl.sum(squares, 0) / C + eps)
+    for k in tl.static_range(CHUNKS):
+        c = channels(block + k, BLOCK_C)
+        offsets, mask = tile(b, c, first, stride_b, stride_c, stride_s, C, S, BLOCK_S)
+        scale = load_vector(weight_ptr, c, C, 0.0)[:, None]
+        bias = load_vector(bias_ptr, c, C, 0.0)[:, None]
+        if mean_ptr is None:
+            z = xs[k] * (1.0 / rms)[None, :] * scale + bias
+        else:
+            scale *= load_clip(rstd_ptr, b, c, C, 0.0)[:, None]
+            z = (xs[k] - load_clip(mean_ptr, b, c, C, 0.0)[:, None]) * scale + bias
+        tl.store(out_ptr + offsets, (z * sigmoid(z)).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def moments_kernel(
     x_ptr, mean_ptr, m2_ptr, stride_b, stride_c, stride_s, C, S, width, part_tiles,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Mean and Σ(x − mean)² of each channel over one part of a clip, of x minus the first value of its group."""
     part = tl.program_id(0)
@@ -148,7 +160,7 @@ def statistics_kernel(
 def norm_silu_bwd_kernel(
     dout_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_dy_ptr, mean_dy_xhat_ptr,
     dx_ptr, sum_dz_ptr, sum_dz_xhat_ptr, stride_b, stride_c, stride_s, C, S, part_tiles, eps,
-    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Over one part of a clip, with z = x̂·weight + bias, dz = dout·SiLU'(z), dy = dz·weight:
 
@@ -156,36 +168,59 @@ def norm_silu_bwd_kernel(
     Σ dz and Σ dz·x̂ of each channel, where they are wanted.
     """
     part = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    block = tl.program_id(1) * CHUNKS
     b = tl.program_id(2).to(tl.int64)
     begin = part.to(tl.int64) * part_tiles * BLOCK_S
-    weight = load_vector(weight_ptr, c, C, 0.0)[:, None]
-    bias = load_vector(bias_ptr, c, C, 0.0)[:, None]
-    mean = load_clip(mean_ptr, b, c, C, 0.0)[:, None]
-    rstd = load_clip(rstd_ptr, b, c, C, 0.0)[:, None]
-    mean_dy = load_clip(mean_dy_ptr, b, c, C, 0.0)[:, None]
-    mean_dy_xhat = load_clip(mean_dy_xhat_ptr, b, c, C, 0.0)[:, None]
-    sum_dz = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
-    sum_dz_xhat = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    zeros = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    sums = (zeros,) * (2 * CHUNKS)
+    weights, biases = (), ()
+    for k in tl.static_range(CHUNKS):
+        weights = weights + (load_vector(weight_ptr, channels(block + k, BLOCK_C), C, 0.0)[:, None],)
+        biases = biases + (load_vector(bias_ptr, channels(block + k, BLOCK_C), C, 0.0)[:, None],)
     for i in range(part_tiles):
-        offsets, mask = tile(b, c, begin + i * BLOCK_S, stride_b, stride_c, stride_s, C, S, BLOCK_S)
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        dout = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        reciprocal = reciprocal_rms(x, C, eps) if mean_ptr is None else rstd
-        x_hat = (x - mean) * reciprocal
-        dz = dout * silu_slope(x_hat * weight + bias)
-        if sum_dz_ptr is not None:
-            sum_dz += dz
-            sum_dz_xhat += dz * x_hat
+        first = begin + i * BLOCK_S
+        xs, douts, squares = (), (), zeros
+        for k in tl.static_range(CHUNKS):
+            offsets, mask = tile(b, channels(block + k, BLOCK_C), first, stride_b, stride_c, stride_s, C, S, BLOCK_S)
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            squares += x * x
+            xs = xs + (x,)
+            douts = douts + (tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(tl.float32),)
+        pixel_rstd = (1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + eps))[None, :]
+        x_hats, dys, products, totals = (), (), zeros, ()
+        for k in tl.static_range(CHUNKS):
+            c = channels(block + k, BLOCK_C)
+            if mean_ptr is None:
+                x_hat = xs[k] * pixel_rstd
+            else:
+                x_hat = xs[k] - load_clip(mean_ptr, b, c, C, 0.0)[:, None]
+                x_hat *= load_clip(rstd_ptr, b, c, C, 0.0)[:, None]
+            z = x_hat * weights[k] + biases[k]
+            s = sigmoid(z)
+            dz = douts[k] * (s * (1.0 + z * (1.0 - s)))
+            totals = totals + (sums[2 * k] + dz, sums[2 * k + 1] + dz * x_hat)
+            products += dz * weights[k] * x_hat
+            x_hats = x_hats + (x_hat,)
+            dys = dys + (dz * weights[k],)
+        sums = totals
         if dx_ptr is not None:
-            dy = dz * weight
-            dot = (tl.sum(dy * x_hat, 0) / C)[None, :] if mean_ptr is None else mean_dy_xhat
-            dx = (dy - mean_dy - x_hat * dot) * reciprocal
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            pixel_dot = (tl.sum(products, 0) / C)[None, :]
+            for k in tl.static_range(CHUNKS):
+                c = channels(block + k, BLOCK_C)
+                offsets, mask = tile(b, c, first, stride_b, stride_c, stride_s, C, S, BLOCK_S)
+                if mean_ptr is None:
+                    dx = (dys[k] - x_hats[k] * pixel_dot) * pixel_rstd
+                else:
+                    dx = dys[k] - load_clip(mean_dy_ptr, b, c, C, 0.0)[:, None]
+                    dx -= x_hats[k] * load_clip(mean_dy_xhat_ptr, b, c, C, 0.0)[:, None]
+                    dx *= load_clip(rstd_ptr, b, c, C, 0.0)[:, None]
+                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if sum_dz_ptr is not None:
-        row = (b * tl.num_programs(0) + part) * C + c
-        tl.store(sum_dz_ptr + row, tl.sum(sum_dz, 1), mask=c < C)
-        tl.store(sum_dz_xhat_ptr + row, tl.sum(sum_dz_xhat, 1), mask=c < C)
+        for k in tl.static_range(CHUNKS):
+            c = channels(block + k, BLOCK_C)
+            row = (b * tl.num_programs(0) + part) * C + c
+            tl.store(sum_dz_ptr + row, tl.sum(sums[2 * k], 1), mask=c < C)
+            tl.store(sum_dz_xhat_ptr + row, tl.sum(sums[2 * k + 1], 1), mask=c < C)
 
 
 @triton.jit
@@ -239,27 +274,31 @@ def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
     return B, C, T * H * W
 
 
-def blocks(x: torch.Tensor, whole: bool, elements: int) -> dict[str, int]:
-    """Constexprs of a kernel over tiles of about `elements`; `whole`: a tile holds every channel of its pixels.
+def blocks(x: torch.Tensor, whole: bool, elements: int, per_thread: int = 32, chunks: int = 7) -> dict[str, int]:
+    """Constexprs of a kernel over tiles of about `elements`; `whole`: a program holds every channel of its pixels.
 
-    Channels-first tiles of whole channels read runs of 32 pixels (64 bytes of bf16), fewer where C exceeds 512.
+    Those are then cut into up to `chunks` blocks of a power of two, so that of 96, 192 or 384 channels no lane is idle.
+    Channels-first tiles of them read runs of 32 pixels (64 bytes of bf16), shorter ones where C is large.
     """
     _, C, S = _sizes(x)
-    block_c, last = triton.next_power_of_2(C), _is_last(x)
-    if not (whole or last):
-        block_s = min(elements, triton.next_power_of_2(S))
-        block_c = min(block_c, elements // block_s)
+    last, padded, pixels = _is_last(x), triton.next_power_of_2(C), triton.next_power_of_2(S)
+    block_c = C & -C  # the largest power of two that divides C
+    block_c = block_c if block_c >= 32 and C // block_c <= chunks else padded
+    if whole or last:
+        least = 1 if last else min(32, 4 * elements // padded)
+        block_s = min(max(elements // (padded if whole else block_c), least, 1), pixels)
     else:
-        least = 1 if last else min(32, 4 * elements // block_c)
-        block_s = min(max(elements // block_c, least, 1), triton.next_power_of_2(S))
-    warps = max(1, min(32, block_c * block_s // 1024))
-    return dict(BLOCK_C=block_c, BLOCK_S=block_s, num_warps=warps)
+        block_s = min(elements, pixels)
+        block_c = min(padded, elements // block_s)
+    chunks = triton.cdiv(C, block_c) if whole else 1
+    warps = max(1, min(32, block_c * block_s // (32 * 8), chunks * block_c * block_s // (32 * per_thread)))
+    return dict(CHUNKS=chunks, BLOCK_C=block_c, BLOCK_S=block_s, num_warps=1 << (warps.bit_length() - 1))
 
 
 def _parts(x: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int, int, int], int]:
     """(grid, tiles of a part): each clip's pixels in parts, so many that PROGRAMS programs remain."""
     B, C, S = _sizes(x)
-    channel_blocks = triton.cdiv(C, config["BLOCK_C"])
+    channel_blocks = triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"])
     tiles = triton.cdiv(S, config["BLOCK_S"])
     part_tiles = triton.cdiv(tiles, max(1, PROGRAMS // (B * channel_blocks)))
     return (triton.cdiv(tiles, part_tiles), channel_blocks, B), part_tiles
@@ -299,7 +338,7 @@ def norm_silu_fwd(x, weight, bias, groups, eps, out):
     B, C, S = _sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 4096)
-    grid = triton.cdiv(S, config["BLOCK_S"]), triton.cdiv(C, config["BLOCK_C"]), B
+    grid = triton.cdiv(S, config["BLOCK_S"]), triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"]), B
     norm_silu_fwd_kernel[grid](x, weight, bias, mean, rstd, out, *_strides(x), C, S, eps, **config)
 
 
@@ -311,7 +350,9 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
         return
     B, C, S = _sizes(x)
     mean, rstd = _statistics(x, groups, eps)
-    config = blocks(x, not groups, 2048)
+    config = blocks(x, not groups, 2048, per_thread=16, chunks=3)
+    if config["CHUNKS"] > 1:
+        config["maxnreg"] = 168  # enough, and six programs of two warps fit an SM instead of four
     grid, part_tiles = _parts(x, config)
     means = _pair(B, C, like=x) if groups and dx is not None else (None, None)
     sums = _pair(B, grid[0], C, like=x) if parameters or groups else (None, None)
