@@ -38,6 +38,8 @@ class Benchmark:
     backward_reads, backward_writes
                     the inputs of which a backward must read the value, and write the gradient, at the least;
                     the incoming gradients are counted by themselves
+    read_twice      (inputs, mode) -> the inputs, or "dout", of which a sum is needed before they are used: a second
+                    reading counts, since nothing as large as they are can be kept meanwhile
     flops           (shape, mode) -> floating-point operations
     outputs         how many tensors its `out=` takes; with any, "cpu+out" is the forward into buffers that are reused
     variant         one of several uses of the operation, measured under the name "op:variant"
@@ -58,6 +60,7 @@ class Benchmark:
     peers: Mapping[str, Callable[[Inputs, str], Callable[..., Any]]] = field(default_factory=dict)
     terms: Callable[[Inputs], int] = lambda inputs: 1
     dims: Callable[[Shape], dict[str, object]] = Shape.describe
+    read_twice: Callable[[Inputs, str], tuple[str, ...]] = lambda inputs, mode: ()
     outputs: int = 0
     variant: str = ""
     checked: Callable[[Shape], Shape] = lambda shape: shape
@@ -260,13 +263,14 @@ class _Case:
             }
 
     def bytes(self, mode: str) -> int:
-        """The fewest bytes the op can move: each tensor it needs once."""
-        tensors = tensors_of(self.inputs)
+        """The fewest bytes the op can move: each tensor it needs once, or twice where the benchmark says so."""
+        tensors, spec = tensors_of(self.inputs), self.benchmark
+        again = spec.read_twice(self.inputs, mode)
+        twice = nbytes(*(tensors[n] for n in again if n != "dout"), *(self.grad_outputs if "dout" in again else ()))
         if mode == "fwd":
-            return nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient is as large as its output
-        spec = self.benchmark
+            return twice + nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient: as large as its output
         named = [tensors[n] for n in (*spec.backward_reads, *spec.backward_writes) if n in tensors]
-        return nbytes(*named, *self.grad_outputs)
+        return twice + nbytes(*named, *self.grad_outputs)
 
     def run(self, fn: Callable[..., Any], mode: str, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Outputs by number (fwd) or gradients by input (bwd)."""

@@ -112,6 +112,16 @@ def test_a_run_gives_complete_rows(tmp_path, capsys):
     assert OP in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shape, forward, backward", [("cpu-8192x1536", 2, 3), ("cpu-rms", 3, 5)])
+def test_bytes_of_norm_silu_are_those_of_its_passes(tmp_path, quick_ceilings, shape, forward, backward):
+    """The statistics of a group need x before it is normalised, and sums over x and dout before dx."""
+    status, rows = invoke(tmp_path, "--op", "norm_silu", "--shape", shape, "--impl", "reference")
+    video = 4 * suite.discover()["norm_silu"].dims(shapes.get(shape))["channels"]
+    video *= rows[0]["dims"]["grid"][0] * rows[0]["dims"]["grid"][1] * rows[0]["dims"]["grid"][2]
+    found = {row["mode"]: round(row["bytes"] / video) for row in rows if row["impl"] == "reference"}
+    assert status == 0 and found == {"fwd": forward, "bwd": backward}
+
+
 def test_reused_outputs_are_measured_beside_fresh_ones_and_kept_apart(tmp_path, capsys, quick_ceilings):
     if _dispatch.why_not(OP, "cpu", "cpu"):
         pytest.skip("the C++ kernels are not built")

@@ -1,7 +1,7 @@
 """Triton kernels of norm_silu: a video is read where it lies, channels last or channels first, and never copied.
 
-A tile is `[channels, pixels]`, whichever of the two is dense; whole channels where a pixel is normalised, several pixels
-at once where they are few. No element's place is divided out: a program knows its clip and its pixels.
+A tile is `[channels, pixels]`, whichever of the two is dense: all channels where a pixel is normalised, and several
+pixels where they are few. No element's place is divided out: a program knows its clip, its channels and its pixels.
 
 Passes over memory, each a tensor of x's size, at x's dtype:
 
@@ -9,9 +9,9 @@ Passes over memory, each a tensor of x's size, at x's dtype:
     rms     2: x, out                             3: x, dout, dx
     group   3: x (statistics); x, out             6: x (statistics); x, dout (sums); x, dout, dx
 
-Statistics of a group: every place of a tile keeps a running mean and a sum of squared deviations (Welford) of x minus the
-first value of its group; places, channels and parts are then merged around their common mean (Chan). Parts are cut by
-the sizes alone and added in their order: a run repeats bit for bit.
+Statistics of a group: every place of a tile keeps a running mean and a sum of squared deviations (Welford) of x minus
+a value of its group; places, channels and parts are then merged around their common mean (Chan). Parts are cut
+by the sizes alone and added in their order: a run repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -94,17 +94,26 @@ def norm_silu_fwd_kernel(
 
 
 @triton.jit
+def middle(ptr, mask, at0, at1, at2):
+    """Of three elements: it lies near the mean even where one of them does not."""
+    a = tl.load(ptr + at0, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(ptr + at1, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(ptr + at2, mask=mask, other=0.0).to(tl.float32)
+    return tl.maximum(tl.minimum(a, b), tl.minimum(tl.maximum(a, b), c))
+
+
+@triton.jit
 def moments_kernel(
-    x_ptr, mean_ptr, m2_ptr, stride_b, stride_c, stride_s, C, S, width, part_tiles,
+    x_ptr, mean_ptr, m2_ptr, stride_b, stride_c, stride_s, at0, at1, at2, C, S, width, part_tiles,
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Mean and Σ(x − mean)² of each channel over one part of a clip, of x minus the first value of its group."""
+    """Mean and Σ(x − mean)² of each channel over one part of a clip, of x minus a value of its group."""
     part = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = tl.program_id(2).to(tl.int64)
     begin = part.to(tl.int64) * part_tiles * BLOCK_S
     origin = (c // width * width).to(tl.int64) * stride_c
-    centre = tl.load(x_ptr + b * stride_b + origin, mask=c < C, other=0.0).to(tl.float32)
+    centre = middle(x_ptr + b * stride_b + origin, c < C, at0, at1, at2)
     mean = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     m2 = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for i in range(part_tiles):
@@ -125,8 +134,8 @@ def moments_kernel(
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, stride_b, stride_c, C, S, width, parts, part_pixels, eps,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, stride_b, stride_c, at0, at1, at2,
+    C, S, width, parts, part_pixels, eps, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/σ of one group of a clip, written for each of its channels: merges its parts and channels."""
     group = tl.program_id(0)
@@ -140,7 +149,7 @@ def statistics_kernel(
         mask = (part < parts) & (c < width)[None, :]
         pixels = tl.minimum(S - part * part_pixels, part_pixels).to(tl.float32)
         total += tl.load(part_mean_ptr + row + part * C, mask=mask, other=0.0) * pixels
-    mean = tl.sum(tl.sum(total, 1), 0) / size
+    mean = tl.sum(total) / size
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_N):
         part = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
@@ -149,8 +158,8 @@ def statistics_kernel(
         deviation = tl.load(part_mean_ptr + row + part * C, mask=mask, other=0.0) - mean
         m2 = tl.load(part_m2_ptr + row + part * C, mask=mask, other=0.0)
         total += tl.where(mask, m2 + pixels * deviation * deviation, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(total, 1), 0) / size + eps)
-    centre = tl.load(x_ptr + b * stride_b + (group * width).to(tl.int64) * stride_c).to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(total) / size + eps)
+    centre = middle(x_ptr + b * stride_b + (group * width).to(tl.int64) * stride_c, True, at0, at1, at2)
     channel = b * C + group * width + c
     tl.store(mean_ptr + channel, tl.zeros([BLOCK_C], tl.float32) + (centre + mean), mask=c < width)
     tl.store(rstd_ptr + channel, tl.zeros([BLOCK_C], tl.float32) + rstd, mask=c < width)
@@ -316,10 +325,12 @@ def _statistics(x, groups, eps) -> tuple[torch.Tensor | None, torch.Tensor | Non
     config = blocks(x, False, 2048)
     grid, part_tiles = _parts(x, config)
     part_moments, statistics = _pair(B, grid[0], C, like=x), _pair(B, C, like=x)
-    moments_kernel[grid](x, *part_moments, *_strides(x), C, S, C // groups, part_tiles, **config)
+    strides, width = _strides(x), C // groups
+    sampled = [pixel * strides[2] for pixel in (S // 3, S * 3 // 7, S * 5 // 8)]
+    moments_kernel[grid](x, *part_moments, *strides, *sampled, C, S, width, part_tiles, **config)
     statistics_kernel[(groups, B)](
-        x, *part_moments, *statistics, *_strides(x)[:2], C, S, C // groups, grid[0], part_tiles * config["BLOCK_S"],
-        eps, **_columns(C // groups, grid[0]),
+        x, *part_moments, *statistics, *strides[:2], *sampled,
+        C, S, width, grid[0], part_tiles * config["BLOCK_S"], eps, **_columns(width, grid[0]),
     )  # fmt: skip
     return statistics
 
@@ -328,7 +339,7 @@ def _columns(width: int, parts: int) -> dict[str, int]:
     """Constexprs of a kernel that adds `parts` rows of `width` columns."""
     block = triton.next_power_of_2(width)
     return dict(
-        BLOCK_N=min(triton.next_power_of_2(parts), max(1, 16384 // block)), BLOCK_C=block, num_warps=8
+        BLOCK_N=min(triton.next_power_of_2(parts), max(1, 8192 // block)), BLOCK_C=block, num_warps=8
     )
 
 
@@ -352,7 +363,7 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 2048, per_thread=16, chunks=3)
     if config["CHUNKS"] > 1:
-        config["maxnreg"] = 168  # enough, and six programs of two warps fit an SM instead of four
+        config["maxnreg"] = 200  # enough, and five programs of two warps fit an SM instead of four
     grid, part_tiles = _parts(x, config)
     means = _pair(B, C, like=x) if groups and dx is not None else (None, None)
     sums = _pair(B, grid[0], C, like=x) if parameters or groups else (None, None)
