@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sora_kernels
-from benchmarks import gpu, machine, peers, report, run, shapes, suite, targets, timing, verified
+from benchmarks import bench_causal_conv, gpu, machine, peers, report, run, shapes, suite, targets, timing, verified
 from sora_kernels import _dispatch
 
 FIELDS = {
@@ -116,8 +116,7 @@ def test_a_run_gives_complete_rows(tmp_path, capsys):
 def test_bytes_of_norm_silu_are_those_of_its_passes(tmp_path, quick_ceilings, shape, forward, backward):
     """The statistics of a group need x before it is normalised, and sums over x and dout before dx."""
     status, rows = invoke(tmp_path, "--op", "norm_silu", "--shape", shape, "--impl", "reference")
-    video = 4 * suite.discover()["norm_silu"].dims(shapes.get(shape))["channels"]
-    video *= rows[0]["dims"]["grid"][0] * rows[0]["dims"]["grid"][1] * rows[0]["dims"]["grid"][2]
+    video = 4 * bench_causal_conv.layer(shapes.SHAPES[shape]).elements
     found = {row["mode"]: round(row["bytes"] / video) for row in rows if row["impl"] == "reference"}
     assert status == 0 and found == {"fwd": forward, "bwd": backward}
 
