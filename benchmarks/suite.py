@@ -34,7 +34,7 @@ class Benchmark:
     inputs          (shape, dtype, draw) -> the keyword arguments; `draw(*size, dtype=)` is a random tensor
     reference       the specification: run in fp64 it is the oracle
     eager           the lines a model has without us, in its dtype: baseline of time and yardstick of error
-    differentiable  the inputs whose gradients are checked and timed, where the shape has them
+    differentiable  the inputs whose gradients are checked and timed, where the shape has them; of none, forward only
     backward_reads, backward_writes
                     the inputs of which a backward must read the value, and write the gradient, at the least;
                     the incoming gradients are counted by themselves
@@ -166,7 +166,7 @@ def measure(
         results: dict[str, Result] = {}
         calls: dict[str, Callable[[], object]] = {}
         for name in candidates:
-            if mode == "bwd" and name != without_out(name):
+            if mode == "bwd" and (name != without_out(name) or not benchmark.differentiable):
                 continue
             try:
                 fn = _load(benchmark, name, case.inputs, mode)
@@ -252,13 +252,15 @@ class _Case:
         benchmark = self.benchmark
         exact = {n: v.double() if _is_real(v) else v for n, v in self.inputs.items()}
         self.oracle, self.bound = {}, {}
-        for mode in MODES if with_grads else MODES[:1]:
+        for mode in MODES if with_grads and benchmark.differentiable else MODES[:1]:
             self.oracle[mode] = self.run(benchmark.reference, mode, exact)
             plain = self.run(benchmark.eager, mode)
             largest = max(out.numel() for out in self.grad_outputs)  # a smaller gradient is a sum over tokens
             terms = benchmark.terms(self.inputs)
             self.bound[mode] = {
                 n: testing.error_bound(o, plain[n], terms=max(terms, largest // max(1, o.numel())))
+                if o.is_floating_point()
+                else 1.0  # of integers, which fp64 may round the other way
                 for n, o in self.oracle[mode].items()
             }
 
@@ -316,7 +318,10 @@ class _Case:
 
 
 def _gradient_of(out: Tensor) -> Tensor:
-    """Dense, whatever view eager returned: so is what later operations send back. A video keeps its format."""
+    """Dense, whatever view eager returned: so is what later operations send back. A video keeps its format.
+    Integers have no gradient: the output itself, for its size."""
+    if not out.is_floating_point():
+        return out
     kept = out.ndim == 5 and out.is_contiguous(memory_format=torch.channels_last_3d)
     return torch.randn_like(out, memory_format=torch.preserve_format if kept else torch.contiguous_format)
 

@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
+FORMATS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -173,7 +175,7 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
     """Both ends of Wan 14B with a row per frame, Wan 5B with 48 channels and a row per token, Wan 1.3B; odd sizes."""
     from sora_kernels import _triton
-    from sora_kernels.patchify import kernels, kernels_embed, kernels_final
+    from sora_kernels.patchify import kernels, kernels_embed, kernels_final, kernels_uint8
 
     bf16, fp32 = torch.bfloat16, torch.float32
     modules = (kernels, kernels_embed, kernels_final, _triton)
@@ -211,6 +213,15 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         }
         for name, call in calls.items():
             yield f"{name} C={C} D={D}", call, modules
+    frames = [  # of Wan 2.1's decoder at 480p and of Wan 2.2's at 704p
+        ("pixels", 3, (4, 480, 832), (1, 1, 1)), ("patches", 12, (4, 352, 640), (1, 2, 2)),
+    ]  # fmt: skip
+    for (name, features, grid, patch), (where, order) in itertools.product(frames, FORMATS.items()):
+        video = torch.empty(1, features, *grid, dtype=bf16, device="meta", memory_format=order)
+        size = (n * p for n, p in zip(grid, patch, strict=True))
+        out = torch.empty(1, *size, 3, dtype=torch.uint8, device="meta")
+        call = functools.partial(kernels_uint8.video_to_uint8_fwd, video, patch, out)
+        yield f"frames of {name} channels {where}", call, (kernels_uint8,)
 
 
 def causal_conv_norm() -> Iterator[tuple[str, Callable[[], None], tuple]]:
@@ -222,8 +233,7 @@ def causal_conv_norm() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         *((C, (4, 720, 1280), 32, torch.float32) for C in (128, 256, 512)),
         (33, (3, 5, 7), 3, torch.float32),
     ]
-    formats = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
-    for (C, grid, groups, dtype), (where, order) in itertools.product(cases, formats.items()):
+    for (C, grid, groups, dtype), (where, order) in itertools.product(cases, FORMATS.items()):
         videos = [torch.empty(1, C, *grid, dtype=torch.bfloat16, device="meta", memory_format=order) for _ in range(3)]
         weight, bias, dweight, dbias = (torch.empty(C, dtype=dtype, device="meta") for _ in range(4))
 

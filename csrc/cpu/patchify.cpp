@@ -691,14 +691,18 @@ void video_to_uint8_fwd(const Tensor& video, std::vector<int64_t> patch, const T
               {video.size(0), video.size(2) * patch[0], video.size(3) * patch[1], video.size(4) * patch[2], C});
   check_dense("out", out);
   if (out.numel() == 0) return;
-  FrameParams p{.video = video.data_ptr(), .C = C, .T = video.size(2), .H = video.size(3), .W = video.size(4),
-                .pt = patch[0], .ph = patch[1], .pw = patch[2], .stride_b = video.stride(0),
+  FrameParams p{.video = video.data_ptr(), .F = video.size(1), .T = video.size(2), .H = video.size(3),
+                .W = video.size(4), .pt = patch[0], .ph = patch[1], .stride_b = video.stride(0),
                 .stride_f = video.stride(1), .stride_t = video.stride(2), .stride_h = video.stride(3),
                 .stride_w = video.stride(4), .out = static_cast<uint8_t*>(out.data_ptr())};
-  if (cells == 1 && p.stride_f == 1 && p.stride_w == C) p.W *= C, p.C = 1, p.stride_w = 1;  // already in their order
+  if (cells == 1 && p.channels_last()) p.W *= p.F, p.F = 1, p.stride_w = 1;  // they lie as the bytes will
+  for (int64_t n = 0; n < p.F; ++n) {
+    const int64_t c = n % C, k = n / C % patch[2], j = n / C / patch[2] % patch[1], i = n / C / patch[2] / patch[1];
+    p.features.push_back(((c * patch[0] + i) * patch[2] + k) * patch[1] + j);
+  }
   advise_huge_pages(out);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
-  const int64_t lines = video.size(0) * p.T * p.H, grain = std::max<int64_t>(1, 32768 / (p.W * p.C * cells));
+  const int64_t lines = video.size(0) * p.T * p.H, grain = std::max<int64_t>(1, 32768 / (p.W * p.F));
   with_dtype(video.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
       dispatch<Frames<decltype(t)>>(p, begin, end);

@@ -97,12 +97,13 @@ struct Move {
 // Features (C, pt, pw, ph) of [B, F, T, H, W] become bytes of [B, T pt, H ph, W pw, C].
 struct FrameParams {
   const void* video = nullptr;
-  int64_t C = 0, T = 0, H = 0, W = 0;  // of the video
-  int64_t pt = 0, ph = 0, pw = 0;
+  int64_t F = 0, T = 0, H = 0, W = 0;  // of the video
+  int64_t pt = 0, ph = 0;
   int64_t stride_b = 0, stride_f = 0, stride_t = 0, stride_h = 0, stride_w = 0;
   uint8_t* out = nullptr;
+  std::vector<int64_t> features;  // in the order of the bytes: (pt, ph) and within them (pw, C)
 
-  int64_t bytes() const { return pw * C; }  // of one pixel of the video in one line of the frames
+  bool channels_last() const { return stride_f == 1 && stride_w == F; }
 };
 
 // NaN is black. The sum with 2^23 rounds to even and leaves the integer in the last bits; the comparison before it also
@@ -123,39 +124,45 @@ SORA_INLINE void to_bytes(const T* from, int64_t step, int64_t n, uint8_t* to) {
   }
 }
 
-// One line of the video after the other: each feature becomes a row of bytes in L1, rows of one line of a frame then
-// interleave.
+// One line of the video after the other: it becomes bytes in the order in which it lies, which leave L1 in that of the
+// frames.
 template <class T>
 struct Frames {
   static SORA_INLINE void run(const FrameParams& p, int64_t begin, int64_t end) {
-    const int64_t C = p.C, W = p.W, N = p.bytes();
-    const Scratch scratch(1, (N * W + 3) / 4);
-    uint8_t* rows = reinterpret_cast<uint8_t*>(scratch.row(0));
+    const int64_t F = p.F, W = p.W, N = F / (p.pt * p.ph);  // bytes of one pixel in one line of the frames
+    const bool last = p.channels_last();
+    const int64_t step_f = last ? 1 : W, step_w = last ? F : 1;
+    const Scratch scratch(1, (F * W + 3) / 4);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch.row(0));
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / (p.T * p.H), t = line / p.H % p.T, h = line % p.H;
       const T* video = static_cast<const T*>(p.video) + b * p.stride_b + t * p.stride_t + h * p.stride_h;
-      for (int64_t i = 0; i < p.pt; ++i) {
+      uint8_t* out = p.out + ((b * p.T + t) * p.pt * p.H + h) * p.ph * W * N;
+      if (last) {
+        to_bytes(video, 1, W * F, F == 1 ? out : bytes);
+      } else {
+        for (int64_t f = 0; f < F; ++f) to_bytes(video + f * p.stride_f, p.stride_w, W, F == 1 ? out : bytes + f * W);
+      }
+      for (int64_t i = 0; F > 1 && i < p.pt; ++i) {
         for (int64_t j = 0; j < p.ph; ++j) {
-          uint8_t* out = p.out + (((b * p.T + t) * p.pt + i) * p.H * p.ph + h * p.ph + j) * W * N;
-          for (int64_t n = 0; n < N; ++n) {
-            const int64_t feature = ((n % C * p.pt + i) * p.pw + n / C) * p.ph + j;
-            to_bytes(video + feature * p.stride_f, p.stride_w, W, N == 1 ? out : rows + n * W);
-          }
-          if (N == 3) {
-            interleave_three(rows, rows + W, rows + 2 * W, W, out);
-          } else if (N > 1) {
-            for (int64_t w = 0; w < W; ++w) {
-              for (int64_t n = 0; n < N; ++n) out[w * N + n] = rows[n * W + w];
-            }
-          }
+          const int64_t* from = p.features.data() + (i * p.ph + j) * N;
+          interleave(bytes, from, step_f, step_w, W, N, out + (i * p.H * p.ph + j) * W * N);
         }
       }
     }
   }
 
-  static SORA_INLINE void interleave_three(const uint8_t* a, const uint8_t* b, const uint8_t* c, int64_t n,
-                                           uint8_t* __restrict to) {
-    for (int64_t i = 0; i < n; ++i) to[3 * i] = a[i], to[3 * i + 1] = b[i], to[3 * i + 2] = c[i];
+  static SORA_INLINE void interleave(const uint8_t* bytes, const int64_t* from, int64_t step_f, int64_t step_w, int64_t W,
+                                     int64_t N, uint8_t* __restrict to) {
+    if (N == 3 && step_w == 1) {  // three planes of colour: the compiler knows how
+      const uint8_t *a = bytes + from[0] * step_f, *b = bytes + from[1] * step_f, *c = bytes + from[2] * step_f;
+      for (int64_t w = 0; w < W; ++w) to[3 * w] = a[w], to[3 * w + 1] = b[w], to[3 * w + 2] = c[w];
+      return;
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      const uint8_t* row = bytes + from[n] * step_f;
+      for (int64_t w = 0; w < W; ++w) to[w * N + n] = row[w * step_w];
+    }
   }
 };
 

@@ -161,11 +161,11 @@ def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str
     _check.tensor(op, "video", video, "[B, C*pt*pw*ph, T, H, W]", ndim=5)
     pt, ph, pw = patch = _check.triple(op, "patch", patch)
     B, features, T, H, W = video.shape
-    if features % math.prod(patch):
+    if features % (pt * ph * pw):
         raise ValueError(
-            f"{op}: video must have a multiple of pt*ph*pw = {math.prod(patch)} channels for patch {patch}; got {features}"
+            f"{op}: video must have a multiple of pt*ph*pw = {pt * ph * pw} channels for patch {patch}; got {features}"
         )
-    size = (B, T * pt, H * ph, W * pw, features // math.prod(patch))
+    size = (B, T * pt, H * ph, W * pw, features // (pt * ph * pw))
     out = torch.empty(size, dtype=torch.uint8, device=video.device)
     _library.call("video_to_uint8_fwd", _dispatch.choose(op, impl, video))(video.detach(), list(patch), out)
     return out

@@ -27,7 +27,7 @@ def unpatchify3d(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], chan
 
 
 def video_to_uint8(video: Tensor, patch: Sequence[int] = (1, 1, 1)) -> Tensor:
-    """`[B, C*pt*pw*ph, T, H, W]` in [-1, 1] -> `[B, T*pt, H*ph, W*pw, C]` in 0 ... 255; features ordered (C, pt, pw, ph)."""
+    """`[B, C*pt*pw*ph, T, H, W]` in [-1, 1] -> `[B, T*pt, H*ph, W*pw, C]` in 0 ... 255; features (C, pt, pw, ph)."""
     pt, ph, pw = patch
     x = video.unflatten(1, (video.shape[1] // (pt * ph * pw), pt, pw, ph)).permute(0, 5, 2, 6, 4, 7, 3, 1)
     x = accumulate(x.flatten(5, 6).flatten(3, 4).flatten(1, 2)).clamp(-1, 1)
