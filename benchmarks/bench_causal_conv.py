@@ -155,6 +155,11 @@ def _cudnn_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     return causal_conv3d
 
 
+def _norm_read_twice(inputs: Inputs, mode: str) -> tuple[str, ...]:
+    """Of a group, whole statistics come first; so do, in its backward, sums over dout and x."""
+    return {"fwd": ("x",), "bwd": ("x", "dout")}[mode] if inputs["norm"] == "group" else ()
+
+
 def _norm_flops(shape: Shape, mode: str) -> int:
     """Per element: a norm 6 forward and 9 backward, a SiLU 4 and 8."""
     return layer(shape).elements * {"fwd": 10, "bwd": 17}[mode]
@@ -187,6 +192,7 @@ BENCHMARKS = [
         differentiable=("x", *_WEIGHTS),
         backward_reads=("x", *_WEIGHTS),
         backward_writes=("x", *_WEIGHTS),
+        read_twice=_norm_read_twice,
         flops=_norm_flops,
         dims=_dims,
     ),

@@ -1,9 +1,11 @@
-"""The two ends of a transformer: latents of a public model to tokens, and its last tokens back to latents."""
+"""The two ends of a transformer: latents of a public model to tokens, and its last tokens back to latents; and the end
+of its decoder, a chunk of 4 frames."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,6 +109,32 @@ def _final_flops(shape: Shape, mode: str) -> int:
     return _matmul_flops(shape, mode) + {"fwd": 8, "bwd": 13}[mode] * shape.elements
 
 
+# video_to_uint8
+
+
+def _frames_inputs(
+    patch: tuple[int, int, int], shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor]
+) -> Inputs:
+    """What the last convolution of a decoder gives, 8 times as high and wide as the latents, channels last."""
+    B, _, _, H, W = _video(shape)
+    video = draw(B, 3 * math.prod(patch), 4, 8 * H, 8 * W)
+    return {"video": video.contiguous(memory_format=torch.channels_last_3d), "patch": patch}
+
+
+def _frames_eager(video, *, patch) -> Tensor:
+    """Unpatchified as diffusers does, clamped, scaled, rounded, and the colours put last."""
+    (B, _, T, H, W), (pt, ph, pw) = video.shape, patch
+    x = video.view(B, -1, pt, pw, ph, T, H, W).permute(0, 1, 5, 2, 6, 4, 7, 3)
+    x = x.reshape(B, -1, T * pt, H * ph, W * pw).float()
+    return x.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).movedim(1, -1).contiguous()
+
+
+def _frames_flops(patch: tuple[int, int, int], shape: Shape, mode: str) -> int:
+    """Four for each value: two bounds, a sum and a product."""
+    B, _, _, H, W = _video(shape)
+    return 4 * B * 3 * math.prod(patch) * 4 * 8 * H * 8 * W
+
+
 BENCHMARKS = [
     Benchmark(
         "patch_embed3d",
@@ -139,5 +167,19 @@ BENCHMARKS = [
         backward_reads=("x", "shift", "scale", "weight"),
         backward_writes=("x", "shift", "scale", "weight", "bias"),
         flops=_final_flops,
+    ),
+    *(
+        Benchmark(
+            "video_to_uint8",
+            inputs=partial(_frames_inputs, patch),
+            reference=reference.video_to_uint8,
+            eager=_frames_eager,
+            differentiable=(),
+            backward_reads=(),
+            backward_writes=(),
+            flops=partial(_frames_flops, patch),
+            variant=variant,
+        )
+        for variant, patch in (("", (1, 1, 1)), ("patches", (1, 2, 2)))  # Wan 2.1's decoder and Wan 2.2's
     ),
 ]

@@ -34,10 +34,12 @@ class Benchmark:
     inputs          (shape, dtype, draw) -> the keyword arguments; `draw(*size, dtype=)` is a random tensor
     reference       the specification: run in fp64 it is the oracle
     eager           the lines a model has without us, in its dtype: baseline of time and yardstick of error
-    differentiable  the inputs whose gradients are checked and timed, where the shape has them
+    differentiable  the inputs whose gradients are checked and timed, where the shape has them; of none, forward only
     backward_reads, backward_writes
                     the inputs of which a backward must read the value, and write the gradient, at the least;
                     the incoming gradients are counted by themselves
+    read_twice      (inputs, mode) -> the inputs, or "dout", of which a sum is needed before they are used: a second
+                    reading counts, since nothing as large as they are can be kept meanwhile
     flops           (shape, mode) -> floating-point operations
     outputs         how many tensors its `out=` takes; with any, "cpu+out" is the forward into buffers that are reused
     variant         one of several uses of the operation, measured under the name "op:variant"
@@ -58,6 +60,7 @@ class Benchmark:
     peers: Mapping[str, Callable[[Inputs, str], Callable[..., Any]]] = field(default_factory=dict)
     terms: Callable[[Inputs], int] = lambda inputs: 1
     dims: Callable[[Shape], dict[str, object]] = Shape.describe
+    read_twice: Callable[[Inputs, str], tuple[str, ...]] = lambda inputs, mode: ()
     outputs: int = 0
     variant: str = ""
     checked: Callable[[Shape], Shape] = lambda shape: shape
@@ -163,7 +166,7 @@ def measure(
         results: dict[str, Result] = {}
         calls: dict[str, Callable[[], object]] = {}
         for name in candidates:
-            if mode == "bwd" and name != without_out(name):
+            if mode == "bwd" and (name != without_out(name) or not benchmark.differentiable):
                 continue
             try:
                 fn = _load(benchmark, name, case.inputs, mode)
@@ -249,24 +252,27 @@ class _Case:
         benchmark = self.benchmark
         exact = {n: v.double() if _is_real(v) else v for n, v in self.inputs.items()}
         self.oracle, self.bound = {}, {}
-        for mode in MODES if with_grads else MODES[:1]:
+        for mode in MODES if with_grads and benchmark.differentiable else MODES[:1]:
             self.oracle[mode] = self.run(benchmark.reference, mode, exact)
             plain = self.run(benchmark.eager, mode)
             largest = max(out.numel() for out in self.grad_outputs)  # a smaller gradient is a sum over tokens
             terms = benchmark.terms(self.inputs)
             self.bound[mode] = {
                 n: testing.error_bound(o, plain[n], terms=max(terms, largest // max(1, o.numel())))
+                if o.is_floating_point()
+                else 1.0  # of integers, which fp64 may round the other way
                 for n, o in self.oracle[mode].items()
             }
 
     def bytes(self, mode: str) -> int:
-        """The fewest bytes the op can move: each tensor it needs once."""
-        tensors = tensors_of(self.inputs)
+        """The fewest bytes the op can move: each tensor it needs once, or twice where the benchmark says so."""
+        tensors, spec = tensors_of(self.inputs), self.benchmark
+        again = spec.read_twice(self.inputs, mode)
+        twice = nbytes(*(tensors[n] for n in again if n != "dout"), *(self.grad_outputs if "dout" in again else ()))
         if mode == "fwd":
-            return nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient is as large as its output
-        spec = self.benchmark
+            return twice + nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient: as large as its output
         named = [tensors[n] for n in (*spec.backward_reads, *spec.backward_writes) if n in tensors]
-        return nbytes(*named, *self.grad_outputs)
+        return twice + nbytes(*named, *self.grad_outputs)
 
     def run(self, fn: Callable[..., Any], mode: str, inputs: Inputs | None = None) -> dict[str, Tensor]:
         """Outputs by number (fwd) or gradients by input (bwd)."""
@@ -312,7 +318,10 @@ class _Case:
 
 
 def _gradient_of(out: Tensor) -> Tensor:
-    """Dense, whatever view eager returned: so is what later operations send back. A video keeps its format."""
+    """Dense, whatever view eager returned: so is what later operations send back. A video keeps its format.
+    Integers have no gradient: the output itself, for its size."""
+    if not out.is_floating_point():
+        return out
     kept = out.ndim == 5 and out.is_contiguous(memory_format=torch.channels_last_3d)
     return torch.randn_like(out, memory_format=torch.preserve_format if kept else torch.contiguous_format)
 

@@ -10,7 +10,7 @@ from .attention import (
 )
 from .causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
-from .patchify import final_layer, patch_embed3d, unpatchify3d
+from .patchify import final_layer, patch_embed3d, unpatchify3d, video_to_uint8
 from .qknorm_rope import qk_norm_rope
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "spacetime_attention",
     "unpatchify3d",
     "upsample_conv3d",
+    "video_to_uint8",
 ]

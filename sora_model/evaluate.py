@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sora_kernels import video_to_uint8
+
 from . import world
 from .pipeline import Sora
 from .train import to_video
@@ -76,7 +78,7 @@ def _true_clips(sora: Sora, count: int) -> tuple[dict[str, float | None], dict[s
         video = to_video(sample.video[None]).to(sora.device)
         back = sora.vae.decode(sora.vae.encode(video)[0])
         psnr.append(-10 * math.log10(float((back - video).square().mean()) / 4))
-        pixels = back[0].movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()
+        pixels = video_to_uint8(back)[0].cpu().numpy()
         true.append(world.readout.score(sample.video, expected, fps=defaults.fps))
         coded.append(world.readout.score(pixels, expected, fps=defaults.fps))
     return _shares(true), _shares(coded) | {"psnr": round(float(np.mean(psnr)), 2)}

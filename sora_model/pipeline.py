@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_kernels import video_to_uint8
 from sora_kernels._dispatch import IMPLS
 
 from . import flow, media
@@ -236,10 +237,8 @@ class Sora:
         )
         self.vae.impl = impl
         done = 0
-        for video in self.vae.decode_stream(self.vae.denormalize(latents)):
-            pixels = (
-                video[0].movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()[: plan.frames - done]
-            )
+        for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False):
+            pixels = video_to_uint8(video, impl=impl)[0].cpu().numpy()[: plan.frames - done]
             done += len(pixels)
             if progress is not None:
                 progress("decode", done, plan.frames)

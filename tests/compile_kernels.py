@@ -24,7 +24,9 @@ from triton.compiler import ASTSource
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
+FORMATS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
 TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -183,7 +185,7 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
     """Both ends of Wan 14B with a row per frame, Wan 5B with 48 channels and a row per token, Wan 1.3B; odd sizes."""
     from sora_kernels import _triton
-    from sora_kernels.patchify import kernels, kernels_embed, kernels_final
+    from sora_kernels.patchify import kernels, kernels_embed, kernels_final, kernels_uint8
 
     bf16, fp32 = torch.bfloat16, torch.float32
     modules = (kernels, kernels_embed, kernels_final, _triton)
@@ -221,6 +223,40 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         }
         for name, call in calls.items():
             yield f"{name} C={C} D={D}", call, modules
+    frames = [  # of Wan 2.1's decoder at 480p and of Wan 2.2's at 704p
+        ("pixels", 3, (4, 480, 832), (1, 1, 1)), ("patches", 12, (4, 352, 640), (1, 2, 2)),
+    ]  # fmt: skip
+    for (name, features, grid, patch), (where, order) in itertools.product(frames, FORMATS.items()):
+        video = torch.empty(1, features, *grid, dtype=bf16, device="meta", memory_format=order)
+        size = (n * p for n, p in zip(grid, patch, strict=True))
+        out = torch.empty(1, *size, 3, dtype=torch.uint8, device="meta")
+        call = functools.partial(kernels_uint8.video_to_uint8_fwd, video, patch, out)
+        yield f"frames of {name} channels {where}", call, (kernels_uint8,)
+
+
+def causal_conv_norm() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """RMS norms of Wan 2.1's decoder at 480p, group norms of wider ones at 720p, in both memory formats; odd sizes."""
+    from sora_kernels.causal_conv import kernels_norm
+
+    cases = [  # C, grid, groups, dtype of the parameters
+        *((C, (4, 480, 832), 0, torch.bfloat16) for C in (96, 192, 384)),
+        *((C, (4, 720, 1280), 32, torch.float32) for C in (128, 256, 512)),
+        (33, (3, 5, 7), 3, torch.float32),
+    ]
+    for (C, grid, groups, dtype), (where, order) in itertools.product(cases, FORMATS.items()):
+        videos = [torch.empty(1, C, *grid, dtype=torch.bfloat16, device="meta", memory_format=order) for _ in range(3)]
+        weight, bias, dweight, dbias = (torch.empty(C, dtype=dtype, device="meta") for _ in range(4))
+
+        def forward(x=videos[0], out=videos[1], weight=weight, bias=bias, groups=groups):
+            kernels_norm.norm_silu_fwd(x, weight, bias, groups, 1e-6, out)
+
+        def backward(videos=videos, weight=weight, bias=bias, groups=groups, dweight=dweight, dbias=dbias):
+            dout, x, dx = videos
+            kernels_norm.norm_silu_bwd(dout, x, weight, bias, groups, 1e-6, dx, dweight, dbias)
+
+        name = f"{'group' if groups else 'rms'} C={C} channels {where}"
+        yield f"{name} forward", forward, (kernels_norm,)
+        yield f"{name} backward", backward, (kernels_norm,)
 
 
 WINDOW_AND_TEXT = dict(grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8), text_len=256)
@@ -285,7 +321,7 @@ CONVOLUTIONS = {
 COMMON = ("Wan 96", "Wan 192", "Wan up", "Wan out")
 
 
-def causal_conv(names=COMMON) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]]:
+def convolutions(names) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]]:
     """Layers of VAEs, a chunk of a stream each, with the tiles of each GPU."""
     from sora_kernels import _triton
     from sora_kernels.causal_conv import config, kernels_conv, kernels_dweight, kernels_triton
@@ -334,15 +370,20 @@ def causal_conv(names=COMMON) -> Iterator[tuple[str, Callable[[], None], tuple, 
         yield f"{name} backward", functools.partial(on_this_gpu, back), modules, (sm,)
 
 
+def causal_conv() -> Iterator[tuple]:
+    yield from causal_conv_norm()
+    yield from convolutions(COMMON)
+
+
 def causal_conv_layers() -> Iterator[tuple]:
     """The other layers of Wan's and HunyuanVideo's VAEs, fp32 and odd channels: minutes."""
-    yield from causal_conv([name for name in CONVOLUTIONS if name not in COMMON])
+    yield from convolutions([name for name in CONVOLUTIONS if name not in COMMON])
 
 
 SUPPORTED = (80, 90, 100, 120)
 FAMILIES = {
-    "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "attention": attention,
-    "causal_conv": causal_conv,
+    "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
+    "attention": attention,
 }  # fmt: skip
 SLOW = {"attention_widths": attention_widths, "causal_conv_layers": causal_conv_layers}
 

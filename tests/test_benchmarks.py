@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sora_kernels
-from benchmarks import gpu, machine, peers, report, run, shapes, suite, targets, timing, verified
+from benchmarks import bench_causal_conv, gpu, machine, peers, report, run, shapes, suite, targets, timing, verified
 from sora_kernels import _dispatch
 
 FIELDS = {
@@ -110,6 +110,15 @@ def test_a_run_gives_complete_rows(tmp_path, capsys):
     # dout, x, dx; scale, dscale, dshift; its table, two gradients of tables
     assert rows[2]["bytes"] == 4 * (3 * shape.elements + 3 * 2 * D + 3 * D)
     assert OP in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape, forward, backward", [("cpu-8192x1536", 2, 3), ("cpu-rms", 3, 5)])
+def test_bytes_of_norm_silu_are_those_of_its_passes(tmp_path, quick_ceilings, shape, forward, backward):
+    """The statistics of a group need x before it is normalised, and sums over x and dout before dx."""
+    status, rows = invoke(tmp_path, "--op", "norm_silu", "--shape", shape, "--impl", "reference")
+    video = 4 * bench_causal_conv.layer(shapes.SHAPES[shape]).elements
+    found = {row["mode"]: round(row["bytes"] / video) for row in rows if row["impl"] == "reference"}
+    assert status == 0 and found == {"fwd": forward, "bwd": backward}
 
 
 def test_reused_outputs_are_measured_beside_fresh_ones_and_kept_apart(tmp_path, capsys, quick_ceilings):

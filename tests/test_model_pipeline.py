@@ -95,6 +95,23 @@ def test_the_shipped_checkpoint_shows_the_colour_that_the_prompt_names(toy, prom
     assert world.readout.read(clip.frames).colour == prompt.split()[1]
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_frames_are_the_decoded_video_clamped_scaled_and_rounded(toy, impl, monkeypatch):
+    """To the bit, also beyond [-1, 1], where the decoder does not clamp."""
+    decoded, stream = [], toy.vae.decode_stream
+
+    def recorded(*args, **kwargs):
+        for video in stream(*args, **kwargs):
+            decoded.append(1.5 * video)
+            yield decoded[-1]
+
+    monkeypatch.setattr(toy.vae, "decode_stream", recorded)
+    frames = toy.generate("a red circle moves right", steps=2, seconds=9 / 8, seed=1, impl=impl).frames
+    video = torch.cat(decoded, 2)[0]
+    expected = video.clamp(-1, 1).movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8)
+    assert video.abs().max() > 1 and np.array_equal(frames, expected.numpy()[: len(frames)])
+
+
 def test_the_shipped_checkpoint_is_small_and_tells_how_it_was_made_and_how_good_it_is():
     assert sum(file.stat().st_size for file in TOY.rglob("*.safetensors")) <= 12 * 2**20
     record = read_json(TOY / "training.json")

@@ -92,7 +92,8 @@ CALLS = {
         lambda n: (torch.randn(n, 4, 2, 4, 4), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
     ),
 }  # fmt: skip
-NOT_OPS = {"Unavailable", "attention_plan", "attention_forward", "attention_backward"}  # no tensors, or no autograd
+# No tensors, or no autograd. video_to_uint8 is compiled in test_patchify_uint8.
+NOT_OPS = {"Unavailable", "attention_plan", "attention_forward", "attention_backward", "video_to_uint8"}
 
 
 def test_every_public_function_is_compiled_below():

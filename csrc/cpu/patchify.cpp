@@ -1,4 +1,5 @@
-// The two ends of the transformer on a CPU: patch_embed3d, unpatchify3d, final_layer, forward and backward.
+// The two ends of the transformer on a CPU: patch_embed3d, unpatchify3d, final_layer, forward and backward, and
+// video_to_uint8, the end of a decoder.
 //
 // A video is a matrix of tokens by features: the element of token s of clip b and of feature n lies at
 // token(b, s) + features[n], whatever the strides of the video. Patches are gathered straight into a product and results
@@ -16,6 +17,7 @@
 //   patch_embed3d   forward   video + out                  backward   dout + video + dvideo + dpos
 //   final_layer     forward   x + out                      backward   dout + 2 x (x is read, dx is written)
 //   unpatchify3d    tokens + out, each way
+//   video_to_uint8  video + a byte per value
 // and that is what the kernels move, once each, beyond the partial sums of the weight gradients (see Sums).
 
 #include "common/check.h"
@@ -23,6 +25,7 @@
 #include "common/memory.h"
 #include "common/pack.h"
 #include "common/rows.h"
+#include "cpu/patchify_video.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -35,61 +38,6 @@
 
 namespace sora {
 namespace {
-
-// ---- a video as tokens of features
-
-enum class Features { channels_first, channels_last };  // (C, pt, ph, pw) or (pt, ph, pw, C)
-
-struct Patches {
-  void* data = nullptr;
-  int64_t H = 0, W = 0;  // in tokens
-  int64_t stride_b = 0, stride_t = 0, stride_h = 0, stride_w = 0;
-  std::vector<int64_t> features;
-
-  Patches() = default;
-  Patches(const Tensor& video, const std::vector<int64_t>& patch, Features order)
-      : data(video.data_ptr()), H(video.size(3) / patch[1]), W(video.size(4) / patch[2]), stride_b(video.stride(0)),
-        stride_t(video.stride(2) * patch[0]), stride_h(video.stride(3) * patch[1]),
-        stride_w(video.stride(4) * patch[2]) {
-    const int64_t C = video.size(1), cells = patch[0] * patch[1] * patch[2];
-    for (int64_t n = 0; n < C * cells; ++n) {
-      const bool first = order == Features::channels_first;
-      const int64_t c = first ? n / cells : n % C, cell = first ? n % cells : n / C;
-      const int64_t i = cell / (patch[1] * patch[2]), j = cell / patch[2] % patch[1], k = cell % patch[2];
-      features.push_back(c * video.stride(1) + i * video.stride(2) + j * video.stride(3) + k * video.stride(4));
-    }
-  }
-
-  explicit operator bool() const { return data != nullptr; }
-  int64_t size() const { return static_cast<int64_t>(features.size()); }
-
-  SORA_INLINE int64_t token(int64_t b, int64_t s) const {
-    return b * stride_b + s / (H * W) * stride_t + s / W % H * stride_h + s % W * stride_w;
-  }
-
-  template <class T>
-  SORA_INLINE void gather(int64_t b, int64_t s, float* to) const {
-    const T* from = static_cast<const T*>(data) + token(b, s);
-    const int64_t *offset = features.data(), N = size();
-    for (int64_t n = 0; n < N; ++n) to[n] = to_float(from[offset[n]]);
-  }
-
-  // In pairs of features of one token.
-  SORA_INLINE void gather_pairs(int64_t b, int64_t s, float* to) const {
-    const auto* from = static_cast<const BFloat16*>(data) + token(b, s);
-    const int64_t *offset = features.data(), N = size();
-    for (int64_t n = 0; n < N; n += 2) {
-      to[n / 2] = pair(from[offset[n]], n + 1 < N ? from[offset[n + 1]] : BFloat16{});
-    }
-  }
-
-  template <class T>
-  SORA_INLINE void scatter(int64_t b, int64_t s, const float* from) const {
-    T* to = static_cast<T*>(data) + token(b, s);
-    const int64_t *offset = features.data(), N = size();
-    for (int64_t n = 0; n < N; ++n) to[offset[n]] = from_float<T>(from[n]);
-  }
-};
 
 // ---- blocks of tokens
 
@@ -509,32 +457,6 @@ struct FinalBackward {
   }
 };
 
-// ---- unpatchify3d
-
-struct MoveParams {
-  Patches video;
-  int64_t T = 0;  // of a clip, in tokens
-  void* tokens = nullptr;
-  int64_t stride_b = 0, stride_s = 0, stride_n = 0;
-};
-
-// One line of tokens after the other: its features lie in L1 while each runs along the video.
-template <class Bits, bool kToVideo>
-struct Move {
-  static SORA_INLINE void run(const MoveParams& p, int64_t begin, int64_t end) {
-    const int64_t W = p.video.W, N = p.video.size(), step = p.video.stride_w, stride = p.stride_s;
-    for (int64_t line = begin; line < end; ++line) {
-      const int64_t lines = p.T * p.video.H, b = line / lines, s = line % lines * W;
-      Bits* video = static_cast<Bits*>(p.video.data) + p.video.token(b, s);
-      Bits* tokens = static_cast<Bits*>(p.tokens) + b * p.stride_b + s * stride;
-      for (int64_t n = 0; n < N; ++n) {
-        Bits *v = video + p.video.features[n], *t = tokens + n * p.stride_n;
-        for (int64_t w = 0; w < W; ++w) (kToVideo ? v[w * step] : t[w * stride]) = kToVideo ? t[w * stride] : v[w * step];
-      }
-    }
-  }
-};
-
 // ---- arguments
 
 void check_sizes(const char* name, const Tensor& t, const char* dims, const std::vector<int64_t>& sizes) {
@@ -753,6 +675,36 @@ void unpatchify3d_bwd(const Tensor& dout, std::vector<int64_t> grid, std::vector
   move<false>(p, dtokens.size(0), dtokens.element_size());
 }
 
+void video_to_uint8_fwd(const Tensor& video, std::vector<int64_t> patch, const Tensor& out) {
+  SORA_CHECK(video.dim() == 5, "video: expected (B, features, T, H, W), got ", describe(video));
+  check_kind("video", video, video, "video");
+  check_three("patch", patch);
+  const int64_t cells = patch[0] * patch[1] * patch[2], C = video.size(1) / cells;
+  SORA_CHECK(video.size(1) % cells == 0, "video: expected a multiple of ", cells, " features, got ", describe(video));
+  SORA_CHECK(out.is_cpu() && out.scalar_type() == ScalarType::Byte, "out: expected uint8 on cpu, got ", describe(out));
+  check_sizes("out", out, "(B, T pt, H ph, W pw, C)",
+              {video.size(0), video.size(2) * patch[0], video.size(3) * patch[1], video.size(4) * patch[2], C});
+  check_dense("out", out);
+  if (out.numel() == 0) return;
+  FrameParams p{.video = video.data_ptr(), .F = video.size(1), .T = video.size(2), .H = video.size(3),
+                .W = video.size(4), .pt = patch[0], .ph = patch[1], .stride_b = video.stride(0),
+                .stride_f = video.stride(1), .stride_t = video.stride(2), .stride_h = video.stride(3),
+                .stride_w = video.stride(4), .out = static_cast<uint8_t*>(out.data_ptr())};
+  if (cells == 1 && p.channels_last()) p.W *= p.F, p.F = 1, p.stride_w = 1;  // they lie as the bytes will
+  for (int64_t n = 0; n < p.F; ++n) {
+    const int64_t c = n % C, k = n / C % patch[2], j = n / C / patch[2] % patch[1], i = n / C / patch[2] / patch[1];
+    p.features.push_back(((c * patch[0] + i) * patch[2] + k) * patch[1] + j);
+  }
+  advise_huge_pages(out);
+  isa();  // throws here, if at all: torch's parallel_for does not pass messages on
+  const int64_t lines = video.size(0) * p.T * p.H, grain = std::max<int64_t>(1, 32768 / (p.W * p.F));
+  with_dtype(video.scalar_type(), [&](auto t) {
+    torch::stable::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
+      dispatch<Frames<decltype(t)>>(p, begin, end);
+    });
+  });
+}
+
 FinalParams final_params(const Like& like, const OptionalTensor& shift, const OptionalTensor& scale,
                          const Tensor& weight, const OptionalTensor& bias, const std::vector<int64_t>& grid,
                          const std::vector<int64_t>& patch, bool rms, double eps, const char* video_name,
@@ -854,6 +806,7 @@ STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
   m.impl("_patch_embed3d_bwd_cpu", TORCH_BOX(&sora::patch_embed3d_bwd));
   m.impl("_unpatchify3d_fwd_cpu", TORCH_BOX(&sora::unpatchify3d_fwd));
   m.impl("_unpatchify3d_bwd_cpu", TORCH_BOX(&sora::unpatchify3d_bwd));
+  m.impl("_video_to_uint8_fwd_cpu", TORCH_BOX(&sora::video_to_uint8_fwd));
   m.impl("_final_layer_fwd_cpu", TORCH_BOX(&sora::final_layer_fwd));
   m.impl("_final_layer_bwd_cpu", TORCH_BOX(&sora::final_layer_bwd));
 }

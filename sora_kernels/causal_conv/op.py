@@ -364,14 +364,14 @@ _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
     reference=_norm_silu_fwd,
-    impls={"cpu": None},
+    impls={"triton": "sora_kernels.causal_conv.kernels_norm:norm_silu_fwd", "cpu": None},
 )
 _library.define(
     "norm_silu_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, int groups, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()",
     reference=_norm_silu_bwd,
-    impls={"cpu": None},
+    impls={"triton": "sora_kernels.causal_conv.kernels_norm:norm_silu_bwd", "cpu": None},
 )
 
 

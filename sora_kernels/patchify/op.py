@@ -1,4 +1,4 @@
-"""The two ends of the transformer: video to tokens, tokens to video."""
+"""The two ends of the transformer, video to tokens and tokens to video; and that of a decoder, video to frames."""
 
 from __future__ import annotations
 
@@ -141,6 +141,34 @@ def final_layer(
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (list(grid), list(patch), norm == "rms", float(eps))
     return (_FinalLayer.apply if grad else _final_layer)(*tensors, *settings, impl)
+
+
+def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str = "auto") -> Tensor:
+    """out[b, t·pt + i, h·ph + j, w·pw + k, c] = round((clamp(x, −1, 1) + 1) · 127.5),
+    x = video[b, ((c·pt + i)·pw + k)·ph + j, t, h, w]
+
+    video     [B, C·pt·pw·ph, T, H, W], float32, bfloat16, float16 (float64 in `reference`), any strides: what a
+              decoder's last convolution gives
+    patch     (pt, ph, pw): Wan 2.2's VAE has (1, 2, 2), LTX's (1, 4, 4), both with features ordered (C, pt, pw, ph)
+
+    Returns uint8 [B, T·pt, H·ph, W·pw, C], dense: the frames of a clip. NaN becomes 0. Sum and product are fp32, each
+    rounded, then the result, halves to even: the bits of plain PyTorch on video.float(). Reads and writes each value
+    once. Not differentiable: integers have no gradient, and none is recorded.
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    """
+    op = "video_to_uint8"
+    _check.tensor(op, "video", video, "[B, C*pt*pw*ph, T, H, W]", ndim=5)
+    pt, ph, pw = patch = _check.triple(op, "patch", patch)
+    B, features, T, H, W = video.shape
+    if features % (pt * ph * pw):
+        raise ValueError(
+            f"{op}: video must have a multiple of pt*ph*pw = {pt * ph * pw} channels for patch {patch}; got {features}"
+        )
+    size = (B, T * pt, H * ph, W * pw, features // (pt * ph * pw))
+    out = torch.empty(size, dtype=torch.uint8, device=video.device)
+    _library.call("video_to_uint8_fwd", _dispatch.choose(op, impl, video))(video.detach(), list(patch), out)
+    return out
 
 
 # Validation
@@ -317,3 +345,13 @@ class _FinalLayer(torch.autograd.Function):
         )
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
         return dx, dshift, dscale, dweight, dbias, *(None for _ in ctx.constants)
+
+
+# video_to_uint8
+
+_library.define(
+    "video_to_uint8_fwd",
+    "(Tensor video, SymInt[] patch, Tensor(a!) out) -> ()",
+    reference=lambda video, patch, out: out.copy_(reference.video_to_uint8(video, patch)),
+    impls={"triton": "sora_kernels.patchify.kernels_uint8:video_to_uint8_fwd", "cpu": None},
+)

@@ -26,6 +26,14 @@ def unpatchify3d(tokens: Tensor, grid: Sequence[int], patch: Sequence[int], chan
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6).flatten(4, 5).flatten(2, 3)
 
 
+def video_to_uint8(video: Tensor, patch: Sequence[int] = (1, 1, 1)) -> Tensor:
+    """`[B, C*pt*pw*ph, T, H, W]` in [-1, 1] -> `[B, T*pt, H*ph, W*pw, C]` in 0 ... 255; features (C, pt, pw, ph)."""
+    pt, ph, pw = patch
+    x = video.unflatten(1, (video.shape[1] // (pt * ph * pw), pt, pw, ph)).permute(0, 5, 2, 6, 4, 7, 3, 1)
+    x = accumulate(x.flatten(5, 6).flatten(3, 4).flatten(1, 2)).clamp(-1, 1)
+    return x.nan_to_num(-1.0).add(1).mul(127.5).round().to(torch.uint8)
+
+
 def patch_embed3d(video: Tensor, weight: Tensor, bias: Tensor | None = None, *, pos: Tensor | None = None) -> Tensor:
     """`tokens[b, s] = weight . patch[b, s] + bias + pos[s]`, patches in (t, h, w) order."""
     x = accumulate(patchify3d(video, weight.shape[2:]))
