@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library, _rows
+from .._library import once_differentiable
 from .._operands import dense, like, narrow, needs_grad, parameter
 from . import reference
 
@@ -122,7 +122,7 @@ def final_layer(
     op = "final_layer"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     grid, patch = _check_layout(op, "x", x, grid, patch)
-    _rows.check(op, x, shift=shift, scale=scale)
+    frames = _rows.check(op, x, shift=shift, scale=scale)
     _check.choice(op, "norm", norm, NORMS)
     _check.positive(op, "eps", eps)
     _check.tensor(op, "weight", weight, "[pt*ph*pw*C, D]", ndim=2)
@@ -139,8 +139,8 @@ def final_layer(
     tensors = narrow(x, (x, shift, scale, weight, bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (list(grid), list(patch), norm == "rms", float(eps))
-    return (_FinalLayer.apply if grad else _final_layer)(*tensors, *settings, impl)
+    settings = (frames, grid, patch, norm == "rms", float(eps), impl)
+    return _FinalLayer.apply(*tensors, settings) if grad else _final_layer(*tensors, *settings)
 
 
 # Validation
@@ -289,31 +289,30 @@ def _final_operands(x, shift, scale, weight, bias, frames) -> tuple[Tensor | Non
     )  # fmt: skip
 
 
-def _final_layer(x, shift, scale, weight, bias, grid, patch, rms, eps, impl) -> Tensor:
+def _final_layer(x, shift, scale, weight, bias, frames, grid, patch, rms, eps, impl) -> Tensor:
     out = _video(x.shape[0], weight.shape[0] // math.prod(patch), grid, patch, x)
-    operands = _final_operands(x, shift, scale, weight, bias, _rows.frames(x, shift, scale))
+    operands = _final_operands(x, shift, scale, weight, bias, frames)
     _library.call("final_layer_fwd", impl)(*operands, grid, patch, rms, eps, out)
     return out
 
 
 class _FinalLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, *args):
+    def forward(ctx, x, shift, scale, weight, bias, settings):
         ctx.save_for_backward(x, shift, scale, weight, bias)
-        ctx.constants = args
-        return _final_layer(x, shift, scale, weight, bias, *args)
+        ctx.settings = settings
+        return _final_layer(x, shift, scale, weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        *settings, impl = ctx.constants
+        frames, *settings, impl = ctx.settings
         x, shift, scale, weight, bias = ctx.saved_tensors
         need = ctx.needs_input_grad
-        frames = _rows.frames(x, shift, scale)
         dx, dweight, dbias = like(x, need[0]), like(weight, need[3]), like(bias, need[4])
         dshift, dscale = _rows.like(shift, need[1], x, frames), _rows.like(scale, need[2], x, frames)
         _library.call("final_layer_bwd", impl)(
             dout, *_final_operands(x, shift, scale, weight, bias, frames), *settings, dx, dshift, dscale, dweight, dbias
         )
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dshift, dscale, dweight, dbias, *(None for _ in ctx.constants)
+        return dx, dshift, dscale, dweight, dbias, None
