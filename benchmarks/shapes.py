@@ -95,5 +95,5 @@ DEFAULT = {
         "wan1.3b-480p", "wan14b-720p", "wan2.2-5b", "wan1.3b-frames", "hunyuan-720p", "ltx2-19b", "latte-xl",
         "h3-768p", "cogvideox-5b", "ltx-2b",
     ),
-    "cpu": ("cpu-8192x1536", "cpu-frames", "cpu-tokens", "cpu-rms", "toy"),
+    "cpu": ("cpu-8192x1536", "cpu-frames", "cpu-tokens", "cpu-rms", "toy", "tiny"),
 }  # fmt: skip

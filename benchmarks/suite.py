@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,6 +166,7 @@ def measure(
     for mode in modes:
         results: dict[str, Result] = {}
         calls: dict[str, Callable[[], object]] = {}
+        recording = partial(torch.set_grad_enabled, mode == "bwd")  # around the calls, of which it would be a part
         for name in candidates:
             if mode == "bwd" and (name != without_out(name) or not benchmark.differentiable):
                 continue
@@ -180,9 +182,10 @@ def measure(
                         results[name] = Result(name, mode, "failed", reason, **verdict)
                         continue
                 calls[name] = case.call(fn, mode)
-                peak = timing.peak_memory(calls[name], device)
-                if graph and mode == "fwd":
-                    calls[name] = timing.captured(calls[name])
+                with recording():
+                    peak = timing.peak_memory(calls[name], device)
+                    if graph and mode == "fwd":
+                        calls[name] = timing.captured(calls[name])
                 results[name] = Result(name, mode, "ok", peak_memory=peak, **verdict)
             except peers.Missing as error:
                 results[name] = Result(name, mode, "unavailable", str(error))
@@ -196,7 +199,8 @@ def measure(
                 if not _alive(device):
                     yield results[name]
                     raise DeviceLost(f"{benchmark.op} {name} {mode} at {shape.id}: {reason}") from error
-        times = timing.interleaved(calls | beside, budget_s, device=device)
+        with recording():
+            times = timing.interleaved(calls | beside, budget_s, device=device)
         copy = moved / times["copy"].p50 if beside and times else None
         for name, result in results.items():
             if name in times:
@@ -286,12 +290,7 @@ class _Case:
     def call(self, fn: Callable[..., Any], mode: str) -> Callable[[], object]:
         """The call that is timed: the forward alone, or the backward alone over one recorded graph."""
         if mode == "fwd":
-
-            def forward() -> object:
-                with torch.no_grad():
-                    return fn(**self.inputs)
-
-            return forward
+            return lambda: fn(**self.inputs)
         leaves, outputs = self._graph(fn, self.inputs)
         return lambda: self._backward(outputs, leaves)
 

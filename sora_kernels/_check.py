@@ -24,6 +24,8 @@ def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None)
 
 def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`t` has exactly this shape; `meaning` says where the numbers come from."""
+    if isinstance(t, Tensor) and t.shape == shape and t.dtype in FLOATS:
+        return
     tensor(op, name, t, meaning)
     if t.shape != tuple(shape):
         raise ValueError(f"{op}: {name} must have shape {list(shape)} ({meaning}); got {shape_of(t)}")
@@ -31,6 +33,8 @@ def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -
 
 def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """`t` has the shape, dtype and device of `x`."""
+    if isinstance(t, Tensor) and t.shape == x.shape and t.dtype == x.dtype and t.device == x.device:
+        return
     tensor(op, name, t, f"of the shape of {x_name}")
     if t.shape != x.shape:
         exact(op, name, t, x.shape, f"the shape of {x_name}")

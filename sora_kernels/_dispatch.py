@@ -31,16 +31,17 @@ def choose(
     limits  op-specific: implementation -> None, or why it cannot run these arguments.
     Raises ValueError for an unknown name and Unavailable where an explicit choice cannot run.
     """
+    device = "cpu" if x.is_cpu else x.device.type  # which makes a string at each call
     if impl == "auto":
         impl = FORCED
     if impl != "auto":
         if impl not in IMPLS:
             raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
-        reason = why_not(op, impl, x.device.type, x.dtype, grad) or (limits and limits(impl))
+        reason = why_not(op, impl, device, x.dtype, grad) or (limits and limits(impl))
         if reason:
             raise Unavailable(_explain(op, impl, reason, x, grad, limits))
         return impl
-    for candidate in _candidates(op, x.device.type, x.dtype, grad):
+    for candidate in _candidates(op, device, x.dtype, grad):
         if limits is None or not limits(candidate):
             return candidate
     return "reference"

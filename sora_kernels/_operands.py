@@ -16,12 +16,12 @@ def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def dense(t: Tensor | None) -> Tensor | None:
     """t with a dense last axis; its other strides are the kernel's business."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride()[-1] == 1 else t.contiguous()
 
 
 def parameter(t: Tensor | None) -> Tensor | None:
@@ -31,7 +31,10 @@ def parameter(t: Tensor | None) -> Tensor | None:
 
 def table(t: Tensor | None, x: Tensor) -> Tensor | None:
     """A contiguous table in the dtype that the mathematics on x is done in."""
-    return t if t is None else t.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    if t is None:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
 def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
@@ -41,7 +44,7 @@ def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
 
 def video_format(x: Tensor) -> torch.memory_format:
     """Of a video [B, C, T, H, W]: channels last where its channels lie side by side."""
-    last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    last = not x.is_contiguous() and x.shape[1] > 1 and x.stride()[1] == 1
     return torch.channels_last_3d if last else torch.contiguous_format
 
 

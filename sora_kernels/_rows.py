@@ -14,9 +14,13 @@ from ._operands import dense
 LAYOUTS = "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]"
 
 
-def check(op: str, x: Tensor, **modulations: Tensor | None) -> None:
-    """Each given modulation is a row layout of x [B, S, D], on x's device."""
-    B, S, D = x.shape
+def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
+    """Each given modulation is a row layout of x [B, S, D], on x's device.
+
+    Returns the one F that serves all: the finest given, or S where no given F is a multiple of the others.
+    """
+    (B, S, D), device = x.shape, x.device
+    finest, given = 1, []
     for name, t in modulations.items():
         if t is None:
             continue
@@ -32,30 +36,25 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> None:
                 f"{op}: {name} has F={F} rows, which must divide S={S}, the number of tokens in x; "
                 f"got shape {_check.shape_of(t)}"
             )
-    _check.same_device(op, x, modulations)
-
-
-def frames(x: Tensor, *modulations: Tensor | None) -> int:
-    """The one F that serves all: the finest given, or S where no given F is a multiple of the others."""
-    given = [1] + [t.shape[1] for t in modulations if t is not None and t.ndim == 3]
-    finest = max(given)
-    for f in given:
-        if f == 0 or finest % f:
-            return x.shape[1]
-    return finest
+        if t.device != device:
+            _check.same_device(op, x, {name: t})
+        given.append(F)
+        finest = max(finest, F)
+    return S if any([F == 0 or finest % F for F in given]) else finest
 
 
 def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     """t as a view [B, F, D]; copied only where it is not dense in D or has another number F > 1 of rows."""
     if t is None:
         return None
-    B, _, D = x.shape
     t = dense(t)
     t = t.unsqueeze(1) if t.ndim == 2 else t
-    if t.shape == (B, frames, D):
+    F = t.shape[1] if t.ndim == 3 else 1
+    if t.ndim == 3 and F == frames:
         return t
-    if t.ndim == 3 and t.shape[1] != 1:
-        t = t[:, :, None].expand(B, t.shape[1], frames // t.shape[1], D).reshape(B, frames, D)
+    B, _, D = x.shape
+    if F != 1:
+        t = t[:, :, None].expand(B, F, frames // F, D).reshape(B, frames, D)
     return t.expand(B, frames, D)
 
 
@@ -63,6 +62,9 @@ def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | Non
     """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32."""
     if not wanted:
         return None
+    shape = t.shape
+    if len(shape) == 3 and shape[1] == frames:
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
     B, _, D = x.shape
     final = t.numel() == B * frames * D
     dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
@@ -71,12 +73,13 @@ def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | Non
 
 def sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
     """The gradient [B, F, D] summed down to the shape of t and rounded once to its dtype."""
-    if grad is None:
-        return None
+    if grad is None or grad.shape == t.shape:
+        return grad
     if t.ndim == 1:
         grad = grad.sum((0, 1)) if grad.shape[0] * grad.shape[1] != 1 else grad.reshape(t.shape)
     elif t.ndim == 2 or t.shape[1] == 1:
         grad = grad.sum(1) if grad.shape[1] != 1 else grad
     elif t.shape[1] != grad.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
-    return grad.reshape(t.shape).to(t.dtype)
+    grad = grad.reshape(t.shape)
+    return grad if grad.dtype == t.dtype else grad.to(t.dtype)

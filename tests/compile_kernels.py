@@ -163,8 +163,8 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         n = rotary // 2
         rows = (4096, H) if given == "of a head" else (4096,)
         tables = [torch.empty(*rows, n, device="meta") if given else None for _ in range(2)]
-        split = [] if given else [n - 2 * (n // 3), n // 3, n // 3]
-        settings = (*tables, norm, width, [16, 16, 16], split, 1e4, [0, 0, 0], 0, interleaved, 1e-6)
+        axes = [] if given else [16, 16, 16, n - 2 * (n // 3), n // 3, n // 3, 0, 0, 0]
+        settings = (*tables, norm, width, axes, 1e4, 0, interleaved, 1e-6)
         none = q[:, :0]  # k is launched like q: once is enough
 
         def forward(q=q, none=none, affine=(weight, None, bias, None), settings=settings, out=out):
@@ -209,13 +209,13 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         rows = [None if frames is None else empty(1, frames, D, dtype=weight_dtype) for _ in range(4)]
         out_weight, dout_weight = (empty(K, D, dtype=weight_dtype) for _ in range(2))
         out_bias, dout_bias = (empty(K, dtype=weight_dtype) for _ in range(2))
-        final = (tokens, *rows[:2], out_weight, out_bias, grid, patch, False, 1e-6)
+        final = (tokens, *rows[:2], out_weight, out_bias, *grid, False, 1e-6)
         calls = {
             "embed forward": lambda a=(video, weight, bias, pos, tokens): kernels_embed.patch_embed3d_fwd(*a),
             "embed backward": lambda a=(tokens, video, weight, bias, pos, dvideo, dweight, dbias, dpos): (
                 kernels_embed.patch_embed3d_bwd(*a)
             ),
-            "unpatchify forward": lambda a=(features, grid, patch, C, video): kernels.unpatchify3d_fwd(*a),
+            "unpatchify forward": lambda a=(features, *grid, video): kernels.unpatchify3d_fwd(*a),
             "final forward": lambda a=(*final, video): kernels_final.final_layer_fwd(*a),
             "final backward": lambda a=(video, *final, dtokens, *rows[2:], dout_weight, dout_bias): (
                 kernels_final.final_layer_bwd(*a)

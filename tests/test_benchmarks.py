@@ -275,6 +275,15 @@ def test_goals_are_of_the_fastest_of_ours_and_of_operations_that_are_measured():
         "below its goal of 75 % matmul: causal_conv3d triton fwd bfloat16 at 192, 70",
         "below its goal of 1 x cudnn: causal_conv3d triton fwd bfloat16 at 96, 0.9",
     ]
+    tiny = [
+        make_row("cpu", 23.0, shape="tiny"),
+        make_row("eager", 30.0, "baseline", shape="tiny"),
+        make_row("cpu", 40.0, shape="tiny", mode="bwd"),
+        make_row("cpu", 14.0, shape="tiny", op="gate_residual"),
+    ]
+    assert targets.shortfalls(tiny) == [
+        "above its goal of 15 µs a call: norm_modulate cpu fwd float32 at tiny, 23"
+    ]
     named = {*targets.PERCENT_COPY, *targets.TFLOP_S, *targets.SPEEDUP, *targets.PERCENT_MATMUL, *targets.NEVER_BELOW}
     assert named <= {*suite.discover(), *sora_kernels.__all__}
 

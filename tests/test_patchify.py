@@ -58,18 +58,18 @@ def op_samples() -> list[tuple[str, tuple]]:
         torch.randn(1, 12, 5),
     )
     tokens = torch.randn(2, 12, 5)
-    layout = ([2, 2, 3], [1, 2, 2], 3)
+    grid = (2, 2, 3)
     features, clip = torch.randn(2, 12, 12), torch.randn(2, 3, 2, 4, 6)
     shift, scale, out_weight, out_bias = torch.randn(2, 1, 5), torch.randn(2, 1, 5), torch.randn(12, 5), torch.randn(12)
     inputs = (tokens, shift, scale, out_weight, out_bias)
-    settings = ([2, 2, 3], [1, 2, 2], False, 1e-6)
+    settings = (*grid, False, 1e-6)
     return [
         ("patch_embed3d_fwd", (video, weight, bias, pos, empty(tokens))),
         ("patch_embed3d_fwd", (video, weight, None, None, empty(tokens))),
         ("patch_embed3d_bwd", (tokens, video, weight, bias, pos, *map(empty, (video, weight, bias, pos)))),
         ("patch_embed3d_bwd", (tokens, video, weight, None, None, None, empty(weight), None, None)),
-        ("unpatchify3d_fwd", (features, *layout, empty(clip))),
-        ("unpatchify3d_bwd", (clip, *layout, empty(features))),
+        ("unpatchify3d_fwd", (features, *grid, empty(clip))),
+        ("unpatchify3d_bwd", (clip, *grid, empty(features))),
         ("final_layer_fwd", (*inputs, *settings, empty(clip))),
         ("final_layer_bwd", (clip, *inputs, *settings, *map(empty, inputs))),
         ("final_layer_bwd", (clip, tokens, None, None, out_weight, None, *settings, empty(tokens), *[None] * 4)),

@@ -526,6 +526,19 @@ std::vector<int64_t> video_sizes(int64_t B, int64_t C, const std::vector<int64_t
   return {B, C, grid[0] * patch[0], grid[1] * patch[1], grid[2] * patch[2]};
 }
 
+// The grid divides the video into patches, of which this is the size.
+std::vector<int64_t> patch_of(const char* name, const Tensor& video, const std::vector<int64_t>& grid) {
+  check_three("grid", grid);
+  SORA_CHECK(video.dim() == 5, name, ": expected (B, C, T, H, W), got ", describe(video));
+  std::vector<int64_t> patch;
+  for (int i = 0; i < 3; ++i) {
+    SORA_CHECK(video.size(2 + i) > 0 && video.size(2 + i) % grid[i] == 0, name, ": expected whole patches for a grid of ",
+               grid[0], " x ", grid[1], " x ", grid[2], ", got ", describe(video));
+    patch.push_back(video.size(2 + i) / grid[i]);
+  }
+  return patch;
+}
+
 void advise_huge_pages(const Tensor& t) {
   int64_t stride = 1;
   for (int64_t i = t.dim() - 1; i >= 0; stride *= t.size(i--)) {
@@ -639,11 +652,10 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
 }
 
 MoveParams move_params(const char* name, const Tensor& t, const char* video_name, const Tensor& video,
-                       const std::vector<int64_t>& grid, const std::vector<int64_t>& patch, int64_t channels) {
-  check_three("grid", grid), check_three("patch", patch);
-  SORA_CHECK(channels > 0, "channels: expected at least 1, got ", channels);
+                       const std::vector<int64_t>& grid) {
+  const std::vector<int64_t> patch = patch_of(video_name, video, grid);
   SORA_CHECK(t.dim() == 3, name, ": expected (B, S, features), got ", describe(t));
-  const int64_t B = t.size(0), features = patch[0] * patch[1] * patch[2] * channels;
+  const int64_t B = t.size(0), channels = video.size(1), features = patch[0] * patch[1] * patch[2] * channels;
   const Like like{name, t};
   like.check(name, t, "(B, S, features)", {B, grid[0] * grid[1] * grid[2], features});
   like.check(video_name, video, "(B, C, T, H, W)", video_sizes(B, channels, grid, patch));
@@ -661,16 +673,14 @@ void move(const MoveParams& p, int64_t B, int64_t element_size) {
   });
 }
 
-void unpatchify3d_fwd(const Tensor& tokens, std::vector<int64_t> grid, std::vector<int64_t> patch, int64_t channels,
-                      const Tensor& out) {
-  const MoveParams p = move_params("tokens", tokens, "out", out, grid, patch, channels);
+void unpatchify3d_fwd(const Tensor& tokens, int64_t T, int64_t H, int64_t W, const Tensor& out) {
+  const MoveParams p = move_params("tokens", tokens, "out", out, {T, H, W});
   advise_huge_pages(out);
   move<true>(p, tokens.size(0), tokens.element_size());
 }
 
-void unpatchify3d_bwd(const Tensor& dout, std::vector<int64_t> grid, std::vector<int64_t> patch, int64_t channels,
-                      const Tensor& dtokens) {
-  const MoveParams p = move_params("dtokens", dtokens, "dout", dout, grid, patch, channels);
+void unpatchify3d_bwd(const Tensor& dout, int64_t T, int64_t H, int64_t W, const Tensor& dtokens) {
+  const MoveParams p = move_params("dtokens", dtokens, "dout", dout, {T, H, W});
   advise_huge_pages(dtokens);
   move<false>(p, dtokens.size(0), dtokens.element_size());
 }
@@ -706,12 +716,11 @@ void video_to_uint8_fwd(const Tensor& video, std::vector<int64_t> patch, const T
 }
 
 FinalParams final_params(const Like& like, const OptionalTensor& shift, const OptionalTensor& scale,
-                         const Tensor& weight, const OptionalTensor& bias, const std::vector<int64_t>& grid,
-                         const std::vector<int64_t>& patch, bool rms, double eps, const char* video_name,
-                         const Tensor& video) {
+                         const Tensor& weight, const OptionalTensor& bias, const std::vector<int64_t>& grid, bool rms,
+                         double eps, const char* video_name, const Tensor& video) {
   const Tensor& x = like.tensor;
   FinalParams p{.shape = shape_of("x", x), .rms = rms, .eps = static_cast<float>(eps)};
-  check_three("grid", grid), check_three("patch", patch);
+  const std::vector<int64_t> patch = patch_of(video_name, video, grid);
   const int64_t cells = patch[0] * patch[1] * patch[2];
   SORA_CHECK(grid[0] * grid[1] * grid[2] == p.shape.S, "grid: expected ", p.shape.S, " tokens as x has, got ", grid[0],
              " x ", grid[1], " x ", grid[2]);
@@ -731,9 +740,9 @@ FinalParams final_params(const Like& like, const OptionalTensor& shift, const Op
 }
 
 void final_layer_fwd(const Tensor& x, const OptionalTensor& shift, const OptionalTensor& scale, const Tensor& weight,
-                     const OptionalTensor& bias, std::vector<int64_t> grid, std::vector<int64_t> patch, bool rms,
-                     double eps, const Tensor& out) {
-  FinalParams p = final_params({"x", x}, shift, scale, weight, bias, grid, patch, rms, eps, "out", out);
+                     const OptionalTensor& bias, int64_t T, int64_t H, int64_t W, bool rms, double eps,
+                     const Tensor& out) {
+  FinalParams p = final_params({"x", x}, shift, scale, weight, bias, {T, H, W}, rms, eps, "out", out);
   if (p.shape.rows() == 0) return;
   const Scratch packed = pack(weight, p.shape.D, p.N, 1, p.shape.D);
   p.weight = packed.row(0);
@@ -747,12 +756,11 @@ void final_layer_fwd(const Tensor& x, const OptionalTensor& shift, const Optiona
 }
 
 void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& shift, const OptionalTensor& scale,
-                     const Tensor& weight, const OptionalTensor& bias, std::vector<int64_t> grid,
-                     std::vector<int64_t> patch, bool rms, double eps, const OptionalTensor& dx,
-                     const OptionalTensor& dshift, const OptionalTensor& dscale, const OptionalTensor& dweight,
-                     const OptionalTensor& dbias) {
+                     const Tensor& weight, const OptionalTensor& bias, int64_t T, int64_t H, int64_t W, bool rms,
+                     double eps, const OptionalTensor& dx, const OptionalTensor& dshift, const OptionalTensor& dscale,
+                     const OptionalTensor& dweight, const OptionalTensor& dbias) {
   const Like like{"x", x};
-  FinalParams p = final_params(like, shift, scale, weight, bias, grid, patch, rms, eps, "dout", dout);
+  FinalParams p = final_params(like, shift, scale, weight, bias, {T, H, W}, rms, eps, "dout", dout);
   const int64_t D = p.shape.D, N = p.N;
   if (dx) p.dx = like.tokens("dx", *dx, p.shape), advise_huge_pages(*dx);
   p.dshift = rows("dshift", dshift, x, p.shape);

@@ -568,9 +568,9 @@ const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, doub
   return steps;
 }
 
+// axes: of t, h and w the size, then the pairs, then the origin; or empty.
 Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
-                  const std::vector<int64_t>& grid, const std::vector<int64_t>& split, double theta,
-                  const std::vector<int64_t>& origin, int64_t first) {
+                  const std::vector<int64_t>& axes, double theta, int64_t first) {
   Rotation r;
   r.first = first;
   r.cos = table("cos", cos, q), r.sin = table("sin", sin, q);
@@ -583,16 +583,14 @@ Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTens
     r.heads = cos->dim() == 3 ? cos->size(1) : 0;
     return r;
   }
-  if (grid.empty()) return r;
-  SORA_CHECK(grid.size() == 3 && split.size() == 3 && origin.size() == 3,
-             "grid, split, origin: expected three integers each, got ", grid.size(), ", ", split.size(), ", ",
-             origin.size());
-  std::copy_n(grid.begin(), 3, r.grid);
-  std::copy_n(split.begin(), 3, r.split);
-  std::copy_n(origin.begin(), 3, r.origin);
-  r.tokens = grid[0] * grid[1] * grid[2];
-  r.steps = angle_steps(split, theta);
-  r.pairs = split[0] + split[1] + split[2];
+  if (axes.empty()) return r;
+  SORA_CHECK(axes.size() == 9, "axes: expected the sizes, pairs and origins of three axes, got ", axes.size(), " integers");
+  std::copy_n(axes.begin(), 3, r.grid);
+  std::copy_n(axes.begin() + 3, 3, r.split);
+  std::copy_n(axes.begin() + 6, 3, r.origin);
+  r.tokens = r.grid[0] * r.grid[1] * r.grid[2];
+  r.steps = angle_steps({axes.begin() + 3, axes.begin() + 6}, theta);
+  r.pairs = r.split[0] + r.split[1] + r.split[2];
   return r;
 }
 
@@ -617,10 +615,9 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
 
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                       const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
-                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> grid,
-                      std::vector<int64_t> split, double theta, std::vector<int64_t> origin, int64_t first,
-                      bool interleaved, double eps, const Tensor& q_out, const Tensor& k_out) {
-  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin, first);
+                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> axes, double theta,
+                      int64_t first, bool interleaved, double eps, const Tensor& q_out, const Tensor& k_out) {
+  const Rotation r = rotation(q, cos, sin, axes, theta, first);
   Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
   Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
   pq.out = heads("q_out", q_out, q, true);
@@ -632,11 +629,10 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                       const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
                       const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm,
-                      bool width, std::vector<int64_t> grid, std::vector<int64_t> split, double theta,
-                      std::vector<int64_t> origin, int64_t first, bool interleaved, double eps,
+                      bool width, std::vector<int64_t> axes, double theta, int64_t first, bool interleaved, double eps,
                       const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
                       const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
-  const Rotation r = rotation(q, cos, sin, grid, split, theta, origin, first);
+  const Rotation r = rotation(q, cos, sin, axes, theta, first);
   Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
   Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
   pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._library import once_differentiable
 from .._operands import empty_video, like, narrow, needs_grad, parameter, video_format
 from . import reference
 
@@ -191,7 +191,8 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
-        out, x = empty_video(x, x.shape), x.contiguous(memory_format=video_format(x))
+        x = x.contiguous(memory_format=video_format(x))
+        out = torch.empty_like(x)
         _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
@@ -206,7 +207,8 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        dout, x = (t.contiguous(memory_format=video_format(x)) for t in (dout, x))
+        kept = video_format(x)
+        dout, x = dout.contiguous(memory_format=kept), x.contiguous(memory_format=kept)
         args = (dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps)
         _library.call("norm_silu_bwd", ctx.impl)(*args, *grads)
         return *grads, None, None, None
@@ -296,7 +298,9 @@ def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: s
 
 
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
-    return (empty_video(t, t.shape) if t.ndim == 5 else like(t, True)) if need else None
+    if not need:
+        return None
+    return torch.empty_like(t, memory_format=video_format(t)) if t.ndim == 5 else like(t)
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):

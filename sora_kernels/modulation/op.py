@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library, _rows
+from .._library import once_differentiable
 from .._operands import dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
@@ -51,14 +51,13 @@ def norm_modulate(
     """
     op = "norm_modulate"
     _check_norm(op, x, norm, eps)
-    _rows.check(op, x, shift=shift, scale=scale)
+    frames = _rows.check(op, x, shift=shift, scale=scale)
     _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
     tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    if grad:
-        return _NormModulate.apply(*tensors, norm == "rms", eps, impl)
-    return _norm_modulate(*tensors, norm == "rms", eps, impl, out)
+    settings = (frames, norm == "rms", eps, impl)
+    return _NormModulate.apply(*tensors, settings) if grad else _norm_modulate(*tensors, *settings, out)
 
 
 def gate_residual(
@@ -82,14 +81,12 @@ def gate_residual(
     op = "gate_residual"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
-    _rows.check(op, x, gate=gate)
+    frames = _rows.check(op, x, gate=gate)
     _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    if grad:
-        return _GateResidual.apply(*tensors, impl)
-    return _gate_residual(*tensors, impl, out)
+    return _GateResidual.apply(*tensors, frames, impl) if grad else _gate_residual(*tensors, frames, impl, out)
 
 
 def gate_residual_norm_modulate(
@@ -121,7 +118,7 @@ def gate_residual_norm_modulate(
     op = "gate_residual_norm_modulate"
     _check_norm(op, x, norm, eps)
     _check.like(op, "y", y, x)
-    _rows.check(op, x, gate=gate, shift=shift, scale=scale)
+    frames = _rows.check(op, x, gate=gate, shift=shift, scale=scale)
     _check_vectors(
         op, x, weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table
     )
@@ -130,9 +127,10 @@ def gate_residual_norm_modulate(
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
+    settings = (frames, norm == "rms", eps, impl)
     if grad:
-        return _GateResidualNormModulate.apply(*tensors, norm == "rms", eps, impl)
-    return _gate_residual_norm_modulate(*tensors, norm == "rms", eps, impl, out)
+        return _GateResidualNormModulate.apply(*tensors, settings)
+    return _gate_residual_norm_modulate(*tensors, *settings, out)
 
 
 # Validation
@@ -140,16 +138,21 @@ def gate_residual_norm_modulate(
 
 def _check_norm(op, x, norm, eps) -> None:
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
-    _check.choice(op, "norm", norm, NORMS)
-    _check.positive(op, "eps", eps)
+    if norm not in NORMS:
+        _check.choice(op, "norm", norm, NORMS)
+    if not eps > 0:
+        _check.positive(op, "eps", eps)
 
 
 def _check_vectors(op, x, **vectors: Tensor | None) -> None:
     """Parameters and tables."""
+    width, device = x.shape[2], x.device
     for name, t in vectors.items():
-        if t is not None:
-            _check.exact(op, name, t, x.shape[2:], "[D], the width of x")
-    _check.same_device(op, x, vectors)
+        if t is None:
+            continue
+        _check.exact(op, name, t, (width,), "[D], the width of x")
+        if t.device != device:
+            _check.same_device(op, x, {name: t})
 
 
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None) -> bool:
@@ -209,8 +212,9 @@ _library.define(
 )
 
 
-def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl, out=None) -> Tensor:
-    frames = _rows.frames(x, shift, scale)
+def _norm_modulate(
+    x, shift, scale, weight, bias, shift_table, scale_table, frames, rms, eps, impl, out=None
+) -> Tensor:
     out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
         dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
@@ -221,18 +225,17 @@ def _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms,
 
 class _NormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl):
+    def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, settings):
         ctx.save_for_backward(x, shift, scale, weight, bias, shift_table, scale_table)
-        ctx.constants = rms, eps, impl
-        return _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, impl)
+        ctx.settings = settings
+        return _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         x, shift, scale, weight, bias, shift_table, scale_table = ctx.saved_tensors
-        rms, eps, impl = ctx.constants
+        frames, rms, eps, impl = ctx.settings
         need = ctx.needs_input_grad
-        frames = _rows.frames(x, shift, scale)
         dx = like(x, need[0])
         dshift = _rows.like(shift, need[1], x, frames)
         dscale = _rows.like(scale, need[2], x, frames)
@@ -243,7 +246,7 @@ class _NormModulate(torch.autograd.Function):
             table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
         )  # fmt: skip
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None, None, None
+        return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None
 
 
 # gate_residual
@@ -270,19 +273,19 @@ _library.define(
 )
 
 
-def _gate_residual(x, y, gate, gate_table, impl, out=None) -> Tensor:
+def _gate_residual(x, y, gate, gate_table, frames, impl, out=None) -> Tensor:
     out = like(x) if out is None else out
-    gate = _rows.view(gate, x, _rows.frames(x, gate))
+    gate = _rows.view(gate, x, frames)
     _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, gate_table, impl):
+    def forward(ctx, x, y, gate, gate_table, frames, impl):
         ctx.save_for_backward(y, gate, gate_table)
-        ctx.impl = impl
-        return _gate_residual(x, y, gate, gate_table, impl)
+        ctx.settings = frames, impl
+        return _gate_residual(x, y, gate, gate_table, frames, impl)
 
     @staticmethod
     @once_differentiable
@@ -290,14 +293,14 @@ class _GateResidual(torch.autograd.Function):
         y, gate, gate_table = ctx.saved_tensors
         need = ctx.needs_input_grad
         if not any(need[1:4]):
-            return dout, None, None, None, None
-        frames = _rows.frames(y, gate)
+            return dout, None, None, None, None, None
+        frames, impl = ctx.settings
         dy, dgate = like(y, need[1]), _rows.like(gate, need[2], y, frames)
         dgate_table = like(gate_table, need[3])
-        _library.call("gate_residual_bwd", ctx.impl)(
+        _library.call("gate_residual_bwd", impl)(
             dense(dout), dense(y), _rows.view(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
         )
-        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None
+        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None, None
 
 
 # gate_residual_norm_modulate
@@ -357,9 +360,8 @@ _library.define(
 
 
 def _gate_residual_norm_modulate(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl, out=None
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, frames, rms, eps, impl, out=None
 ) -> tuple[Tensor, Tensor]:
-    frames = _rows.frames(x, gate, shift, scale)
     x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
         dense(x), dense(y), _rows.view(gate, x, frames), _rows.view(shift, x, frames), _rows.view(scale, x, frames),
@@ -371,21 +373,20 @@ def _gate_residual_norm_modulate(
 
 class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, impl):
+    def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, settings):
         ctx.set_materialize_grads(False)
         tensors = (y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table)
-        x_new, out = _gate_residual_norm_modulate(x, *tensors, rms, eps, impl)
+        x_new, out = _gate_residual_norm_modulate(x, *tensors, *settings)
         ctx.save_for_backward(x_new, *tensors)
-        ctx.constants = rms, eps, impl
+        ctx.settings = settings
         return x_new, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new, dout):
         x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table = ctx.saved_tensors
-        rms, eps, impl = ctx.constants
+        frames, rms, eps, impl = ctx.settings
         need = ctx.needs_input_grad
-        frames = _rows.frames(x_new, gate, shift, scale)
         dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows.like(gate, need[2], x_new, frames)
         dshift = _rows.like(shift, need[3], x_new, frames)
         dscale = _rows.like(scale, need[4], x_new, frames)
@@ -398,4 +399,4 @@ class _GateResidualNormModulate(torch.autograd.Function):
             dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables,
         )  # fmt: skip
         dgate, dshift, dscale = _rows.sum_to(dgate, gate), _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None, None, None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None

@@ -12,6 +12,8 @@ import math
 import triton
 import triton.language as tl
 
+from .reference import patch_of
+
 # fp32 operands on tensor cores as three products of their bf16 halves: 16 bits of each operand, and bf16's range.
 # The interpreter knows no such pass and multiplies in fp32.
 SPLIT = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x3")
@@ -77,24 +79,25 @@ def unpatchify3d_kernel(
         tl.store(video, tl.load(tokens, mask), mask)
 
 
-def _move(tokens, video, grid, patch, channels, inverse) -> None:
+def _move(tokens, video, grid, inverse) -> None:
     if tokens.numel() == 0:
         return
-    B, _, frames, height, width = video.shape
+    B, channels, frames, height, width = video.shape
+    pt, ph, pw = patch_of(video, grid)
     block_c = min(triton.next_power_of_2(channels), 64)
     block_x = min(triton.next_power_of_2(width), max(2048 // block_c, 32))
     align = math.gcd(16, width, *video.stride()[:4])
     blocks = B * frames * height, triton.cdiv(width, block_x), triton.cdiv(channels, block_c)
     unpatchify3d_kernel[blocks](
         tokens, video, *tokens.stride(), *video.stride(), frames, height, width // align, grid[1], grid[2],
-        C=channels, PT=patch[0], PH=patch[1], PW=patch[2], INVERSE=inverse, ALIGN=align,
+        C=channels, PT=pt, PH=ph, PW=pw, INVERSE=inverse, ALIGN=align,
         BLOCK_C=block_c, BLOCK_X=block_x, num_warps=4,
     )  # fmt: skip
 
 
-def unpatchify3d_fwd(tokens, grid, patch, channels, out):
-    _move(tokens, out, grid, patch, channels, inverse=False)
+def unpatchify3d_fwd(tokens, T, H, W, out):
+    _move(tokens, out, (T, H, W), inverse=False)
 
 
-def unpatchify3d_bwd(dout, grid, patch, channels, dtokens):
-    _move(dtokens, dout, grid, patch, channels, inverse=True)
+def unpatchify3d_bwd(dout, T, H, W, dtokens):
+    _move(dtokens, dout, (T, H, W), inverse=True)

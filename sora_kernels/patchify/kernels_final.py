@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .._triton import load_rows, load_vector, store_rows, sum_partials
 from .kernels import dot, feature_offsets, token_offsets, unpatchify3d_bwd
+from .reference import patch_of
 
 PROGRAMS = 256  # of the backward: two per SM of a large GPU, and the bound of the fp32 partials where it can be kept
 
@@ -268,11 +269,11 @@ def _groups(x, rows, most: int) -> tuple[int, int, int, bool]:
     return B * frames, S // frames, S // frames, False
 
 
-def final_layer_fwd(x, shift, scale, weight, bias, grid, patch, rms, eps, out):
-    _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, None, [None] * 4)
+def final_layer_fwd(x, shift, scale, weight, bias, T, H, W, rms, eps, out):
+    _forward(x, shift, scale, weight, bias, H, W, patch_of(out, (T, H, W)), rms, eps, out, None, [None] * 4)
 
 
-def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, statistics):
+def _forward(x, shift, scale, weight, bias, grid_h, grid_w, patch, rms, eps, out, dy, statistics):
     N, D = weight.shape
     B, S, _ = x.shape
     if B * S == 0:
@@ -284,13 +285,13 @@ def _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, out, dy, stat
     final_layer_fwd_kernel[(groups * tiles,)](
         x, shift, scale, weight, bias, out, dy, *statistics, *_strides(x, shift, scale),
         *((0,) * 5 if out is None else out.stride()),
-        S, *grid[1:], frame, tokens, tiles, D, eps,
+        S, grid_h, grid_w, frame, tokens, tiles, D, eps,
         N=N, C=N // (patch[0] * patch[1] * patch[2]), PT=patch[0], PH=patch[1], PW=patch[2],
         RMS=rms, PER_TOKEN=per_token, **config,
     )  # fmt: skip
 
 
-def final_layer_bwd(dout, x, shift, scale, weight, bias, grid, patch, rms, eps, dx, dshift, dscale, dweight, dbias):
+def final_layer_bwd(dout, x, shift, scale, weight, bias, T, H, W, rms, eps, dx, dshift, dscale, dweight, dbias):
     N, D = weight.shape
     B, S, _ = x.shape
 
@@ -298,7 +299,7 @@ def final_layer_bwd(dout, x, shift, scale, weight, bias, grid, patch, rms, eps, 
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     dy = empty(B, S, N, dtype=dout.dtype)
-    unpatchify3d_bwd(dout, grid, patch, N // (patch[0] * patch[1] * patch[2]), dy)
+    unpatchify3d_bwd(dout, T, H, W, dy)
     if x.numel() == 0:
         for t in (dx, dshift, dscale, dweight):
             if t is not None:
@@ -307,7 +308,7 @@ def final_layer_bwd(dout, x, shift, scale, weight, bias, grid, patch, rms, eps, 
             dbias.copy_(dy.sum((0, 1), dtype=torch.float32))
         return
     statistics = [empty(B * S) for _ in range(4)]
-    _forward(x, shift, scale, weight, bias, grid, patch, rms, eps, None, dy, statistics)
+    _forward(x, shift, scale, weight, bias, H, W, patch_of(dout, (T, H, W)), rms, eps, None, dy, statistics)
 
     config = backward_tile(N, x.dtype, weight.dtype != x.dtype)
     groups, tokens, frame, per_token = _groups(x, (shift, scale, dshift, dscale), PROGRAMS)

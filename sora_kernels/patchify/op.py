@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library, _rows
+from .._library import once_differentiable
 from .._operands import dense, like, narrow, needs_grad, parameter
 from . import reference
 
@@ -37,11 +37,11 @@ def patch_embed3d(
     op = "patch_embed3d"
     _check.tensor(op, "video", video, "[B, C, T, H, W]", ndim=5)
     _check.tensor(op, "weight", weight, "[D, C, pt, ph, pw]", ndim=5)
-    B, C, *size = video.shape
-    D, channels, *patch = weight.shape
+    (B, C, *size), (D, channels, *patch) = video.shape, weight.shape
     if channels != C:
         raise ValueError(f"{op}: weight [D, C, pt, ph, pw] must have video's C={C} channels; got {channels}")
-    _check.triple(op, "the patch (pt, ph, pw) of weight", patch)
+    if min(patch) < 1:
+        _check.triple(op, "the patch (pt, ph, pw) of weight", patch)
     for axis, n, p in zip("THW", size, patch, strict=True):
         if n % p:
             raise ValueError(
@@ -58,7 +58,7 @@ def patch_embed3d(
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
-    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, impl)
+    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, (B, S, D), impl)
 
 
 def unpatchify3d(
@@ -77,14 +77,16 @@ def unpatchify3d(
     grid, patch = _check_layout(op, "tokens", tokens, grid, patch)
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ValueError(f"{op}: channels must be an integer of at least 1; got {channels!r}")
-    if tokens.shape[2] != math.prod(patch) * channels:
+    B, _, features = tokens.shape
+    if features != math.prod(patch) * channels:
         raise ValueError(
             f"{op}: tokens must have pt*ph*pw*C = {math.prod(patch) * channels} features for patch {patch} and "
-            f"channels {channels}; got {tokens.shape[2]}"
+            f"channels {channels}; got {features}"
         )
     grad = needs_grad((tokens,))
     impl = _dispatch.choose(op, impl, tokens, grad=grad)
-    return (_Unpatchify3d.apply if grad else _unpatchify3d)(tokens, list(grid), list(patch), channels, impl)
+    settings = (_video(B, channels, grid, patch), grid, impl)
+    return _Unpatchify3d.apply(tokens, settings) if grad else _unpatchify3d(tokens, *settings)
 
 
 def final_layer(
@@ -122,16 +124,17 @@ def final_layer(
     op = "final_layer"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     grid, patch = _check_layout(op, "x", x, grid, patch)
-    _rows.check(op, x, shift=shift, scale=scale)
+    frames = _rows.check(op, x, shift=shift, scale=scale)
     _check.choice(op, "norm", norm, NORMS)
     _check.positive(op, "eps", eps)
     _check.tensor(op, "weight", weight, "[pt*ph*pw*C, D]", ndim=2)
-    features, width = weight.shape
-    if width != x.shape[2]:
-        raise ValueError(f"{op}: weight [pt*ph*pw*C, D] must have x's width D={x.shape[2]}; got {width}")
-    if features == 0 or features % math.prod(patch):
+    (B, _, D), (features, width) = x.shape, weight.shape
+    if width != D:
+        raise ValueError(f"{op}: weight [pt*ph*pw*C, D] must have x's width D={D}; got {width}")
+    cells = math.prod(patch)
+    if features == 0 or features % cells:
         raise ValueError(
-            f"{op}: weight must have a multiple of pt*ph*pw = {math.prod(patch)} rows for patch {patch}; got {features}"
+            f"{op}: weight must have a multiple of pt*ph*pw = {cells} rows for patch {patch}; got {features}"
         )
     if bias is not None:
         _check.exact(op, "bias", bias, (features,), "[pt*ph*pw*C], as weight has rows")
@@ -139,8 +142,8 @@ def final_layer(
     tensors = narrow(x, (x, shift, scale, weight, bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (list(grid), list(patch), norm == "rms", float(eps))
-    return (_FinalLayer.apply if grad else _final_layer)(*tensors, *settings, impl)
+    settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", float(eps), impl)
+    return _FinalLayer.apply(*tensors, settings) if grad else _final_layer(*tensors, *settings)
 
 
 def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str = "auto") -> Tensor:
@@ -184,6 +187,12 @@ def _check_layout(op, name, tokens, grid, patch) -> tuple[tuple[int, int, int], 
     return grid, patch
 
 
+def _video(B, C, grid, patch) -> tuple[int, ...]:
+    """The shape of the video that grid · patch pixels make."""
+    (T, H, W), (pt, ph, pw) = grid, patch
+    return B, C, T * pt, H * ph, W * pw
+
+
 # patch_embed3d
 
 _library.define(
@@ -212,20 +221,18 @@ def _patch_operands(video, weight, bias, pos) -> tuple[Tensor | None, ...]:
     return video, parameter(weight), parameter(bias), parameter(pos)
 
 
-def _patch_embed3d(video, weight, bias, pos, impl) -> Tensor:
-    B, _, T, H, W = video.shape
-    D, _, pt, ph, pw = weight.shape
-    out = torch.empty((B, (T // pt) * (H // ph) * (W // pw), D), dtype=video.dtype, device=video.device)
+def _patch_embed3d(video, weight, bias, pos, shape, impl) -> Tensor:
+    out = torch.empty(shape, dtype=video.dtype, device=video.device)
     _library.call("patch_embed3d_fwd", impl)(*_patch_operands(video, weight, bias, pos), out)
     return out
 
 
 class _PatchEmbed3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, video, weight, bias, pos, impl):
+    def forward(ctx, video, weight, bias, pos, shape, impl):
         ctx.save_for_backward(video, weight, bias, pos)
         ctx.impl = impl
-        return _patch_embed3d(video, weight, bias, pos, impl)
+        return _patch_embed3d(video, weight, bias, pos, shape, impl)
 
     @staticmethod
     @once_differentiable
@@ -236,73 +243,77 @@ class _PatchEmbed3d(torch.autograd.Function):
         _library.call("patch_embed3d_bwd", ctx.impl)(dense(dout), *operands, *grads)
         if grads[3] is not None:
             grads[3] = grads[3].view(saved[3].shape)
-        return *grads, None
+        return *grads, None, None
 
 
 # unpatchify3d
 
 _library.define(
     "unpatchify3d_fwd",
-    "(Tensor tokens, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) out) -> ()",
-    reference=lambda tokens, grid, patch, channels, out: out.copy_(
-        reference.unpatchify3d(tokens, grid, patch, channels)
+    "(Tensor tokens, SymInt T, SymInt H, SymInt W, Tensor(a!) out) -> ()",
+    reference=lambda tokens, T, H, W, out: out.copy_(
+        reference.unpatchify3d(tokens, (T, H, W), reference.patch_of(out, (T, H, W)), out.shape[1])
     ),
     impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_fwd", "cpu": None},
 )
 _library.define(
     "unpatchify3d_bwd",
-    "(Tensor dout, SymInt[] grid, SymInt[] patch, SymInt channels, Tensor(a!) dtokens) -> ()",
-    reference=lambda dout, grid, patch, channels, dtokens: dtokens.copy_(reference.patchify3d(dout, patch)),
+    "(Tensor dout, SymInt T, SymInt H, SymInt W, Tensor(a!) dtokens) -> ()",
+    reference=lambda dout, T, H, W, dtokens: dtokens.copy_(
+        reference.patchify3d(dout, reference.patch_of(dout, (T, H, W)))
+    ),
     impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_bwd", "cpu": None},
 )
 
 
-def _video(batch, channels, grid, patch, like) -> Tensor:
-    size = [n * p for n, p in zip(grid, patch, strict=True)]
-    return torch.empty([batch, channels, *size], dtype=like.dtype, device=like.device)
-
-
-def _unpatchify3d(tokens, grid, patch, channels, impl) -> Tensor:
-    out = _video(tokens.shape[0], channels, grid, patch, tokens)
-    _library.call("unpatchify3d_fwd", impl)(tokens, grid, patch, channels, out)
+def _unpatchify3d(tokens, shape, grid, impl) -> Tensor:
+    out = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
+    _library.call("unpatchify3d_fwd", impl)(tokens, *grid, out)
     return out
 
 
 class _Unpatchify3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, grid, patch, channels, impl):
-        ctx.constants = tokens.shape, grid, patch, channels, impl
-        return _unpatchify3d(tokens, grid, patch, channels, impl)
+    def forward(ctx, tokens, settings):
+        ctx.shape, ctx.settings = tokens.shape, settings
+        return _unpatchify3d(tokens, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        shape, grid, patch, channels, impl = ctx.constants
-        dtokens = torch.empty(shape, dtype=dout.dtype, device=dout.device)
-        _library.call("unpatchify3d_bwd", impl)(dout, grid, patch, channels, dtokens)
-        return dtokens, None, None, None, None
+        _, grid, impl = ctx.settings
+        dtokens = torch.empty(ctx.shape, dtype=dout.dtype, device=dout.device)
+        _library.call("unpatchify3d_bwd", impl)(dout, *grid, dtokens)
+        return dtokens, None
 
 
 # final_layer
 
 _FINAL = (
-    "Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, SymInt[] grid, SymInt[] patch, "
+    "Tensor x, Tensor? shift, Tensor? scale, Tensor weight, Tensor? bias, SymInt T, SymInt H, SymInt W, "
     "bool rms, float eps"
 )
+
+
+def _final(video, x, shift, scale, weight, bias, T, H, W, rms, eps) -> Tensor:
+    """The reference; video tells the patch."""
+    grid = T, H, W
+    patch = reference.patch_of(video, grid)
+    return reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
+
+
 _library.define(
     "final_layer_fwd",
     f"({_FINAL}, Tensor(a!) out) -> ()",
-    reference=lambda x, shift, scale, weight, bias, grid, patch, rms, eps, out: out.copy_(
-        reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
-    ),
+    reference=lambda *args: args[-1].copy_(_final(args[-1], *args[:-1])),
     impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_fwd", "cpu": None},
 )
 _library.define(
     "final_layer_bwd",
     f"(Tensor dout, {_FINAL}, Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, "
     "Tensor(e!)? dbias) -> ()",
-    reference=lambda dout, x, shift, scale, weight, bias, grid, patch, rms, eps, *grads: _library.vjp(
-        lambda **inputs: reference.final_layer(**inputs, grid=grid, patch=patch, norm=NORMS[rms], eps=eps),
+    reference=lambda dout, x, shift, scale, weight, bias, T, H, W, rms, eps, *grads: _library.vjp(
+        lambda **inputs: _final(dout, **inputs, T=T, H=H, W=W, rms=rms, eps=eps),
         dict(x=x, shift=shift, scale=scale, weight=weight, bias=bias),
         (dout,),
         dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
@@ -317,34 +328,33 @@ def _final_operands(x, shift, scale, weight, bias, frames) -> tuple[Tensor | Non
     )  # fmt: skip
 
 
-def _final_layer(x, shift, scale, weight, bias, grid, patch, rms, eps, impl) -> Tensor:
-    out = _video(x.shape[0], weight.shape[0] // math.prod(patch), grid, patch, x)
-    operands = _final_operands(x, shift, scale, weight, bias, _rows.frames(x, shift, scale))
-    _library.call("final_layer_fwd", impl)(*operands, grid, patch, rms, eps, out)
+def _final_layer(x, shift, scale, weight, bias, shape, frames, T, H, W, rms, eps, impl) -> Tensor:
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    operands = _final_operands(x, shift, scale, weight, bias, frames)
+    _library.call("final_layer_fwd", impl)(*operands, T, H, W, rms, eps, out)
     return out
 
 
 class _FinalLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, *args):
+    def forward(ctx, x, shift, scale, weight, bias, settings):
         ctx.save_for_backward(x, shift, scale, weight, bias)
-        ctx.constants = args
-        return _final_layer(x, shift, scale, weight, bias, *args)
+        ctx.settings = settings
+        return _final_layer(x, shift, scale, weight, bias, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        *settings, impl = ctx.constants
+        _, frames, *settings, impl = ctx.settings
         x, shift, scale, weight, bias = ctx.saved_tensors
         need = ctx.needs_input_grad
-        frames = _rows.frames(x, shift, scale)
         dx, dweight, dbias = like(x, need[0]), like(weight, need[3]), like(bias, need[4])
         dshift, dscale = _rows.like(shift, need[1], x, frames), _rows.like(scale, need[2], x, frames)
         _library.call("final_layer_bwd", impl)(
             dout, *_final_operands(x, shift, scale, weight, bias, frames), *settings, dx, dshift, dscale, dweight, dbias
         )
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dshift, dscale, dweight, dbias, *(None for _ in ctx.constants)
+        return dx, dshift, dscale, dweight, dbias, None
 
 
 # video_to_uint8

@@ -13,6 +13,11 @@ def accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def patch_of(video: Tensor, grid: Sequence[int]) -> list[int]:
+    """The patch of which `grid` make the video `[B, C, T*pt, H*ph, W*pw]`."""
+    return [size // n for size, n in zip(video.shape[2:], grid, strict=True)]
+
+
 def patchify3d(video: Tensor, patch: Sequence[int]) -> Tensor:
     """`[B, C, T*pt, H*ph, W*pw]` -> `[B, T*H*W, pt*ph*pw*C]`: a row of features, ordered (pt, ph, pw, C), per patch."""
     pt, ph, pw = patch

@@ -292,16 +292,15 @@ def steps(split: list[int], theta: float, device: torch.device) -> torch.Tensor:
     return (_steps if capturing else _cached_steps)(tuple(split), theta, device)
 
 
-def _settings(x, cos, sin, grid, split, theta, origin, first, eps) -> tuple[tuple, tuple, dict]:
+def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, tuple, dict]:
     """The pointers of the angles, the scalars, and the constexprs of the rotation."""
-    T, H, W = grid or (0, 1, 1)
+    T, H, W, *split, origin_t, origin_h, origin_w = axes or (0, 1, 1, 0, 0, 0, 0, 0, 0)
     pairs = sum(split) if cos is None else cos.shape[-1]
     tokens = T * H * W if cos is None else cos.shape[0]
     table = steps(split, theta, x.device) if pairs and cos is None else None
-    split_t, split_h, _ = split or (0, 0, 0)
     by_head = 0 if cos is None or cos.ndim == 2 else cos.shape[1]
-    rotary = dict(N=pairs, BY_HEAD=by_head, SPLIT_T=split_t, SPLIT_H=split_h)
-    return (cos, sin, table), (first, tokens, H, W, *origin, eps), rotary
+    rotary = dict(N=pairs, BY_HEAD=by_head, SPLIT_T=split[0], SPLIT_H=split[1])
+    return (cos, sin, table), (first, tokens, H, W, origin_t, origin_h, origin_w, eps), rotary
 
 
 def _strides(x) -> tuple[int, int, int | None]:
@@ -309,10 +308,9 @@ def _strides(x) -> tuple[int, int, int | None]:
 
 
 def qk_norm_rope_fwd(
-    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, grid, split, theta, origin, first, interleaved,
-    eps, q_out, k_out,
+    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved, eps, q_out, k_out,
 ):  # fmt: skip
-    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, first, eps)
+    angles, scalars, rotary = _settings(q, cos, sin, axes, theta, first, eps)
     for x, weight, bias, out in ((q, q_weight, q_bias, q_out), (k, k_weight, k_bias, k_out)):
         if x.numel() == 0:
             continue
@@ -325,10 +323,10 @@ def qk_norm_rope_fwd(
 
 
 def qk_norm_rope_bwd(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, grid, split, theta, origin, first,
-    interleaved, eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
+    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved,
+    eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
 ):  # fmt: skip
-    angles, scalars, rotary = _settings(q, cos, sin, grid, split, theta, origin, first, eps)
+    angles, scalars, rotary = _settings(q, cos, sin, axes, theta, first, eps)
     of_q, of_k = (dq_out, q, q_weight, dq, dq_weight, dq_bias), (dk_out, k, k_weight, dk, dk_weight, dk_bias)
     for dout, x, weight, dx, *parameters in (of_q, of_k):
         wanted = [t for t in parameters if t is not None]

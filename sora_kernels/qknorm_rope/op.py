@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
+from .._library import once_differentiable
 from .._operands import dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
@@ -85,13 +85,13 @@ def qk_norm_rope(
     _check_affine(op, q, norm, across, q_weight=q_weight, q_bias=q_bias)
     _check_affine(op, k, norm, across, k_weight=k_weight, k_bias=k_bias)
     first = _check_text(op, q.shape[1], text_len, text_at)
-    cos, sin, grid, split, origin = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
+    cos, sin, axes = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
     width = across == "width"
-    settings = (NORMS.index(norm), width, grid, split, float(theta), origin, first, bool(interleaved), float(eps))
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
-    return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, *settings, impl)
+    settings = (NORMS.index(norm), width, axes, float(theta), first, bool(interleaved), float(eps), impl)
+    return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, settings)
 
 
 # Validation
@@ -100,17 +100,17 @@ def qk_norm_rope(
 def _check_heads(op, q, k) -> None:
     _check.tensor(op, "q", q, "[B, S, H, E]", ndim=4)
     _check.tensor(op, "k", k, "[B, S, H, E]", ndim=4)
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"{op}: k must have q's batch {q.shape[0]} and head width {q.shape[3]}; got shape {_check.shape_of(k)}"
-        )
+    (B, _, _, E), of_k = q.shape, k.shape
+    if of_k[0] != B or of_k[3] != E:
+        raise ValueError(f"{op}: k must have q's batch {B} and head width {E}; got shape {_check.shape_of(k)}")
     if k.dtype != q.dtype:
         raise TypeError(f"{op}: k must have q's dtype {q.dtype}; got {k.dtype}; cast it with .to()")
-    _check.same_device(op, q, {"k": k}, "q")
+    if k.device != q.device:
+        _check.same_device(op, q, {"k": k}, "q")
 
 
 def _check_affine(op, x, norm, across, **parameters: Tensor | None) -> None:
-    H, E = x.shape[2:]
+    _, _, H, E = x.shape
     for name, t in parameters.items():
         if t is None:
             continue
@@ -135,26 +135,26 @@ def _check_text(op, S, text_len, text_at) -> int:
 
 
 def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len):
-    """(cos, sin, grid, split, origin) as the op takes them, where None or empty means that nothing is rotated."""
-    S, E = q.shape[1], q.shape[3]
+    """(cos, sin, axes) as the op takes them, where None or empty means that nothing is rotated."""
+    _, S, _, E = q.shape
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
-        return None, None, (), (), (0, 0, 0)
+        return None, None, ()
     if k.shape[1] != S:
         raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
     if freqs is None:
-        grid, split, origin = (tuple(t) if isinstance(t, list) else t for t in (grid, split, origin))
-        check = _check_grid if torch.compiler.is_compiling() else _check_grid_once
-        return None, None, *check(op, S, E, grid, split, theta, rotary_dim, origin, text_len)
+        known = type(grid) is tuple and type(origin) is tuple and not torch.compiler.is_compiling()
+        check = _check_grid_once if known and type(split) is not list else _check_grid
+        return None, None, check(op, S, E, grid, split, theta, rotary_dim, origin, text_len)
     if split is not None:
         raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
     cos, sin, rotary_dim = _freqs(op, freqs, q, k, rotary_dim, text_len)
     _check_rotary_dim(op, rotary_dim, E)
-    return cos, sin, (), (), (0, 0, 0)
+    return cos, sin, ()
 
 
 def _check_rotary_dim(op, rotary_dim, E) -> None:
@@ -166,7 +166,7 @@ def _check_rotary_dim(op, rotary_dim, E) -> None:
 
 
 def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
-    """(grid, split, origin), three integers each."""
+    """(*grid, *split, *origin), three integers each."""
     origin = _check.triple(op, "origin", origin, least=-(1 << 30))
     rotary_dim = E if rotary_dim is None else rotary_dim
     _check_rotary_dim(op, rotary_dim, E)
@@ -177,7 +177,7 @@ def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:
         raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
-    return grid, split, origin
+    return *grid, *split, *origin
 
 
 _check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
@@ -214,8 +214,7 @@ def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
-    "int norm, bool width, SymInt[] grid, int[] split, float theta, SymInt[] origin, SymInt first, bool interleaved, "
-    "float eps"
+    "int norm, bool width, SymInt[] axes, float theta, SymInt first, bool interleaved, float eps"
 )
 
 
@@ -226,10 +225,11 @@ def _impls(op: str) -> dict[str, str | None]:
 _LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
-def _keywords(cos, sin, norm, width, grid, split, theta, origin, first, interleaved, eps) -> dict:
+def _keywords(cos, sin, norm, width, axes, theta, first, interleaved, eps) -> dict:
+    """axes: of t, h and w the size, then the pairs, then the origin; or empty."""
     return dict(
-        norm=NORMS[norm], across="width" if width else "head", grid=grid or None, split=split, theta=theta,
-        freqs=None if cos is None else (cos, sin), origin=origin, text_len=first, text_at="start",
+        norm=NORMS[norm], across="width" if width else "head", grid=axes[:3] or None, split=axes[3:6], theta=theta,
+        freqs=None if cos is None else (cos, sin), origin=axes[6:], text_len=first, text_at="start",
         interleaved=interleaved, eps=eps,
     )  # fmt: skip
 
@@ -268,13 +268,15 @@ _library.define(
 
 
 def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin) -> tuple[Tensor | None, ...]:
-    parameters = (parameter(t) for t in (q_weight, k_weight, q_bias, k_bias))
-    return dense(q), dense(k), *parameters, table(cos, q), table(sin, q)
+    return (
+        dense(q), dense(k), parameter(q_weight), parameter(k_weight), parameter(q_bias), parameter(k_bias),
+        table(cos, q), table(sin, q),
+    )  # fmt: skip
 
 
 def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
-    tensors, settings, impl = args[:8], args[8:-1], args[-1]
-    q_out, k_out = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:2])
+    *tensors, (*settings, impl) = args
+    q_out, k_out = like(tensors[0]), like(tensors[1])
     _library.call("qk_norm_rope_fwd", impl)(*_inputs(*tensors), *settings, q_out, k_out)
     return q_out, k_out
 
@@ -282,15 +284,15 @@ def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:8])
-        ctx.constants = args[8:]
+        *tensors, ctx.settings = args
+        ctx.save_for_backward(*tensors)
         return _qk_norm_rope(*args)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
-        *settings, impl = ctx.constants
+        *settings, impl = ctx.settings
         inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
         grads = [like(t, wanted) for t, wanted in zip(inputs[:6], ctx.needs_input_grad[:6], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
-        return *grads, None, None, *(None for _ in ctx.constants)
+        return *grads, None, None, None
