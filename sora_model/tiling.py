@@ -95,7 +95,7 @@ def apply(stages: Sequence[Stage], x: Tensor, run: Pass) -> Tensor:
 
 def windows(stages: Sequence[Stage], size: Sequence[int], tile: tuple[int, int]) -> list[list[Window]]:
     """The tiles of the result of frames of `size`: as equal as latents can be split, none of more than `tile`."""
-    up, down = (math.prod(getattr(stage, name)[1] for stage in stages) for name in ("up", "down"))
+    up, down = math.prod([stage.up[1] for stage in stages]), math.prod([stage.down[1] for stage in stages])
     axes = []
     for elements, most in zip(size, tile, strict=True):
         latents = elements // down
