@@ -9,7 +9,7 @@ frame, the layers' own padding is the true one. The windows follow from the laye
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, cat, nn
@@ -103,6 +103,33 @@ def windows(stages: Sequence[Stage], size: Sequence[int], tile: tuple[int, int])
         edges = [latents * i // count * up for i in range(count + 1)]
         axes.append([Span(*ends, latents * up) for ends in zip(edges, edges[1:], strict=False)])
     return [[(rows, columns) for columns in axes[1]] for rows in axes[0]]
+
+
+def memory(stages: Sequence[Stage], size: Sequence[int], frames: int, tile: tuple[int, int] | None) -> tuple[int, int]:
+    """Elements that a stream of frames of `size` keeps in caches, and of the largest tensor of one chunk."""
+    down = math.prod([stage.down[1] for stage in stages])
+    grid = windows(stages, size, tile or tuple(n // down for n in size))
+    rows = [[rows for rows, _ in needed(stages, window)] for window, *_ in grid]
+    columns = [[columns for _, columns in needed(stages, window)] for window in grid[0]]
+    kept = largest = 0
+    for at, stage in enumerate(stages):
+        lengths = [[span[at].stop - span[at].start for span in axis] for axis in (rows, columns)]
+        remembering = stage.convs if stage.past is None else (*stage.convs, stage.past)
+        kept += math.prod(map(sum, lengths)) * sum((conv.kernel_size[0] - 1) * conv.in_channels for conv in remembering)
+        before = frames * math.prod(map(max, lengths))
+        after = before * math.prod(stage.up) // math.prod(stage.down)
+        largest = max(largest, before * stage.convs[0].in_channels, after * stage.convs[-1].out_channels)
+        frames = frames * stage.up[0] // stage.down[0]
+    return kept, largest
+
+
+def choices(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Tiles in latents, from the whole frame down to 8 latents, below which the borders outweigh what is saved."""
+    yield size
+    side = max(size)
+    while side > 8:
+        side = max(side * 3 // 4, 8)
+        yield min(size[0], side), min(size[1], side)
 
 
 def needed(stages: Sequence[Stage], window: Window) -> list[Window]:

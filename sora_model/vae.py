@@ -25,6 +25,8 @@ from .stream import EPS, Pass, VAECache, regroup
 from .tiling import Stage, Tile
 
 LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
+# what one chunk holds at once, in tensors of its largest layer: of the resident set on a CPU, allocator's gaps included
+_TENSORS = {"auto": 16, "reference": 52}
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,37 @@ class CausalVAE(nn.Module):
             run, cache = self._begin("decode", piece, tile, cache, streaming=True), None  # each part goes as it is read
             yield self._decode(piece, run, clamp)
             cache = self._cache("decode", piece, run)
+
+    def stream_memory(self, kind: str, height: int, width: int, *, tile: Tile = None, impl: str | None = None) -> int:
+        """About the bytes that a stream, "encode" or "decode", one latent frame a chunk, takes beyond the weights.
+
+        Of an `impl` other than the model's own, where one is named.
+        """
+        network = self.encoder if kind == "encode" else self.decoder
+        latents, factor = self.config.latent_shape(1, height, width)[2:], self.config.spatial_factor
+        size, frames = ((height, width), self.config.temporal_factor) if kind == "encode" else (latents, 1)
+        tile = tiling.in_latents(tile, latents, factor)
+        kept, largest = tiling.memory(network.stages, size, frames, tile)
+        tensors = _TENSORS["reference" if (impl or self.impl) == "reference" else "auto"]
+        # the layers at the size of the latents; the frames themselves, cut up and put together
+        whole = 12 * network.mid_block.attention.proj.in_features + 12 * self.config.temporal_factor * factor**2
+        return (kept + tensors * largest + whole * math.prod(latents)) * self.quant_conv.weight.element_size()
+
+    def fit_tile(
+        self, kind: str, height: int, width: int, budget: int, *, impl: str | None = None
+    ) -> tuple[tuple[int, int], int]:
+        """(tile, bytes): the largest tile with which a stream takes about `budget` bytes at most, and what it takes.
+
+        The whole frame where that fits. Where no tile does, the one that takes least, which is more than `budget`: the
+        caches of a stream are those of whole frames, however small its tiles.
+        """
+        fits, factor = [], self.config.spatial_factor
+        for latents in tiling.choices(self.config.latent_shape(1, height, width)[2:]):
+            tile = tuple(n * factor for n in latents)
+            fits.append((tile, self.stream_memory(kind, height, width, tile=tile, impl=impl)))
+            if fits[-1][1] <= budget:
+                return fits[-1]
+        return min(fits, key=lambda fit: fit[1])
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents as a diffusion model sees them: (latents - mean) / std, per channel."""
