@@ -1,10 +1,12 @@
-"""Peak memory of a decode over the length of a clip: our stream beside diffusers' decoder, a fresh process each.
+"""Peak memory of the VAE over the length of a clip: our stream beside diffusers' coder, a fresh process each.
 
-    python -m benchmarks.stream_memory [--frames 17 65 257] [--base 16] [--latent 8] [--threads 1] [--json FILE]
+    python -m benchmarks.stream_memory [--frames 17 65 257] [--code decode encode] [--base 16] [--latent 8]
+        [--tile PIXELS ...] [--threads 1] [--json FILE] [--plot FILE.svg]
 
-Both decode the same weights and latents in fp32. Ours hands out four frames at a time and forgets them, as a writer of
-a video file needs them; diffusers returns the whole clip, which is its only way. Printed: the peak resident set beyond
-what the process held before it decoded, and seconds.
+Both have the same weights and fp32 input. Ours takes and hands out a latent frame, or the four frames that it stands
+for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns the
+whole clip, which is its only way. Printed: the peak resident set beyond what the process held before, and seconds. The
+plot is drawn from the lines in the JSON file, those of earlier runs included.
 """
 
 from __future__ import annotations
@@ -15,31 +17,45 @@ import resource
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from pathlib import Path
 
 import torch
 
-DECODERS = ("ours", "diffusers")
+from . import machine, report
+
+CODERS = ("ours", "diffusers")
+CODES = ("decode", "encode")
 
 
-def decode(decoder: str, frames: int, base: int, latent: int) -> dict[str, object]:
-    """Decode in this process; memory in MiB."""
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Code one clip in this process; memory in MiB."""
     from diffusers import AutoencoderKLWan
 
     from sora_model.vae import CausalVAE
 
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = AutoencoderKLWan(base_dim=base).eval()
-    model = CausalVAE.from_wan(model) if decoder == "ours" else model
-    latents = torch.randn(1, 16, (frames - 1) // 4 + 1, latent, latent)
-    before, start, decoded = _peak(), time.perf_counter(), 0
+    (coder,), (code,), (frames,), (tile,) = args.coder, args.code, args.frames, args.tile
+    model = AutoencoderKLWan(base_dim=args.base).eval()
+    model = CausalVAE.from_wan(model) if coder == "ours" else model
+    side = args.latent if code == "decode" else 8 * args.latent
+    pieces = (frames - 1) // 4 + 1 if code == "decode" else frames
+    channels = 16 if code == "decode" else 3
+    before, start, coded = _peak(), time.perf_counter(), 0
     with torch.no_grad():
-        chunks = model.decode_stream(latents) if decoder == "ours" else [model.decode(latents).sample]
-        for chunk in chunks:
-            decoded += chunk.shape[2]
-    assert decoded == frames, (decoded, frames)
+        if coder == "ours":
+            clip = (torch.randn(1, channels, 1, side, side) for _ in range(pieces))
+            for out in getattr(model, f"{code}_stream")(clip, tile=tile or None):
+                coded += (out if code == "decode" else out[0]).shape[2]
+        else:
+            clip = torch.randn(1, channels, pieces, side, side)
+            coded = (model.decode(clip).sample if code == "decode" else model.encode(clip).latent_dist.mean).shape[2]
+    assert coded == (frames if code == "decode" else (frames - 1) // 4 + 1), coded
     return {
-        "decoder": decoder, "frames": frames, "base": base, "pixels": 8 * latent,
-        "peak_mib": _peak() - before, "seconds": time.perf_counter() - start,
+        "code": code, "coder": coder, "frames": frames, "base": args.base, "pixels": 8 * args.latent,
+        "tile": tile or None, "peak_mib": _peak() - before, "seconds": time.perf_counter() - start,
+        **machine.facts("cpu"),
     }  # fmt: skip
 
 
@@ -47,32 +63,80 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def draw(rows: list[dict], target: Path) -> None:
+    """Peak memory over frames, a line for each coder; SVG or PNG by the name of `target`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same rows give the same file
+    lines: dict[tuple, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        lines[row["code"], row["coder"], row["tile"], row["base"], row["pixels"]][row["frames"]] = row["peak_mib"]
+    sizes = sorted({key[3:] for key in lines})
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for (code, coder, tile, *size), points in sorted(lines.items(), key=str):
+        label = f"{'sora_model, stream' if coder == 'ours' else coder}: {code}"
+        label += f", tiles of {tile}" if tile else ""
+        label += f", base {size[0]}, {size[1]} px" if len(sizes) > 1 else ""
+        color, style = "#2a6f97" if coder == "ours" else "#e07a5f", "-" if code == "decode" else "--"
+        axes.plot(*zip(*sorted(points.items()), strict=True), style, marker="o", color=color, label=label)
+    counts = sorted({row["frames"] for row in rows})
+    axes.set(xscale="log", yscale="linear", ylim=(0, None), xlabel="frames of the clip", ylabel="peak memory, MiB")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    where = ", ".join(f"base width {base}, {side}x{side} pixels" for base, side in sizes)
+    axes.set_title(f"Peak memory of the Wan 2.1 VAE over the length of a clip\n{where}, fp32, {rows[-1]['device']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#ddd", linewidth=0.6)
+    axes.legend(frameon=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if target.suffix == ".svg" else None
+    figure.savefig(target, metadata=metadata, dpi=110)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 65, 257], help="4n+1 each")
+    parser.add_argument("--code", choices=CODES, nargs="+", default=list(CODES))
+    parser.add_argument("--coder", choices=CODERS, nargs="+", default=list(CODERS))
     parser.add_argument("--base", type=int, default=16, help="channels at full resolution; Wan 2.1 has 96")
     parser.add_argument("--latent", type=int, default=8, help="height and width of the latents")
-    parser.add_argument("--decoder", choices=DECODERS, nargs="+", default=list(DECODERS))
+    parser.add_argument("--tile", type=int, nargs="+", default=[0], help="of ours, in pixels; 0: whole frames")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="append one line per decode")
+    parser.add_argument("--json", type=Path, help="append one line per measurement")
+    parser.add_argument("--plot", type=Path, help="draw the lines of --json into this SVG or PNG file")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if any(n < 1 or n % 4 != 1 for n in args.frames):
         parser.error(f"--frames: expected 4n+1 frames; got {args.frames}")
+    if args.plot and (not args.json or args.plot.suffix not in (".svg", ".png")):
+        parser.error(f"--plot: expected a .svg or .png file, and --json with the lines to draw; got {args.plot}")
     if args.here:
-        torch.set_num_threads(args.threads)
-        print(json.dumps(decode(args.decoder[0], args.frames[0], args.base, args.latent)))
+        print(json.dumps(measure(args)))
         return 0
-    for frames in args.frames:
-        for decoder in args.decoder:
-            sizes = ["--base", str(args.base), "--latent", str(args.latent), "--threads", str(args.threads)]
-            command = [sys.executable, "-m", "benchmarks.stream_memory", "--here", "--frames", str(frames), *sizes]
-            result = subprocess.run([*command, "--decoder", decoder], stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(result.stdout.splitlines()[-1])
-            print("{decoder:10} {frames:5} frames  {peak_mib:8.1f} MiB  {seconds:7.1f} s".format(**row), flush=True)
-            if args.json:
-                with open(args.json, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+    cases = [
+        (code, coder, tile, frames)
+        for code in args.code for coder in args.coder
+        for tile in (args.tile if coder == "ours" else [0]) for frames in args.frames
+    ]  # fmt: skip
+    for code, coder, tile, frames in cases:
+        command = [sys.executable, "-m", "benchmarks.stream_memory", "--here", "--code", code, "--coder", coder]
+        sizes = dict(frames=frames, tile=tile, base=args.base, latent=args.latent, threads=args.threads)
+        command += [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+        row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        tiled = f"tiles of {tile}" if tile else ""
+        print(
+            f"{code} {coder:10} {frames:5} frames  {row['peak_mib']:8.1f} MiB  {row['seconds']:7.1f} s  {tiled}",
+            flush=True,
+        )
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            with args.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    if args.plot:
+        draw(report.read_jsonl(args.json), args.plot)
+        print(f"wrote {args.plot}")
     return 0
 
 

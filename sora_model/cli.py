@@ -1,4 +1,4 @@
-"""The `sora` command: info, generate, train, eval, bench. A user's mistake is one line and an exit code of 1."""
+"""The `sora` command: info, generate, reconstruct, train, eval, bench. A mistake is one line and an exit code of 1."""
 
 from __future__ import annotations
 
@@ -108,6 +108,29 @@ def generate(
         if warning.category is UserWarning:
             err.print(f"[yellow]note:[/] {escape(str(warning.message))}", highlight=False)
     out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def reconstruct(
+    source: Annotated[Path, typer.Argument(help="A video file; its height and width must be multiples of 8.")],
+    to: Annotated[Path, typer.Option("--out", help="The MP4 to write.")] = Path("out/reconstruction.mp4"),
+    weights: Weights = "toy",
+    impl: Impl = "auto",
+    device: Device = None,
+) -> None:
+    """Send a video through a checkpoint's VAE and back, and say what that loses."""
+    from .reconstruct import load_vae
+    from .reconstruct import reconstruct as run
+
+    if to == Path("out/reconstruction.mp4"):
+        to.parent.mkdir(exist_ok=True)
+    vae = load_vae(weights, device=device)
+    vae.impl = impl
+    with _bars() as bar:
+        task = bar.add_task("frames", total=None)
+        result = run(vae, source, to, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    told = f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB"
+    out.print(told, highlight=False, soft_wrap=True)
 
 
 @training.command("vae")

@@ -22,10 +22,11 @@ from torch import Tensor
 from sora_kernels import video_to_uint8
 from sora_kernels._dispatch import IMPLS
 
-from . import flow, media
+from . import flow, machine, media
 from .attention import AttentionMode
 from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
 from .dit import DiTConfig, SoraDiT
+from .machine import TooLargeError, choose_device, gib
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
 
@@ -40,10 +41,6 @@ _PARTS = {
     "vae": (CausalVAE, VAEConfig),
     "text_encoder": (WordTextEncoder, WordTextConfig),
 }
-
-
-class TooLargeError(ValueError):
-    """A request that would need more memory than there is; the message says what would fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +106,7 @@ class Sora:
         damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory.
         """
         folder = TOY if os.fspath(source) == "toy" else Path(source)
-        device = _device(device)
+        device = choose_device(device)
         if not folder.exists():
             raise CheckpointError(
                 f"there is no checkpoint at {folder}; give the folder that holds model_index.json, or 'toy'"
@@ -123,15 +120,15 @@ class Sora:
         kind = index.get("_class_name")
         weights, free = (
             sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
-            _available(torch.device("cpu")),
+            machine.available(torch.device("cpu")),
         )
         if weights > free:
             raise TooLargeError(
-                f"the weights in {folder} take {_gib(weights)}, and {_gib(free)} of memory are free; "
+                f"the weights in {folder} take {gib(weights)}, and {gib(free)} of memory are free; "
                 "use a smaller model"
             )
         if kind == "Sora":
-            parts = {name: _read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
+            parts = {name: read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
             defaults = build(Defaults, index, str(folder / "model_index.json"))
             sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
         elif kind == "WanPipeline":
@@ -188,8 +185,8 @@ class Sora:
         impl       of every kernel: "auto", "reference", "cpu", "triton" or "cuda"
 
         What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
-        another `impl` gives it up to rounding. Raises ValueError or TypeError that names the argument,
-        `TooLargeError` before anything is allocated.
+        another `impl` gives it up to rounding, as do the tiles in which frames too large for the memory are decoded.
+        Raises ValueError or TypeError that names the argument, `TooLargeError` before anything is allocated.
         """
         plan = self._plan(
             prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance,
@@ -201,6 +198,7 @@ class Sora:
     def generate_to(self, path: str | os.PathLike[str], prompt: str, **options: Any) -> Path:
         """`generate(prompt, **options)` straight into an MP4: written as it is decoded, whole or not at all.
 
+        The frames are never held together: of the clip, only its latents and attention over them grow with its length.
         Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
@@ -209,7 +207,7 @@ class Sora:
             raise TypeError(
                 f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
             )
-        plan = self._plan(prompt, **options, impl=impl)
+        plan = self._plan(prompt, **options, impl=impl, held=False)
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
         return media.write_video(path, frames, plan.fps)
 
@@ -237,7 +235,7 @@ class Sora:
         )
         self.vae.impl = impl
         done = 0
-        for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False):
+        for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False, tile=plan.tile):
             pixels = video_to_uint8(video, impl=impl)[0].cpu().numpy()[: plan.frames - done]
             done += len(pixels)
             if progress is not None:
@@ -257,6 +255,7 @@ class Sora:
         guidance: Any = None,
         attention: Any = None,
         impl: str = "auto",
+        held: bool = True,
     ) -> _Plan:
         defaults, vae = self.defaults, self.vae.config
         check_prompt(prompt)
@@ -284,14 +283,15 @@ class Sora:
             warnings.warn(f"this checkpoint does not know: {', '.join(unknown)}", stacklevel=3)
         coded = vae.temporal_factor * self.dit.config.patch[0]
         padded = math.ceil((frames - 1) / coded) * coded + 1
-        needed, free = self._memory(padded, height, width, impl), _available(self.device)
+        free = machine.available(self.device)
+        tile, needed = self._memory(padded, height, width, impl, held, free)
         if needed > free:
             raise TooLargeError(
-                f"{width}x{height} with {frames} frames needs about {_gib(needed)} and {_gib(free)} are free; "
-                + self._would_fit(padded, height, width, impl, free)
+                f"{width}x{height} with {frames} frames needs about {gib(needed)} and {gib(free)} are free; "
+                + self._would_fit(padded, height, width, impl, held, free)
             )
         latents = vae.latent_shape(padded, height, width)
-        return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents)
+        return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents, tile)
 
     def _check_size(self, size: Any) -> tuple[int, int]:
         try:
@@ -312,8 +312,13 @@ class Sora:
                 )
         return height, width
 
-    def _memory(self, frames: int, height: int, width: int, impl: str) -> int:
-        """About the bytes that a clip needs beyond the weights, at the larger of its two stages."""
+    def _memory(
+        self, frames: int, height: int, width: int, impl: str, held: bool, free: int
+    ) -> tuple[tuple[int, int], int]:
+        """The tile to decode with, and about the bytes that a clip needs beyond the weights.
+
+        Those of the larger of its two stages, and, where it is `held`, of its frames.
+        """
         dit, vae = self.dit.config, self.vae.config
         cells = math.prod(vae.latent_shape(frames, height, width)[1:])
         tokens = 2 * cells // math.prod(dit.patch)
@@ -321,21 +326,22 @@ class Sora:
         denoise = tokens * (10 * dit.dim + 2 * dit.ffn_dim) * wide + 8 * cells * vae.z_dim * 4
         if impl == "reference":
             denoise += 3 * dit.heads * tokens * tokens * 2
-        chunk = vae.temporal_factor * height * width
-        decode = chunk * vae.decoder_dim * 4 * 16 + 2 * 12 * vae.decoder_dim * height * width * 4
-        return max(denoise, decode) + 2 * frames * height * width * 3
+        clip = 2 * frames * height * width * 3 if held else 0
+        tile, decode = self.vae.fit_tile("decode", height, width, free - clip, impl=impl)
+        return tile, max(denoise, decode) + clip
 
-    def _would_fit(self, frames: int, height: int, width: int, impl: str, free: int) -> str:
+    def _would_fit(self, frames: int, height: int, width: int, impl: str, held: bool, free: int) -> str:
+        def fits(frames: int, height: int, width: int) -> bool:
+            return self._memory(frames, height, width, impl, held, free)[1] <= free
+
         factor = self.vae.config.temporal_factor
-        shorter = next(
-            (n for n in _halving(frames - 1, factor) if self._memory(n + 1, height, width, impl) <= free), None
-        )
+        shorter = next((n for n in _halving(frames - 1, factor) if fits(n + 1, height, width)), None)
         units = [self.vae.config.spatial_factor * patch for patch in self.dit.config.patch[1:]]
         smaller = next(
             (
                 (h, w)
                 for h, w in ((_down(height >> k, units[0]), _down(width >> k, units[1])) for k in range(1, 14))
-                if self._memory(frames, h, w, impl) <= free
+                if fits(frames, h, w)
             ),
             None,
         )
@@ -357,9 +363,10 @@ class _Plan:
     guidance: float
     attention: AttentionMode | None
     latents: tuple[int, int, int, int]
+    tile: tuple[int, int]
 
 
-def _read_part(folder: Path, kind: type, config_kind: type) -> Any:
+def read_part(folder: Path, kind: type, config_kind: type) -> Any:
     config = build(config_kind, read_json(folder / "config.json"), str(folder / "config.json"))
     module = kind(config)
     load_into(module, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
@@ -390,30 +397,6 @@ def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch
     )
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(device or ("cuda" if cuda else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
-    if device.type == "cuda" and not cuda:
-        raise ValueError("device is 'cuda', but torch finds no GPU here; use 'cpu'")
-    return device
-
-
-def _available(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
-
-
 def _number(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -438,7 +421,3 @@ def _halving(n: int, unit: int) -> Iterator[int]:
 
 def _down(n: int, unit: int) -> int:
     return max(unit, n // unit * unit)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -10,27 +10,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_kernels import (
-    causal_conv3d,
-    downsample_conv3d,
-    norm_modulate,
-    norm_silu,
-    spacetime_attention,
-    upsample_conv3d,
-)
+from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
-from . import checkpoint
+from . import checkpoint, tiling
+from .stream import EPS, Pass, VAECache, regroup
+from .tiling import Stage, Tile
 
 LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
-EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
+# what one chunk holds at once, in tensors of its largest layer: of the resident set on a CPU, allocator's gaps included
+_TENSORS = {"auto": 16, "reference": 52}
 
 
 @dataclass(frozen=True)
@@ -116,44 +112,6 @@ class VAEConfig:
         return self.z_dim, (frames - 1) // t + 1, height // s, width // s
 
 
-@dataclass(frozen=True)
-class VAECache:
-    """What the layers remember of the frames so far: opaque, made by a chunk, handed to the next chunk of that clip."""
-
-    kind: str
-    tensors: tuple[Tensor, ...]
-
-
-@dataclass
-class _Pass:
-    """One way of a chunk through the layers: the implementation to use, and each convolution's past, in order."""
-
-    impl: str
-    streaming: bool = False
-    past: Iterator[Tensor] | None = None  # None: the clip begins with this chunk
-    future: list[Tensor] = field(default_factory=list)
-
-    @property
-    def starts(self) -> bool:
-        return self.past is None
-
-    def conv(self, x: Tensor, conv: nn.Conv3d, function: Callable = causal_conv3d, **kwargs) -> Tensor:
-        """`function` with the parameters of `conv`, and with its cache where it has a past to remember."""
-        frames = conv.kernel_size[0] - 1
-        if not self.streaming or frames == 0:
-            return function(x, conv.weight, conv.bias, impl=self.impl, **kwargs)
-        if self.starts:  # nothing but zeros before x: without a cache they cost nothing
-            y, cache = function(x, conv.weight, conv.bias, impl=self.impl, **kwargs), x[:, :, -frames:]
-            cache = F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
-        else:
-            y, cache = function(x, conv.weight, conv.bias, cache=next(self.past), impl=self.impl, **kwargs)
-        self.future.append(cache)
-        return y
-
-    def norm_silu(self, x: Tensor, weight: Tensor) -> Tensor:
-        return norm_silu(x, weight, eps=EPS, impl=self.impl)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -163,11 +121,15 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv3d(dim_out, dim_out, 3)
         self.conv_shortcut = nn.Conv3d(dim_in, dim_out, 1) if dim_in != dim_out else None
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
         skip = x if self.conv_shortcut is None else run.conv(x, self.conv_shortcut)  # [B, C', T, H, W]
         h = run.norm_silu(x, self.norm1)                                             # [B, C, T, H, W]
         h = run.conv(h, self.conv1, norm_weight=self.norm2, norm_eps=EPS)            # [B, C', T, H, W]
         return run.conv(h, self.conv2, residual=skip)                                # [B, C', T, H, W]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self, (self.conv1, self.conv2))
 
 
 class AttentionBlock(nn.Module):
@@ -179,7 +141,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
         B, C, T, H, W = x.shape
         h = x.permute(0, 2, 3, 4, 1).reshape(B * T, H * W, C)                        # [BT, HW, C]
         h = norm_modulate(h, None, None, norm="rms", weight=self.norm, eps=EPS, impl=run.impl)
@@ -195,7 +157,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
         self.attention = AttentionBlock(dim)
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
         return self.resnets[1](self.attention(self.resnets[0](x, run), run), run)
 
 
@@ -205,17 +167,24 @@ class Downsample(nn.Module):
         self.resample = nn.Conv3d(dim, dim, (1, 3, 3))
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
         x = run.conv(x, self.resample, downsample_conv3d, factor=(1, 2, 2))          # [B, C, T, H/2, W/2]
         if self.time_conv is None:
             return x
         # the first frame stays as it is; the others become one per pair, which sees the frame before it too
-        first, x, before = (x[:, :, :1], x[:, :, 1:], x[:, :, :1]) if run.starts else (x[:, :, :0], x, next(run.past))
+        if run.starts:
+            first, x, before = x[:, :, :1], x[:, :, 1:], x[:, :, :1]
+        else:
+            first, before = x[:, :, :0], run.past.popleft()
         weight, bias = self.time_conv.weight, self.time_conv.bias
         x, last = downsample_conv3d(x, weight, bias, factor=(2, 1, 1), cache=before, impl=run.impl)
         if run.streaming:
             run.future.append(last)
         return torch.cat([first, x], 2)                                              # [B, C, T', H/2, W/2]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self, (self.resample,), down=(2 if self.time_conv else 1, 2, 2), past=self.time_conv)
 
 
 class Upsample(nn.Module):
@@ -224,7 +193,7 @@ class Upsample(nn.Module):
         self.resample = nn.Conv3d(dim, dim // 2, (1, 3, 3))
         self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
         if self.time_conv is not None:
             # the first frame stays as it is, unseen by the others, each of which becomes two
             first, x = (x[:, :, :1], x[:, :, 1:]) if run.starts else (x[:, :, :0], x)
@@ -232,6 +201,10 @@ class Upsample(nn.Module):
             x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)                            # [B, C, 2T, H, W]
             x = torch.cat([first, x], 2)                                             # [B, C, T', H, W]
         return run.conv(x, self.resample, upsample_conv3d, factor=(1, 2, 2))         # [B, C/2, T', 2H, 2W]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self, (self.resample,), up=(2 if self.time_conv else 1, 2, 2), past=self.time_conv)
 
 
 class Encoder(nn.Module):
@@ -249,12 +222,18 @@ class Encoder(nn.Module):
         self.norm_out = nn.Parameter(torch.ones(dims[-1]))
         self.conv_out = nn.Conv3d(dims[-1], 2 * config.z_dim, 3)
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, 3, T, H, W]
-        x = run.conv(x, self.conv_in)                                                # [B, C, T, H, W]
-        for block in self.down_blocks:
-            x = block(x, run)
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, 3, T, H, W]
+        x = tiling.apply(self.stages, x, run)                                        # [B, C, T', H', W']
         x = self.mid_block(x, run)                                                   # [B, C, T', H', W']
         return run.conv(run.norm_silu(x, self.norm_out), self.conv_out)              # [B, 2Z, T', H', W']
+
+    def first(self, x: Tensor, run: Pass) -> Tensor:                                 # [B, 3, T, H, W]
+        return run.conv(x, self.conv_in)                                             # [B, C, T, H, W]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What comes before the first layer that sees a whole frame."""
+        return [Stage(self.first, (self.conv_in,)), *(block.stage for block in self.down_blocks)]
 
 
 class UpBlock(nn.Module):
@@ -263,10 +242,10 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(dim_out if j else dim_in, dim_out) for j in range(blocks))
         self.upsampler = upsampler
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, C, T, H, W]
-        for resnet in self.resnets:
-            x = resnet(x, run)
-        return x if self.upsampler is None else self.upsampler(x, run)
+    @property
+    def stages(self) -> list[Stage]:
+        layers = self.resnets if self.upsampler is None else [*self.resnets, self.upsampler]
+        return [layer.stage for layer in layers]
 
 
 class Decoder(nn.Module):
@@ -284,22 +263,34 @@ class Decoder(nn.Module):
         self.norm_out = nn.Parameter(torch.ones(dims[-1]))
         self.conv_out = nn.Conv3d(dims[-1], config.out_channels, 3)
 
-    def forward(self, x: Tensor, run: _Pass) -> Tensor:                              # [B, Z, T', H', W']
+    def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, Z, T', H', W']
         x = self.mid_block(run.conv(x, self.conv_in), run)                           # [B, C, T', H', W']
-        for block in self.up_blocks:
-            x = block(x, run)                                                        # [B, C, T, H, W]
+        return tiling.apply(self.stages, x, run)                                     # [B, 3, T, H, W]
+
+    def last(self, x: Tensor, run: Pass) -> Tensor:                                  # [B, C, T, H, W]
         return run.conv(run.norm_silu(x, self.norm_out), self.conv_out)              # [B, 3, T, H, W]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What comes after the last layer that sees a whole frame."""
+        return [*(stage for block in self.up_blocks for stage in block.stages), Stage(self.last, (self.conv_out,))]
 
 
 class CausalVAE(nn.Module):
     """Wan 2.1's causal video VAE. Videos are [B, 3, T, H, W] in [-1, 1], T = 4n+1, H and W multiples of 8.
 
     impl  which implementation of the ops to use, as everywhere in sora_kernels
+
+    Every direction takes `tile`, pixels or (height, width), multiples of 8: the layers between pixels and latents then
+    run over tiles no larger than that, which takes less memory at once and more arithmetic (each tile has a border of
+    its own) and gives the same values up to rounding. The layers at the size of the latents, of which one sees whole
+    frames, are not tiled.
     """
 
     def __init__(self, config: VAEConfig | None = None, *, impl: str = "auto"):
         super().__init__()
         self.config = config or VAEConfig()
+        self._sizes = replace(self.config, latents_mean=None, latents_std=None)  # whose caches fit this model
         self.impl = impl
         Z = self.config.z_dim
         self.encoder = Encoder(self.config)
@@ -325,65 +316,88 @@ class CausalVAE(nn.Module):
             latents = mean + torch.exp(0.5 * logvar) * noise
         return self.decode(latents, clamp=False), mean, logvar
 
-    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, video: Tensor, *, tile: Tile = None) -> tuple[Tensor, Tensor]:
         """The posterior of a whole clip: mean and log-variance, [B, z_dim, 1 + (T-1)/4, H/8, W/8] each."""
-        self._check("video", video, self.config.in_channels)
-        self.config.latent_shape(*video.shape[2:])
-        return self._posterior(self.encoder(video.contiguous(memory_format=LAYOUT), _Pass(self.impl)))
+        return self._encode(video, self._begin("encode", video, tile))
 
-    def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
+    def decode(self, latents: Tensor, *, clamp: bool = True, tile: Tile = None) -> Tensor:
         """The whole clip in one pass: [B, 3, 1 + 4(T'-1), 8H', 8W'], clamped to [-1, 1] if `clamp`.
 
         Memory grows with the clip; `decode_stream` gives the same frames chunk by chunk.
         """
-        self._check("latents", latents, self.config.z_dim)
-        video = self.decoder(self._from_latents(latents), _Pass(self.impl))
-        return video.clamp(-1, 1) if clamp else video
+        return self._decode(latents, self._begin("decode", latents, tile), clamp)
 
-    def encode_chunk(self, video: Tensor, cache: VAECache | None = None) -> tuple[Tensor, Tensor, VAECache]:
+    def encode_chunk(
+        self, video: Tensor, cache: VAECache | None = None, *, tile: Tile = None
+    ) -> tuple[Tensor, Tensor, VAECache]:
         """(mean, logvar, cache) of the next frames of a clip: 4n+1 of them at its start (no cache), 4n later on."""
-        self._check("video", video, self.config.in_channels)
-        run, step = self._streaming("encode", cache), self.config.temporal_factor
-        if cache is not None and video.shape[2] % step:
-            raise ValueError(
-                f"after the first chunk, a chunk must have a multiple of {step} frames; got {video.shape[2]}"
-            )
-        self.config.latent_shape(video.shape[2] + (cache is not None), *video.shape[3:])
-        moments = self.encoder(video.contiguous(memory_format=LAYOUT), run)
-        return *self._posterior(moments), VAECache("encode", tuple(run.future))
+        run = self._begin("encode", video, tile, cache, streaming=True)
+        return *self._encode(video, run), self._cache("encode", video, run)
 
     def decode_chunk(
-        self, latents: Tensor, cache: VAECache | None = None, *, clamp: bool = True
+        self, latents: Tensor, cache: VAECache | None = None, *, clamp: bool = True, tile: Tile = None
     ) -> tuple[Tensor, VAECache]:
         """(frames, cache) of the next latent frames of a clip: the first of all gives 1 frame, each other one 4."""
-        self._check("latents", latents, self.config.z_dim)
-        run = self._streaming("decode", cache)
-        video = self.decoder(self._from_latents(latents), run)
-        return video.clamp(-1, 1) if clamp else video, VAECache("decode", tuple(run.future))
+        run = self._begin("decode", latents, tile, cache, streaming=True)
+        return self._decode(latents, run, clamp), self._cache("decode", latents, run)
 
     def encode_stream(
-        self, video: Tensor | Iterable[Tensor], cache: VAECache | None = None, *, chunk: int = 1
+        self, video: Tensor | Iterable[Tensor], cache: VAECache | None = None, *, chunk: int = 1, tile: Tile = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(mean, logvar) of `chunk` latent frames at a time; the whole equals `encode` up to rounding.
+        """(mean, logvar) of `chunk` latent frames at a time, in memory that does not grow with the clip.
 
-        video  [B, 3, T, H, W], or its pieces in order, cut anywhere in time
+        video  [B, 3, T, H, W], or its pieces in order, cut anywhere in time. The whole equals `encode` up to rounding.
         """
         step = self.config.temporal_factor
         first = 1 + step * (chunk - 1) if cache is None else step * chunk
-        for piece in _regroup(video, first, step * chunk):
-            mean, logvar, cache = self.encode_chunk(piece, cache)
-            yield mean, logvar
+        for piece in self._pieces("encode", video, chunk, first, step * chunk):
+            run, cache = self._begin("encode", piece, tile, cache, streaming=True), None  # each part goes as it is read
+            yield self._encode(piece, run)
+            cache = self._cache("encode", piece, run)
 
     def decode_stream(
-        self, latents: Tensor | Iterable[Tensor], cache: VAECache | None = None, *, chunk: int = 1, clamp: bool = True
-    ) -> Iterator[Tensor]:
+        self, latents: Tensor | Iterable[Tensor], cache: VAECache | None = None, *, chunk: int = 1,
+        clamp: bool = True, tile: Tile = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
         """The frames of `chunk` latent frames at a time, in memory that does not grow with the clip.
 
         latents  [B, z_dim, T', H', W'], or its pieces in order, cut anywhere in time
         """
-        for piece in _regroup(latents, chunk, chunk):
-            frames, cache = self.decode_chunk(piece, cache, clamp=clamp)
-            yield frames
+        for piece in self._pieces("decode", latents, chunk, chunk, chunk):
+            run, cache = self._begin("decode", piece, tile, cache, streaming=True), None  # each part goes as it is read
+            yield self._decode(piece, run, clamp)
+            cache = self._cache("decode", piece, run)
+
+    def stream_memory(self, kind: str, height: int, width: int, *, tile: Tile = None, impl: str | None = None) -> int:
+        """About the bytes that a stream, "encode" or "decode", one latent frame a chunk, takes beyond the weights.
+
+        Of an `impl` other than the model's own, where one is named.
+        """
+        network = self.encoder if kind == "encode" else self.decoder
+        latents, factor = self.config.latent_shape(1, height, width)[2:], self.config.spatial_factor
+        size, frames = ((height, width), self.config.temporal_factor) if kind == "encode" else (latents, 1)
+        tile = tiling.in_latents(tile, latents, factor)
+        kept, largest = tiling.memory(network.stages, size, frames, tile)
+        tensors = _TENSORS["reference" if (impl or self.impl) == "reference" else "auto"]
+        # the layers at the size of the latents; the frames themselves, cut up and put together
+        whole = 12 * network.mid_block.attention.proj.in_features + 12 * self.config.temporal_factor * factor**2
+        return (kept + tensors * largest + whole * math.prod(latents)) * self.quant_conv.weight.element_size()
+
+    def fit_tile(
+        self, kind: str, height: int, width: int, budget: int, *, impl: str | None = None
+    ) -> tuple[tuple[int, int], int]:
+        """(tile, bytes): the largest tile with which a stream takes about `budget` bytes at most, and what it takes.
+
+        The whole frame where that fits. Where no tile does, the one that takes least, which is more than `budget`: the
+        caches of a stream are those of whole frames, however small its tiles.
+        """
+        fits, factor = [], self.config.spatial_factor
+        for latents in tiling.choices(self.config.latent_shape(1, height, width)[2:]):
+            tile = tuple(n * factor for n in latents)
+            fits.append((tile, self.stream_memory(kind, height, width, tile=tile, impl=impl)))
+            if fits[-1][1] <= budget:
+                return fits[-1]
+        return min(fits, key=lambda fit: fit[1])
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents as a diffusion model sees them: (latents - mean) / std, per channel."""
@@ -423,23 +437,52 @@ class CausalVAE(nn.Module):
         checkpoint.load_into(vae, _wan_state(state, shapes), where)
         return vae
 
-    def _posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:                  # [B, 2Z, T', H', W']
-        mean, logvar = _Pass(self.impl).conv(moments, self.quant_conv).chunk(2, 1)   # 2 x [B, Z, T', H', W']
+    def _encode(self, video: Tensor, run: Pass) -> tuple[Tensor, Tensor]:            # [B, 3, T, H, W]
+        moments = self.encoder(video.contiguous(memory_format=LAYOUT), run)          # [B, 2Z, T', H', W']
+        mean, logvar = run.conv(moments, self.quant_conv).chunk(2, 1)                # 2 x [B, Z, T', H', W']
         return mean, logvar.clamp(-30, 20)
 
-    def _from_latents(self, latents: Tensor) -> Tensor:                              # [B, Z, T', H', W']
-        latents = latents.contiguous(memory_format=LAYOUT)
-        return _Pass(self.impl).conv(latents, self.post_quant_conv)
+    def _decode(self, latents: Tensor, run: Pass, clamp: bool) -> Tensor:            # [B, Z, T', H', W']
+        latents = run.conv(latents.contiguous(memory_format=LAYOUT), self.post_quant_conv)
+        video = self.decoder(latents, run)                                           # [B, 3, T, H, W]
+        return video.clamp(-1, 1) if clamp else video
 
-    def _streaming(self, kind: str, cache: VAECache | None) -> _Pass:
+    def _begin(
+        self, kind: str, x: Tensor, tile: Tile, cache: VAECache | None = None, *, streaming: bool = False
+    ) -> Pass:
+        """A pass for x, once everything about it has been found right."""
+        self._check(kind, x)
+        frames, *size = x.shape[2:]
+        if kind == "encode":
+            if cache is not None and frames % self.config.temporal_factor:
+                raise ValueError(
+                    f"after the first chunk, a chunk must have a multiple of {self.config.temporal_factor} frames; got "
+                    f"{frames}"
+                )
+            size = self.config.latent_shape(frames + (cache is not None), *size)[2:]
+        tile = tiling.in_latents(tile, size, self.config.spatial_factor)
         if cache is None:
-            return _Pass(self.impl, streaming=True)
-        if not isinstance(cache, VAECache) or cache.kind != kind:
-            got = f"that of {cache.kind}_chunk" if isinstance(cache, VAECache) else type(cache).__name__
+            return Pass(self.impl, tile, streaming)
+        if not isinstance(cache, VAECache):
+            got = type(cache).__name__
             raise ValueError(f"cache must be the VAECache that {kind}_chunk returned for the chunk before; got {got}")
-        return _Pass(self.impl, streaming=True, past=iter(cache.tensors))
+        cache.check(kind, self._sizes, x, tile)
+        return Pass(self.impl, tile, streaming, deque(cache.tensors))
 
-    def _check(self, name: str, x: Tensor, channels: int) -> None:
+    def _cache(self, kind: str, x: Tensor, run: Pass) -> VAECache:
+        return VAECache(kind, self._sizes, (x.shape[0], *x.shape[3:]), run.tile, tuple(run.future))
+
+    def _pieces(
+        self, kind: str, clip: Tensor | Iterable[Tensor], chunk: int, first: int, step: int
+    ) -> Iterator[Tensor]:
+        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+            raise ValueError(f"chunk must be at least 1 latent frame, a whole number; got {chunk!r}")
+        pieces = [clip] if isinstance(clip, Tensor) else clip
+        return regroup((self._check(kind, piece) for piece in pieces), first, step)
+
+    def _check(self, kind: str, x: Tensor) -> Tensor:
+        encode = kind == "encode"
+        name, channels = ("video", self.config.in_channels) if encode else ("latents", self.config.z_dim)
         if not isinstance(x, Tensor) or x.ndim != 5 or x.shape[1] != channels or min(x.shape) < 1:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name} must be a tensor [B, {channels}, T, H, W], none of them 0; got {got}")
@@ -449,21 +492,7 @@ class CausalVAE(nn.Module):
                 f"{name} must be {weight.dtype} on {weight.device}, as the model is; got {x.dtype} on {x.device}; "
                 "move one of them with .to()"
             )
-
-
-def _regroup(pieces: Tensor | Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:
-    """Cuts a sequence of pieces into `first`, then `step` frames at a time; the last may be shorter."""
-    if step < 1:
-        raise ValueError("chunk must be at least 1 latent frame")
-    held, wanted = [], first
-    for piece in [pieces] if isinstance(pieces, Tensor) else pieces:
-        held.append(piece)
-        while sum(p.shape[2] for p in held) >= wanted:
-            whole = torch.cat(held, 2) if len(held) > 1 else held[0]
-            yield whole[:, :, :wanted]
-            held, wanted = [whole[:, :, wanted:]], step
-    if sum(p.shape[2] for p in held):
-        yield torch.cat(held, 2)
+        return x
 
 
 # a norm is its weight; the convolution of a Sequential, and the one entry of a list, stand for themselves

@@ -8,16 +8,18 @@ import pickle
 import shutil
 import struct
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import media, pipeline, world
+from sora_model import machine, media, world
 from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
 from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
+from sora_model.vae import CausalVAE
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +392,7 @@ def test_a_bad_request_is_refused_before_anything_is_computed(tiny_checkpoint, m
 
 def test_what_would_fit_is_offered_and_does_fit(tiny_checkpoint, monkeypatch):
     sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
-    monkeypatch.setattr(pipeline, "_available", lambda device: 40 * 2**20)
+    monkeypatch.setattr(machine, "available", lambda device: 40 * 2**20)
     with pytest.raises(TooLargeError) as caught:
         sora.generate("a red circle", size=(512, 1024), seconds=20, steps=1)
     import re
@@ -400,8 +402,63 @@ def test_what_would_fit_is_offered_and_does_fit(tiny_checkpoint, monkeypatch):
     sora._plan("a red circle", seconds=20, size=(height, width), steps=1)
 
 
+def test_frames_are_decoded_in_tiles_where_the_memory_is_short_and_only_there(tiny_checkpoint, monkeypatch):
+    sora, size = Sora.from_pretrained(tiny_checkpoint, device="cpu"), (128, 192)
+    asked, stream = [], sora.vae.decode_stream
+    monkeypatch.setattr(sora.vae, "decode_stream", lambda z, tile: asked.append(tile) or stream(z, tile=tile))
+    options = dict(size=size, seconds=0.6, steps=1)
+    with pytest.warns(UserWarning, match="trained on"):
+        whole = sora.generate("a red circle", **options).frames
+        most, least = (sora.vae.fit_tile("decode", *size, budget)[1] for budget in (1 << 40, 0))
+        clip = 2 * 5 * size[0] * size[1] * 3
+        monkeypatch.setattr(machine, "available", lambda device: (most + least) // 2 + clip)
+        tiled = sora.generate("a red circle", **options).frames
+        monkeypatch.setattr(machine, "available", lambda device: least // 2)
+        with pytest.raises(TooLargeError, match="192x128 with 5 frames needs about"):
+            sora.generate("a red circle", **options)
+    assert asked[0] == size and asked[1] != size and len(asked) == 2
+    assert whole.std() > 1 and np.abs(tiled.astype(int) - whole).max() <= 1
+
+
+def test_a_clip_that_is_written_needs_no_memory_for_its_frames(tiny_checkpoint, monkeypatch):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    options = dict(seconds=3600, size=(64, 64), steps=1)
+    _, needed = sora._memory(28801, 64, 64, "auto", False, 1 << 40)
+    monkeypatch.setattr(machine, "available", lambda device: needed)
+    sora._plan("a red circle", **options, held=False)
+    with pytest.raises(TooLargeError, match="28800 frames needs about"):
+        sora._plan("a red circle", **options)
+
+
+def test_generate_to_never_holds_the_clip(tiny_checkpoint, tmp_path, monkeypatch):
+    """Of a minute's chunks, two are alive and the first, which the writer keeps: all would be, were they collected."""
+    sora, write, decode = Sora.from_pretrained(tiny_checkpoint, device="cpu"), media.write_video, CausalVAE._decode
+    arrays, videos, most = [], [], []
+
+    def alive(refs):
+        return len({id(ref()) for ref in refs if ref() is not None})
+
+    def watched(frames):
+        for frame in frames:
+            arrays.append(weakref.ref(frame if frame.base is None else frame.base))
+            most.append(alive(arrays))
+            yield frame
+
+    def decoded(self, *arguments):
+        videos.append(weakref.ref(video := decode(self, *arguments)))
+        most.append(alive(videos))
+        return video
+
+    monkeypatch.setattr(media, "write_video", lambda path, frames, fps: write(path, watched(frames), fps))
+    monkeypatch.setattr(CausalVAE, "_decode", decoded)
+    with pytest.warns(UserWarning, match="trained on"):
+        sora.generate_to(tmp_path / "a.mp4", "a red circle", steps=1, size=(16, 16), seconds=60, fps=2)
+    assert len(arrays) == media.probe(tmp_path / "a.mp4").frames == 120 and len(videos) == 31
+    assert max(most) <= 3
+
+
 def test_weights_larger_than_memory_are_refused_before_they_are_read(tiny_checkpoint, monkeypatch):
-    monkeypatch.setattr(pipeline, "_available", lambda device: 1000)
+    monkeypatch.setattr(machine, "available", lambda device: 1000)
     with pytest.raises(TooLargeError, match="weights in .* take .* 0 MiB of memory are free"):
         Sora.from_pretrained(tiny_checkpoint)
 

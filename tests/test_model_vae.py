@@ -334,7 +334,8 @@ BAD = {
     ),
     "cache a list": (lambda v: v.decode_chunk(Z, [Z]), "VAECache.*got list"),
     "cache of another size": (
-        lambda v: v.decode_chunk(torch.zeros(1, 2, 1, 3, 3), v.decode_chunk(Z)[1]), "cache must have shape",
+        lambda v: v.decode_chunk(torch.zeros(1, 2, 1, 3, 3), v.decode_chunk(Z)[1]),
+        r"had the batch, height and width \[1, 2, 2\], this one has \[1, 3, 3\]; a clip keeps its size",
     ),
     "widths": (lambda v: VAEConfig(base_dim=0), "base_dim must be a whole number from 1 to 4096; got 0"),
     "absurd widths": (lambda v: VAEConfig(base_dim=10**9), "from 1 to 4096; got 1000000000"),
