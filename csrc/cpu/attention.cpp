@@ -87,7 +87,7 @@ struct Workspace {
   float *const s, *const d;            // [kKeys, lanes]
 
   explicit Workspace(const Params& params)
-      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, kKeys * kQueries + 8),
+      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, (kKeys + 8) * kQueries),
         queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
     std::fill_n(k, 2 * (keys.row(1) - keys.row(0)), 0.0f);
     std::fill_n(s, 2 * (scores.row(1) - scores.row(0)), 0.0f);
