@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library
-from .._operands import empty_video, like, narrow, needs_grad, parameter, video_format
+from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format
 from . import reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
@@ -106,7 +106,7 @@ def causal_conv3d(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
     if grad:
-        y = _CausalConv3d.apply(*tensors, stride, norm_eps, shape, impl)
+        y = _CausalConv3d.apply(*apart(*tensors), stride, norm_eps, shape, impl)
     else:
         _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, y := empty_video(x, shape), None)
     return y if cache is None else (y, reference.next_cache(x, cache))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library, _rows
-from .._operands import dense, like, narrow, needs_grad, parameter, table
+from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -57,7 +57,7 @@ def norm_modulate(
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
-        return _NormModulate.apply(*tensors, norm == "rms", eps, impl)
+        return _NormModulate.apply(*apart(*tensors), norm == "rms", eps, impl)
     return _norm_modulate(*tensors, norm == "rms", eps, impl, out)
 
 
@@ -88,7 +88,7 @@ def gate_residual(
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
-        return _GateResidual.apply(*tensors, impl)
+        return _GateResidual.apply(*apart(*tensors), impl)
     return _gate_residual(*tensors, impl, out)
 
 
@@ -131,7 +131,7 @@ def gate_residual_norm_modulate(
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     if grad:
-        return _GateResidualNormModulate.apply(*tensors, norm == "rms", eps, impl)
+        return _GateResidualNormModulate.apply(*apart(*tensors), norm == "rms", eps, impl)
     return _gate_residual_norm_modulate(*tensors, norm == "rms", eps, impl, out)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _check, _dispatch, _library, _rows
-from .._operands import dense, like, narrow, needs_grad, parameter
+from .._operands import apart, dense, like, narrow, needs_grad, parameter
 from . import reference
 
 NORMS = ("layer", "rms")  # as the private ops number them
@@ -58,7 +58,7 @@ def patch_embed3d(
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
-    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, impl)
+    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*apart(*tensors), impl)
 
 
 def unpatchify3d(
@@ -140,7 +140,7 @@ def final_layer(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (list(grid), list(patch), norm == "rms", float(eps))
-    return (_FinalLayer.apply if grad else _final_layer)(*tensors, *settings, impl)
+    return (_FinalLayer.apply if grad else _final_layer)(*apart(*tensors), *settings, impl)
 
 
 # Validation
