@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sora_kernels import attention_plan
 from sora_kernels.attention import reference
-from sora_kernels.attention.plan import resolve
+from sora_kernels.attention.mode import resolve
 
 from . import peers
 from .shapes import Shape
