@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sora_kernels import attention_plan
 from sora_kernels.attention import reference
-from sora_kernels.attention.plan import resolve
+from sora_kernels.attention.mode import resolve
 
 from . import peers
 from .shapes import Shape
@@ -78,12 +78,16 @@ def _rows(tokens: int, mode: Mapping[str, Any]) -> int:
     return max(1, MASK_BYTES // tokens) if mode else tokens
 
 
+def _form(tokens: int, mode: Mapping[str, Any]) -> tuple:
+    defaults = dict(grid=None, grids=None, stride=1, window=None, causal=None, sink=0, text_len=0, text_at="end")
+    return resolve("", tokens, tokens, **(defaults | mode))
+
+
 def _masks(tokens: int, rows: int, mode: Mapping[str, Any], device: torch.device) -> list[Tensor | None]:
     """What chunks of so many queries see, `[rows, tokens]`; None for everything."""
     if not mode:
         return [None]
-    defaults = dict(grids=None, stride=1, window=None, causal=None, sink=0, text_len=0, text_at="end")
-    grids, window, stride, chunk, sink, text, first = resolve("", tokens, tokens, **(defaults | mode))
+    grids, window, stride, chunk, sink, text, first = _form(tokens, mode)
     if not grids:  # the window is as large as the clip
         return [None] * math.ceil(tokens / rows)
     table = reference.token_table(tokens, [tuple(grids)], text, first, device)
@@ -122,6 +126,22 @@ def _backend(name: str) -> Callable[[Mapping[str, Any], str], Callable[..., Tens
     return load
 
 
+def _mask_function(tokens: int, mode: Mapping[str, Any], device: torch.device) -> Callable[..., Tensor]:
+    """What FlexAttention asks: does query i see key j?"""
+    grids, *rules, text, first = _form(tokens, mode)
+    table = reference.token_table(tokens, [tuple(grids)] if grids else [], text, first, device)
+    lo, hi, kept = reference.reach(table, *rules)
+
+    def seen(b, h, i, j):
+        clip = table[j, 0] == table[i, 0]
+        box = clip
+        for axis in range(1, 4):
+            box = box & (table[j, axis] >= lo[i, axis]) & (table[j, axis] < hi[i, axis])
+        return box | (table[i, 0] < 0) | (table[j, 0] < 0) | (clip & (table[j, 1] < kept[i]))
+
+    return seen
+
+
 def _flex(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     """FlexAttention with a block mask made once, compiled as its documentation says."""
     if inputs["q"].device.type != "cuda":
@@ -129,16 +149,7 @@ def _flex(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     tokens, settings = inputs["q"].shape[1], {n: v for n, v in inputs.items() if n not in ("q", "k", "v")}
-    plan = attention_plan(tokens, **settings, device=inputs["q"].device)
-    lo, hi, kept = reference.reach(plan.queries, plan.window, plan.stride, plan.chunk, plan.sink)
-    keys = plan.keys
-
-    def seen(b, h, i, j):
-        box = keys[j, 0] == plan.queries[i, 0]
-        for axis in range(1, 4):
-            box = box & (keys[j, axis] >= lo[i, axis]) & (keys[j, axis] < hi[i, axis])
-        return box | (keys[j, 0] < 0) | ((keys[j, 1] < kept[i]) & (keys[j, 0] == plan.queries[i, 0]))
-
+    seen = _mask_function(tokens, settings, inputs["q"].device)
     blocks = create_block_mask(seen, None, None, tokens, tokens, device=inputs["q"].device, _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
 

@@ -19,6 +19,17 @@ def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
+def apart(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The inputs of an autograd.Function: while compiling, one that is given again becomes a view of itself.
+
+    Dynamo does not trace a Function that is given one tensor twice.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    first = [not any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
+    return tuple([t if t is None or new else t.view_as(t) for t, new in zip(tensors, first, strict=True)])
+
+
 def dense(t: Tensor | None) -> Tensor | None:
     """t with a dense last axis; its other strides are the kernel's business."""
     return t if t is None or t.stride()[-1] == 1 else t.contiguous()

@@ -265,7 +265,7 @@ WINDOW_AND_TEXT = dict(grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8),
 def attention(cases=((128, torch.bfloat16, WINDOW_AND_TEXT), (128, torch.bfloat16, {}))) -> Iterator[tuple]:
     """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU."""
     from sora_kernels.attention import config, kernels_backward, kernels_forward
-    from sora_kernels.attention.plan import resolve
+    from sora_kernels.attention.mode import resolve
 
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

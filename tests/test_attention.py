@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sora_kernels import Unavailable, spacetime_attention
 from sora_kernels.attention import reference
-from sora_kernels.attention.plan import resolve
+from sora_kernels.attention.mode import resolve
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +26,8 @@ def op_samples() -> list[tuple[str, tuple]]:
     dense = ([], [], [1, 1, 1], 0, 0, 0, False, 0.3)
     windowed = ([2, 2, 3], [1, 2, 2], [1, 2, 1], 1, 1, 2, True, 0.3)
     samples = []
-    for mode in ((None, *dense), (lens, *dense), (lens, *windowed)):
+    by_head = ([2, 2, 3], [1, 2, 2, 2, 2, 3] * 2, [1, 2, 1, 1, 1, 1] * 2, 0, 0, 2, True, 0.3)
+    for mode in ((None, *dense), (lens, *dense), (lens, *windowed), (None, *by_head)):
         out, lse = torch.empty_like(q), torch.empty(2, 4, 8)
         samples.append(("spacetime_attention_fwd", (q, k, v, *mode, out, lse)))
         dlse = torch.randn_like(lse) if mode[0] is not None else None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_attention import MODES, definition
 
 from sora_kernels import attention_plan
+from sora_kernels.attention import config
+from sora_kernels.attention.mode import resolve
+from sora_kernels.attention.plan import plan
 
 
 def places(origin, box, start, H, W):
@@ -99,10 +103,44 @@ def test_boxes_are_chosen_to_compute_least():
     assert spatial.computed_pairs() == spatial.visible_pairs() and spatial.own_box == (1, 1, 64)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["queries own", "keys own"])
+def test_tiles_are_halved_where_owners_see_little(transposed):
+    """128 queries along time are 8 sites of 16 frames, and 7 of 8 pairs in their tile are of different sites."""
+
+    def computed(grid, window, stride, own):
+        n, cpu = math.prod(grid), torch.device("cpu")
+        form = resolve("test", n, n, grid, None, window, stride, None, 0, 0, "end")
+        result = plan(n, n, *form, own, 64, transposed, False, cpu)
+        return math.prod(result.own_box), int(result.computed_pairs()) / int(result.visible_pairs())
+
+    halves = config.Tile(128, 64, 8, 2).halves(128)
+    assert computed((16, 16, 16), (16, 1, 1), 1, (128,)) == (128, 8)
+    assert computed((16, 16, 16), (16, 1, 1), 1, halves) == (64, 4)
+    assert computed((16, 16, 16), (1, 16, 16), 1, halves) == (128, 1)
+    assert computed((12, 16, 16), (6, 16, 16), (2, 8, 8), halves) == (128, 1), "a tile window keeps large tiles"
+
+
 def test_a_plan_of_many_tokens_is_small():
     plan = attention_plan(115456, grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8), text_len=256)
     size = sum(t.numel() * 4 for t in (plan.rows, plan.tiles, plan.reach))
     assert size < 16 * 2**20, f"{size / 2**20:.1f} MiB"
+
+
+def test_a_plan_shows_its_columns_and_a_summary():
+    plan = attention_plan(4098, grid=(8, 16, 32), window=(2, 4, 8), stride=(2, 4, 8), text_len=2, tile=64, key_tile=32)
+    table = plan.numpy()
+    assert {type(x) for x in table.values()} == {np.ndarray}
+    for i, name in enumerate(("begin", "masked", "end", "origin", "own_start", "own_end", "start", "visit_end")):
+        assert (table[name] == plan.rows[:, i].numpy()).all(), name
+    assert (table["H"] == plan.rows[:, 9].numpy()).all() and (table["tiles"] == plan.tiles.numpy()).all()
+    text = str(plan)
+    seen = 4096 * (64 + 2) + 2 * 4098
+    assert "65 tiles of queries (2, 4, 8) visit" in text and "tiles of keys" in text
+    assert f"4098 queries x 4098 keys: {seen / 4098**2:.2%} of the pairs are seen" in text
+    assert f"forward: {4 * seen:.3g} FLOP useful" in text
+    of_keys = str(attention_plan(12, grid=(2, 2, 3), causal="frame", transposed=True))
+    assert "tiles of keys" in of_keys.split(" visit ")[0] and "tiles of queries" in of_keys.split(" visit ")[1]
+    assert str(attention_plan(0)).startswith("0 tiles")
 
 
 def test_plan_errors():

@@ -12,9 +12,23 @@ import time
 
 import pytest
 import torch
+from test_attention import MODES, definition
 
 import sora_kernels
-from benchmarks import bench_causal_conv, gpu, machine, peers, report, run, shapes, suite, targets, timing, verified
+from benchmarks import (
+    bench_attention,
+    bench_causal_conv,
+    gpu,
+    machine,
+    peers,
+    report,
+    run,
+    shapes,
+    suite,
+    targets,
+    timing,
+    verified,
+)
 from sora_kernels import _dispatch
 
 FIELDS = {
@@ -478,3 +492,11 @@ def test_every_benchmark_names_inputs_that_exist():
         assert backward > forward > 0 or (op == "unpatchify3d" and backward == forward == 0), op  # it moves values
     assert all(name in shapes.SHAPES for names in shapes.DEFAULT.values() for name in names)
     assert peers.version("eager") is None
+
+
+@pytest.mark.parametrize("name", ["grid_alone", "window_stride", "window_text_start", "causal_window_sink"])
+def test_flex_attention_is_asked_for_what_the_mode_means(name):
+    tokens, _, mode = MODES[name]
+    i = torch.arange(tokens)
+    mask = bench_attention._mask_function(tokens, mode, torch.device("cpu"))(0, 0, i[:, None], i[None])
+    assert torch.equal(mask, definition(name))

@@ -118,6 +118,50 @@ def test_activation_checkpointing_gives_the_same_gradients(name):
         assert torch.equal(actual, expected)
 
 
+TWICE = {  # functions of one tensor that stands for several arguments, and its shape
+    "spacetime_attention": (lambda x: sora_kernels.spacetime_attention(x, x, x), (2, 6, 2, 8)),
+    "qk_norm_rope": (lambda x: sora_kernels.qk_norm_rope(x, x, grid=(3, 1, 2)), (2, 6, 2, 8)),
+    "norm_modulate": (lambda x: sora_kernels.norm_modulate(x, x, x), (2, 6, 8)),
+    "gate_residual": (lambda x: sora_kernels.gate_residual(x, x, x), (2, 6, 8)),
+    "gate_residual_norm_modulate": (
+        lambda x: sora_kernels.gate_residual_norm_modulate(x, x, x, x, x), (2, 6, 8)
+    ),
+    "final_layer": (
+        lambda x: sora_kernels.final_layer(x, x, x, x[0, :, :].mT @ x[0], grid=(3, 1, 2), patch=(1, 2, 2)), (2, 6, 8)
+    ),
+    "causal_conv3d": (
+        lambda x: sora_kernels.causal_conv3d(x, x.new_ones(4, 4, 3, 3, 3), residual=x), (2, 4, 2, 3, 3)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_tensor_for_several_arguments_compiles_whole(name):
+    torch._dynamo.reset()
+    function, shape = TWICE[name]
+    x = torch.randn(shape)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(run(compiled, [x]), run(function, [x]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [{}, dict(window=(2, 1, 3)), dict(window=(2, 2, 2), causal="frame", sink=1),
+                                  dict(window=[(2, 1, 3), (1, 2, 2)])])  # fmt: skip
+def test_attention_of_any_length_compiles_once(rule):
+    torch._dynamo.reset()
+
+    def attend(q, k, v):
+        return sora_kernels.spacetime_attention(q, k, v, **rule, **(dict(grid=(q.shape[1] // 6, 2, 3)) if rule else {}))
+
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=graphs)
+    for B, T in ((4, 5), (5, 7), (7, 11)):
+        tensors = torch.randn(3, B, 6 * T, 2, 8)
+        for actual, expected in zip(run(compiled, tensors), run(attend, tensors), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_compiles_into_one_graph_with_dynamic_batch(name):
     """Forward and backward under fullgraph; a second batch size does not compile again; results stay the same."""

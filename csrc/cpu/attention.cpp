@@ -22,6 +22,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
 namespace sora {
 namespace {
@@ -31,13 +32,19 @@ constexpr int64_t kTasks = 8;      // of the backward, at least: each has a dK a
 constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// The heads of q that look by the same rule.
+struct Rule {
+  Tiles tiles;
+  std::vector<int64_t> heads;
+};
+
 struct Params {
   int64_t B = 0, Sq = 0, Sk = 0, H = 0, Hk = 0, E = 0;
   Heads q, k, v, out;
   float* lse = nullptr;  // [B, H, Sq]
   std::vector<int64_t> kv_lens;
   float scale = 0;
-  const Tiles* tiles = nullptr;
+  std::vector<Rule> rules;
   // backward
   Heads dout, dq, dk, dv;
   const float* dlse = nullptr;
@@ -47,6 +54,11 @@ struct Params {
 
   int64_t group() const { return H / std::max<int64_t>(1, Hk); }
   int64_t spans() const { return (Sk + kSpan - 1) / kSpan; }
+  int64_t most_tiles() const {
+    size_t most = 1;
+    for (const Rule& rule : rules) most = std::max(most, rule.tiles.all().size());
+    return static_cast<int64_t>(most);
+  }
   int64_t kv_len(int64_t b) const { return kv_lens.empty() ? Sk : kv_lens[b]; }
   int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
 };
@@ -87,24 +99,24 @@ struct Workspace {
   float *const s, *const d;            // [kKeys, lanes]
 
   explicit Workspace(const Params& params)
-      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, kKeys * kQueries + 8),
+      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, (kKeys + 8) * kQueries),
         queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
     std::fill_n(k, 2 * (keys.row(1) - keys.row(0)), 0.0f);
     std::fill_n(s, 2 * (scores.row(1) - scores.row(0)), 0.0f);
     std::fill_n(queries.row(0), 7 * (queries.row(1) - queries.row(0)), 0.0f);
   }
 
-  void enter(const QueryTile& tile, int64_t b) {
-    p.tiles->runs(tile, p.kv_len(b), runs);
-    p.tiles->for_each_query(tile, [&](int64_t lane, int64_t at, int64_t t, int64_t h, int64_t w) {
+  void enter(const Tiles& tiles, const QueryTile& tile, int64_t b) {
+    tiles.runs(tile, p.kv_len(b), runs);
+    tiles.for_each_query(tile, [&](int64_t lane, int64_t at, int64_t t, int64_t h, int64_t w) {
       token[lane] = at, count = lane + 1;
       if (tile.clip < 0) return;
       const int64_t place[3] = {t, h, w};
       for (int axis = 0; axis < 3; ++axis) {
-        const Interval seen = p.tiles->reach(tile, axis, place[axis]);
+        const Interval seen = tiles.reach(tile, axis, place[axis]);
         begin[axis][lane] = static_cast<int32_t>(seen.begin), end[axis][lane] = static_cast<int32_t>(seen.end);
       }
-      kept[lane] = static_cast<int32_t>(p.tiles->kept(tile, t));
+      kept[lane] = static_cast<int32_t>(tiles.kept(tile, t));
     });
     lanes = round_up(count, 2 * V);
     for (int64_t lane = count; lane < lanes; ++lane) {
@@ -210,20 +222,26 @@ struct Workspace {
 
 // ---- forward
 
+struct OneRule {
+  const Params& p;
+  const Rule& rule;
+};
+
 template <int V, class T>
 struct Forward {
   using Vector = Floats<V>;
 
-  static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
+  static SORA_INLINE void run(const OneRule& one, int64_t begin, int64_t end) {
+    const auto& [p, rule] = one;
     Workspace<V, T> w(p);
     float *rows = w.queries.row(0), *panels = w.queries.row(1), *sum_pv = w.queries.row(2);
     alignas(64) float top[kQueries], total[kQueries], shrink[kQueries];
-    const std::vector<QueryTile>& tiles = p.tiles->all();
-    const int64_t count = static_cast<int64_t>(tiles.size());
+    const std::vector<QueryTile>& tiles = rule.tiles.all();
+    const int64_t count = static_cast<int64_t>(tiles.size()), some = static_cast<int64_t>(rule.heads.size());
 
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / count / p.H, h = task / count % p.H;
-      w.enter(tiles[task % count], b);
+      const int64_t b = task / count / some, h = rule.heads[task / count % some];
+      w.enter(rule.tiles, tiles[task % count], b);
       w.load_rows(p.q, b, h, rows);
       w.transpose(rows, panels);
       std::fill_n(top, kQueries, -kInfinity), std::fill_n(total, kQueries, 0.0f);
@@ -282,13 +300,17 @@ struct Backward {
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     Workspace<V, T> w(p);
-    const std::vector<QueryTile>& tiles = p.tiles->all();
-    const int64_t count = static_cast<int64_t>(tiles.size()), per_part = (count + p.parts - 1) / p.parts;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / p.parts / p.Hk, h = task / p.parts % p.Hk, part = task % p.parts;
-      for (int64_t i = part * per_part; i < std::min((part + 1) * per_part, count); ++i) {
-        w.enter(tiles[i], b);
-        for (int64_t g = 0; g < p.group(); ++g) tile(p, w, b, h * p.group() + g, h, p.head_of(part, b, h));
+      const int64_t b = task / p.parts / p.Hk, key_head = task / p.parts % p.Hk, part = task % p.parts;
+      for (const auto& [tiles, heads] : p.rules) {
+        const auto first = std::lower_bound(heads.begin(), heads.end(), key_head * p.group());
+        const auto last = std::lower_bound(first, heads.end(), (key_head + 1) * p.group());
+        if (first == last) continue;
+        const int64_t count = static_cast<int64_t>(tiles.all().size()), per_part = (count + p.parts - 1) / p.parts;
+        for (int64_t i = part * per_part; i < std::min((part + 1) * per_part, count); ++i) {
+          w.enter(tiles, tiles.all()[i], b);
+          for (auto h = first; h != last; ++h) tile(p, w, b, *h, key_head, p.head_of(part, b, key_head));
+        }
       }
     }
   }
@@ -424,19 +446,39 @@ Params params(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalT
   return p;
 }
 
-Tiles tiles(const Params& p, const std::vector<int64_t>& grids, const std::vector<int64_t>& window,
-            const std::vector<int64_t>& stride, int64_t chunk, int64_t sink, int64_t text_len, bool text_first) {
+// window and stride are of all heads, or of one after another.
+std::vector<Rule> rules(const Params& p, const std::vector<int64_t>& grids, const std::vector<int64_t>& window,
+                        const std::vector<int64_t>& stride, int64_t chunk, int64_t sink, int64_t text_len,
+                        bool text_first) {
   int64_t tokens = text_len, frame = 1;
   for (size_t i = 0; i + 2 < grids.size(); i += 3) tokens += (frame = grids[i + 1] * grids[i + 2]) * grids[i];
   const bool square = grids.empty() || (tokens == p.Sk && (grids.size() == 3 || p.Sq == p.Sk));
   const bool frames = grids.size() != 3 || (p.Sq >= text_len && p.Sq <= p.Sk && (p.Sq - text_len) % frame == 0);
   SORA_CHECK(grids.size() % 3 == 0 && square && frames && text_len >= 0, "grids, text_len: expected the ", p.Sk,
              " keys, and whole frames of queries, got ", tokens, " keys and ", p.Sq, " queries");
-  SORA_CHECK((window.empty() || window.size() == 3) && stride.size() == 3 && chunk >= 0 && sink >= 0 &&
+  const size_t each = 3 * static_cast<size_t>(p.H);
+  const bool one = (window.empty() || window.size() == 3) && stride.size() == 3;
+  SORA_CHECK((one || (window.size() == each && stride.size() == each)) && chunk >= 0 && sink >= 0 &&
                  std::all_of(window.begin(), window.end(), [](int64_t n) { return n > 0; }) &&
                  std::all_of(stride.begin(), stride.end(), [](int64_t n) { return n > 0; }),
-             "window, stride: expected three positive integers each, chunk and sink: at least 0");
-  return Tiles(p.Sq, p.Sk, grids, window, stride, chunk, sink, text_len, text_first);
+             "window, stride: expected three positive integers each, or three for every head, chunk and sink: at least 0");
+  std::map<std::vector<int64_t>, std::vector<int64_t>> heads;
+  for (int64_t h = 0; h < p.H; ++h) {
+    std::vector<int64_t> rule = window;
+    rule.insert(rule.end(), stride.begin(), stride.end());
+    if (!one) {
+      rule.assign(window.begin() + 3 * h, window.begin() + 3 * h + 3);
+      rule.insert(rule.end(), stride.begin() + 3 * h, stride.begin() + 3 * h + 3);
+    }
+    heads[rule].push_back(h);
+  }
+  std::vector<Rule> all;
+  for (const auto& [rule, keep] : heads) {
+    const auto middle = rule.end() - 3;
+    all.push_back({Tiles(p.Sq, p.Sk, grids, {rule.begin(), middle}, {middle, rule.end()}, chunk, sink, text_len,
+                         text_first), keep});
+  }
+  return all;
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_lens,
@@ -444,13 +486,16 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
                    int64_t sink, int64_t text_len, bool text_first, double scale, const Tensor& out,
                    const Tensor& lse) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  const Tiles all = tiles(p, grids, window, stride, chunk, sink, text_len, text_first);
-  p.tiles = &all;
+  p.rules = rules(p, grids, window, stride, chunk, sink, text_len, text_first);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   with_dtype(q.scalar_type(), [&](auto t) {
-    torch::stable::parallel_for(0, p.B * p.H * static_cast<int64_t>(all.all().size()), 1, [&](int64_t begin, int64_t end) {
-      dispatch_lanes<Forward, decltype(t)>(p, begin, end);
-    });
+    for (const Rule& rule : p.rules) {
+      const OneRule one{p, rule};
+      const int64_t tasks = p.B * static_cast<int64_t>(rule.heads.size() * rule.tiles.all().size());
+      torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+        dispatch_lanes<Forward, decltype(t)>(one, begin, end);
+      });
+    }
   });
 }
 
@@ -460,14 +505,13 @@ void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
                    int64_t text_len, bool text_first, double scale, const OptionalTensor& dq, const OptionalTensor& dk,
                    const OptionalTensor& dv) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  const Tiles all = tiles(p, grids, window, stride, chunk, sink, text_len, text_first);
-  p.tiles = &all;
+  p.rules = rules(p, grids, window, stride, chunk, sink, text_len, text_first);
   p.dout = heads("dout", dout, q), p.dq = heads("dq", dq, q);
   p.dk = heads("dk", dk, k), p.dv = heads("dv", dv, k);
   p.dlse = log_sums("dlse", dlse, p);
   isa();  // as in forward
-  const int64_t key_heads = p.B * p.Hk, most = std::max<int64_t>(1, static_cast<int64_t>(all.all().size()));
-  p.parts = std::min(most, (kTasks + key_heads - 1) / std::max<int64_t>(1, key_heads));
+  const int64_t key_heads = p.B * p.Hk;
+  p.parts = std::min(p.most_tiles(), (kTasks + key_heads - 1) / std::max<int64_t>(1, key_heads));
   const int64_t size = p.parts * key_heads * p.Sk * p.E;
   const Zeros<float> dk_parts(p.dk ? size : 0), dv_parts(p.dv ? size : 0);
   const Zeros<uint8_t> touched(p.parts * key_heads * p.spans());

@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 Box = tuple[int, int, int]
-MASKED_COST = 1.5  # of a tile that asks the coordinates, in units of one that does not: an estimate, not yet measured
+# Estimates, not yet measured
+MASKED_COST = 1.5  # of a tile that asks the coordinates, in units of one that does not
+LOAD_COST = 128  # of a token's k and v (or q and dO), in pairs computed: what L2 gives against what tensor cores take
 
 
-def choose_boxes(clips, own: int | Box, visit: int | Box) -> tuple[Box, Box, list[int]]:
+def choose_boxes(clips, own: Sequence[int | Box], visit: int | Box) -> tuple[Box, Box, list[int]]:
     """Boxes of `own` and `visit` tokens that compute least over the clips; the most boxes an owner of each clip visits.
 
     clips   `plan.Clip`s on the CPU. A triple instead of a number is taken as it is.
+    own     alternatives. Large tiles load a visited token for more owners; but where an owner sees fewer tokens than
+            its tile holds, as along time alone, a tile of half the size computes half the pairs
     """
     axes = list(zip(*(clip.axes for clip in clips), strict=True))
     flat = [all(max(lo.shape[0], keys) <= 1 for lo, _, keys in axis) for axis in axes]
@@ -49,12 +54,20 @@ def choose_boxes(clips, own: int | Box, visit: int | Box) -> tuple[Box, Box, lis
         totals = (MASKED_COST * product(c, boxes, 0) - (MASKED_COST - 1) * product(c, boxes, 1) for c in unique)
         return sum(total * n for total, n in zip(totals, unique.values(), strict=True))
 
+    def time(boxes: tuple[Box, Box]) -> float:
+        own_tile, visit_tile = map(math.prod, boxes)
+        loaded = 0
+        for c, n in unique.items():
+            owners = math.prod(spans(c, side)[axis][0].shape[0] for axis, side in enumerate(boxes[0]))
+            loaded += n * (own_tile * owners + visit_tile * product(c, boxes, 0))
+        return own_tile * visit_tile * cost(boxes) + LOAD_COST * loaded
+
     sizes: dict[tuple, int] = {}
     unique: dict[int, int] = {}
     for i, clip in enumerate(clips):
         first = sizes.setdefault(clip.size, i)
         unique[first] = unique.get(first, 0) + 1
-    boxes = min(itertools.product(candidates(own), candidates(visit)), key=cost)
+    boxes = min((min(itertools.product(candidates(tile), candidates(visit)), key=cost) for tile in own), key=time)
     return *boxes, [product(sizes[clip.size], boxes, 2) for clip in clips]
 
 
@@ -66,6 +79,10 @@ class Tile:
     keys: int
     warps: int
     stages: int
+
+    def halves(self, own: int) -> tuple[int, ...]:
+        """Alternatives for the owner's tokens: half as many on half the warps, but no less than wgmma takes."""
+        return (own, own // 2) if own >= 128 else (own,)
 
 
 def parts(E: int) -> tuple[int, ...]:
@@ -122,7 +139,7 @@ def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool)
 
 def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
     if dtype == torch.float32:
-        return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
+        return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4 if E <= 128 else 8, 1)  # 4 spill 96 bytes on sm_90
     if E > 128:
         return Tile(32, 32, 8, 1)
     if _asynchronous(capability) or E <= 64:

@@ -17,6 +17,7 @@ from .kernels_forward import (
     arrange,
     dot_t,
     in_units,
+    load_head,
     load_owner,
     load_reach,
     load_tile,
@@ -27,6 +28,8 @@ from .kernels_forward import (
     where,
     zeros,
 )
+from .mode import by_head
+from .plan import head_table
 
 ROWS = 64  # queries of a program of the first kernel
 
@@ -61,10 +64,10 @@ def attention_bwd_rows_kernel(
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, heads, groups, Sq, Sk, scale, scale_2,
+    owners, some, heads, groups, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +77,8 @@ def attention_bwd_dq_kernel(
     PLANNED: tl.constexpr = rows_ptr is not None
     program = tl.program_id(0)
     tile = program % owners
-    head = (program // owners % heads).to(tl.int64)
-    b = (program // owners // heads).to(tl.int64)
+    head = load_head(heads_ptr, program // owners % some)
+    b = (program // owners // some).to(tl.int64)
 
     key_end = Sk
     if kv_lens_ptr is not None:
@@ -126,22 +129,26 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, heads_ptr,
+    rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, heads, groups, Sq, Sk, scale, scale_2,
+    owners, some, heads, groups, shares, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """dv = pᵀ dout and dk = scale · dsᵀ q, for one tile of keys of one key head, summed over its query heads."""
+    """dv = pᵀ dout and dk = scale · dsᵀ q, for one tile of keys of one key head, summed over its query heads.
+
+    Where those keep different rules each gives a share of its own: groups is 1, and `shares` of them have one key head.
+    """
     KEYS: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
     QUERIES: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
     PLANNED: tl.constexpr = rows_ptr is not None
     key_heads = heads // groups
     program = tl.program_id(0)
     tile = program % owners
-    key_head = (program // owners % key_heads).to(tl.int64)
-    b = (program // owners // key_heads).to(tl.int64)
+    key_head = load_head(heads_ptr, program // owners % some)
+    b = (program // owners // some).to(tl.int64)
 
     if PLANNED:
         begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, tile, OWN, RUNS)
@@ -156,8 +163,8 @@ def attention_bwd_dkdv_kernel(
     real = valid
     if kv_lens_ptr is not None:
         real = valid & (key < tl.load(kv_lens_ptr + b).to(tl.int32))
-    k_ptr += (b * k_stride_b + key_head * k_stride_h) * UNIT
-    v_ptr += (b * v_stride_b + key_head * v_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + key_head // shares * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + key_head // shares * v_stride_h) * UNIT
     k = load_tile(k_ptr, key, k_stride_s, real, E, PARTS, UNIT)
     v = load_tile(v_ptr, key, v_stride_s, real, E, PARTS, UNIT)
     dk = zeros(KEYS, PARTS)
@@ -194,7 +201,7 @@ def attention_bwd_dkdv_kernel(
     dk = scaled(dk, scale)
     if kv_lens_ptr is not None:  # padding may have met anything; its gradient is 0
         dk, dv = where(real, dk), where(real, dv)
-    # dk, dv are dense [B, Sk, Hk, E]
+    # dk, dv are dense [B, Sk, Hk, E], Hk the shares
     at = (b * Sk * key_heads + key_head) * E
     store_tile(dk_ptr + at, key, key_heads * E, valid, dk, E)
     store_tile(dv_ptr + at, key, key_heads * E, valid, dv, E)
@@ -205,7 +212,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     B, Sq, H, E = q.shape
     Sk, key_heads = k.shape[1:3]
     padded = kv_lens is not None
-    settings = E, q.dtype, config.capability(q.device), bool(mode[0])
+    settings = E, q.dtype, config.capability(q.device)
     widths = dict(E=E, PARTS=config.parts(E))
 
     delta, base = torch.empty((2, B, H, Sq), dtype=torch.float32, device=q.device)
@@ -217,22 +224,34 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
             **widths, UNIT=unit, ROWS=ROWS, LOG2_E=LOG2_E, num_warps=4,
         )  # fmt: skip
     strides, unit = in_units(q, k, v, dout)
-    if dq is not None and B * H * Sq:
-        tile = config.backward_queries(*settings)
-        planned, owners = arrange(q, k, mode, tile, False, padded)
+    for heads, rule in by_head(mode, H) if dq is not None and B * H * Sq else ():
+        tile = config.backward_queries(*settings, bool(rule[0]))
+        planned, owners = arrange(q, k, rule, tile, False, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
-        attention_bwd_dq_kernel[(owners * B * H,)](
-            q, k, v, dout, delta, base, dq, kv_lens, *tables, *strides,
-            owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
-            **widths, **planned, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
+        attention_bwd_dq_kernel[(owners * B * len(heads),)](
+            q, k, v, dout, delta, base, dq, kv_lens, head_table(heads, H, q.device), *tables, *strides,
+            owners, len(heads), H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
+            **widths, **planned, UNIT=unit,
         )  # fmt: skip
-    if (dk is not None or dv is not None) and B * H * Sk:
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) if d is None else d for d in (dk, dv))
-        tile = config.backward_keys(*settings)
-        planned, owners = arrange(q, k, mode, tile, True, padded)
+    if (dk is None and dv is None) or B * H * Sk == 0:
+        return
+    groups, shares, rules = H // key_heads, 1, by_head(mode, H)
+    if any({h // groups * groups + g for h in heads for g in range(groups)} != set(heads) for heads, _ in rules):
+        groups, shares = 1, groups
+    shape, dtype = (k.shape, k.dtype) if shares == 1 else ((B, Sk, H, E), torch.float32)
+    dk_parts, dv_parts = (
+        torch.empty(shape, dtype=dtype, device=k.device) if d is None or shares > 1 else d for d in (dk, dv)
+    )
+    for heads, rule in rules:
+        tile = config.backward_keys(*settings, bool(rule[0]))
+        planned, owners = arrange(q, k, rule, tile, True, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
-        attention_bwd_dkdv_kernel[(owners * B * key_heads,)](
-            q, k, v, dout, delta, base, dk, dv, kv_lens, *tables, *strides,
-            owners, H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
-            **widths, **planned, UNIT=unit, num_warps=tile.warps, num_stages=tile.stages,
+        heads = tuple(h // groups for h in heads[::groups])
+        attention_bwd_dkdv_kernel[(owners * B * len(heads),)](
+            q, k, v, dout, delta, base, dk_parts, dv_parts, kv_lens, head_table(heads, H // groups, q.device),
+            *tables, *strides, owners, len(heads), H, groups, shares, Sq, Sk, scale, scale * LOG2_E,
+            **widths, **planned, UNIT=unit,
         )  # fmt: skip
+    for total, parts in ((dk, dk_parts), (dv, dv_parts)) if shares > 1 else ():
+        if total is not None:
+            total.copy_(parts.unflatten(2, (-1, shares)).sum(3))

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from . import config
-from .plan import plan
+from .mode import by_head
+from .plan import head_table, plan
 
 FAR = tl.constexpr(1 << 30)
 LOG2_E = 1.4426950408889634
@@ -135,6 +136,15 @@ def tile_valid(origin, token, start, end, H, W, BOX: tl.constexpr):
 
 
 @triton.jit
+def load_head(heads_ptr, index):
+    """The head at `index` of a launch's list, which may be all heads."""
+    if heads_ptr is None:
+        return index.to(tl.int64)
+    else:
+        return tl.load(heads_ptr + index).to(tl.int64)
+
+
+@triton.jit
 def load_owner(rows_ptr, tile, OWN: tl.constexpr, RUNS: tl.constexpr):
     """Row `tile` of the plan, its columns by their names, with the owner's tokens and which of them exist."""
     row = rows_ptr + tile * 11
@@ -206,9 +216,9 @@ def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lens_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    owners, heads, groups, Sq, Sk, scale,
+    owners, some, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, NEGATIVE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -221,8 +231,8 @@ def attention_fwd_kernel(
     PLANNED: tl.constexpr = rows_ptr is not None
     program = tl.program_id(0)
     tile = program % owners
-    head = (program // owners % heads).to(tl.int64)
-    b = (program // owners // heads).to(tl.int64)
+    head = load_head(heads_ptr, program // owners % some)
+    b = (program // owners // some).to(tl.int64)
 
     key_end = Sk
     if kv_lens_ptr is not None:
@@ -282,15 +292,18 @@ def in_units(*tensors) -> tuple[list[int], int]:
 
 
 def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int]:
-    """The plan's arguments of a kernel, and how many owners there are. mode: from `grids` to `text_first`."""
+    """The plan's arguments of a kernel, and how many owners there are. mode: of one rule, `grids` to `text_first`."""
     own, visit = (tile.keys, tile.queries) if transposed else (tile.queries, tile.keys)
     if not mode[0]:
         own_len = k.shape[1] if transposed else q.shape[1]
         nothing = dict(rows_ptr=None, tiles_ptr=None, reach_ptr=None)
-        return nothing | dict(OWN=(1, 1, own), VISIT=(1, 1, visit), AXES=(False,) * 3, RUNS=False), -(-own_len // own)
-    p = plan(q.shape[1], k.shape[1], *mode, own, visit, transposed, padded, q.device)
+        settings = dict(OWN=(1, 1, own), VISIT=(1, 1, visit), AXES=(False,) * 3, RUNS=False)
+        return nothing | settings | dict(num_warps=tile.warps, num_stages=tile.stages), -(-own_len // own)
+    p = plan(q.shape[1], k.shape[1], *mode, tile.halves(own), visit, transposed, padded, q.device)
     tables = dict(rows_ptr=p.rows, tiles_ptr=p.tiles, reach_ptr=p.reach)
-    return tables | dict(OWN=p.own_box, VISIT=p.visit_box, AXES=p.axes, RUNS=p.runs), p.rows.shape[0]
+    settings = dict(OWN=p.own_box, VISIT=p.visit_box, AXES=p.axes, RUNS=p.runs)
+    warps = tile.warps * math.prod(p.own_box) // own
+    return tables | settings | dict(num_warps=warps, num_stages=tile.stages), p.rows.shape[0]
 
 
 def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
@@ -298,13 +311,14 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
     B, Sq, H, E = q.shape
     if B * Sq * H == 0:
         return
-    tile = config.forward(E, q.dtype, config.capability(q.device), bool(mode[0]))
-    planned, owners = arrange(q, k, mode, tile, False, kv_lens is not None)
     strides, unit = in_units(q, k, v)
-    attention_fwd_kernel[(owners * B * H,)](
-        q, k, v, out, lse, kv_lens, planned.pop("rows_ptr"), planned.pop("tiles_ptr"), planned.pop("reach_ptr"),
-        *strides, owners, H, H // k.shape[2], Sq, k.shape[1],
-        max(abs(scale) * LOG2_E, 1e-30),  # 0 would make NaN of the -inf of a hidden key
-        E=E, PARTS=config.parts(E), UNIT=unit, NEGATIVE=scale < 0, **planned,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    for heads, rule in by_head(mode, H):
+        tile = config.forward(E, q.dtype, config.capability(q.device), bool(rule[0]))
+        planned, owners = arrange(q, k, rule, tile, False, kv_lens is not None)
+        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        attention_fwd_kernel[(owners * B * len(heads),)](
+            q, k, v, out, lse, kv_lens, head_table(heads, H, q.device), *tables, *strides,
+            owners, len(heads), H, H // k.shape[2], Sq, k.shape[1],
+            max(abs(scale) * LOG2_E, 1e-30),  # 0 would make NaN of the -inf of a hidden key
+            E=E, PARTS=config.parts(E), UNIT=unit, NEGATIVE=scale < 0, **planned,
+        )  # fmt: skip

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
 
-from .. import _check, _dispatch, _library
-from .._operands import dense, like, needs_grad
+from .. import _check, _dispatch, _flops, _library
+from .._operands import apart, dense, like, needs_grad
 from . import reference
-from .plan import resolve
+from .mode import resolve
+from .plan import seen_pairs
 
 MAX_WIDTH = 256  # of a head, in the registers of a Triton program
 
@@ -28,8 +30,8 @@ def spacetime_attention(
     *,
     grid: Sequence[int] | None = None,
     grids: Sequence[Sequence[int]] | None = None,
-    window: Sequence[int] | None = None,
-    stride: int | Sequence[int] = 1,
+    window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
     causal: str | int | None = None,
     sink: int = 0,
     text_len: int = 0,
@@ -50,6 +52,8 @@ def spacetime_attention(
     window   (wt, wh, ww) in tokens. On an axis of length L a query sees exactly min(w, L) keys: from
              clamp(leader − w//2, 0, L − w) on. The leader of query i is min((i//s)·s + s//2, L − 1)
     stride   s, an int or one per axis. 1: neighbourhood attention; the side of a tile: sliding-tile attention
+    window, stride   also a list of triples, one for each of the H heads: spatial and temporal heads, a tile window of
+             its own for each head. (T, H, W) sees the whole clip
     causal   "frame", or n for chunks of n frames: a query sees its own and earlier chunks. With window, the time
              window is the wt frames that end with the last frame of the query's chunk; along t the chunk takes the
              place of the stride's group
@@ -81,7 +85,7 @@ def spacetime_attention(
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     grad = needs_grad((q, k, v))
     impl = _choose(impl, q, grad)
-    out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(q, k, v, *mode, impl)
+    out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(*apart(q, k, v), *mode, impl)
     return (out, lse) if return_lse else out
 
 
@@ -92,8 +96,8 @@ def attention_forward(
     *,
     grid: Sequence[int] | None = None,
     grids: Sequence[Sequence[int]] | None = None,
-    window: Sequence[int] | None = None,
-    stride: int | Sequence[int] = 1,
+    window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
     causal: str | int | None = None,
     sink: int = 0,
     text_len: int = 0,
@@ -121,8 +125,8 @@ def attention_backward(
     dlse: Tensor | None = None,
     grid: Sequence[int] | None = None,
     grids: Sequence[Sequence[int]] | None = None,
-    window: Sequence[int] | None = None,
-    stride: int | Sequence[int] = 1,
+    window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
     causal: str | int | None = None,
     sink: int = 0,
     text_len: int = 0,
@@ -176,17 +180,13 @@ def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple
 def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:
     """The arguments that all private ops take, from `kv_lens` to `scale`."""
     _check_heads(op, q, k, v)
-    mode = resolve(op, q.shape[1], k.shape[1], *rules)
-    if rules[1] is not None and q.shape[0] != 1:
-        raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {q.shape[0]}")
-    _check_kv_lens(op, kv_lens, k.shape[1])
+    B, Sq, H, E = q.shape
+    mode = resolve(op, Sq, k.shape[1], *rules, heads=H)
+    if rules[1] is not None and B != 1:
+        raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {B}")
     if kv_lens is not None:
-        _check.same_device(op, q, {"kv_lens": kv_lens}, "q")
-        if kv_lens.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"{op}: kv_lens must have one length per batch, [{q.shape[0]}]; got {_check.shape_of(kv_lens)}"
-            )
-    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+        _check_kv_lens(op, kv_lens, q, k.shape[1])
+    scale = max(E, 1) ** -0.5 if scale is None else float(scale)
     if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
     return [kv_lens, *mode, scale]
@@ -204,9 +204,8 @@ def _choose(impl: str, q: Tensor, grad: bool) -> str:
 def _check_heads(op, q, k, v) -> None:
     _check.tensor(op, "q", q, "[B, Sq, H, E]", ndim=4)
     _check.tensor(op, "k", k, "[B, Sk, Hk, E]", ndim=4)
-    B, _, H, E = q.shape
-    heads = k.shape[2]
-    if k.shape[0] != B or k.shape[3] != E:
+    (B, _, H, E), (batch, _, heads, width) = q.shape, k.shape
+    if batch != B or width != E:
         raise ValueError(f"{op}: k must be [B, Sk, Hk, E] with B={B} and E={E} from q; got {_check.shape_of(k)}")
     if heads != H and (heads == 0 or H % heads):
         raise ValueError(f"{op}: the heads of k and v must divide the {H} heads of q; got {heads}")
@@ -216,10 +215,8 @@ def _check_heads(op, q, k, v) -> None:
     _check.like(op, "v", v, k, "k")
 
 
-def _check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
+def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
     """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
-    if kv_lens is None:
-        return
     if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
         got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
         raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
@@ -229,6 +226,11 @@ def _check_kv_lens(op: str, kv_lens: Tensor | None, k_len: int) -> None:
         least, most = (int(n) for n in kv_lens.aminmax())
         if least < 0 or most > k_len:
             raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")
+    _check.same_device(op, q, {"kv_lens": kv_lens}, "q")
+    if kv_lens.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"{op}: kv_lens must have one length per batch, [{q.shape[0]}]; got {_check.shape_of(kv_lens)}"
+        )
 
 
 # The private ops
@@ -269,11 +271,40 @@ _library.define(
 )
 
 
+def _flops_fwd(
+    q, k, v, kv_lens, grids, window, stride, chunk, sink, text_len, text_first, scale, out, lse, *, out_val=None
+) -> int:
+    """Two products for each pair that is seen. What `kv_lens` hides counts too: reading it would wait for a GPU."""
+    return 2 * _multiplied(q, k, grids, window, stride, chunk, sink, text_len, text_first)
+
+
+def _flops_bwd(
+    dout, dlse, q, k, v, out, lse, kv_lens, grids, window, stride, chunk, sink, text_len, text_first, scale,
+    dq=None, dk=None, dv=None, *, out_val=None,
+) -> int:  # fmt: skip
+    """Five: the scores once more, dO Vᵀ, and one for each gradient."""
+    products = 1 + (dq is not None or dk is not None) + sum(d is not None for d in (dq, dk, dv))
+    return products * _multiplied(q, k, grids, window, stride, chunk, sink, text_len, text_first)
+
+
+def _multiplied(q, k, *form) -> int:
+    """Operations of one product of all heads and batches."""
+    B, Sq, H, E = q.shape
+    sizes = Sq, k.shape[1], form
+    if form[0]:  # sizes that a compiler leaves open stand for those it saw
+        sizes = pytree.tree_map(lambda n: n.node.hint if isinstance(n, torch.SymInt) else n, sizes)
+    return 2 * B * E * seen_pairs(*sizes, H)
+
+
+_flops.register("spacetime_attention_fwd", _flops_fwd)
+_flops.register("spacetime_attention_bwd", _flops_bwd)
+
+
 def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
     *mode, impl = args
     B, Sq, H, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, Sq), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    out = like(q)
+    lse = torch.empty(B, H, Sq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     _library.call("spacetime_attention_fwd", impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
 

@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import _check
 from .config import choose_boxes
+from .mode import Box, Mode, by_head, is_list, mode_of, resolve
 from .reference import FAR, reach
 
-Box = tuple[int, int, int]
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+COLUMNS = ("begin", "masked", "end", "origin", "own_start", "own_end", "start", "visit_end", "stop", "H", "W")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,26 @@ class AttentionPlan:
         """Useful and computed floating-point operations of the forward for one clip of the batch, each int64 []."""
         return 4 * heads * width * self.visible_pairs(), 4 * heads * width * self.computed_pairs()
 
+    def numpy(self) -> dict[str, np.ndarray]:
+        """The columns of `rows` by their names, `tiles` and `reach`, as arrays on the host: waits for the device."""
+        columns = zip(COLUMNS, self.rows.cpu().numpy().T, strict=True)
+        return dict(columns) | dict(tiles=self.tiles.cpu().numpy(), reach=self.reach.cpu().numpy())
+
+    def __str__(self) -> str:
+        """A summary for people: tiles, density, and the work beside what is needed. Waits for the device."""
+        table = self.numpy()
+        owners, visits = len(table["begin"]), int((table["end"] - table["begin"]).sum())
+        whole = int((table["masked"] - table["begin"]).sum())
+        own, visit = ("keys", "queries") if self.transposed else ("queries", "keys")
+        seen, computed = int(self.visible_pairs()), int(self.computed_pairs())
+        return (
+            f"{owners} tiles of {own} {self.own_box} visit {visits} tiles of {visit} {self.visit_box}, "
+            f"{whole / max(visits, 1):.0%} of them seen whole\n"
+            f"{self.q_len} queries x {self.k_len} keys: {seen / max(self.q_len * self.k_len, 1):.2%} of the pairs are "
+            f"seen, {computed / max(seen, 1):.2f} times as many are computed\n"
+            f"forward: {4 * seen:.3g} FLOP useful, {4 * computed:.3g} computed, per head and unit of its width"
+        )
+
 
 def attention_plan(
     q_len: int,
@@ -72,8 +99,8 @@ def attention_plan(
     *,
     grid: Sequence[int] | None = None,
     grids: Sequence[Sequence[int]] | None = None,
-    window: Sequence[int] | None = None,
-    stride: int | Sequence[int] = 1,
+    window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
     causal: str | int | None = None,
     sink: int = 0,
     text_len: int = 0,
@@ -83,20 +110,23 @@ def attention_plan(
     key_tile: int | Sequence[int] = 64,
     transposed: bool = False,
     device: torch.device | str | None = None,
-) -> AttentionPlan:
+) -> AttentionPlan | tuple[tuple[tuple[int, ...], AttentionPlan], ...]:
     """The plan of `spacetime_attention` for `q_len` queries and `k_len` keys (None: as many).
 
     The modes are those of `spacetime_attention`; padded says that kv_lens will be given. tile, key_tile: tokens of a
     tile of queries and of keys, whose boxes are then chosen to compute least, or the boxes (t, h, w) themselves.
     transposed: the keys own. device: where the plan is built; None: torch's default. Plans are cached; building one
     does not synchronise the host. Raises ValueError naming the argument.
+
+    With a list of windows or strides, one for each query head: (heads, plan) of every distinct rule, in the order of
+    its first head. Heads that keep equal rules share a plan.
     """
     op = "attention_plan"
     k_len = q_len if k_len is None else k_len
     for name, n in (("q_len", q_len), ("k_len", k_len)):
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
-    mode = resolve(op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at)
+    form = resolve(op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at)
     sizes = []
     for name, t in (("tile", tile), ("key_tile", key_tile)):
         t = _check.triple(op, name, (t,) * 3)[0] if isinstance(t, int) else _check.triple(op, name, t)
@@ -106,38 +136,62 @@ def attention_plan(
         sizes.append(t)
     own, visit = sizes[::-1] if transposed else sizes
     device = torch.get_default_device() if device is None else torch.device(device)
-    return plan(q_len, k_len, *mode, own, visit, transposed, padded, device)
+    heads = max((len(x) for x in (window, stride) if is_list(x)), default=1)
+    tiles = (own,), visit, transposed, padded, device
+    plans = tuple((keep, plan(q_len, k_len, *rule, *tiles)) for keep, rule in by_head(form, heads))
+    return plans if is_list(window) or is_list(stride) else plans[0][1]
 
 
 def plan(q_len, k_len, grids, window, stride, chunk, sink, text_len, text_first, own, visit, transposed, padded,
          device) -> AttentionPlan:  # fmt: skip
-    """`attention_plan` of a resolved mode, from the cache. A plan belongs to the stream it was built on."""
-    stream, build = 0, _cached
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        build = _build if torch.cuda.is_current_stream_capturing() else _cached  # a graph's memory is not ours to keep
-    clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids), 3))
-    mode = Mode(q_len, k_len, clips, tuple(window), tuple(stride), chunk, sink, text_len, bool(text_first))
-    return build(mode, own, visit, transposed, padded, device, stream)
+    """`attention_plan` of a resolved mode of one rule. own: alternatives, of which the plan takes the fastest."""
+    mode = mode_of(q_len, k_len, grids, window, stride, chunk, sink, text_len, text_first)
+    return _build(mode, own, visit, transposed, padded, device)
 
 
-@dataclass(frozen=True)
-class Mode:
-    """What is seen, with hashable parts."""
+def head_table(heads: tuple[int, ...], total: int, device: torch.device) -> Tensor | None:
+    """int32 `[n]` for a kernel that works on some heads only; None for all."""
+    return None if len(heads) == total else _heads(heads, device)
 
-    q_len: int
-    k_len: int
-    clips: tuple[Box, ...]
-    window: tuple[int, ...]
-    stride: tuple[int, ...]
-    chunk: int
-    sink: int
-    text_len: int
-    text_first: bool
 
-    def frames(self, clip: Box) -> int:
-        """The frames of a clip that are among the queries."""
-        return (self.q_len - self.text_len) // (clip[1] * clip[2]) if len(self.clips) == 1 else clip[0]
+def _cached(build: Callable[..., T]) -> Callable[..., T]:
+    """`build(*key, device)` from a cache; what it gives belongs to the stream that it was built on."""
+    cache = functools.lru_cache(maxsize=64)(lambda stream, *key: build(*key))
+
+    @functools.wraps(build)
+    def get(*key) -> T:
+        device = key[-1]
+        if device.type != "cuda":
+            return cache(0, *key)
+        if torch.cuda.is_current_stream_capturing():  # a graph's memory is not ours to keep
+            return build(*key)
+        return cache(torch.cuda.current_stream(device).cuda_stream, *key)
+
+    return get
+
+
+def seen_pairs(q_len: int, k_len: int, form: Sequence, heads: int) -> int:
+    """The (query, key) pairs that so many heads see, from the axes alone: neither a plan nor a device is asked."""
+    rules = by_head(form, heads)
+    each = (_seen_pairs(mode_of(q_len, k_len, *rule)) if rule[0] else q_len * k_len for _, rule in rules)
+    return sum(len(keep) * pairs for (keep, _), pairs in zip(rules, each, strict=True))
+
+
+@functools.lru_cache(maxsize=256)
+def _seen_pairs(mode: Mode) -> int:
+    total = mode.text_len * (mode.q_len + mode.k_len - mode.text_len)  # text sees all and is seen by all
+    with unset_fake_temporarily():
+        for size in mode.clips:
+            clip = Clip(mode, size, "cpu", False)
+            total += math.prod(int((hi - lo).clamp_min(0).sum()) for lo, hi, _ in clip.axes)
+            total += int(clip.kept.sum()) * math.prod(lo.shape[0] for lo, _, _ in clip.axes[clip.lead + 1 :])
+    return total
+
+
+@_cached
+def _heads(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made on the device: a copy from the host would wait, and no graph could capture it."""
+    return torch.cat([torch.full((1,), h, dtype=torch.int32, device=device) for h in heads])
 
 
 class Clip:
@@ -213,7 +267,8 @@ class Clip:
         return torch.stack((*bounds, spread(self.lead, self.kept))).int()
 
 
-def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPlan:
+@_cached
+def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
     on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]
     own_box, visit_box, most = choose_boxes(on_host, own, visit)
     step = math.prod(visit_box)
@@ -268,9 +323,6 @@ def _build(mode, own, visit, transposed, padded, device, stream) -> AttentionPla
         visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides), transposed=transposed, q_len=mode.q_len,
         runs=bool(own_text or visit_text or mode.sink), k_len=mode.k_len, text_len=mode.text_len,
     )  # fmt: skip
-
-
-_cached = functools.lru_cache(maxsize=64)(_build)
 
 
 class Owners:
@@ -341,60 +393,3 @@ def _whole_first(origin: Tensor, valid: Tensor, whole: Tensor) -> tuple[Tensor, 
 def _rows(*columns: Tensor | int) -> Tensor:
     like = next(c for c in columns if isinstance(c, Tensor))
     return torch.stack([c if isinstance(c, Tensor) else torch.full_like(like, c) for c in columns], -1).int()
-
-
-def resolve(
-    op: str, q_len: int, k_len: int, grid, grids, window, stride, causal, sink, text_len, text_at
-) -> tuple[list[int], list[int], list[int], int, int, int, bool]:
-    """The mode in the form the ops take: (grids flat, window, stride, chunk, sink, text_len, text_first).
-
-    A mode that hides nothing comes out as plain attention: no grids. Raises ValueError naming the argument.
-    """
-    if grid is not None and grids is not None:
-        raise ValueError(f"{op}: give grid (one clip size) or grids (packed clips), not both")
-    stride = _check.triple(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride)
-    window = None if window is None else _check.triple(op, "window", window)
-    chunk = 0 if causal is None else 1 if causal == "frame" else causal
-    if causal is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ValueError(f"{op}: causal must be None, 'frame' or a number of frames per chunk >= 1; got {causal!r}")
-    _check.choice(op, "text_at", text_at, ("end", "start"))
-    for name, n in (("sink", sink), ("text_len", text_len)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
-    if grid is None and grids is None:
-        rules = dict(window=window is not None, causal=chunk > 0, sink=sink > 0, text_len=text_len > 0)
-        for name, given in rules.items():
-            if given:
-                raise ValueError(f"{op}: {name} needs grid=(T, H, W) (or grids) to know where the tokens are; got none")
-    if window is None and max(stride) > 1:
-        raise ValueError(
-            f"{op}: stride={stride} groups the queries of a window; give window as well, or leave stride 1"
-        )
-    if grid is not None:
-        T, H, W = grid = _check.triple(op, "grid", grid)
-        if k_len != T * H * W + text_len:
-            raise ValueError(
-                f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} key tokens; k has {k_len}"
-            )
-        frames, rest = (q_len - text_len) // (H * W), (q_len - text_len) % (H * W)
-        if rest or not 0 <= frames <= T:
-            raise ValueError(
-                f"{op}: q must hold text_len={text_len} text tokens and 0 to {T} whole frames of {H} x {W} tokens "
-                f"(grid is that of the keys); got {q_len} tokens"
-            )
-        clips = [grid]
-    else:
-        clips = [_check.triple(op, f"grids[{i}]", g) for i, g in enumerate(grids or ())]
-        total = sum(math.prod(g) for g in clips)
-        if grids is not None and not (q_len == k_len == total):
-            raise ValueError(f"{op}: grids {clips} hold {total} tokens; q has {q_len} and k has {k_len}")
-        if grids is not None and text_len:
-            raise ValueError(
-                f"{op}: text_len must be 0 with grids: text would join clips that do not see each other; got {text_len}"
-            )
-    if window is not None and not chunk and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
-        window = None
-    sink = sink if window else 0
-    if len(clips) < 2 and window is None and not chunk:
-        clips = []
-    return [n for g in clips for n in g], list(window or ()), list(stride), chunk, sink, text_len, text_at == "start"

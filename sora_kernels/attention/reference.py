@@ -78,7 +78,10 @@ def masks(
     q: Tensor, k: Tensor, kv_lens: Tensor | None, grids: Sequence[int], window: Sequence[int],
     stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool,
 ) -> Iterator[tuple[slice, Tensor | None]]:  # fmt: skip
-    """Chunks of query rows and their masks, broadcastable to `[B, H, rows, Sk]`; None sees everything."""
+    """Chunks of query rows and their masks, broadcastable to `[B, H, rows, Sk]`; None sees everything.
+
+    `window` and `stride` are empty, of all heads, or of one head after another.
+    """
     B, Sq, H, _ = q.shape
     Sk = k.shape[1]
     rows = max(1, min(Sq, SCORES // max(B * H * Sk, 1)))
@@ -88,7 +91,9 @@ def masks(
     real = None if kv_lens is None else torch.arange(Sk, device=k.device) < kv_lens.view(B, 1, 1, 1)
     for start in range(0, Sq, rows):
         part = slice(start, start + rows)
-        mask = visible(queries[part], keys, window, stride, chunk, sink) if clips else None
+        rules = [(window[i : i + 3], stride[i : i + 3]) for i in range(0, len(window) or 3, 3)]
+        seen = [visible(queries[part], keys, *rule, chunk, sink) for rule in rules] if clips else []
+        mask = torch.stack(seen) if clips else None
         yield part, real if mask is None else mask if real is None else mask & real
 
 
@@ -122,7 +127,8 @@ def spacetime_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output in q's dtype and the natural log-sum-exp of the scaled scores in fp32 (fp64 for fp64).
 
-    `grids` is flat, (T, H, W) after (T, H, W); empty means plain attention.
+    `grids` is flat, (T, H, W) after (T, H, W); empty means plain attention. So are `window` and `stride`, either of
+    all heads or of one head after another.
     """
     Q, K, V = widen(q, k, v, kv_lens)
     outs, lses = [Q[:, :, :0]], [Q.new_zeros(Q.shape[:2] + (0,))]

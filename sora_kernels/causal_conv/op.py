@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library
 from .._library import once_differentiable
-from .._operands import empty_video, like, narrow, needs_grad, parameter, video_format
+from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format
 from . import reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
@@ -113,7 +113,7 @@ def causal_conv3d(
     grad = needs_grad(tensors)
     run = _CausalConv3d.apply if grad else _CausalConv3d.run
     impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
-    y = run(*tensors, stride, norm_eps, shape, return_raw, impl)
+    y = run(*apart(*tensors), stride, norm_eps, shape, return_raw, impl)
     if cache is None:
         return y
     return (*y, reference.next_cache(x, cache)) if return_raw else (y, reference.next_cache(x, cache))

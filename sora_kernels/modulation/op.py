@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library, _rows
 from .._library import once_differentiable
-from .._operands import dense, like, narrow, needs_grad, parameter, table
+from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -57,7 +57,7 @@ def norm_modulate(
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (frames, norm == "rms", eps, impl)
-    return _NormModulate.apply(*tensors, settings) if grad else _norm_modulate(*tensors, *settings, out)
+    return _NormModulate.apply(*apart(*tensors), settings) if grad else _norm_modulate(*tensors, *settings, out)
 
 
 def gate_residual(
@@ -86,7 +86,7 @@ def gate_residual(
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    return _GateResidual.apply(*tensors, frames, impl) if grad else _gate_residual(*tensors, frames, impl, out)
+    return _GateResidual.apply(*apart(*tensors), frames, impl) if grad else _gate_residual(*tensors, frames, impl, out)
 
 
 def gate_residual_norm_modulate(
@@ -129,7 +129,7 @@ def gate_residual_norm_modulate(
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (frames, norm == "rms", eps, impl)
     if grad:
-        return _GateResidualNormModulate.apply(*tensors, settings)
+        return _GateResidualNormModulate.apply(*apart(*tensors), settings)
     return _gate_residual_norm_modulate(*tensors, *settings, out)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library, _rows
 from .._library import once_differentiable
-from .._operands import dense, like, narrow, needs_grad, parameter
+from .._operands import apart, dense, like, narrow, needs_grad, parameter
 from . import reference
 
 NORMS = ("layer", "rms")  # as the private ops number them
@@ -58,7 +58,7 @@ def patch_embed3d(
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
-    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*tensors, (B, S, D), impl)
+    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*apart(*tensors), (B, S, D), impl)
 
 
 def unpatchify3d(
@@ -143,7 +143,7 @@ def final_layer(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", float(eps), impl)
-    return _FinalLayer.apply(*tensors, settings) if grad else _final_layer(*tensors, *settings)
+    return _FinalLayer.apply(*apart(*tensors), settings) if grad else _final_layer(*tensors, *settings)
 
 
 def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str = "auto") -> Tensor:

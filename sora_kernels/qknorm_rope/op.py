@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library
 from .._library import once_differentiable
-from .._operands import dense, like, narrow, needs_grad, parameter, table
+from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
@@ -91,7 +91,7 @@ def qk_norm_rope(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
     settings = (NORMS.index(norm), width, axes, float(theta), first, bool(interleaved), float(eps), impl)
-    return (_QKNormRope.apply if grad else _qk_norm_rope)(*tensors, cos, sin, settings)
+    return (_QKNormRope.apply if grad else _qk_norm_rope)(*apart(*tensors), cos, sin, settings)
 
 
 # Validation

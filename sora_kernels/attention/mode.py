@@ -1,0 +1,174 @@
+"""What a call asks for, checked and in one form, and what becomes of it where heads keep rules of their own.
+
+The form the private ops take: (grids flat, window, stride, chunk, sink, text_len, text_first). `window` is empty for
+none; `window` and `stride` are one triple, or one after another for every query head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .. import _check
+
+Box = tuple[int, int, int]
+Form = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, int, bool]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What all heads of a plan see, with hashable parts."""
+
+    q_len: int
+    k_len: int
+    clips: tuple[Box, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    chunk: int
+    sink: int
+    text_len: int
+    text_first: bool
+
+    def frames(self, clip: Box) -> int:
+        """The frames of a clip that are among the queries."""
+        return (self.q_len - self.text_len) // (clip[1] * clip[2]) if len(self.clips) == 1 else clip[0]
+
+
+def mode_of(q_len: int, k_len: int, grids, window, stride, chunk, sink, text_len, text_first) -> Mode:
+    clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids), 3))
+    return Mode(q_len, k_len, clips, tuple(window), tuple(stride), chunk, sink, text_len, bool(text_first))
+
+
+def resolve(
+    op: str, q_len: int, k_len: int, grid, grids, window, stride, causal, sink, text_len, text_at,
+    heads: int | None = None,
+) -> Form:  # fmt: skip
+    """The mode in the form the ops take, for so many query heads; None: as many as there are rules.
+
+    A mode that hides nothing comes out as plain attention, without grids, and heads that all keep one rule as that
+    rule. Raises ValueError naming the argument.
+    """
+    key = op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at, heads
+    if torch.compiler.is_compiling():
+        return _resolve(*key)
+    try:
+        hash(key)
+    except TypeError:  # lists; symbols in the place of sizes
+        return _resolve(*key)
+    return _resolved(*key)
+
+
+def _resolve(
+    op: str, q_len: int, k_len: int, grid, grids, window, stride, causal, sink, text_len, text_at, heads
+) -> Form:
+    if grid is not None and grids is not None:
+        raise ValueError(f"{op}: give grid (one clip size) or grids (packed clips), not both")
+    strides = _per_head(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride, heads)
+    windows = [None] if window is None else _per_head(op, "window", window, heads)
+    if 1 != len(strides) != len(windows) != 1:
+        raise ValueError(
+            f"{op}: window and stride must be one rule or one for each head; got {len(windows)} and {len(strides)}"
+        )
+    chunk = 0 if causal is None else 1 if causal == "frame" else causal
+    if causal is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"{op}: causal must be None, 'frame' or a number of frames per chunk >= 1; got {causal!r}")
+    _check.choice(op, "text_at", text_at, ("end", "start"))
+    for name, n in (("sink", sink), ("text_len", text_len)):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
+    if grid is None and grids is None:
+        rules = dict(window=window is not None, causal=chunk > 0, sink=sink > 0, text_len=text_len > 0)
+        for name, given in rules.items():
+            if given:
+                raise ValueError(f"{op}: {name} needs grid=(T, H, W) (or grids) to know where the tokens are; got none")
+    if window is None and any(max(s) > 1 for s in strides):
+        raise ValueError(
+            f"{op}: stride={stride} groups the queries of a window; give window as well, or leave stride 1"
+        )
+    clips = _clips(op, q_len, k_len, grid, grids, text_len)
+    rest = chunk, sink, text_len, text_at == "start"
+    count = max(len(windows), len(strides))
+    if count == 1:
+        return _reduced(clips, windows[0] or (), strides[0], *rest)
+    windows, strides = (rules * count if len(rules) == 1 else rules for rules in (windows, strides))
+    reduced = [_reduced(clips, w, s, *rest) for w, s in zip(windows, strides, strict=True)]
+    if all(form == reduced[0] for form in reduced):
+        return reduced[0]
+    return *map(_flat, (clips, windows, strides)), *rest
+
+
+_resolved = functools.lru_cache(maxsize=1024, typed=True)(_resolve)
+
+
+def by_head(form: Sequence, heads: int) -> list[tuple[tuple[int, ...], Form]]:
+    """The distinct rules of a form, each with the heads that keep it, in the order of their first heads."""
+    grids, window, stride, *rest = form
+    if len(window) <= 3:
+        return [(tuple(range(heads)), tuple(form))]
+    clips = [grids[i : i + 3] for i in range(0, len(grids), 3)]
+    rules: dict[tuple, list[int]] = {}
+    for head in range(heads):
+        own = slice(3 * head, 3 * head + 3)
+        rules.setdefault((*window[own], *stride[own]), []).append(head)
+    return [(tuple(keep), _reduced(clips, rule[:3], rule[3:], *rest)) for rule, keep in rules.items()]
+
+
+def is_list(value: object) -> bool:
+    """Whether a window or stride is a list of rules rather than one."""
+    return isinstance(value, tuple | list) and any(isinstance(v, tuple | list) for v in value)
+
+
+def _per_head(op: str, name: str, value: object, heads: int | None) -> list[Box]:
+    """One triple, or one for each head."""
+    if not is_list(value):
+        return [_check.triple(op, name, value)]
+    triples = [_check.triple(op, f"{name}[{i}]", v) for i, v in enumerate(value)]
+    if heads is not None and len(triples) != heads:
+        raise ValueError(
+            f"{op}: {name} must be one (t, h, w) for all heads or a list of one for each of the {heads} heads of q; "
+            f"got {len(triples)}"
+        )
+    return triples
+
+
+def _clips(op: str, q_len: int, k_len: int, grid, grids, text_len: int) -> list[Box]:
+    if grid is not None:
+        T, H, W = grid = _check.triple(op, "grid", grid)
+        if k_len != T * H * W + text_len:
+            raise ValueError(
+                f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} key tokens; k has {k_len}"
+            )
+        frames, rest = (q_len - text_len) // (H * W), (q_len - text_len) % (H * W)
+        if rest or not 0 <= frames <= T:
+            raise ValueError(
+                f"{op}: q must hold text_len={text_len} text tokens and 0 to {T} whole frames of {H} x {W} tokens "
+                f"(grid is that of the keys); got {q_len} tokens"
+            )
+        return [grid]
+    clips = [_check.triple(op, f"grids[{i}]", g) for i, g in enumerate(grids or ())]
+    total = sum(math.prod(g) for g in clips)
+    if grids is not None and not (q_len == k_len == total):
+        raise ValueError(f"{op}: grids {clips} hold {total} tokens; q has {q_len} and k has {k_len}")
+    if grids is not None and text_len:
+        raise ValueError(
+            f"{op}: text_len must be 0 with grids: text would join clips that do not see each other; got {text_len}"
+        )
+    return clips
+
+
+def _reduced(clips, window, stride, chunk: int, sink: int, text_len: int, text_first: bool) -> Form:
+    """One rule without what hides nothing."""
+    if window and not chunk and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
+        window = ()
+    if len(clips) < 2 and not window and not chunk:
+        clips = []
+    stride, sink = (stride, sink) if window else ((1, 1, 1), 0)
+    return _flat(clips), tuple(window), tuple(stride), chunk, sink, text_len, text_first
+
+
+def _flat(triples: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple([n for triple in triples for n in triple])
