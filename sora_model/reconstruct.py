@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sora_kernels import video_to_uint8
+
 from . import machine, media
 from .checkpoint import CheckpointError, read_json
 from .machine import TooLargeError, choose_device, gib
@@ -101,9 +103,9 @@ def reconstruct(
 
     def decoded() -> Iterator[np.ndarray]:
         nonlocal done, error
-        for video in vae.decode_stream(_means(vae, _pieces(vae, source, kept(), "pad"), 1, encode), tile=decode):
-            pixels = video[0].movedim(0, -1).add(1).mul(127.5).round().to(torch.uint8).cpu().numpy()
-            for frame in pixels[: len(original)]:
+        latents = _means(vae, _pieces(vae, source, kept(), "pad"), 1, encode)
+        for video in vae.decode_stream(latents, clamp=False, tile=decode):
+            for frame in video_to_uint8(video, impl=vae.impl)[0].cpu().numpy()[: len(original)]:
                 error += int(np.square(frame.astype(np.int32) - original.popleft()).sum())
                 done += 1
                 yield frame
