@@ -70,6 +70,18 @@ Matrix small_block(int64_t rows, int64_t K) {
 // An odd number of cache lines apart, so that the same columns of many rows do not compete for the same lines of L1.
 int64_t wide_ld(int64_t D) { return round_up(D, 32) + 16; }
 
+// A weight gradient [K, wide_ld(D)] (+)= smallt wide. `small` goes by in strips that stay in L2 while the columns of `wide`
+// run past: of a K in the thousands the whole would come from further away for each panel of columns.
+template <int V>
+SORA_INLINE void add_outer(Block small, Panels wide, int64_t K, int64_t D, int64_t rows, float* to, bool add,
+                           bool pairs = false) {
+  constexpr int64_t kStrip = 384;  // whole tiles of every instruction set
+  for (int64_t k = 0; k < K; k += kStrip) {
+    const Block strip{small.data + k, small.ld};
+    multiply<V, true>(strip, wide, std::min(kStrip, K - k), D, rows, to + k * wide_ld(D), wide_ld(D), add, pairs);
+  }
+}
+
 Scratch pack(const Tensor& weight, int64_t depth, int64_t columns, int64_t stride_k, int64_t stride_n,
              bool pairs = false) {
   Scratch packed(1, packed_size(depth, columns));
@@ -237,8 +249,8 @@ struct EmbedBackward {
           if constexpr (std::is_same_v<T, BFloat16>) {
             if (pairs) pair_tokens(p, first, rows, small, turned);
           }
-          multiply<V, true>(small, row_panels(terms.row(0), terms.ld()), K, D, (rows + half - 1) / half, dweight,
-                            wide_ld(D), first > start, pairs);
+          add_outer<V>(small, row_panels(terms.row(0), terms.ld()), K, D, (rows + half - 1) / half, dweight, first > start,
+                       pairs);
         }
         if (p.dvideo) {
           multiply<V, false>(wide, packed_panels(p.weight, depth), rows, K, depth, small.row(0), small.ld(), false,
@@ -408,7 +420,7 @@ struct FinalBackward {
         }
         if (p.dbias) add_columns(dy, rows, N, dbias_block.row(0), partials + p.dbias_at());
         if (p.dweight) {
-          multiply<V, true>(dy, row_panels(h.row(0), h.ld()), N, D, rows, partials, wide_ld(D), first > start);
+          add_outer<V>(dy, row_panels(h.row(0), h.ld()), N, D, rows, partials, first > start);
         }
         if (!p.wants_dh()) continue;
         multiply<V, false>(dy, packed_panels(p.weight, N), rows, D, N, h.row(0), h.ld(), false);
@@ -636,6 +648,7 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
   const int64_t chunks = (p.shape.rows() + p.chunk_rows - 1) / p.chunk_rows;
   p.chunk_size = p.dbias_at() + (p.dbias ? round_up(D, 16) : 0);
   const Scratch partials(1, chunks * p.chunk_size);
+  sora::advise_huge_pages(partials.row(0), chunks * p.chunk_size * static_cast<int64_t>(sizeof(float)));
   p.partials = partials.row(0);
   p.pairs = has_pairs(video, weight);
   const Scratch packed = dvideo ? pack(weight, D, K, K, 1, p.pairs) : Scratch(0, 0);
@@ -780,6 +793,7 @@ void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
   p.chunking = &chunking;
   p.chunk_size = p.dscale_at() + round_up(D, 16);
   const Scratch partials(1, chunks * p.chunk_size);
+  sora::advise_huge_pages(partials.row(0), chunks * p.chunk_size * static_cast<int64_t>(sizeof(float)));
   p.partials = partials.row(0);
   const Scratch packed = p.wants_dh() ? pack(weight, N, D, D, 1) : Scratch(0, 0);
   p.weight = packed.row(0);
