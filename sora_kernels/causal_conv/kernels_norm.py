@@ -339,7 +339,7 @@ def _columns(width: int, parts: int) -> dict[str, int]:
     """Constexprs of a kernel that adds `parts` rows of `width` columns."""
     block = triton.next_power_of_2(width)
     return dict(
-        BLOCK_N=min(triton.next_power_of_2(parts), max(1, 8192 // block)), BLOCK_C=block, num_warps=8
+        BLOCK_N=min(triton.next_power_of_2(parts), max(1, 8192 // block)), BLOCK_C=block, num_warps=16
     )
 
 
@@ -362,7 +362,7 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     B, C, S = _sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 2048, per_thread=16, chunks=3)
-    if config["CHUNKS"] > 1:
+    if config["CHUNKS"] > 1 and _is_last(x):
         config["maxnreg"] = 200  # enough, and five programs of two warps fit an SM instead of four
     grid, part_tiles = _parts(x, config)
     means = _pair(B, C, like=x) if groups and dx is not None else (None, None)
