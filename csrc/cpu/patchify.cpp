@@ -474,9 +474,10 @@ struct FinalBackward {
 void check_sizes(const char* name, const Tensor& t, const char* dims, const std::vector<int64_t>& sizes) {
   bool same = t.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
+  if (same) return;
   std::ostringstream expected;
   for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
-  SORA_CHECK(same, name, ": expected ", dims, " = (", expected.str(), "), got ", describe(t));
+  SORA_CHECK(false, name, ": expected ", dims, " = (", expected.str(), "), got ", describe(t));
 }
 
 void check_dense(const char* name, const Tensor& t) {

@@ -27,11 +27,14 @@ struct Patches {
         stride_t(video.stride(2) * patch[0]), stride_h(video.stride(3) * patch[1]),
         stride_w(video.stride(4) * patch[2]) {
     const int64_t C = video.size(1), cells = patch[0] * patch[1] * patch[2];
+    const int64_t c_stride = video.stride(1), t_stride = video.stride(2);
+    const int64_t h_stride = video.stride(3), w_stride = video.stride(4);
+    features.reserve(C * cells);
     for (int64_t n = 0; n < C * cells; ++n) {
       const bool first = order == Features::channels_first;
       const int64_t c = first ? n / cells : n % C, cell = first ? n % cells : n / C;
       const int64_t i = cell / (patch[1] * patch[2]), j = cell / patch[2] % patch[1], k = cell % patch[2];
-      features.push_back(c * video.stride(1) + i * video.stride(2) + j * video.stride(3) + k * video.stride(4));
+      features.push_back(c * c_stride + i * t_stride + j * h_stride + k * w_stride);
     }
   }
 

@@ -191,8 +191,7 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
-        x = x.contiguous(memory_format=video_format(x))
-        out = torch.empty_like(x)
+        out = torch.empty_like(x := x.contiguous(memory_format=video_format(x)))
         _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
@@ -207,8 +206,7 @@ class _NormSilu(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, bias = ctx.saved_tensors
         grads = [_like_if(n, t) for n, t in zip(ctx.needs_input_grad, (x, weight, bias), strict=False)]
-        kept = video_format(x)
-        dout, x = dout.contiguous(memory_format=kept), x.contiguous(memory_format=kept)
+        dout, x = (t.contiguous(memory_format=video_format(x)) for t in (dout, x))
         args = (dout, x, parameter(weight), parameter(bias), ctx.groups, ctx.eps)
         _library.call("norm_silu_bwd", ctx.impl)(*args, *grads)
         return *grads, None, None, None
@@ -298,9 +296,7 @@ def _check_cache(op: str, x: Tensor, cache: Tensor | None, past: int, formula: s
 
 
 def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
-    if not need:
-        return None
-    return torch.empty_like(t, memory_format=video_format(t)) if t.ndim == 5 else like(t)
+    return (torch.empty_like(t, memory_format=video_format(t)) if t.ndim == 5 else like(t)) if need else None
 
 
 def _norm_silu_fwd(x, weight, bias, groups, eps, out):

@@ -86,7 +86,8 @@ def gate_residual(
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    return _GateResidual.apply(*apart(*tensors), frames, impl) if grad else _gate_residual(*tensors, frames, impl, out)
+    settings = (frames, impl)
+    return _GateResidual.apply(*apart(*tensors), settings) if grad else _gate_residual(*tensors, *settings, out)
 
 
 def gate_residual_norm_modulate(
@@ -138,10 +139,8 @@ def gate_residual_norm_modulate(
 
 def _check_norm(op, x, norm, eps) -> None:
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
-    if norm not in NORMS:
-        _check.choice(op, "norm", norm, NORMS)
-    if not eps > 0:
-        _check.positive(op, "eps", eps)
+    _check.choice(op, "norm", norm, NORMS)
+    _check.positive(op, "eps", eps)
 
 
 def _check_vectors(op, x, **vectors: Tensor | None) -> None:
@@ -282,10 +281,10 @@ def _gate_residual(x, y, gate, gate_table, frames, impl, out=None) -> Tensor:
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, gate_table, frames, impl):
+    def forward(ctx, x, y, gate, gate_table, settings):
         ctx.save_for_backward(y, gate, gate_table)
-        ctx.settings = frames, impl
-        return _gate_residual(x, y, gate, gate_table, frames, impl)
+        ctx.settings = settings
+        return _gate_residual(x, y, gate, gate_table, *settings)
 
     @staticmethod
     @once_differentiable
@@ -293,14 +292,14 @@ class _GateResidual(torch.autograd.Function):
         y, gate, gate_table = ctx.saved_tensors
         need = ctx.needs_input_grad
         if not any(need[1:4]):
-            return dout, None, None, None, None, None
+            return dout, None, None, None, None
         frames, impl = ctx.settings
         dy, dgate = like(y, need[1]), _rows.like(gate, need[2], y, frames)
         dgate_table = like(gate_table, need[3])
         _library.call("gate_residual_bwd", impl)(
             dense(dout), dense(y), _rows.view(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
         )
-        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None, None
+        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None
 
 
 # gate_residual_norm_modulate

@@ -58,7 +58,8 @@ def patch_embed3d(
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
-    return (_PatchEmbed3d.apply if grad else _patch_embed3d)(*apart(*tensors), (B, S, D), impl)
+    settings = ((B, S, D), impl)
+    return _PatchEmbed3d.apply(*apart(*tensors), settings) if grad else _patch_embed3d(*tensors, *settings)
 
 
 def unpatchify3d(
@@ -229,10 +230,10 @@ def _patch_embed3d(video, weight, bias, pos, shape, impl) -> Tensor:
 
 class _PatchEmbed3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, video, weight, bias, pos, shape, impl):
+    def forward(ctx, video, weight, bias, pos, settings):
         ctx.save_for_backward(video, weight, bias, pos)
-        ctx.impl = impl
-        return _patch_embed3d(video, weight, bias, pos, shape, impl)
+        ctx.settings = settings
+        return _patch_embed3d(video, weight, bias, pos, *settings)
 
     @staticmethod
     @once_differentiable
@@ -240,10 +241,11 @@ class _PatchEmbed3d(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands = _patch_operands(*saved)
         grads = [like(t, wanted) for t, wanted in zip(operands, ctx.needs_input_grad[:4], strict=True)]
-        _library.call("patch_embed3d_bwd", ctx.impl)(dense(dout), *operands, *grads)
+        _, impl = ctx.settings
+        _library.call("patch_embed3d_bwd", impl)(dense(dout), *operands, *grads)
         if grads[3] is not None:
             grads[3] = grads[3].view(saved[3].shape)
-        return *grads, None, None
+        return *grads, None
 
 
 # unpatchify3d

@@ -78,14 +78,14 @@ def qk_norm_rope(
     Sources: RoPE, arXiv 2104.09864; the 3D convention of Wan, arXiv 2503.20314.
     """
     op = "qk_norm_rope"
-    _check_heads(op, q, k)
+    _, S, H, E = _check_heads(op, q, k)
     _check.choice(op, "norm", norm, ("rms", "layer", None))
     _check.choice(op, "across", across, ("head", "width"))
     _check.positive(op, "eps", eps)
-    _check_affine(op, q, norm, across, q_weight=q_weight, q_bias=q_bias)
-    _check_affine(op, k, norm, across, k_weight=k_weight, k_bias=k_bias)
-    first = _check_text(op, q.shape[1], text_len, text_at)
-    cos, sin, axes = _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len)
+    _check_affine(op, q, H, E, norm, across, q_weight=q_weight, q_bias=q_bias)
+    _check_affine(op, k, k.shape[2], E, norm, across, k_weight=k_weight, k_bias=k_bias)
+    first = _check_text(op, S, text_len, text_at)
+    cos, sin, axes = _rotation(op, q, k, S, E, grid, freqs, split, theta, rotary_dim, origin, text_len)
     width = across == "width"
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
@@ -97,20 +97,22 @@ def qk_norm_rope(
 # Validation
 
 
-def _check_heads(op, q, k) -> None:
+def _check_heads(op, q, k) -> torch.Size:
+    """The shape of q."""
     _check.tensor(op, "q", q, "[B, S, H, E]", ndim=4)
     _check.tensor(op, "k", k, "[B, S, H, E]", ndim=4)
-    (B, _, _, E), of_k = q.shape, k.shape
+    shape, of_k = q.shape, k.shape
+    B, _, _, E = shape
     if of_k[0] != B or of_k[3] != E:
         raise ValueError(f"{op}: k must have q's batch {B} and head width {E}; got shape {_check.shape_of(k)}")
     if k.dtype != q.dtype:
         raise TypeError(f"{op}: k must have q's dtype {q.dtype}; got {k.dtype}; cast it with .to()")
     if k.device != q.device:
         _check.same_device(op, q, {"k": k}, "q")
+    return shape
 
 
-def _check_affine(op, x, norm, across, **parameters: Tensor | None) -> None:
-    _, _, H, E = x.shape
+def _check_affine(op, x, H, E, norm, across, **parameters: Tensor | None) -> None:
     for name, t in parameters.items():
         if t is None:
             continue
@@ -134,9 +136,8 @@ def _check_text(op, S, text_len, text_at) -> int:
     return text_len if text_at == "start" else 0
 
 
-def _rotation(op, q, k, grid, freqs, split, theta, rotary_dim, origin, text_len):
+def _rotation(op, q, k, S, E, grid, freqs, split, theta, rotary_dim, origin, text_len):
     """(cos, sin, axes) as the op takes them, where None or empty means that nothing is rotated."""
-    _, S, _, E = q.shape
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if grid is None and freqs is None:
