@@ -3,10 +3,10 @@
     python -m benchmarks.stream_memory [--frames 17 65 257] [--code decode encode] [--base 16] [--latent 8]
         [--tile PIXELS ...] [--threads 1] [--json FILE] [--plot FILE.svg]
 
-Both have the same sizes, random weights, fp32. Ours takes and hands out a latent frame, or the four frames that it stands
-for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns the
-whole clip, which is its only way. Printed: the peak resident set beyond what the process held before, and seconds. The
-plot is drawn from the lines in the JSON file, those of earlier runs included. Linux only: memory is read in /proc.
+Both have the same sizes, random weights, fp32. Ours takes and hands out a latent frame, or the four frames that it
+stands for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns
+the whole clip, which is its only way. Printed: the peak resident set beyond what the process held before, and seconds.
+The plot is drawn from the lines in the JSON file, those of earlier runs included. Linux only: memory is read in /proc.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_flops_are_those_of_the_convolutions():
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--chunk", "0"], "expected at least 1"), (["--budget", "0"], "seconds > 0"), (["--case", "x"], "invalid choice")],
+    [(["--chunk", "0"], "at least 1"), (["--budget", "0"], "seconds > 0"), (["--case", "x"], "invalid choice")],
 )
 def test_a_bad_request_is_refused(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
