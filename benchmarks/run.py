@@ -111,6 +111,22 @@ def make_row(
     device: torch.device,
     graph: bool = False,
 ) -> dict[str, object]:
+    name, family, dims = benchmark.name, suite.family(benchmark), benchmark.dims(shape)
+    return record(name, family, shape.id, dims, result, dtype, ceilings, facts, device, graph)
+
+
+def record(
+    op: str,
+    family: str,
+    shape: str,
+    dims: dict[str, object],
+    result: Result,
+    dtype: torch.dtype,
+    ceilings: timing.Ceilings,
+    facts: dict[str, object],
+    device: torch.device,
+    graph: bool = False,
+) -> dict[str, object]:
     """One line of the results. Figures are null where there is none; `status` and `reason` say why."""
     stats, name = result.stats, str(dtype).removeprefix("torch.")
     copy, matmul = result.copy or ceilings.copy, ceilings.matmul[name]
@@ -125,8 +141,8 @@ def make_row(
     else:
         kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
-        "op": benchmark.name, "family": suite.family(benchmark), "impl": result.impl, "kind": kind,
-        "impl_version": peers.version(result.impl), "shape": shape.id, "dims": benchmark.dims(shape),
+        "op": op, "family": family, "impl": result.impl, "kind": kind,
+        "impl_version": peers.version(result.impl), "shape": shape, "dims": dims,
         "dtype": name,
         "mode": result.mode, "status": result.status, "reason": result.reason,
         "p20_us": stats and stats.p20 * 1e6, "p50_us": stats and stats.p50 * 1e6,

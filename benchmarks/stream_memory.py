@@ -3,17 +3,16 @@
     python -m benchmarks.stream_memory [--frames 17 65 257] [--code decode encode] [--base 16] [--latent 8]
         [--tile PIXELS ...] [--threads 1] [--json FILE] [--plot FILE.svg]
 
-Both have the same weights and fp32 input. Ours takes and hands out a latent frame, or the four frames that it stands
-for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns the
-whole clip, which is its only way. Printed: the peak resident set beyond what the process held before, and seconds. The
-plot is drawn from the lines in the JSON file, those of earlier runs included.
+Both have the same sizes, random weights, fp32. Ours takes and hands out a latent frame, or the four frames that it
+stands for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns
+the whole clip, which is its only way. Printed: the peak resident set beyond what the process held before, and seconds.
+The plot is drawn from the lines in the JSON file, those of earlier runs included. Linux only: memory is read in /proc.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -30,19 +29,14 @@ CODES = ("decode", "encode")
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """Code one clip in this process; memory in MiB."""
-    from diffusers import AutoencoderKLWan
-
-    from sora_model.vae import CausalVAE
-
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     (coder,), (code,), (frames,), (tile,) = args.coder, args.code, args.frames, args.tile
-    model = AutoencoderKLWan(base_dim=args.base).eval()
-    model = CausalVAE.from_wan(model) if coder == "ours" else model
+    model = _model(coder, args.base)
     side = args.latent if code == "decode" else 8 * args.latent
     pieces = (frames - 1) // 4 + 1 if code == "decode" else frames
     channels = 16 if code == "decode" else 3
-    before, start, coded = _peak(), time.perf_counter(), 0
+    before, start, coded = _resident(), time.perf_counter(), 0
     with torch.no_grad():
         if coder == "ours":
             clip = (torch.randn(1, channels, 1, side, side) for _ in range(pieces))
@@ -59,8 +53,29 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _model(coder: str, base: int) -> torch.nn.Module:
+    if coder == "ours":
+        from sora_model.vae import CausalVAE, VAEConfig
+
+        return CausalVAE(VAEConfig(base_dim=base)).eval()
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(base_dim=base).eval()
+
+
+def _resident() -> float:
+    """MiB in use now; the peak, which building a model may have raised above it, begins here again."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return _status("VmHWM")
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def draw(rows: list[dict], target: Path) -> None:
