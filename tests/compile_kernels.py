@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64",
@@ -42,6 +43,9 @@ def specialise(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[A
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
             signature[parameter.name], constants[(index,)] = "constexpr", 1
         elif isinstance(value, int):
@@ -103,7 +107,7 @@ def measure(kernel, args, kwargs, capability: int) -> dict:
         loads=ptx.count("ld.global"), vector_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.[bu]32|v2\.b64)", ptx)),
         copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         vector_copies=len(re.findall(r"cp\.async\.c[ag]\.[^;]*\], 0x10,", ptx)),
-        wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
+        boxes=ptx.count("cp.async.bulk.tensor"), wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
     )  # fmt: skip
 
 

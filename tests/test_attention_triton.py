@@ -146,6 +146,63 @@ def test_tiles_that_are_halved(tiles):
     check(inputs, brute_mask(128, 128, grid=grid, window=window)[None, None].to(DEVICE), dict(grid=grid, window=window))
 
 
+@pytest.fixture
+def boxes(monkeypatch):
+    """Forward tiles loaded as boxes; the list of what was described."""
+    from sora_kernels.attention import kernels_forward
+
+    described, original = [], kernels_forward.describe
+    monkeypatch.setattr(kernels_forward, "describe", lambda *a: described.append(original(*a)) or described[-1])
+
+    def use(queries: int, keys: int, descriptors: bool = True) -> None:
+        monkeypatch.setattr(config, "forward", lambda *_: config.Tile(queries, keys, 4, 2, descriptors))
+
+    use(16, 16)
+    return use, described
+
+
+BOXED = ["cross", "window", "window_larger_than_grid", "window_stride", "chunk_causal", "causal_window_partial_chunk"]
+
+
+@pytest.mark.parametrize("name", BOXED)
+def test_keys_loaded_as_boxes(name, boxes):
+    """A box may cross an edge of the frame or the clip: addresses give other tokens there, a descriptor zeros."""
+    use, described = boxes
+    use(32, 16)
+    inputs, mode, mask = draw(name, heads=(2, 2), B=2, E=16)
+    with poison_empty():
+        ours = attend(**inputs, **mode, return_lse=True)
+    assert described and None not in described
+    use(32, 16, descriptors=False)
+    for a, b in zip(ours, attend(**inputs, **mode, return_lse=True), strict=True):
+        assert torch.equal(a, b)
+    expected, _ = explicit(**{n: t.double() for n, t in inputs.items()}, mask=mask)
+    torch.testing.assert_close(ours[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_no_descriptor_fits_are_loaded_by_address(boxes):
+    _, described = boxes
+    for E, change in (
+        (24, lambda t: t),  # no power of two
+        (16, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),  # heads do not lie side by side
+        (16, lambda t: t[:, :1].expand_as(t)),
+        (16, lambda t: torch.nn.functional.pad(t.flatten(2), (0, 1))[..., :-1].unflatten(2, (2, 16))),  # 33 a token
+    ):
+        described.clear()
+        inputs, mode, mask = draw("window_stride", heads=(2, 2), E=E)
+        inputs = {n: change(t) for n, t in inputs.items()}
+        out = attend(**inputs, **mode)
+        assert described == [None, None]
+        torch.testing.assert_close(out.double(), explicit(**{n: t.double() for n, t in inputs.items()}, mask=mask)[0],
+                                   rtol=1e-3, atol=1e-3)  # fmt: skip
+    described.clear()
+    lens = torch.tensor([4], device=DEVICE)
+    for name, padding in (("window_text_end", None), ("packed", None), ("window_sink", None), ("cross", lens)):
+        inputs, mode, _ = draw(name, E=16)
+        attend(**inputs, **mode, kv_lens=padding)
+    assert not described, "runs, several clips, and padding that may be NaN"
+
+
 @pytest.mark.parametrize("name", ["cross", "window_text_end", "window_text_start"])
 def test_kv_lens_hide_padding_that_holds_nan(name, tiles):
     tiles(32, 16)

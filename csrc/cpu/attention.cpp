@@ -81,8 +81,9 @@ SORA_INLINE Floats<V> exp_of_negative(Floats<V> x) {
   return x > -87.0f ? p * power : Vector{};
 }
 
-// One thread's view of a tile and the memory it works in. Rows are padded with zeros to whole vectors; lanes of queries
-// that are not there repeat the first one's place, and their results are dropped.
+// One thread's view of a tile and the memory it works in. Rows are padded to whole vectors, and products write whole
+// tiles: what lies beyond `E`, the keys of a block and the queries is never set, and no result of it is kept. Lanes of
+// queries that are not there repeat the first one's place.
 template <int V, class T>
 struct Workspace {
   using Vector = Floats<V>;
@@ -100,11 +101,7 @@ struct Workspace {
 
   explicit Workspace(const Params& params)
       : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, (kKeys + 8) * kQueries),
-        queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {
-    std::fill_n(k, 2 * (keys.row(1) - keys.row(0)), 0.0f);
-    std::fill_n(s, 2 * (scores.row(1) - scores.row(0)), 0.0f);
-    std::fill_n(queries.row(0), 7 * (queries.row(1) - queries.row(0)), 0.0f);
-  }
+        queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {}
 
   void enter(const Tiles& tiles, const QueryTile& tile, int64_t b) {
     tiles.runs(tile, p.kv_len(b), runs);

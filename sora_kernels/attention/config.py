@@ -73,12 +73,13 @@ def choose_boxes(clips, own: Sequence[int | Box], visit: int | Box) -> tuple[Box
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a program's queries and keys; warps and stages of the pipeline."""
+    """Tokens of a program's queries and keys; warps and stages of the pipeline; whether keys are loaded as boxes."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    descriptors: bool = False  # through the TMA of Hopper and later
 
     def halves(self, own: int) -> tuple[int, ...]:
         """Alternatives for the owner's tokens: half as many on half the warps, but no less than wgmma takes."""

@@ -226,7 +226,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     strides, unit = in_units(q, k, v, dout)
     for heads, rule in by_head(mode, H) if dq is not None and B * H * Sq else ():
         tile = config.backward_queries(*settings, bool(rule[0]))
-        planned, owners = arrange(q, k, rule, tile, False, padded)
+        planned, owners, _ = arrange(q, k, rule, tile, False, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         attention_bwd_dq_kernel[(owners * B * len(heads),)](
             q, k, v, dout, delta, base, dq, kv_lens, head_table(heads, H, q.device), *tables, *strides,
@@ -244,7 +244,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     )
     for heads, rule in rules:
         tile = config.backward_keys(*settings, bool(rule[0]))
-        planned, owners = arrange(q, k, rule, tile, True, padded)
+        planned, owners, _ = arrange(q, k, rule, tile, True, padded)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         heads = tuple(h // groups for h in heads[::groups])
         attention_bwd_dkdv_kernel[(owners * B * len(heads),)](

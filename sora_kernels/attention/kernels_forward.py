@@ -13,9 +13,10 @@ import math
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import config
-from .mode import by_head
+from .mode import Box, by_head
 from .plan import head_table, plan
 
 FAR = tl.constexpr(1 << 30)
@@ -168,6 +169,23 @@ def load_visited(tiles_ptr, e, H, W, VISIT: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
+def load_keys(
+    ptr, box, origin, start, H, W, b, head, token, stride, mask,
+    E: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, VISIT: tl.constexpr,
+):  # fmt: skip
+    """The rows of a visited tile: by their addresses or, given a descriptor [B, T, H, W, heads · E], as one box.
+
+    A box that crosses an edge of the frame is zero beyond it, where the addresses give the next line.
+    """
+    if box is None:
+        return load_tile(ptr, token, stride, mask, E, PARTS, UNIT)
+    else:
+        at = origin - start
+        rows = box.load([b, at // (H * W), at // W % H, at % W, head * E])
+        return (rows.reshape([VISIT[0] * VISIT[1] * VISIT[2], E]),)
+
+
+@triton.jit
 def load_reach(reach_ptr, token, mask, own_len):
     """lo and hi along t, h, w, and `kept`, of the owner's tokens; those that nobody uses are not loaded."""
     p = reach_ptr + token
@@ -216,7 +234,7 @@ def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     owners, some, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
@@ -243,7 +261,7 @@ def attention_fwd_kernel(
             masked = tl.where(key_end < visit_end, begin, masked)
     else:
         begin, masked, end = 0, key_end // KEYS, tl.cdiv(key_end, KEYS)
-        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
+        start, visit_end, stop, H, W = 0, 0, 0, 1, Sk
         token = tile * QUERIES + tl.arange(0, QUERIES)
         valid = token < Sq
     k_ptr += (b * k_stride_b + head // groups * k_stride_h) * UNIT
@@ -257,10 +275,12 @@ def attention_fwd_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     sums = zeros(QUERIES, PARTS)
 
+    batch = b.to(tl.int32)
+    key_head = (head // groups).to(tl.int32)
     for e in range(begin, masked):
-        _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS, UNIT)
-        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS, UNIT)
+        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+        k = load_keys(k_ptr, k_box, origin, start, H, W, batch, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
+        v = load_keys(v_ptr, v_box, origin, start, H, W, batch, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
         sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
 
     reach = None
@@ -268,8 +288,9 @@ def attention_fwd_kernel(
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
     for e in range(masked, end):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS, UNIT)
-        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS, UNIT)
+        real = key < key_end
+        k = load_keys(k_ptr, k_box, origin, start, H, W, batch, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
+        v = load_keys(v_ptr, v_box, origin, start, H, W, batch, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
         scores = dot_t(q, k)
         see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
         scores = tl.where(see, scores, float("-inf"))
@@ -284,6 +305,19 @@ def attention_fwd_kernel(
     tl.store(lse_ptr + (b * heads + head) * Sq + token, lse, mask=valid)
 
 
+def describe(x, visit, size: tuple[int, int, int]) -> TensorDescriptor | None:
+    """k or v [B, S, heads, E] as [B, T, H, W, heads · E], of which the TMA loads boxes; None where it cannot."""
+    B, S, heads, E = x.shape
+    T, H, W = size
+    b, s, h = (step if n > 1 else heads * E for n, step in zip(x.shape, x.stride()[:3], strict=False))
+    strides = [b, H * W * s, W * s, s]
+    aligned = all(n * x.element_size() % 16 == 0 for n in (*strides, E)) and x.data_ptr() % 16 == 0
+    side_by_side = min(strides) >= heads * E and (heads == 1 or h == E)
+    if not (aligned and side_by_side) or config.parts(E) != (E,) or x.numel() == 0 or max(visit) > 256:
+        return None
+    return TensorDescriptor(x, [B, T, H, W, heads * E], [*strides, 1], [1, *visit, E])
+
+
 def in_units(*tensors) -> tuple[list[int], int]:
     """The strides of all axes but the last, and the unit they are counted in: 16 elements or the most that fits all."""
     strides = [0 if n == 1 else step for t in tensors for n, step in zip(t.shape[:3], t.stride()[:3], strict=True)]
@@ -291,19 +325,23 @@ def in_units(*tensors) -> tuple[list[int], int]:
     return [step // unit for step in strides], unit
 
 
-def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int]:
-    """The plan's arguments of a kernel, and how many owners there are. mode: of one rule, `grids` to `text_first`."""
+def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int, Box | None]:
+    """The plan's arguments of a kernel, how many owners there are, and the sides of what they visit if it is one box.
+
+    mode: of one rule, from `grids` to `text_first`.
+    """
     own, visit = (tile.keys, tile.queries) if transposed else (tile.queries, tile.keys)
     if not mode[0]:
         own_len = k.shape[1] if transposed else q.shape[1]
         nothing = dict(rows_ptr=None, tiles_ptr=None, reach_ptr=None)
         settings = dict(OWN=(1, 1, own), VISIT=(1, 1, visit), AXES=(False,) * 3, RUNS=False)
-        return nothing | settings | dict(num_warps=tile.warps, num_stages=tile.stages), -(-own_len // own)
+        launch = dict(num_warps=tile.warps, num_stages=tile.stages)
+        return nothing | settings | launch, -(-own_len // own), (1, 1, q.shape[1] if transposed else k.shape[1])
     p = plan(q.shape[1], k.shape[1], *mode, tile.halves(own), visit, transposed, padded, q.device)
     tables = dict(rows_ptr=p.rows, tiles_ptr=p.tiles, reach_ptr=p.reach)
     settings = dict(OWN=p.own_box, VISIT=p.visit_box, AXES=p.axes, RUNS=p.runs)
     warps = tile.warps * math.prod(p.own_box) // own
-    return tables | settings | dict(num_warps=warps, num_stages=tile.stages), p.rows.shape[0]
+    return tables | settings | dict(num_warps=warps, num_stages=tile.stages), p.rows.shape[0], p.visit_size
 
 
 def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
@@ -314,10 +352,13 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
     strides, unit = in_units(q, k, v)
     for heads, rule in by_head(mode, H):
         tile = config.forward(E, q.dtype, config.capability(q.device), bool(rule[0]))
-        planned, owners = arrange(q, k, rule, tile, False, kv_lens is not None)
+        planned, owners, size = arrange(q, k, rule, tile, False, kv_lens is not None)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        boxes = None, None
+        if tile.descriptors and size is not None and kv_lens is None:  # what it hides may be NaN, and would be read
+            boxes = [describe(x, planned["VISIT"], size) for x in (k, v)]
         attention_fwd_kernel[(owners * B * len(heads),)](
-            q, k, v, out, lse, kv_lens, head_table(heads, H, q.device), *tables, *strides,
+            q, k, v, *boxes, out, lse, kv_lens, head_table(heads, H, q.device), *tables, *strides,
             owners, len(heads), H, H // k.shape[2], Sq, k.shape[1],
             max(abs(scale) * LOG2_E, 1e-30),  # 0 would make NaN of the -inf of a hidden key
             E=E, PARTS=config.parts(E), UNIT=unit, NEGATIVE=scale < 0, **planned,

@@ -42,6 +42,7 @@ class AttentionPlan:
     reach    [7, own] int32: for each own token, lo and hi along t, h, w of the box that it sees on the visited side,
              and `kept`: it also sees the first `kept` tokens of its clip. Text sees all
     own_box, visit_box   (t, h, w) of a tile; a run is as many tokens
+    visit_size   the sides of the visited clip after axes were merged, where it is one clip without text
     axes     which of t, h, w can hide a key;  runs: whether any tile is a run
     """
 
@@ -50,6 +51,7 @@ class AttentionPlan:
     reach: Tensor
     own_box: Box
     visit_box: Box
+    visit_size: Box | None
     axes: tuple[bool, bool, bool]
     runs: bool
     transposed: bool
@@ -318,8 +320,10 @@ def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
     rows = torch.cat(rows)
     order = torch.argsort(rows[:, 2] - rows[:, 0], descending=True, stable=True)
     sides = zip(own_box, visit_box, *([max(lo.shape[0], n) for lo, _, n in c.axes] for c in on_host), strict=True)
+    one_box = len(on_host) == 1 and not (mode.text_len or mode.sink)
     return AttentionPlan(
         rows=rows[order], tiles=torch.cat(tiles).int(), reach=torch.cat(reaches, 1), own_box=own_box,
+        visit_size=tuple(n for _, _, n in on_host[0].axes) if one_box else None,
         visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides), transposed=transposed, q_len=mode.q_len,
         runs=bool(own_text or visit_text or mode.sink), k_len=mode.k_len, text_len=mode.text_len,
     )  # fmt: skip
