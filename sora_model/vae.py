@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
-from . import checkpoint, tiling
+from . import tiling
 from .stream import EPS, Pass, VAECache, regroup
 from .tiling import Stage, Tile
 
@@ -423,6 +423,8 @@ class CausalVAE(nn.Module):
         The result computes the same function, in the dtype of the weights. Raises `CheckpointError` for damaged or
         missing files, for weights of another model, and for features of Wan 2.2's VAE.
         """
+        from . import checkpoint  # needs safetensors, which a model alone does not
+
         if isinstance(source, nn.Module):
             config, state, where = getattr(source, "config", {}), source.state_dict(), type(source).__name__
             config = {"_class_name": where, **config}
@@ -503,6 +505,8 @@ _WAN_FIXED = {"attn_scales": (), "dropout": 0.0, "is_residual": False, "patch_si
 
 def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a VAEConfig from those of an AutoencoderKLWan."""
+    from . import checkpoint
+
     if (kind := config.get("_class_name")) != "AutoencoderKLWan":
         raise checkpoint.CheckpointError(f"{where} is a {kind}; CausalVAE.from_wan takes an AutoencoderKLWan")
     config = {_WAN_RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items()}
