@@ -63,10 +63,12 @@ def store_tile(ptr, token, stride, mask, parts, E: tl.constexpr):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    FIRST: tl.constexpr = PARTS[0]  # triton 3.6 takes no element of a tuple as the side of a block
     if len(PARTS) == 1:
-        return (tl.zeros([ROWS, PARTS[0]], tl.float32),)
+        return (tl.zeros([ROWS, FIRST], tl.float32),)
     else:
-        return (tl.zeros([ROWS, PARTS[0]], tl.float32), tl.zeros([ROWS, PARTS[1]], tl.float32))
+        SECOND: tl.constexpr = PARTS[1]
+        return (tl.zeros([ROWS, FIRST], tl.float32), tl.zeros([ROWS, SECOND], tl.float32))
 
 
 @triton.jit
