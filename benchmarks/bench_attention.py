@@ -7,13 +7,14 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_kernels import attention_plan
-from sora_kernels.attention import reference
+from sora_kernels import attention_plan, spacetime_attention
+from sora_kernels.attention import config, reference
 from sora_kernels.attention.mode import resolve
 
 from . import peers
@@ -142,6 +143,19 @@ def _mask_function(tokens: int, mode: Mapping[str, Any], device: torch.device) -
     return seen
 
 
+def _boxes(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    """Our Triton kernels with keys loaded through descriptors, beside the same kernels that load by address."""
+    if inputs["q"].device.type != "cuda" or torch.cuda.get_device_capability(inputs["q"].device)[0] < 9:
+        raise peers.Missing("descriptors need a GPU with a TMA: Hopper or later")
+    forward = config.forward
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
+        with mock.patch.object(config, "forward", lambda *a: dataclasses.replace(forward(*a), descriptors=True)):
+            return spacetime_attention(q, k, v, **mode, impl="triton")
+
+    return attention
+
+
 def _flex(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     """FlexAttention with a block mask made once, compiled as its documentation says."""
     if inputs["q"].device.type != "cuda":
@@ -200,8 +214,9 @@ def _flops(variant: str, shape: Shape, mode: str) -> int:
     return 2 * {"fwd": 2, "bwd": 5}[mode] * shape.batch * shape.model.heads * shape.model.head_width * pairs
 
 
-_DENSE = {"flash": _backend("flash_attention"), "cudnn": _backend("cudnn_attention"), "flash-attn-4": _flash4}
-_SPARSE = {"dense": _dense, "flex": _flex}
+_TORCH = {"flash": _backend("flash_attention"), "cudnn": _backend("cudnn_attention")}
+_DENSE = {"boxes": _boxes} | _TORCH | {"flash-attn-4": _flash4}
+_SPARSE = {"boxes": _boxes, "dense": _dense, "flex": _flex}
 _PEERS = {"": _DENSE, "tiles": _SPARSE | {"natten": _natten}, "window": _SPARSE | {"natten": _natten}}
 
 BENCHMARKS = [

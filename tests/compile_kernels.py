@@ -7,6 +7,7 @@ Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kern
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -266,8 +267,13 @@ def causal_conv_norm() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 WINDOW_AND_TEXT = dict(grid=(30, 48, 80), window=(18, 24, 24), stride=(6, 8, 8), text_len=256)
 
 
-def attention(cases=((128, torch.bfloat16, WINDOW_AND_TEXT), (128, torch.bfloat16, {}))) -> Iterator[tuple]:
-    """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU."""
+def attention(
+    cases=((128, torch.bfloat16, WINDOW_AND_TEXT), (128, torch.bfloat16, {})), boxes: bool = False
+) -> Iterator[tuple]:
+    """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU.
+
+    boxes: with keys loaded through descriptors.
+    """
     from sora_kernels.attention import config, kernels_backward, kernels_forward
     from sora_kernels.attention.mode import resolve
 
@@ -275,24 +281,27 @@ def attention(cases=((128, torch.bfloat16, WINDOW_AND_TEXT), (128, torch.bfloat1
         return torch.empty(shape, dtype=dtype, device="meta")
 
     rules = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
-    S = 30 * 48 * 80 + 256
     for (E, dtype, rule), sm in itertools.product(cases, SUPPORTED):
+        S = 30 * 48 * 80 + rule.get("text_len", 0)
         q, k, v, out, dout, dq, dk, dv = (empty(1, S, 24, E, dtype=dtype) for _ in range(8))
         lse = empty(1, 24, S, dtype=torch.float32)
         mode = (None, *resolve("attention", S, S, *(rules | rule).values()), 0.1)
 
         def on_this_gpu(launch, *args, sm=sm):
-            original, config.capability = config.capability, lambda device: sm
+            originals = config.capability, config.forward
+            config.capability = lambda device: sm
+            config.forward = lambda *a: dataclasses.replace(originals[1](*a), descriptors=boxes)
             try:
                 launch(*args)
             finally:
-                config.capability = original
+                config.capability, config.forward = originals
 
         forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
         backward = functools.partial(
             on_this_gpu, kernels_backward.spacetime_attention_bwd, dout, None, q, k, v, out, lse, *mode, dq, dk, dv
         )
-        name = f"E={E} {str(dtype).removeprefix('torch.')} {'window and text' if rule else 'dense'}"
+        kind = "window and text" if "stride" in rule else "time alone" if rule else "dense"
+        name = f"E={E} {str(dtype).removeprefix('torch.')} {kind}"
         yield f"{name} forward", forward, (kernels_forward,), (sm,)
         yield f"{name} backward", backward, (kernels_backward,), (sm,)
 
@@ -301,7 +310,16 @@ def attention_widths() -> Iterator[tuple]:
     """Every width and dtype that has tiles of its own: minutes."""
     half = [(E, torch.bfloat16, WINDOW_AND_TEXT) for E in (64, 72, 80, 96, 112, 256)]
     rest = [(E, torch.float32, WINDOW_AND_TEXT) for E in (64, 128, 256)] + [(128, torch.float16, WINDOW_AND_TEXT)]
-    yield from attention((*half, *rest))
+    halved = [(72, torch.bfloat16, dict(grid=(30, 48, 80), window=(30, 1, 1), text_len=256))]
+    yield from attention((*half, *rest, *halved))
+
+
+def attention_boxes() -> Iterator[tuple]:
+    """The forward of every clip that boxes hold, on the GPUs that load them."""
+    window = {name: value for name, value in WINDOW_AND_TEXT.items() if name != "text_len"}
+    for case, call, modules, only in attention([(128, torch.bfloat16, rule) for rule in (window, {})], boxes=True):
+        if "forward" in case and only[0] in (90, 100):
+            yield case, call, modules, only
 
 
 # name -> C, O, taps, pixels of out (frames, height, width), op, norm in the epilogue
@@ -389,7 +407,9 @@ FAMILIES = {
     "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
     "attention": attention,
 }  # fmt: skip
-SLOW = {"attention_widths": attention_widths, "causal_conv_layers": causal_conv_layers}
+SLOW = {
+    "attention_widths": attention_widths, "attention_boxes": attention_boxes, "causal_conv_layers": causal_conv_layers,
+}  # fmt: skip
 
 
 def main() -> None:

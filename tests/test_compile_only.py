@@ -154,6 +154,14 @@ def test_convolutions_of_every_layer(tmp_path_factory):
     test_nothing_spills(rows)
 
 
+def test_attention_loads_boxes_through_the_tma(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "attention_boxes")
+    assert {row["sm"] for row in rows} == {90, 100} and len(rows) == 4
+    assert all(row["boxes"] > 0 and row["copies"] <= 5 for row in rows), "what is left are the plan's own words"
+    test_nothing_spills(rows)
+    test_shared_memory_fits(rows)
+
+
 @pytest.mark.slow
 def test_attention_of_every_width(tmp_path_factory):
     rows = compiled(tmp_path_factory, "attention_widths")
