@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from sora_model.machine import available
+
 from . import machine, peers, shapes, suite, targets, timing
 from .suite import IMPLS, MODES, Benchmark, Result
 
@@ -269,10 +271,7 @@ def _fitting(ids: list[str], device: torch.device, *, named: bool) -> list[str]:
 
     The fp64 oracle with its gradients is the largest thing a measurement holds: some 24 times x.
     """
-    if device.type == "cuda":
-        have = torch.cuda.mem_get_info(device)[0]
-    else:
-        have = machine.available_memory()
+    have = available(device)
     need = {shape.id: 24 * 8 * shape.elements for shape in shapes.SHAPES.values()}
     fitting = [name for name in shapes.SHAPES if need[name] <= have]
     for name in ids:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -61,11 +60,3 @@ def sum_partials(partial, out) -> None:
         partial, out, out.stride(0), partial.stride(0), partial.stride(1), count, D,
         BLOCK_N=min(64, triton.next_power_of_2(count)), BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-
-
-def capability(device: torch.device) -> int:
-    """Of the GPU, 90 for sm_90; elsewhere that of the GPU most code is written for."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

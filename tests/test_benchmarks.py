@@ -239,7 +239,7 @@ def test_a_bad_request_says_what_exists(capsys, arguments, said):
 
 
 def test_a_shape_too_large_for_the_machine_is_refused_before_it_starts(capsys, monkeypatch):
-    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(run, "available", lambda device: 1 << 30)
     assert run.main(["--device", "cpu", "--shape", "wan14b-720p"]) == 2
     err = capsys.readouterr().err
     assert "needs about 69.2 GiB" in err and "toy" in err.split("shapes that fit:")[1]

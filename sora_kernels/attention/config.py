@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from .._gpu import asynchronous, capability, small
+
+__all__ = ["Tile", "backward_keys", "backward_queries", "capability", "choose_boxes", "forward", "parts"]
+
 Box = tuple[int, int, int]
 # Estimates, not yet measured
 MASKED_COST = 1.5  # of a tile that asks the coordinates, in units of one that does not
@@ -96,35 +100,17 @@ def parts(E: int) -> tuple[int, ...]:
     return (whole,) if rest >= whole // 2 else (whole // 2, rest)
 
 
-def capability(device: torch.device) -> int:
-    """Of the GPU, 90 for sm_90; elsewhere that of the GPU most code is written for."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 # Found by compiling for each GPU within its registers and shared memory (tests/test_compile_only.py); speed not yet
 # measured on any. A masked loop (`planned`) holds a few more registers than a dense one.
-
-
-def _asynchronous(capability: int) -> bool:
-    """Products read their operands from shared memory: wgmma, tcgen05."""
-    return 90 <= capability < 120
-
-
-def _small(capability: int) -> bool:
-    """100 KiB of shared memory: consumer GPUs."""
-    return capability in (86, 87, 89) or capability >= 120
 
 
 def forward(E: int, dtype: torch.dtype, capability: int, planned: bool) -> Tile:
     if dtype == torch.float32:  # products in full precision run on plain cores
         return Tile(64, 32, 8, 1) if E <= 128 else Tile(16, 16, 4, 1)
     if E > 128:
-        return Tile(64, 16 if planned and not _asynchronous(capability) else 32, 8, 2)
-    if planned and E > 64 and not _asynchronous(capability):
-        return Tile(64 if _small(capability) else 128, 32, 8, 3)
+        return Tile(64, 16 if planned and not asynchronous(capability) else 32, 8, 2)
+    if planned and E > 64 and not asynchronous(capability):
+        return Tile(64 if small(capability) else 128, 32, 8, 3)
     return Tile(128, 64, 8, 3)
 
 
@@ -133,7 +119,7 @@ def backward_queries(E: int, dtype: torch.dtype, capability: int, planned: bool)
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4, 1)
     if E > 128:
         return Tile(32, 32, 8, 1)
-    if _asynchronous(capability):
+    if asynchronous(capability):
         return Tile(128, 32, 8, 2) if planned else Tile(128, 64, 8, 2)
     return Tile(64, 64 if len(parts(E)) == 1 else 32, 8, 2)
 
@@ -143,6 +129,6 @@ def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) ->
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4 if E <= 128 else 8, 1)  # 4 spill 96 bytes on sm_90
     if E > 128:
         return Tile(32, 32, 8, 1)
-    if _asynchronous(capability) or E <= 64:
+    if asynchronous(capability) or E <= 64:
         return Tile(32, 128, 8, 2)
     return Tile(32, 64 if len(parts(E)) == 1 else 32, 8, 2)

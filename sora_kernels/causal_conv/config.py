@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .._triton import capability
+from .._gpu import asynchronous, capability, small
 
 __all__ = ["Tile", "choose_box", "forward", "parts", "weight_gradient", "capability"]
 
@@ -65,11 +65,6 @@ def choose_box(pixels: int, frames: int, height: int, width: int) -> Box:
 # measured on any. More pixels a program read the weight less often from L2, the bound that is next to the products.
 
 
-def _asynchronous(capability: int) -> bool:
-    """Products read their operands from shared memory: wgmma, tcgen05."""
-    return 90 <= capability < 120
-
-
 def _block(C: int) -> int:
     """Channels of a step: 64, or what divides a multiple of 32."""
     block = min(64, max(16, _power(C)))
@@ -80,9 +75,9 @@ def forward(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile:
     """Of a convolution of C channels to N, forward or the gradient of its data."""
     if dtype == torch.float32:  # products in full precision run on plain cores
         return Tile(64, parts(N, 96), 16, 8, 1)
-    if not _asynchronous(capability):
+    if not asynchronous(capability):
         columns = parts(N, 192)
-        if sum(columns) > 128 and capability > 80:  # 100 KiB of shared memory: consumer GPUs
+        if sum(columns) > 128 and small(capability):
             return Tile(128, columns, min(32, _block(C)), 8, 2)
         return Tile(128, columns, _block(C), 8, 3)
     columns = parts(N, 256)
@@ -98,6 +93,6 @@ def weight_gradient(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile
     block = 128 if N > 64 else 64 if N > 16 else 16
     if dtype == torch.float32:
         return Tile(32, parts(C, 32), min(block, 32), 8, 1)
-    if not _asynchronous(capability):
+    if not asynchronous(capability):
         return Tile(32, parts(C, 128), block, 8, 3)
     return Tile(64, parts(C, 256), block, 8, 3)
