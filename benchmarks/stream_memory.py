@@ -104,7 +104,7 @@ def draw(rows: list[dict], target: Path) -> None:
     axes.set_title(f"Peak memory of the Wan 2.1 VAE over the length of a clip\n{where}, fp32, {rows[-1]['device']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#ddd", linewidth=0.6)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None} if target.suffix == ".svg" else None
     figure.savefig(target, metadata=metadata, dpi=110)
