@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, report, run, shapes, suite, targets, verified
+from . import machine, report, run, shapes, suite, targets, vae_decode, verified
 
 BUILD_SHARE, TEST_SHARE = 0.4, 0.5  # of the time that is left when the step begins; the benchmarks take the rest
 GRACE_S = 15  # for a stopped step to write what it has
@@ -121,16 +121,16 @@ class Session:
 
     def benchmark(self) -> None:
         families = self.families()
-        for done, (family, ops) in enumerate(families.items()):
-            share = (self.left() - GRACE_S) / (len(families) - done)
+        for done, (family, ops) in enumerate([*families.items(), ("vae", [])]):
+            share = (self.left() - GRACE_S) / (len(families) + 1 - done)
             if share < 20:
                 self.done(Step(f"bench {family}", "skipped", note="no time left"))
                 continue
-            command = [
-                sys.executable, "-m", "benchmarks.run", "--peers", "--device", "cuda", "--budget", "0.5",
-                "--json", str(self.out / "bench.jsonl"), "--stop-after", f"{0.8 * share:.0f}",
-                *(word for op in ops for word in ("--op", op)),
-            ]  # fmt: skip
+            command = [sys.executable, "-m", "benchmarks.run", "--peers", "--budget", "0.5", "--stop-after",
+                       f"{0.8 * share:.0f}", *(word for op in ops for word in ("--op", op))]  # fmt: skip
+            if family == "vae":
+                command = [sys.executable, "-m", "benchmarks.vae_decode", "--budget", "3"]
+            command += ["--device", "cuda", "--json", str(self.out / "bench.jsonl")]
             self.step(f"bench {family}", command, self.out / "bench.log", share)
 
     def families(self) -> dict[str, list[str]]:
@@ -200,6 +200,7 @@ class Session:
         for family, ops in self.families().items():
             cases = ", ".join(shapes.DEFAULT["cuda"])
             self.done(Step(f"bench {family}", "skipped", note=f"would measure {', '.join(ops)} at {cases}"))
+        self.done(Step("bench vae", "skipped", note=f"would decode {', '.join(vae_decode.DEFAULT['cuda'])}"))
         return self.steps
 
 
