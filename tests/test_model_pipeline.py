@@ -405,7 +405,12 @@ def test_what_would_fit_is_offered_and_does_fit(tiny_checkpoint, monkeypatch):
 def test_frames_are_decoded_in_tiles_where_the_memory_is_short_and_only_there(tiny_checkpoint, monkeypatch):
     sora, size = Sora.from_pretrained(tiny_checkpoint, device="cpu"), (128, 192)
     asked, stream = [], sora.vae.decode_stream
-    monkeypatch.setattr(sora.vae, "decode_stream", lambda z, tile: asked.append(tile) or stream(z, tile=tile))
+
+    def watched(latents, *, tile, **options):
+        asked.append(tile)
+        return stream(latents, tile=tile, **options)
+
+    monkeypatch.setattr(sora.vae, "decode_stream", watched)
     options = dict(size=size, seconds=0.6, steps=1)
     with pytest.warns(UserWarning, match="trained on"):
         whole = sora.generate("a red circle", **options).frames
