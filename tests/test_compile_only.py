@@ -163,6 +163,14 @@ def test_attention_loads_boxes_through_the_tma(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_norms_of_every_layer(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "causal_conv_norms")
+    test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows)
+    test_shared_memory_fits(rows)
+    test_nothing_spills(rows)
+
+
+@pytest.mark.slow
 def test_attention_of_every_width(tmp_path_factory):
     rows = compiled(tmp_path_factory, "attention_widths")
     check_attention(rows)
