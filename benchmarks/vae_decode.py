@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sora_kernels import testing
 from sora_model.stream import Pass
-from sora_model.vae import CausalVAE, VAEConfig
+from sora_model.vae import CausalVAE, VAEConfig, own_name
 
 from . import machine, peers, run, suite, timing
 
@@ -74,9 +74,7 @@ def theirs(vae: CausalVAE) -> Callable[[Tensor], Tensor]:
         model = module.AutoencoderKLWan(**config)
     state = dict(vae.state_dict())
     for name, parameter in model.state_dict().items():
-        own = name.replace(".gamma", "").replace("resample.1", "resample")
-        own = own.replace("upsamplers.0", "upsampler").replace("attentions.0", "attention")
-        state[name] = state.pop(own).reshape(parameter.shape).contiguous()  # as it lays them out
+        state[name] = state.pop(own_name(name)).reshape(parameter.shape).contiguous()  # as it lays them out
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(False)
     return lambda latents: model.decode(latents).sample

@@ -19,18 +19,15 @@ from .suite import IMPLS
 NOT_RUN = "not yet run on a GPU"
 
 
-def families() -> list[str]:
-    return sorted(p.parent.name for p in (machine.ROOT / "sora_kernels").glob("*/reference.py"))
-
-
 def from_junit(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, int]]]:
     """{family: {impl: {"passed": n, "failed": n}}} of a junit file. Skipped tests are not counted."""
+    families = sorted(p.parent.name for p in (machine.ROOT / "sora_kernels").glob("*/reference.py"))
     counts: dict[str, dict[str, dict[str, int]]] = {}
     for case in ElementTree.parse(path).iter("testcase"):
         if case.find("skipped") is not None:
             continue
         module = re.search(r"(?:^|\.)test_(\w+)$", case.get("classname", "").split(".Test")[0])
-        family = next((f for f in families() if module and f"{module[1]}_".startswith(f"{f}_")), None)
+        family = next((f for f in families if module and f"{module[1]}_".startswith(f"{f}_")), None)
         name, _, parameters = case.get("name", "").partition("[")
         words = [*re.split(r"[^a-z]+", parameters), *name.split("_")[1:2], *(module[1].split("_") if module else ())]
         impl = next((word for word in words if word in IMPLS), None)

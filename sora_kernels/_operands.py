@@ -53,6 +53,13 @@ def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
     return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
 
 
+def zero(*destinations: Tensor | None) -> None:
+    """The gradients of nothing, of those that are wanted."""
+    for destination in destinations:
+        if destination is not None:
+            destination.zero_()
+
+
 def video_format(x: Tensor) -> torch.memory_format:
     """Of a video [B, C, T, H, W]: channels last where its channels lie side by side."""
     last = not x.is_contiguous() and x.shape[1] > 1 and x.stride()[1] == 1

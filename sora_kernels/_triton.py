@@ -38,6 +38,17 @@ def standardize(x, mask, D, eps, RMS: tl.constexpr):
 
 
 @triton.jit
+def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """fp32 sums of ROWS rows whose columns are held in one or two parts."""
+    FIRST: tl.constexpr = PARTS[0]  # triton 3.6 takes no element of a tuple as the side of a block
+    if len(PARTS) == 1:
+        return (tl.zeros([ROWS, FIRST], tl.float32),)
+    else:
+        SECOND: tl.constexpr = PARTS[1]
+        return (tl.zeros([ROWS, FIRST], tl.float32), tl.zeros([ROWS, SECOND], tl.float32))
+
+
+@triton.jit
 def sum_partials_kernel(
     partial_ptr, out_ptr, stride_out, stride_row, stride_count, count, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):

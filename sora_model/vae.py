@@ -518,12 +518,18 @@ def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {f.name: config[f.name] for f in fields(VAEConfig) if f.name in config}
 
 
+def own_name(name: str) -> str:
+    """Our name of a tensor of an AutoencoderKLWan."""
+    for theirs, ours in _WAN_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
 def _wan_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors under our names; axes of size 1 added or dropped (a 2D convolution is a 3D one of one frame)."""
     renamed = {}
     for name, value in state.items():
-        for theirs, ours in _WAN_NAMES:
-            name = name.replace(theirs, ours)
+        name = own_name(name)
         shape = shapes.get(name, value.shape)
         same = [n for n in shape if n != 1] == [n for n in value.shape if n != 1]
         renamed[name] = value.reshape(shape) if same else value

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton import zeros
 from . import config
 from .kernels_forward import (
     LOG2_E,
@@ -26,7 +27,6 @@ from .kernels_forward import (
     seen,
     store_tile,
     where,
-    zeros,
 )
 from .mode import by_head
 from .plan import head_table

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._triton import zeros
 from . import config
 from .mode import Box, by_head
 from .plan import head_table, plan
@@ -59,16 +60,6 @@ def store_tile(ptr, token, stride, mask, parts, E: tl.constexpr):
         cols = (i * parts[0].shape[1]) + tl.arange(0, parts[i].shape[1])
         inside = mask[:, None] & (cols < E)[None, :]
         tl.store(rows + cols[None, :], parts[i].to(ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    FIRST: tl.constexpr = PARTS[0]  # triton 3.6 takes no element of a tuple as the side of a block
-    if len(PARTS) == 1:
-        return (tl.zeros([ROWS, FIRST], tl.float32),)
-    else:
-        SECOND: tl.constexpr = PARTS[1]
-        return (tl.zeros([ROWS, FIRST], tl.float32), tl.zeros([ROWS, SECOND], tl.float32))
 
 
 @triton.jit

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import load_vector
+from .._triton import load_vector, zeros
 from . import config
 
 # Sizes and places: one kernel serves all clips, chunks, phases and positions of a tile.
@@ -81,14 +81,6 @@ def load_pixels(
     if C % WIDTH != 0:
         mask = mask & (c < C)[None, :]
     return tl.load(pixels[:, None] + c[None, :], mask, 0.0, cache_modifier=".ca")  # the next taps read it again
-
-
-@triton.jit
-def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
-    if len(PARTS) == 1:
-        return (tl.zeros([ROWS, PARTS[0]], tl.float32),)
-    else:
-        return (tl.zeros([ROWS, PARTS[0]], tl.float32), tl.zeros([ROWS, PARTS[1]], tl.float32))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
+from .._operands import zero
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
@@ -168,7 +169,7 @@ def causal_conv3d_bwd(
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ) -> None:  # fmt: skip
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
+        return zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
     dout = _wide(dout)
     if norm_weight is not None:
         dpre = _empty(dout.shape)
@@ -227,7 +228,7 @@ def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
 
 def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache)
+        return zero(dx, dweight, dbias, dcache)
     front, back, padding = _downsample_padding(weight, factor)
     _conv_bwd(_wide(dout), x, weight, cache, factor, front, back, padding, dx, dweight, dbias, dcache)
 
@@ -303,7 +304,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
 
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache)
+        return zero(dx, dweight, dbias, dcache)
     if dbias is not None:
         dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
     data = dx is not None or dcache is not None
@@ -333,9 +334,3 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
         dx.copy_(dpacked[:, :, past:])
     if dcache is not None:
         dcache.copy_(dpacked[:, :, :past])
-
-
-def _zero(*destinations: Tensor | None) -> None:
-    for destination in destinations:
-        if destination is not None:
-            destination.zero_()

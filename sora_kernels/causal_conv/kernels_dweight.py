@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import sum_partials
+from .._triton import sum_partials, zeros
 from . import config
-from .kernels_conv import SIZES, at_pixels, box_pixels, is_wide, load_pixels, strides_of, zeros
+from .kernels_conv import SIZES, at_pixels, box_pixels, is_wide, load_pixels, strides_of
 
 PROGRAMS = 512  # at least, where there is work for them: four per SM of a large GPU
 CHUNKS = ("tiles", "tiles_per_program")

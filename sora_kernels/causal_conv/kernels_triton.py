@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import video_format
+from .._operands import video_format, zero
 from .kernels_conv import convolve, convolve_phases, last, whole
 from .kernels_dweight import weight_gradient
 
@@ -40,18 +40,12 @@ def _norm(direction: str, x: Tensor):
     return _library.call(f"norm_silu_{direction}", impl)
 
 
-def _zero(*destinations: Tensor | None) -> None:
-    for destination in destinations:
-        if destination is not None:
-            destination.zero_()
-
-
 # A convolution as it is, strided or not: out[p] = Σ_j weight[j] x[stride·p + j - front]
 
 
 def _bwd(dout, x, weight, cache, stride, front, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache)
+        return zero(dx, dweight, dbias, dcache)
     dout, x, cache = _last(dout, x, cache)
     if dbias is not None:
         dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
@@ -92,7 +86,7 @@ def causal_conv3d_bwd(
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ) -> None:  # fmt: skip
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
+        return zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
     if norm_weight is not None:
         pre = last(pre)
         dout = dout.contiguous(memory_format=video_format(pre))
@@ -159,7 +153,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
 
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache)
+        return zero(dx, dweight, dbias, dcache)
     dout, x, cache = _last(dout, x, cache)
     if dbias is not None:
         dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))

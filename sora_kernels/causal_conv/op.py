@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library
 from .._library import once_differentiable
-from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format
+from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format, zero
 from . import reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
@@ -306,7 +306,7 @@ def _norm_silu_fwd(x, weight, bias, groups, eps, out):
 
 def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias)
+        return zero(dx, dweight, dbias)
     function = partial(reference.norm_silu, norm="group" if groups else "rms", groups=groups, eps=eps)
     inputs, destinations = dict(x=x, weight=weight, bias=bias), dict(x=dx, weight=dweight, bias=dbias)
     _library.vjp(function, inputs, (dout,), destinations)
@@ -338,7 +338,7 @@ def _causal_conv3d_bwd(
 def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache):
     """Backward of conv3d(source(x, ...)): aten's, then the adjoint of `source`. The forward is not run again."""
     if dout.numel() == 0:
-        return _zero(dx, dweight, dbias, dcache)
+        return zero(dx, dweight, dbias, dcache)
     padded, padding = source(reference.accumulate(x), weight, cache)
     mask = [dx is not None or dcache is not None, dweight is not None, dbias is not None]
     dpadded, dw, db = torch.ops.aten.convolution_backward(
@@ -352,12 +352,6 @@ def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache
     if mask[0]:
         inputs, destinations = dict(x=x, cache=cache), dict(x=dx, cache=dcache)
         _library.vjp(lambda x, cache: source(x, weight, cache)[0], inputs, (dpadded,), destinations)
-
-
-def _zero(*destinations):
-    for destination in destinations:
-        if destination is not None:
-            destination.zero_()
 
 
 _library.define(
