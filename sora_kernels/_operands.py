@@ -10,9 +10,10 @@ from torch import Tensor
 
 def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """fp64 tensors beside an x that is not become fp32, differentiably: kernels neither read nor write fp64."""
-    if x.dtype == torch.float64:
-        return tensors
-    return tuple([t if t is None or t.dtype != torch.float64 else t.float() for t in tensors])
+    for t in tensors:  # rarely one: a loop costs a call less than a comprehension
+        if t is not None and t.dtype is torch.float64 and x.dtype is not torch.float64:
+            return tuple([t if t is None or t.dtype is not torch.float64 else t.float() for t in tensors])
+    return tensors
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

@@ -1,6 +1,6 @@
 """Modulation rows, as every family that modulates takes them: [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D].
 
-Kernels see them as views [B, F, D] with one F for all rows of a call: token s of S reads row s // (S / F).
+Token s of S reads row s // (S / F) of its clip. Kernels take one F > 1 for all rows of a call, beside single rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
     for name, t in modulations.items():
         if t is None:
             continue
-        _check.tensor(op, name, t, LAYOUTS)
+        if not isinstance(t, Tensor) or t.dtype not in _check.FLOATS:
+            _check.tensor(op, name, t, LAYOUTS)
         shape = t.shape
         F = shape[1] if len(shape) == 3 else 1
         if shape != (B, F, D) and shape != (B, D) and shape != (D,):
@@ -38,24 +39,45 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
             )
         if t.device != device:
             _check.same_device(op, x, {name: t})
-        given.append(F)
-        finest = max(finest, F)
-    return S if any([F == 0 or finest % F for F in given]) else finest
+        if F != finest:
+            given.append(F)
+            finest = max(finest, F)
+    return S if given and any([F == 0 or finest % F for F in given]) else finest
+
+
+def operand(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
+    """t as a forward takes it: as it is, unless it is not dense in D or has another number F > 1 of rows."""
+    return dense(t) if t is None or t.ndim < 3 or t.shape[1] in (1, frames) else view(t, x, frames)
 
 
 def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
-    """t as a view [B, F, D]; copied only where it is not dense in D or has another number F > 1 of rows."""
+    """t as a view [B, frames, D], as its gradient is; copied as `operand` copies."""
     if t is None:
         return None
     t = dense(t)
     t = t.unsqueeze(1) if t.ndim == 2 else t
-    F = t.shape[1] if t.ndim == 3 else 1
-    if t.ndim == 3 and F == frames:
+    shape = t.shape
+    if len(shape) == 3 and shape[1] == frames:
         return t
     B, _, D = x.shape
-    if F != 1:
+    if len(shape) == 3 and (F := shape[1]) != 1:
         t = t[:, :, None].expand(B, F, frames // F, D).reshape(B, frames, D)
     return t.expand(B, frames, D)
+
+
+def frames_of(*rows: Tensor | None) -> int:
+    """The F of a call, from what a kernel is given."""
+    return max([t.shape[1] for t in rows if t is not None and t.ndim == 3], default=1)
+
+
+def strides(*tensors: Tensor | None) -> list[int]:
+    """(batch, row) of each, in elements; 0 where a row serves all, and for None. Tokens [B, S, D] have theirs too."""
+    found = []
+    for t in tensors:
+        outer = () if t is None else t.stride()[:-1]
+        batch = outer[0] if outer else 0
+        found += [batch, outer[1] if len(outer) == 2 and t.shape[1] > 1 else 0]
+    return found
 
 
 def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:

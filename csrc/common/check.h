@@ -54,7 +54,7 @@ struct Tokens {
   constexpr explicit operator bool() const { return data != nullptr; }
 };
 
-// Modulation rows [B, F, D]: token s of S reads row s / (S / F). Outer strides may be 0. Each tensor has its own dtype.
+// Modulation rows: token s of S reads row s / (S / F) of its clip. Outer strides may be 0. Each tensor has its own dtype.
 struct Rows {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
@@ -93,19 +93,29 @@ inline Tokens tokens(const char* name, const OptionalTensor& t, const Tensor& x)
   return t ? tokens(name, *t, x) : Tokens{};
 }
 
-// The first modulation tensor sets shape.F; the others must agree.
+// [D], [B, D] or [B, F, D]. The first of several rows per clip sets shape.F; others must agree. One row serves any F.
 inline Rows rows(const char* name, const OptionalTensor& t, const Tensor& x, Shape& shape) {
   if (!t) return {};
   check_common(name, *t, x);
-  SORA_CHECK(t->dim() == 3 && t->size(0) == shape.B && t->size(2) == shape.D, name, ": expected (B, F, D) = (", shape.B,
-             ", F, ", shape.D, "), got ", describe(*t));
-  const int64_t F = t->size(1);
+  const int64_t dim = t->dim(), F = dim == 3 ? t->size(1) : 1;
+  SORA_CHECK(dim <= 3 && (dim == 1 || t->size(0) == shape.B) && t->size(dim - 1) == shape.D, name,
+             ": expected (D,), (B, D) or (B, F, D) with B = ", shape.B, " and D = ", shape.D, ", got ", describe(*t));
   SORA_CHECK(F > 0 && shape.S % F == 0, name, ": expected a number of rows per clip that divides S = ", shape.S,
              ", got ", describe(*t));
-  SORA_CHECK(shape.F == 0 || F == shape.F, name, ": expected F = ", shape.F, " as in the other modulation, got ",
-             describe(*t));
-  shape.F = F;
-  return {t->data_ptr(), t->scalar_type(), t->stride(0), t->stride(1)};
+  SORA_CHECK(F == 1 || shape.F == 0 || F == shape.F, name, ": expected F = ", shape.F,
+             " as in the other modulation, got ", describe(*t));
+  if (F > 1) shape.F = F;
+  return {t->data_ptr(), t->scalar_type(), dim == 1 ? 0 : t->stride(0), F == 1 ? 0 : t->stride(1)};
+}
+
+// The gradient of rows, (B, F, D), of the F that the call has.
+inline Rows row_gradients(const char* name, const OptionalTensor& t, const Tensor& x, Shape& shape) {
+  if (!t) return {};
+  const Rows found = rows(name, t, x, shape);
+  if (shape.F == 0) shape.F = 1;
+  SORA_CHECK(t->dim() == 3 && t->size(1) == shape.F, name, ": expected (B, F, D) = (", shape.B, ", ", shape.F, ", ",
+             shape.D, "), got ", describe(*t));
+  return found;
 }
 
 inline Vector vector(const char* name, const OptionalTensor& t, const Tensor& x) {

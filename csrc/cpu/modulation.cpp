@@ -528,8 +528,8 @@ void norm_modulate_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor
   p.x = tokens("x", x, x);
   p.dout = tokens("dout", dout, x);
   p.dx = tokens("dx", dx, x);
-  p.dshift = rows("dshift", dshift, x, p.shape);
-  p.dscale = rows("dscale", dscale, x, p.shape);
+  p.dshift = row_gradients("dshift", dshift, x, p.shape);
+  p.dscale = row_gradients("dscale", dscale, x, p.shape);
   p.dweight = vector("dweight", dweight, x);
   p.dbias = vector("dbias", dbias, x);
   p.dshift_table = vector("dshift_table", dshift_table, x);
@@ -544,7 +544,7 @@ void gate_residual_bwd(const Tensor& dout, const Tensor& y, const Tensor& gate, 
   p.y = tokens("y", y, y);
   p.dx_new = tokens("dout", dout, y);
   p.dy = tokens("dy", dy, y);
-  p.dgate = rows("dgate", dgate, y, p.shape);
+  p.dgate = row_gradients("dgate", dgate, y, p.shape);
   p.dgate_table = vector("dgate_table", dgate_table, y);
   backward<true, false>(p, y.scalar_type());
 }
@@ -565,9 +565,9 @@ void gate_residual_norm_modulate_bwd(
   p.dout = tokens("dout", dout, x_new);
   p.dx = tokens("dx", dx, x_new);
   p.dy = tokens("dy", dy, x_new);
-  p.dgate = rows("dgate", dgate, x_new, p.shape);
-  p.dshift = rows("dshift", dshift, x_new, p.shape);
-  p.dscale = rows("dscale", dscale, x_new, p.shape);
+  p.dgate = row_gradients("dgate", dgate, x_new, p.shape);
+  p.dshift = row_gradients("dshift", dshift, x_new, p.shape);
+  p.dscale = row_gradients("dscale", dscale, x_new, p.shape);
   p.dweight = vector("dweight", dweight, x_new);
   p.dbias = vector("dbias", dbias, x_new);
   p.dgate_table = vector("dgate_table", dgate_table, x_new);

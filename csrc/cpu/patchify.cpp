@@ -777,8 +777,8 @@ void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
   FinalParams p = final_params(like, shift, scale, weight, bias, {T, H, W}, rms, eps, "dout", dout);
   const int64_t D = p.shape.D, N = p.N;
   if (dx) p.dx = like.tokens("dx", *dx, p.shape), advise_huge_pages(*dx);
-  p.dshift = rows("dshift", dshift, x, p.shape);
-  p.dscale = rows("dscale", dscale, x, p.shape);
+  p.dshift = row_gradients("dshift", dshift, x, p.shape);
+  p.dscale = row_gradients("dscale", dscale, x, p.shape);
   if (dweight) {
     like.check("dweight", *dweight, "the shape of weight", {N, D});
     check_dense("dweight", *dweight);

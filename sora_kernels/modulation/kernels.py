@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _rows
 from .._triton import load_rows, load_vector, standardize, store_rows, sum_partials
 
 PROGRAMS = 512  # of the backward: about 4 per SM of a large GPU, and the bound of the fp32 partials
-MAX_WIDTH = 32768  # a row lives in the registers of one program
 
 
 @triton.jit
@@ -170,21 +170,17 @@ def tile(D: int, rows: int) -> dict[str, int]:
     )
 
 
-def _strides(*tensors: torch.Tensor | None) -> list[int]:
-    return [stride for t in tensors for stride in ((0, 0) if t is None else t.stride()[:2])]
-
-
 def _forward(
     x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, norm
 ):
     B, S, D = x.shape
     if x.numel() == 0:
         return
-    frames = next((t.shape[1] for t in (gate, shift, scale) if t is not None), 1)
+    frames = _rows.frames_of(gate, shift, scale)
     config = tile(D, B * S)
     modulation_fwd_kernel[(triton.cdiv(B * S, config["ROWS"]),)](
         x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
-        *_strides(x, y, x_new, out, gate, shift, scale),
+        *_rows.strides(x, y, x_new, out, gate, shift, scale),
         B * S, S, S // frames, D, eps, RMS=rms, NORM=norm, **config,
     )  # fmt: skip
 
@@ -200,7 +196,7 @@ def _backward(
         for t in wanted:
             t.zero_()
         return
-    F = next((t.shape[1] for t in (gate, scale, *frame_grads) if t is not None), 1)
+    F = _rows.frames_of(gate, scale, *frame_grads)
     frames, tokens = B * F, S // F
     config = tile(D, tokens)
     rows = config["ROWS"]
@@ -217,7 +213,7 @@ def _backward(
     by_program = [partials(t, (1, programs)) for t in total_grads]
     modulation_bwd_kernel[(programs,)](
         dout, dx_new, x, y, dx, dy, gate, scale, gate_table, scale_table, weight, bias, *by_chunk, *by_program,
-        *_strides(dout, dx_new, x, y, gate, scale),
+        *_rows.strides(dout, dx_new, x, y, gate, scale),
         frames, F, S, D, frames_per_program, chunks, tokens, tokens_per_chunk, eps, RMS=rms, **config,
     )  # fmt: skip
     if chunks > 1:

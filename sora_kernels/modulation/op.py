@@ -145,12 +145,9 @@ def _check_norm(op, x, norm, eps) -> None:
 
 def _check_vectors(op, x, **vectors: Tensor | None) -> None:
     """Parameters and tables."""
-    width, device = x.shape[2], x.device
     for name, t in vectors.items():
-        if t is None:
-            continue
-        _check.exact(op, name, t, (width,), "[D], the width of x")
-        if t.device != device:
+        if t is not None:
+            _check.exact(op, name, t, (x.shape[2],), "[D], the width of x")
             _check.same_device(op, x, {name: t})
 
 
@@ -216,7 +213,7 @@ def _norm_modulate(
 ) -> Tensor:
     out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
-        dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
+        dense(x), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
         table(shift_table, x), table(scale_table, x), rms, eps, out,
     )  # fmt: skip
     return out
@@ -274,7 +271,7 @@ _library.define(
 
 def _gate_residual(x, y, gate, gate_table, frames, impl, out=None) -> Tensor:
     out = like(x) if out is None else out
-    gate = _rows.view(gate, x, frames)
+    gate = _rows.operand(gate, x, frames)
     _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
     return out
 
@@ -363,7 +360,7 @@ def _gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
-        dense(x), dense(y), _rows.view(gate, x, frames), _rows.view(shift, x, frames), _rows.view(scale, x, frames),
+        dense(x), dense(y), _rows.operand(gate, x, frames), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames),
         parameter(weight), parameter(bias),
         table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, x_new, out,
     )  # fmt: skip

@@ -324,16 +324,12 @@ _library.define(
 )
 
 
-def _final_operands(x, shift, scale, weight, bias, frames) -> tuple[Tensor | None, ...]:
-    return (
-        dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
-    )  # fmt: skip
-
-
 def _final_layer(x, shift, scale, weight, bias, shape, frames, T, H, W, rms, eps, impl) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    operands = _final_operands(x, shift, scale, weight, bias, frames)
-    _library.call("final_layer_fwd", impl)(*operands, T, H, W, rms, eps, out)
+    _library.call("final_layer_fwd", impl)(
+        dense(x), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
+        T, H, W, rms, eps, out,
+    )  # fmt: skip
     return out
 
 
@@ -353,8 +349,9 @@ class _FinalLayer(torch.autograd.Function):
         dx, dweight, dbias = like(x, need[0]), like(weight, need[3]), like(bias, need[4])
         dshift, dscale = _rows.like(shift, need[1], x, frames), _rows.like(scale, need[2], x, frames)
         _library.call("final_layer_bwd", impl)(
-            dout, *_final_operands(x, shift, scale, weight, bias, frames), *settings, dx, dshift, dscale, dweight, dbias
-        )
+            dout, dense(x), _rows.view(shift, x, frames), _rows.view(scale, x, frames), parameter(weight),
+            parameter(bias), *settings, dx, dshift, dscale, dweight, dbias,
+        )  # fmt: skip
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
         return dx, dshift, dscale, dweight, dbias, None
 
