@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 namespace sora {
 
@@ -74,17 +75,33 @@ inline void store(const float* values, const Rows& to, int64_t b, int64_t f, int
   with_span<Store>({const_cast<float*>(values), to.data, to.dtype, offset}, n);
 }
 
-// ---- statistics of one fp32 row
+// ---- statistics of one row
 
+// v is the row in fp32.
 struct Statistics {
+  const float* v;
   float mean, rstd;
 };
 
-template <int V>
-SORA_INLINE Statistics statistics(const float* v, int64_t D, bool rms, float eps) {
-  const float mean = rms ? 0.0f : sum<V>(D, [=](auto at) SORA_LAMBDA { return at(v); }) / static_cast<float>(D);
-  const auto square = [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); };
-  return {mean, 1.0f / std::sqrt(sum<V>(D, square) / static_cast<float>(D) + eps)};
+// A row that is not fp32 is widened into `copy` by the first of the passes over it.
+template <int V, class T>
+SORA_INLINE Statistics statistics(const T* from, float* copy, int64_t D, bool rms, float eps) {
+  const float* v = copy;
+  if constexpr (std::is_same_v<T, float>) v = from;
+  const auto wide = [=](auto at) SORA_LAMBDA {
+    const auto x = at(from);
+    if constexpr (!std::is_same_v<T, float>) at.put(copy, x);
+    return x;
+  };
+  const float n = static_cast<float>(D);
+  float mean = 0, squares;
+  if (rms) {
+    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { const auto x = wide(at); return x * x; });
+  } else {
+    mean = sum<V>(D, wide) / n;
+    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
+  }
+  return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
 }
 
 // ---- chunks of tokens for a backward

@@ -16,7 +16,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <type_traits>
 
 namespace sora {
 namespace {
@@ -27,14 +26,6 @@ struct Case {
   using T = Element;
   static constexpr bool kGate = gate, kNorm = norm, kOwn = own;
 };
-
-// The row in fp32: itself, or a copy.
-template <int V, class T>
-SORA_INLINE const float* widened(const T* from, float* copy, int64_t D) {
-  if constexpr (std::is_same_v<T, float>) return from;
-  each<V>(D, [=](auto at) SORA_LAMBDA { at.put(copy, at(from)); });
-  return copy;
-}
 
 // ---- the modulation of one row
 
@@ -162,11 +153,10 @@ struct Forward {
         x = x_new;
       }
       if constexpr (C::kNorm) {
-        const float* v = widened<V>(x, scratch.row(0), D);
-        const auto [mean, rstd] = statistics<V>(v, D, p.rms, p.eps);
+        const auto [v, mean, rstd] = statistics<V>(x, scratch.row(0), D, p.rms, p.eps);
         T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next / S, next % S);
         const T* next_x = row_of<const T>(p.x, next / S, next % S);
-        each<V>(D, [=, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
+        each<V>(D, [=, v = v, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
           if constexpr (!C::kGate) at.will_read(next_x), at.will_write(next_out);
           at.put(out, (at(v) - mean) * rstd * m.mul(at) + m.shift(at));
         });
@@ -327,12 +317,11 @@ struct Backward {
     const auto join = [](auto at, float* to, auto value) SORA_LAMBDA { at.put(to, C::kOwn ? value : at(to) + value); };
 
     if constexpr (C::kNorm) {
-      v = widened<V>(row_of<const T>(p.x, b, s), scratch.row(0), D);
+      const Statistics stats = statistics<V>(row_of<const T>(p.x, b, s), scratch.row(0), D, p.rms, p.eps);
+      v = stats.v, mean = stats.mean, rstd = stats.rstd;
       dout = row_of<const T>(p.dout, b, s);
       next_dx = row_of<T>(p.dx ? p.dx : p.x, b, next_s);
       const T *next_x = row_of<const T>(p.x, b, next_s), *next_dout = row_of<const T>(p.dout, b, next_s);
-      const Statistics stats = statistics<V>(v, D, p.rms, p.eps);
-      mean = stats.mean, rstd = stats.rstd;
       const auto totals = sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
         at.will_read(next_x), at.will_read(next_dout);
         const auto g = at(dout), xhat = (at(v) - mean) * rstd, dn = g * m.mul(at);
