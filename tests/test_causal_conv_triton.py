@@ -162,10 +162,11 @@ CHUNKED = ["causal_conv3d norm", "causal_conv3d stride 2", "upsample_conv3d in t
 @pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_are_the_bits_of_the_whole(name, cuts, impl):
     """The sum of a pixel does not know where its chunk begins. Of integers it is exact in any order: the interpreter's
-    products are NumPy's, whose order depends on the row."""
+    products are NumPy's, whose order depends on the row, and cuDNN chooses by the size. So does the norm after it."""
     function, kernel, kwargs, past = STREAMS[name]
     kwargs = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in kwargs.items()} | dict(impl=impl)
-    draw = torch.randn if DEVICE == "cuda" else lambda *size, device: torch.randint(-3, 4, size).float()
+    exact = DEVICE == "cpu" or impl == "cudnn"
+    draw = (lambda *size, device: torch.randint(-3, 4, size, device=device).float()) if exact else torch.randn
     x, weight = draw(1, 3, 8, 3, 4, device=DEVICE), draw(4, 3, *kernel, device=DEVICE)
     weight = weight[..., :1, :] if function is not downsample_conv3d else weight[..., :2, :2]
     whole = function(x, weight, **kwargs)
@@ -173,7 +174,8 @@ def test_chunks_are_the_bits_of_the_whole(name, cuts, impl):
     for piece in x.split(cuts, 2):
         part, cache = function(piece, weight, cache=cache, **kwargs)
         parts.append(part)
-    assert torch.equal(torch.cat(parts, 2), whole)
+    tolerance = 1e-6 if impl == "cudnn" and "norm" in name else 0.0
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=tolerance, atol=tolerance)
 
 
 def sliced_channels_last(t):

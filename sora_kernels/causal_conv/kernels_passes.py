@@ -63,7 +63,8 @@ def epilogue_kernel(
             y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         squares += y * y
         ys = ys + (y,)
-    rstd = (1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + eps))[None, :]
+    if norm_weight_ptr is not None:
+        rstd = (1.0 / tl.sqrt_rn(tl.sum(squares, 0) / C + eps))[None, :]
     for k in tl.static_range(CHUNKS):
         c = channels(block + k, BLOCK_C)
         offsets, mask = tile(b, c, first, out_stride_b, out_stride_c, out_stride_s, C, S, BLOCK_S)
