@@ -84,15 +84,15 @@ def causal_conv3d(
     norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
                  the one and adds the other to its result.
-    impl         "auto" on a GPU: triton, or cudnn (its products, our passes around them) where that was measured faster.
+    impl         "auto" on a GPU: triton, or cudnn (its products, our passes around them) where it was measured faster.
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw.
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
     without norm_weight.
     Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once; error against fp64 ≤ 2 × that of plain
     PyTorch plus the √n + 1 roundings of n = C·kt·kh·kw products summed in another order: all that chunks change.
-    In triton and cudnn the weight is rounded to x's dtype; in cudnn so is the convolution before bias, residual and
-    norm, and the gradients of x, cache and weight, whatever their dtypes are. Gradients are deterministic.
+    In triton and cudnn the weight is rounded to x's dtype; in cudnn so are the convolution, before bias, residual and
+    norm, and the gradient of the weight, of whatever dtype that is. Gradients are deterministic.
     """
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
