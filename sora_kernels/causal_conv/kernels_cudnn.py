@@ -10,8 +10,9 @@ more frames of products, half as many again for a chunk of 4. Of a clip's first 
 left out: of a single frame all but the last, and then nothing is copied.
 
 An upsampled convolution is one transposed convolution with the boxed weight of `kernels_triton`, so its gradients are
-those of a strided one. Its phases one by one are the same products, but would read x as often as there are phases, and
-their results would have to be laid into each other by a further pass.
+those of a strided one. Its phases one by one would read x as often as there are phases, and a further pass would lay
+their results into each other. They are the same products if cuDNN's kernel visits no tap that does not divide, as one
+for the data of a strided convolution should: not yet measured.
 """
 
 from __future__ import annotations
