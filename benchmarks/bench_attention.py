@@ -214,7 +214,7 @@ def _flops(variant: str, shape: Shape, mode: str) -> int:
     return 2 * {"fwd": 2, "bwd": 5}[mode] * shape.batch * shape.model.heads * shape.model.head_width * pairs
 
 
-_TORCH = {"flash": _backend("flash_attention"), "cudnn": _backend("cudnn_attention")}
+_TORCH = {"flash": _backend("flash_attention"), "torch-cudnn": _backend("cudnn_attention")}
 _DENSE = {"boxes": _boxes} | _TORCH | {"flash-attn-4": _flash4}
 _SPARSE = {"boxes": _boxes, "dense": _dense, "flex": _flex}
 _PEERS = {"": _DENSE, "tiles": _SPARSE | {"natten": _natten}, "window": _SPARSE | {"natten": _natten}}

@@ -141,7 +141,7 @@ def _diffusers_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tenso
     return causal_conv3d
 
 
-def _cudnn_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+def _torch_cudnn_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     """The best that eager PyTorch can do: cuDNN on channels last, which pads in space; the past is copied in front."""
     if inputs["x"].device.type != "cuda":
         raise peers.Missing("cuDNN needs a CUDA device")
@@ -201,7 +201,7 @@ BENCHMARKS = [
         inputs=partial(_conv_inputs, taps=(3, 3, 3), epilogue=True),
         reference=reference.causal_conv3d,
         eager=_eager_conv,
-        peers={"diffusers": _diffusers_conv, "cudnn": _cudnn_conv},
+        peers={"diffusers": _diffusers_conv, "torch-cudnn": _torch_cudnn_conv},
         differentiable=("x", *_WEIGHTS),
         backward_reads=("x", "weight"),
         backward_writes=("x", *_WEIGHTS),

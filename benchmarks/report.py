@@ -167,6 +167,7 @@ WITHOUT_A_GPU = {
     "reference": "tested",
     "cpu": "tested",
     "triton": "interpreter fp32, fp16; compiled for sm_80–120",
+    "cudnn": "its passes as triton, around convolutions on the CPU",
     "cuda": "compiled for sm_80, 90a, 100; SASS audited",
 }
 

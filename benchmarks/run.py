@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from sora_kernels._dispatch import WITH_TRITON
 from sora_model.machine import available
 
 from . import machine, peers, shapes, suite, targets, timing
@@ -64,7 +65,8 @@ def _run(args: argparse.Namespace) -> int:
     for impl in args.impl:
         for op in ops:
             _known(f"impl of {op}", impl, benchmarks[op].names)
-    if os.environ.get("TRITON_INTERPRET") == "1" and ("triton" in args.impl or device.type == "cuda"):
+    interpreted = device.type == "cuda" or not set(WITH_TRITON).isdisjoint(args.impl)
+    if os.environ.get("TRITON_INTERPRET") == "1" and interpreted:
         raise BadRequest("TRITON_INTERPRET=1 is set, and the interpreter's time means nothing; unset it")
     modes = MODES if args.mode == "both" else (args.mode,)
     ids = _fitting(ids, device, named=bool(args.shape))
@@ -302,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", action="append", default=[], metavar="ID", help="repeatable; default: a list per device"
     )
     parser.add_argument("--impl", action="append", default=[], metavar="NAME",
-                        help="repeatable: cpu, triton, cuda, reference; default: all that run")  # fmt: skip
+                        help="repeatable: cpu, triton, cudnn, cuda, reference; default: all that run")  # fmt: skip
     parser.add_argument(
         "--mode", choices=(*MODES, "both"), default="both", help="both: forward and backward, a row each"
     )

@@ -22,7 +22,7 @@ from . import peers, timing
 from .shapes import Shape
 
 Inputs = dict[str, Any]
-IMPLS = ("cpu", "triton", "cuda", "reference")
+IMPLS = ("cpu", "triton", "cudnn", "cuda", "reference")
 MODES = ("fwd", "bwd")
 COLD_BYTES = 1 << 20
 PEER_SLACK = 10  # another library may round more often than our rule allows; beyond this it computes something else
@@ -126,7 +126,7 @@ def our_impls(op: str, device: torch.device) -> tuple[str, ...]:
 
     Triton on a CPU is the interpreter, whose time means nothing.
     """
-    native = [i for i in IMPLS[:-1] if i != "triton" or device.type == "cuda"]
+    native = [i for i in IMPLS[:-1] if i not in _dispatch.WITH_TRITON or device.type == "cuda"]
     able = [i for i in native if _dispatch.why_not(op, i, device.type) is None]
     return tuple(able) or ("reference",)
 

@@ -20,7 +20,7 @@ PERCENT_COPY = {
 }
 # Percent of the measured matmul rate, forward, by channels: from so many on, the widest first.
 PERCENT_MATMUL = {"causal_conv3d": ((192, 75), (96, 60))}
-NEVER_BELOW = {"causal_conv3d": "cudnn"}  # forward and backward
+NEVER_BELOW = {"causal_conv3d": "torch-cudnn"}  # forward and backward
 TFLOP_S = {"spacetime_attention": (500, 400), "spacetime_attention:tiles": (None, 500)}
 
 # On a CPU: times faster than eager and than torch.compile, by dtype, forward and backward.
@@ -40,7 +40,8 @@ FRAMES_S = {("vae_decode", "wan-480p"): 81 / 0.6, ("vae_decode", "wan-720p"): 81
 
 
 def shortfalls(rows: Iterable[Row]) -> list[str]:
-    """A line for each goal that our fastest implementation misses. CPU goals need eager and compile in the same run."""
+    """A line for each goal that our fastest implementation misses, and where cudnn is faster than triton, which "auto"
+    takes unless the table of its family says so. CPU goals need eager and compile in the same run."""
     cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -55,6 +56,10 @@ def shortfalls(rows: Iterable[Row]) -> list[str]:
         for reached, goal, unit in _goals(best, own, op, dtype, mode):
             if goal is not None and reached < goal:
                 lines.append(f"below its goal of {goal:g} {unit}: {name}, {reached:.3g}")
+        if {"triton", "cudnn"} <= own.keys() and own["cudnn"]["p50_us"] < own["triton"]["p50_us"]:
+            ratio = own["triton"]["p50_us"] / own["cudnn"]["p50_us"]
+            channels = f"{(best['dims'] or {}).get('channels')} channels"
+            lines.append(f"cudnn is faster than triton: {op} {mode} {dtype} at {shape}, {channels}, {ratio:.3g} x")
         if shape == "tiny" and mode == "fwd" and best["impl"] == "cpu" and best["p50_us"] > CALL_US:
             lines.append(f"above its goal of {CALL_US} µs a call: {name}, {best['p50_us']:.3g}")
     return lines

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import _library
 
-IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "cuda")
+WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interpreter only
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("SORA_KERNELS_IMPL", "auto")  # replaces "auto" everywhere
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
@@ -22,13 +23,20 @@ class Unavailable(RuntimeError):
 
 
 def choose(
-    op: str, impl: str, x: Tensor, *, grad: bool = False, limits: Callable[[str], str | None] | None = None
+    op: str,
+    impl: str,
+    x: Tensor,
+    *,
+    grad: bool = False,
+    limits: Callable[[str], str | None] | None = None,
+    fastest: str | None = None,
 ) -> str:
     """The name of the implementation that runs `op` on tensors like `x`.
 
-    op      the public function's name; its ops are `{op}_fwd` and `{op}_bwd`.
-    grad    gradients will be asked for: an implementation without a backward does not qualify.
-    limits  op-specific: implementation -> None, or why it cannot run these arguments.
+    op       the public function's name; its ops are `{op}_fwd` and `{op}_bwd`.
+    grad     gradients will be asked for: an implementation without a backward does not qualify.
+    limits   op-specific: implementation -> None, or why it cannot run these arguments.
+    fastest  the implementation that was measured fastest for these arguments: "auto" takes it first where it can run.
     Raises ValueError for an unknown name and Unavailable where an explicit choice cannot run.
     """
     device = "cpu" if x.is_cpu else x.device.type  # which makes a string at each call
@@ -41,7 +49,8 @@ def choose(
         if reason:
             raise Unavailable(_explain(op, impl, reason, x, grad, limits))
         return impl
-    for candidate in _candidates(op, device, x.dtype, grad):
+    candidates = _candidates(op, device, x.dtype, grad)
+    for candidate in (fastest, *candidates) if fastest in candidates else candidates:
         if limits is None or not limits(candidate):
             return candidate
     return "reference"
@@ -67,7 +76,7 @@ why_not._dynamo_marked_constant = _candidates._dynamo_marked_constant = True
 def _able(op: str, device: str, dtype: torch.dtype, grad: bool) -> tuple[str, ...]:
     able = [impl for impl in _library.impls(f"{op}_fwd") if _why_not(op, impl, device, dtype, grad) is None]
     # the interpreter is a test tool: right, and thousands of times too slow to be chosen
-    return tuple(impl for impl in able if not (impl == "triton" and device == "cpu"))
+    return tuple(impl for impl in able if not (impl in WITH_TRITON and device == "cpu"))
 
 
 @functools.cache
@@ -84,9 +93,12 @@ def _why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) ->
         return f"cpu needs tensors on the CPU; got {device}"
     if impl == "cuda" and device != "cuda":
         return f"cuda needs tensors on a CUDA device; got {device}"
-    if impl == "triton" and device != "cuda" and not (INTERPRET and device == "cpu"):
-        return f"triton needs tensors on a CUDA device (or TRITON_INTERPRET=1 before the first import); got {device}"
-    if impl == "triton":
+    if impl in WITH_TRITON:
+        if device != "cuda" and not (INTERPRET and device == "cpu"):
+            where = "a CUDA device (or TRITON_INTERPRET=1 before the first import)"
+            return f"{impl} needs tensors on {where}; got {device}"
+        if impl == "cudnn" and device == "cuda" and not torch.backends.cudnn.is_available():
+            return "cudnn needs a torch that is built with cuDNN"
         return _library.triton_error()
     if _library.is_compiled(f"{op}_fwd", impl):
         if error := _library.load_error(impl):

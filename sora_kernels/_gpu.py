@@ -13,6 +13,9 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+capability._dynamo_marked_constant = True  # as in _dispatch: what chooses by it is traced
+
+
 def asynchronous(capability: int) -> bool:
     """Products read their operands from shared memory: wgmma, tcgen05."""
     return 90 <= capability < 120

@@ -47,6 +47,7 @@ def _versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
     }
 
 

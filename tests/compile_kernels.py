@@ -393,8 +393,32 @@ def convolutions(names) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]
         yield f"{name} backward", functools.partial(on_this_gpu, back), modules, (sm,)
 
 
+def passes() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """Before and after cuDNN, a chunk of a stream: after a cache, before a stride; a residual and a norm, a bias."""
+    from sora_kernels.causal_conv import kernels_passes
+
+    for C, grid, dtype in ((96, (4, 480, 832), torch.bfloat16), (384, (2, 120, 208), torch.float32)):
+
+        def video(frames, C=C, grid=grid, dtype=dtype):
+            last = torch.channels_last_3d
+            return torch.empty(1, C, frames, *grid[1:], dtype=dtype, device="meta", memory_format=last)
+
+        x, h, residual, out, raw = (video(grid[0]) for _ in range(5))
+        cache = video(2)
+        bias, norm_weight = (torch.empty(C, dtype=dtype, device="meta") for _ in range(2))
+        calls = {
+            "pack past": lambda a=(x, cache, (2, 0, 0)): kernels_passes.pack(*a),
+            "pack below": lambda a=(x, None, (0, 0, 0), (1, 1)): kernels_passes.pack(*a),
+            "epilogue norm": lambda a=(h, out, bias, residual, norm_weight, 1e-6, raw): kernels_passes.epilogue(*a),
+            "epilogue bias": lambda a=(h, out, bias): kernels_passes.epilogue(*a),
+        }
+        for name, call in calls.items():
+            yield f"{name} C={C}", call, (kernels_passes,)
+
+
 def causal_conv() -> Iterator[tuple]:
     yield from norms((33, 96, 128))
+    yield from passes()
     yield from convolutions(COMMON)
 
 

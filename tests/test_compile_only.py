@@ -35,6 +35,7 @@ NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
 NARROW |= {"final_layer_fwd_kernel": 3, "final_layer_bwd_kernel": 34}
 # Parameters and statistics of channels, read once by a program, and three values of the group of each channel.
 NARROW |= {"norm_silu_fwd_kernel": 12, "norm_silu_bwd_kernel": 6, "moments_kernel": 24}
+NARROW |= {"epilogue_kernel": 6}
 # Partial sums of a group, which is 4 channels wide.
 PARTIALS = {"statistics_kernel", "sums_kernel"}
 # A video is gathered as wide as the patch has neighbours in it, two elements for Wan.

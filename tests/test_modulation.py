@@ -344,7 +344,9 @@ def test_an_explicit_implementation_never_falls_back(function):
         function(**wide, impl="triton")
     with pytest.raises(Unavailable, match="(?s)cannot run: .*reference: usable"):
         function(**tensors, impl="cuda")
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, cpu, triton, cuda; got 'trition'"):
+    with pytest.raises(Unavailable, match="has no cudnn implementation"):
+        function(**tensors, impl="cudnn")
+    with pytest.raises(ValueError, match="one of auto, reference, cpu, triton, cudnn, cuda; got 'trition'"):
         function(**tensors, impl="trition")
 
 

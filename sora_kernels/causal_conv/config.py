@@ -1,4 +1,5 @@
-"""Tiles of the convolutions: pixels and channels of a program, and which boxes of a frame the pixels are."""
+"""Tiles of the convolutions: pixels and channels of a program, and which boxes of a frame the pixels are; and where
+cuDNN is faster than they are."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 
 from .._gpu import asynchronous, capability, small
 
-__all__ = ["Tile", "choose_box", "forward", "parts", "weight_gradient", "capability"]
+__all__ = ["Tile", "choose_box", "fastest", "forward", "parts", "weight_gradient", "capability"]
 
 Box = tuple[int, int, int]
 
@@ -96,3 +97,18 @@ def weight_gradient(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile
     if not asynchronous(capability):
         return Tile(32, parts(C, 128), block, 8, 3)
     return Tile(64, parts(C, 256), block, 8, 3)
+
+
+# Compute capability -> {(operation, whether its backward follows): the fewest channels, in and out, from which on
+# "auto" takes cudnn for 16-bit videos}. Empty: not yet measured on any GPU. `python -m benchmarks.run --op NAME` times
+# triton and cudnn in turns on layers of public models and names those where cudnn is faster. An entry is the channels
+# of the narrowest of them, if cudnn is faster on all wider ones as well: forward alone, or forward + backward together.
+CUDNN_FROM: dict[int, dict[tuple[str, bool], int]] = {}
+
+
+def fastest(op: str, x: torch.Tensor, weight: torch.Tensor, grad: bool) -> str | None:
+    """The implementation that was measured fastest, where that is not the first of those that can run."""
+    if not CUDNN_FROM or x.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    least = CUDNN_FROM.get(capability(x.device), {}).get((op, grad))
+    return "cudnn" if least is not None and min(weight.shape[0], weight.shape[1]) >= least else None

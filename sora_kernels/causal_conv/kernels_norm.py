@@ -272,13 +272,13 @@ def _is_last(x: torch.Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+def pixel_strides(x: torch.Tensor) -> tuple[int, int, int]:
     """Of clips, channels and pixels in a video whose T, H and W lie as in one axis."""
     _, C, T, H, W = x.shape
     return (C * T * H * W, 1, C) if _is_last(x) else (C * T * H * W, T * H * W, 1)
 
 
-def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
+def sizes(x: torch.Tensor) -> tuple[int, int, int]:
     B, C, T, H, W = x.shape
     return B, C, T * H * W
 
@@ -289,7 +289,7 @@ def blocks(x: torch.Tensor, whole: bool, elements: int, per_thread: int = 32, ch
     Those are then cut into up to `chunks` blocks of a power of two, so that of 96, 192 or 384 channels no lane is idle.
     Channels-first tiles of them read runs of 32 pixels (64 bytes of bf16), shorter ones where C is large.
     """
-    _, C, S = _sizes(x)
+    _, C, S = sizes(x)
     last, padded, pixels = _is_last(x), triton.next_power_of_2(C), triton.next_power_of_2(S)
     block_c = C & -C  # the largest power of two that divides C
     block_c = block_c if block_c >= 32 and C // block_c <= chunks else padded
@@ -306,7 +306,7 @@ def blocks(x: torch.Tensor, whole: bool, elements: int, per_thread: int = 32, ch
 
 def _parts(x: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int, int, int], int]:
     """(grid, tiles of a part): each clip's pixels in parts, so many that PROGRAMS programs remain."""
-    B, C, S = _sizes(x)
+    B, C, S = sizes(x)
     channel_blocks = triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"])
     tiles = triton.cdiv(S, config["BLOCK_S"])
     part_tiles = triton.cdiv(tiles, max(1, PROGRAMS // (B * channel_blocks)))
@@ -321,11 +321,11 @@ def _statistics(x, groups, eps) -> tuple[torch.Tensor | None, torch.Tensor | Non
     """Mean and 1/σ `[B, C]` of each channel's group; None for the RMS norm, which finds its own."""
     if not groups:
         return None, None
-    B, C, S = _sizes(x)
+    B, C, S = sizes(x)
     config = blocks(x, False, 2048)
     grid, part_tiles = _parts(x, config)
     part_moments, statistics = _pair(B, grid[0], C, like=x), _pair(B, C, like=x)
-    strides, width = _strides(x), C // groups
+    strides, width = pixel_strides(x), C // groups
     sampled = [pixel * strides[2] for pixel in (S // 3, S * 3 // 7, S * 5 // 8)]
     moments_kernel[grid](x, *part_moments, *strides, *sampled, C, S, width, part_tiles, **config)
     statistics_kernel[(groups, B)](
@@ -346,11 +346,11 @@ def _columns(width: int, parts: int) -> dict[str, int]:
 def norm_silu_fwd(x, weight, bias, groups, eps, out):
     if x.numel() == 0:
         return
-    B, C, S = _sizes(x)
+    B, C, S = sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 4096)
     grid = triton.cdiv(S, config["BLOCK_S"]), triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"]), B
-    norm_silu_fwd_kernel[grid](x, weight, bias, mean, rstd, out, *_strides(x), C, S, eps, **config)
+    norm_silu_fwd_kernel[grid](x, weight, bias, mean, rstd, out, *pixel_strides(x), C, S, eps, **config)
 
 
 def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
@@ -359,7 +359,7 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
         for t in parameters:
             t.zero_()
         return
-    B, C, S = _sizes(x)
+    B, C, S = sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 2048, per_thread=16, chunks=3)
     if config["CHUNKS"] > 1 and _is_last(x):
@@ -370,7 +370,7 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
 
     def launch(means, dx, sums) -> None:
         norm_silu_bwd_kernel[grid](
-            dout, x, weight, bias, mean, rstd, *means, dx, *sums, *_strides(x), C, S, part_tiles, eps, **config
+            dout, x, weight, bias, mean, rstd, *means, dx, *sums, *pixel_strides(x), C, S, part_tiles, eps, **config
         )
 
     launch((None, None), None if groups else dx, sums)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import video_format, zero
+from .._operands import parameter, video_format, zero
 from .kernels_conv import convolve, convolve_phases, last, whole
 from .kernels_dweight import weight_gradient
 
 
-def _taps(weight: Tensor, x: Tensor) -> Tensor:
+def dense_taps(weight: Tensor, x: Tensor) -> Tensor:
     """The weight in x's dtype with its channels side by side in memory: itself or a copy."""
     weight = weight.to(x.dtype)
     return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
@@ -28,10 +28,6 @@ def _taps(weight: Tensor, x: Tensor) -> Tensor:
 
 def _last(*videos: Tensor | None) -> list[Tensor | None]:
     return [v if v is None else last(v) for v in videos]
-
-
-def _vector(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.contiguous()
 
 
 def _norm(direction: str, x: Tensor):
@@ -51,7 +47,7 @@ def _bwd(dout, x, weight, cache, stride, front, dx, dweight, dbias, dcache) -> N
         dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
     if dweight is not None:
         weight_gradient([(dout, x, cache, [-n for n in front])], dweight, stride=stride)
-    transposed = _taps(weight, x).transpose(0, 1)
+    transposed = dense_taps(weight, x).transpose(0, 1)
     for data, first in ((dx, front), (dcache, [front[0] - (0 if cache is None else cache.shape[2]), *front[1:]])):
         if data is not None:
             convolve_phases(dout, None, transposed, data, stride=stride, offset=first, step=-1)
@@ -60,7 +56,7 @@ def _bwd(dout, x, weight, cache, stride, front, dx, dweight, dbias, dcache) -> N
 # causal_conv3d
 
 
-def _front(weight: Tensor) -> list[int]:
+def causal_front(weight: Tensor) -> list[int]:
     kt, kh, kw = weight.shape[2:]
     return [kt - 1, kh // 2, kw // 2]
 
@@ -69,16 +65,28 @@ def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, nor
     if out.numel() == 0:
         return
     x, cache = _last(x, cache)
-    bias, norm_weight = _vector(bias), _vector(norm_weight)
-    call = dict(stride=stride, offset=[-n for n in _front(weight)], bias=bias, residual=residual)
+    bias, norm_weight = parameter(bias), parameter(norm_weight)
+    call = dict(stride=stride, offset=[-n for n in causal_front(weight)], bias=bias, residual=residual)
     if norm_weight is None:
-        convolve(x, cache, _taps(weight, x), out, **call)
+        convolve(x, cache, dense_taps(weight, x), out, **call)
     elif whole(weight, x):
-        convolve(x, cache, _taps(weight, x), out, **call, norm_weight=norm_weight, eps=norm_eps, raw=pre)
+        convolve(x, cache, dense_taps(weight, x), out, **call, norm_weight=norm_weight, eps=norm_eps, raw=pre)
     else:
         raw = out if pre is None else pre
-        convolve(x, cache, _taps(weight, x), raw, **call)
+        convolve(x, cache, dense_taps(weight, x), raw, **call)
         _norm("fwd", x)(raw, norm_weight, None, 0, norm_eps, out)
+
+
+def through_norm(dout, draw, pre, norm_weight, eps, dresidual, dnorm_weight) -> Tensor:
+    """The gradient of `pre`, which the norm read and which was given out as well; it is that of the residual, too."""
+    pre = last(pre)
+    dout = dout.contiguous(memory_format=video_format(pre))
+    dpre = torch.empty_like(pre)
+    _norm("bwd", pre)(dout, pre, norm_weight.contiguous(), None, 0, eps, dpre, dnorm_weight, None)
+    dpre = dpre if draw is None else dpre.add_(draw)
+    if dresidual is not None:
+        dresidual.copy_(dpre)
+    return dpre
 
 
 def causal_conv3d_bwd(
@@ -88,38 +96,32 @@ def causal_conv3d_bwd(
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
     if norm_weight is not None:
-        pre = last(pre)
-        dout = dout.contiguous(memory_format=video_format(pre))
-        dpre = torch.empty_like(pre)
-        _norm("bwd", x)(dout, pre, norm_weight.contiguous(), None, 0, norm_eps, dpre, dnorm_weight, None)
-        dout = dpre if draw is None else dpre.add_(draw)
-        if dresidual is not None:
-            dresidual.copy_(dout)
-    _bwd(dout, x, weight, cache, stride, _front(weight), dx, dweight, dbias, dcache)
+        dout = through_norm(dout, draw, pre, norm_weight, norm_eps, dresidual, dnorm_weight)
+    _bwd(dout, x, weight, cache, stride, causal_front(weight), dx, dweight, dbias, dcache)
 
 
 # downsample_conv3d
 
 
-def _downsample_front(weight: Tensor, factor) -> list[int]:
+def downsample_front(weight: Tensor, factor) -> list[int]:
     past, *spare = (k - f for k, f in zip(weight.shape[2:], factor, strict=True))
     return [past, *(n // 2 for n in spare)]
 
 
 def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     x, cache = _last(x, cache)
-    offset = [-n for n in _downsample_front(weight, factor)]
-    convolve(x, cache, _taps(weight, x), out, stride=factor, offset=offset, bias=_vector(bias))
+    offset = [-n for n in downsample_front(weight, factor)]
+    convolve(x, cache, dense_taps(weight, x), out, stride=factor, offset=offset, bias=parameter(bias))
 
 
 def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
-    _bwd(dout, x, weight, cache, factor, _downsample_front(weight, factor), dx, dweight, dbias, dcache)
+    _bwd(dout, x, weight, cache, factor, downsample_front(weight, factor), dx, dweight, dbias, dcache)
 
 
 # upsample_conv3d
 
 
-def _boxed(weight: Tensor, factor) -> Tensor:
+def box(weight: Tensor, factor) -> Tensor:
     """[O, C, kt + ft - 1, ...] in fp32: the sums of as many neighbouring taps as the factor, zeros around them."""
     weight = weight.float()
     for axis, f in enumerate(factor, 2):
@@ -131,15 +133,15 @@ def _boxed(weight: Tensor, factor) -> Tensor:
     return weight
 
 
-def _unboxed(dboxed: Tensor, factor) -> Tensor:
-    """The adjoint of `_boxed`."""
+def unbox(dboxed: Tensor, factor) -> Tensor:
+    """The adjoint of `box`."""
     for axis, f in enumerate(factor, 2):
         dboxed = dboxed.unfold(axis, f, 1).sum(-1) if f > 1 else dboxed
     return dboxed
 
 
 def _behind(weight: Tensor, factor) -> list[int]:
-    return [front + f - 1 for front, f in zip(_front(weight), factor, strict=True)]
+    return [front + f - 1 for front, f in zip(causal_front(weight), factor, strict=True)]
 
 
 def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
@@ -147,8 +149,8 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
         return
     x, cache = _last(x, cache)
     offset = [-n for n in _behind(weight, factor)]
-    boxed = _taps(_boxed(weight, factor), x)
-    convolve_phases(x, cache, boxed, out, stride=factor, offset=offset, step=1, bias=_vector(bias))
+    boxed = dense_taps(box(weight, factor), x)
+    convolve_phases(x, cache, boxed, out, stride=factor, offset=offset, step=1, bias=parameter(bias))
 
 
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
@@ -165,10 +167,10 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
         dboxed = torch.empty((*weight.shape[1::-1], *taps), dtype=torch.float32, device=weight.device)
         terms = [(x, dout, None, offset)] + ([] if cache is None else [(cache, dout, None, earlier)])
         weight_gradient(terms, dboxed, stride=factor, step=-1)
-        dweight.copy_(_unboxed(dboxed, factor).transpose(0, 1))
+        dweight.copy_(unbox(dboxed, factor).transpose(0, 1))
     if dx is None and dcache is None:
         return
-    transposed = _taps(_boxed(weight, factor), x).transpose(0, 1)
+    transposed = dense_taps(box(weight, factor), x).transpose(0, 1)
     for data, first in ((dx, offset), (dcache, earlier)):
         if data is not None:
             convolve(dout, None, transposed, data, stride=factor, offset=first, step=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _check, _dispatch, _library
 from .._library import once_differentiable
 from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format, zero
-from . import reference
+from . import config, reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
 
@@ -84,13 +84,15 @@ def causal_conv3d(
     norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
                  the one and adds the other to its result.
+    impl         "auto" on a GPU: triton, or cudnn (its products, our passes around them) where it was measured faster.
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw.
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
     without norm_weight.
     Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once; error against fp64 ≤ 2 × that of plain
     PyTorch plus the √n + 1 roundings of n = C·kt·kh·kw products summed in another order: all that chunks change.
-    In triton the weight is rounded to x's dtype. Gradients are deterministic.
+    In triton and cudnn the weight is rounded to x's dtype; in cudnn so are the convolution, before bias, residual and
+    norm, and the gradient of the weight, of whatever dtype that is. Gradients are deterministic.
     """
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
@@ -112,7 +114,7 @@ def causal_conv3d(
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
     run = _CausalConv3d.apply if grad else _CausalConv3d.run
-    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get)
+    impl = _choose(op, impl, x, weight, grad)
     y = run(*apart(*tensors), stride, norm_eps, shape, return_raw, impl)
     if cache is None:
         return y
@@ -184,8 +186,13 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
     tensors = narrow(x, (x, weight, bias, cache))
     grad = needs_grad(tensors)
     run = _Resample.apply if grad else _Resample.run
-    y = run(*tensors, factor, shape, op, _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get))
+    y = run(*tensors, factor, shape, op, _choose(op, impl, x, weight, grad))
     return y if cache is None else (y, reference.next_cache(x, cache))
+
+
+def _choose(op, impl, x, weight, grad):
+    fastest = config.fastest(op, x, weight, grad)
+    return _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get, fastest=fastest)
 
 
 class _NormSilu(torch.autograd.Function):
@@ -370,7 +377,7 @@ _library.define(
 
 
 def _implementations(op: str) -> dict[str, str]:
-    return {impl: f"sora_kernels.causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cpu")}
+    return {impl: f"sora_kernels.causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cudnn", "cpu")}
 
 
 _library.define(
