@@ -114,6 +114,11 @@ def test_private_ops_refuse_what_they_cannot_read():
         forward(x.double(), None, None, *nothing, False, 1e-6, torch.empty_like(x))
     with pytest.raises(RuntimeError, match=r"x: expected a last stride of 1"):
         forward(x.mT, None, None, *nothing, False, 1e-6, torch.empty(2, 8, 6))
+    with pytest.raises(RuntimeError, match=r"shift: expected \(D,\), \(B, D\) or \(B, F, D\) with B = 2 and D = 8"):
+        forward(x, torch.randn(3, 8), None, *nothing, False, 1e-6, torch.empty_like(x))
+    backward, row = _library.call("norm_modulate_bwd", "cpu"), torch.empty(2, 1, 8)
+    with pytest.raises(RuntimeError, match=r"dscale: expected \(B, F, D\) = \(2, 3, 8\), got Float \(2, 1, 8\)"):
+        backward(x, x, torch.randn(2, 3, 8), None, None, None, False, 1e-6, None, None, row, *nothing)
 
 
 ISA_SCRIPT = """

@@ -152,6 +152,20 @@ def test_cuda_forward_matches_the_fp64_oracle(norm, dtype, D, require):
     assert_matches_oracle(actual, oracle, plain(norm, **tensors)[0])
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+def test_rows_of_one_call_may_lie_in_different_layouts(impl, require):
+    require("gate_residual_norm_modulate", impl, grad=True)
+    B, S, D = 2, 12, 24
+    tensors = draw(gate_residual_norm_modulate, B, S, D, "[B,1,D]")
+    tensors |= {"gate": torch.randn(D), "shift": torch.randn(B, 4, D), "scale": torch.randn(B, D)}
+    check(gate_residual_norm_modulate, impl, tensors, "layer")
+    tensors |= {"gate": torch.randn(B, 1, D), "shift": torch.randn(B, 3, D), "scale": torch.randn(B, 6, D)}
+    check(gate_residual_norm_modulate, impl, tensors, "rms")
+    tensors |= {"gate": torch.randn(B, 2, D), "shift": torch.randn(B, 3, D), "scale": None}  # 12 rows serve both
+    check(gate_residual_norm_modulate, impl, tensors, "layer")
+
+
+
 @FUNCTIONS
 @pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("mod_dtype", [torch.float32, torch.float16])

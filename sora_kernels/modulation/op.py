@@ -360,8 +360,8 @@ def _gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
-        dense(x), dense(y), _rows.operand(gate, x, frames), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames),
-        parameter(weight), parameter(bias),
+        dense(x), dense(y), _rows.operand(gate, x, frames), _rows.operand(shift, x, frames),
+        _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
         table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, x_new, out,
     )  # fmt: skip
     return x_new, out

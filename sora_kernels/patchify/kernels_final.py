@@ -325,8 +325,9 @@ def final_layer_bwd(dout, x, shift, scale, weight, bias, T, H, W, rms, eps, dx, 
     dweights = None if dweight is None else empty(parts, N, D)
     dbiases = None if dbias is None else empty(1, parts, N)
     final_layer_bwd_kernel[(parts * blocks,)](
-        dy, x, shift, scale, weight, *statistics, dx, dshifts, dscales, dweights, dbiases, *_rows.strides(x, shift, scale),
-        S, frame, tokens, tiles, chunks, per_program, D, N=N, RMS=rms, PER_TOKEN=per_token, **config,
+        dy, x, shift, scale, weight, *statistics, dx, dshifts, dscales, dweights, dbiases,
+        *_rows.strides(x, shift, scale), S, frame, tokens, tiles, chunks, per_program, D,
+        N=N, RMS=rms, PER_TOKEN=per_token, **config,
     )  # fmt: skip
     for partial, grad in ((dshifts, dshift), (dscales, dscale)):
         if partial is not grad:
