@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -273,7 +274,7 @@ def attention(
 ) -> Iterator[tuple]:
     """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU.
 
-    boxes: with keys loaded through descriptors.
+    boxes: with visited tiles loaded through descriptors.
     """
     from sora_kernels.attention import config, kernels_backward, kernels_forward
     from sora_kernels.attention.mode import resolve
@@ -289,19 +290,20 @@ def attention(
         mode = (None, *resolve("attention", S, S, *(rules | rule).values()), 0.1)
 
         def on_this_gpu(launch, *args, sm=sm):
-            originals = config.capability, config.forward
-            config.capability = lambda device: sm
-            config.forward = lambda *a: dataclasses.replace(originals[1](*a), descriptors=boxes)
-            try:
+            tiles = ("forward", "backward_queries", "backward_keys")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(config, "capability", lambda device: sm)
+                for name in tiles if boxes else ():
+                    tile = getattr(config, name)
+                    patch.setattr(config, name, lambda *a, f=tile: dataclasses.replace(f(*a), descriptors=True))
                 launch(*args)
-            finally:
-                config.capability, config.forward = originals
 
         forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
         backward = functools.partial(
             on_this_gpu, kernels_backward.spacetime_attention_bwd, dout, None, q, k, v, out, lse, *mode, dq, dk, dv
         )
-        kind = "window and text" if "stride" in rule else "time alone" if rule else "dense"
+        kind = "time alone" if rule.get("window") == (30, 1, 1) else "window" if rule else "dense"
+        kind += " and text" if "text_len" in rule else ""
         name = f"E={E} {str(dtype).removeprefix('torch.')} {kind}"
         yield f"{name} forward", forward, (kernels_forward,), (sm,)
         yield f"{name} backward", backward, (kernels_backward,), (sm,)
@@ -316,10 +318,10 @@ def attention_widths() -> Iterator[tuple]:
 
 
 def attention_boxes() -> Iterator[tuple]:
-    """The forward of every clip that boxes hold, on the GPUs that load them."""
+    """A clip that boxes hold, in a window and dense, on the GPUs that load them."""
     window = {name: value for name, value in WINDOW_AND_TEXT.items() if name != "text_len"}
     for case, call, modules, only in attention([(128, torch.bfloat16, rule) for rule in (window, {})], boxes=True):
-        if "forward" in case and only[0] in (90, 100):
+        if only[0] in (90, 100):
             yield case, call, modules, only
 
 

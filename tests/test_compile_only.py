@@ -28,6 +28,8 @@ STACK_BYTES |= {"odd 33 forward": 8}
 STACK_BYTES |= {"group C=33 channels last backward": 16}
 # A backward that is capped at 200 registers, so that more programs fit an SM.
 STACK_BYTES |= {f"rms C={C} channels last backward": 24 for C in (192, 384)}
+# With boxes ptxas settles for 128 registers on sm_100.
+STACK_BYTES |= {"E=128 bfloat16 window backward": 24}
 LAYERS = ("Wan", "Hunyuan")  # how the cases of convolutions begin
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
@@ -156,8 +158,10 @@ def test_convolutions_of_every_layer(tmp_path_factory):
 
 def test_attention_loads_boxes_through_the_tma(tmp_path_factory):
     rows = compiled(tmp_path_factory, "attention_boxes")
-    assert {row["sm"] for row in rows} == {90, 100} and len(rows) == 4
-    assert all(row["boxes"] > 0 and row["copies"] <= 5 for row in rows), "what is left are the plan's own words"
+    rows = [row for row in rows if row["kernel"] != "attention_bwd_rows_kernel"]  # visits nothing
+    assert {row["sm"] for row in rows} == {90, 100} and len(rows) == 12
+    assert all(row["boxes"] >= 8 and row["copies"] <= 12 for row in rows), "left are words: the plan's, delta and LSE"
+    assert not any(row["vector_copies"] for row in rows)
     test_nothing_spills(rows)
     test_shared_memory_fits(rows)
 
