@@ -79,8 +79,8 @@ def choose_boxes(clips, own: Sequence[int | Box], visit: int | Box) -> tuple[Box
 class Tile:
     """Tokens of a program's queries and keys, warps, stages of the pipeline, and how visited tiles are loaded.
 
-    Not specialised by warp: of two loops in one kernel, whole tiles and masked ones, the compiler of Hopper makes none
-    (triton 3.6 and 3.9 stop in NVGPUWarpSpecialization), only that of Blackwell.
+    Warps are not specialised: a kernel of two loops, whole tiles and then masked ones, stops the compiler for Hopper
+    (`tl.range(..., warp_specialize=True)` of triton 3.6 and 3.9); that for Blackwell takes it, with boxes only.
     """
 
     queries: int

@@ -70,14 +70,14 @@ def attention_bwd_dq_kernel(
     rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, some, heads, groups, Sq, Sk, scale, scale_2,
+    owners, chosen, heads, groups, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · ds k with ds = p ∘ (dout vᵀ − delta), for one tile of queries of one head."""
     QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
     PLANNED: tl.constexpr = rows_ptr is not None
-    owner, head, b = load_program(heads_ptr, owners, some)
+    owner, head, b = load_program(heads_ptr, owners, chosen)
     key_head = head // groups
 
     key_end = Sk
@@ -130,7 +130,7 @@ def attention_bwd_dkdv_kernel(
     rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, some, heads, groups, shares, Sq, Sk, scale, scale_2,
+    owners, chosen, heads, groups, shares, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def attention_bwd_dkdv_kernel(
     KEYS: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
     PLANNED: tl.constexpr = rows_ptr is not None
     key_heads = heads // groups
-    owner, key_head, b = load_program(heads_ptr, owners, some)
+    owner, key_head, b = load_program(heads_ptr, owners, chosen)
 
     begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, owner, Sk, Sq, OWN, VISIT, RUNS)
     reach = None

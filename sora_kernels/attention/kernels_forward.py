@@ -2,7 +2,8 @@
 
 One engine serves every mode: a program owns a tile of queries and works off the tiles of keys that the plan lists for
 it, first those that are seen whole, then those masked by the coordinates of their tokens (`plan.AttentionPlan`).
-A tile's tokens are addressed where they lie. Without a plan attention is dense and a tile is a run of the sequence.
+A tile's tokens are read where they lie, by their addresses or as one box through the TMA. Without a plan attention is
+dense and a tile is a run of the sequence.
 
 A head of width E is held in one or two parts whose widths are powers of two, 96 as 64 + 32: tuples of tensors below.
 """
@@ -130,13 +131,13 @@ def tile_valid(origin, token, start, end, H, W, BOX: tl.constexpr):
 
 
 @triton.jit
-def load_program(heads_ptr, owners, some):
-    """What a program works on: owner, head (one of a launch's list, which may be all heads) and clip of the batch."""
+def load_program(heads_ptr, owners, chosen):
+    """What a program works on: an owner, one of the `chosen` heads that a launch lists (None: all), a batch's entry."""
     program = tl.program_id(0)
-    head = program // owners % some
+    head = program // owners % chosen
     if heads_ptr is not None:
         head = tl.load(heads_ptr + head)
-    return program % owners, head.to(tl.int64), (program // owners // some).to(tl.int64)
+    return program % owners, head.to(tl.int64), (program // owners // chosen).to(tl.int64)
 
 
 @triton.jit
@@ -238,7 +239,7 @@ def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    owners, some, heads, groups, Sq, Sk, scale,
+    owners, chosen, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, NEGATIVE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -248,7 +249,7 @@ def attention_fwd_kernel(
     """
     QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
     PLANNED: tl.constexpr = rows_ptr is not None
-    owner, head, b = load_program(heads_ptr, owners, some)
+    owner, head, b = load_program(heads_ptr, owners, chosen)
     key_head = head // groups
 
     key_end = Sk
