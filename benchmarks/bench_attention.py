@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sora_kernels import attention_plan, spacetime_attention
-from sora_kernels.attention import config, reference
+from sora_kernels import attention_plan
+from sora_kernels.attention import attention_backward, attention_forward, config, reference
 from sora_kernels.attention.mode import resolve
 
 from . import peers
@@ -143,17 +144,38 @@ def _mask_function(tokens: int, mode: Mapping[str, Any], device: torch.device) -
     return seen
 
 
+def _with_boxes() -> contextlib.ExitStack:
+    """A context in which every tile asks for descriptors."""
+    stack = contextlib.ExitStack()
+    for name in ("forward", "backward_queries", "backward_keys"):
+        tile = getattr(config, name)
+        boxed = functools.partial(lambda tile, *a: dataclasses.replace(tile(*a), descriptors=True), tile)
+        stack.enter_context(mock.patch.object(config, name, boxed))
+    return stack
+
+
+class _Boxed(torch.autograd.Function):
+    """Our Triton kernels with visited tiles loaded through descriptors, in the backward too."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mode: dict[str, Any]) -> Tensor:
+        with _with_boxes():
+            out, lse = attention_forward(q, k, v, **mode, impl="triton")
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mode = mode
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        with _with_boxes():
+            return *attention_backward(dout, *ctx.saved_tensors, **ctx.mode, impl="triton"), None
+
+
 def _boxes(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
-    """Our Triton kernels with keys loaded through descriptors, beside the same kernels that load by address."""
+    """Beside the same kernels that load by address."""
     if inputs["q"].device.type != "cuda" or torch.cuda.get_device_capability(inputs["q"].device)[0] < 9:
         raise peers.Missing("descriptors need a GPU with a TMA: Hopper or later")
-    forward = config.forward
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
-        with mock.patch.object(config, "forward", lambda *a: dataclasses.replace(forward(*a), descriptors=True)):
-            return spacetime_attention(q, k, v, **mode, impl="triton")
-
-    return attention
+    return lambda q, k, v, **mode: _Boxed.apply(q, k, v, mode)
 
 
 def _flex(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:

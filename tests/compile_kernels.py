@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -273,7 +274,7 @@ def attention(
 ) -> Iterator[tuple]:
     """Hunyuan's clip, dense and in a window with text (every mask there is), with the tiles of each GPU.
 
-    boxes: with keys loaded through descriptors.
+    boxes: with visited tiles loaded through descriptors.
     """
     from sora_kernels.attention import config, kernels_backward, kernels_forward
     from sora_kernels.attention.mode import resolve
@@ -289,19 +290,20 @@ def attention(
         mode = (None, *resolve("attention", S, S, *(rules | rule).values()), 0.1)
 
         def on_this_gpu(launch, *args, sm=sm):
-            originals = config.capability, config.forward
-            config.capability = lambda device: sm
-            config.forward = lambda *a: dataclasses.replace(originals[1](*a), descriptors=boxes)
-            try:
+            tiles = ("forward", "backward_queries", "backward_keys")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(config, "capability", lambda device: sm)
+                for name in tiles if boxes else ():
+                    tile = getattr(config, name)
+                    patch.setattr(config, name, lambda *a, f=tile: dataclasses.replace(f(*a), descriptors=True))
                 launch(*args)
-            finally:
-                config.capability, config.forward = originals
 
         forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
         backward = functools.partial(
             on_this_gpu, kernels_backward.spacetime_attention_bwd, dout, None, q, k, v, out, lse, *mode, dq, dk, dv
         )
-        kind = "window and text" if "stride" in rule else "time alone" if rule else "dense"
+        kind = "time alone" if rule.get("window") == (30, 1, 1) else "window" if rule else "dense"
+        kind += " and text" if "text_len" in rule else ""
         name = f"E={E} {str(dtype).removeprefix('torch.')} {kind}"
         yield f"{name} forward", forward, (kernels_forward,), (sm,)
         yield f"{name} backward", backward, (kernels_backward,), (sm,)
@@ -315,12 +317,12 @@ def attention_widths() -> Iterator[tuple]:
     yield from attention((*half, *rest, *halved))
 
 
-def attention_boxes() -> Iterator[tuple]:
-    """The forward of every clip that boxes hold, on the GPUs that load them."""
-    window = {name: value for name, value in WINDOW_AND_TEXT.items() if name != "text_len"}
-    for case, call, modules, only in attention([(128, torch.bfloat16, rule) for rule in (window, {})], boxes=True):
-        if "forward" in case and only[0] in (90, 100):
-            yield case, call, modules, only
+def attention_boxes(names=("window", "dense")) -> Iterator[tuple]:
+    """A clip that boxes hold, on the GPUs that load them."""
+    rules = dict(window={name: value for name, value in WINDOW_AND_TEXT.items() if name != "text_len"}, dense={})
+    for case, call, modules, only in attention([(128, torch.bfloat16, rules[name]) for name in names], boxes=True):
+        if only[0] in (90, 100):
+            yield f"boxes {case}", call, modules, only
 
 
 # name -> C, O, taps, pixels of out (frames, height, width), op, norm in the epilogue
@@ -427,21 +429,42 @@ def causal_conv_layers() -> Iterator[tuple]:
     yield from convolutions([name for name in CONVOLUTIONS if name not in COMMON])
 
 
+def sparingly(cases: Callable[[], Iterator[tuple]], *everywhere: str) -> Callable[[], Iterator[tuple]]:
+    """The cases with these words in their names for every GPU, the others for Hopper: what tests compile by default."""
+
+    def fewer() -> Iterator[tuple]:
+        for case, call, modules, *only in cases():
+            found, gpus = any(words in case for words in everywhere), only[0] if only else SUPPORTED
+            yield case, call, modules, gpus if found else [sm for sm in gpus if sm == 90]
+
+    return fewer
+
+
 SUPPORTED = (80, 90, 100, 120)
-FAMILIES = {
+ALL = {
     "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
-    "attention": attention,
+    "attention": lambda: itertools.chain(attention(), attention_boxes()),
 }  # fmt: skip
-SLOW = {
-    "attention_widths": attention_widths, "attention_boxes": attention_boxes, "causal_conv_layers": causal_conv_layers,
+FAMILIES = {
+    "modulation": sparingly(modulation, "D=64 ", "D=5120"),
+    "qknorm_rope": sparingly(qknorm_rope, "40x128", "24x128 96", "48x64"),
+    "patchify": sparingly(patchify, "C=16 D=5120"),
+    "causal_conv": sparingly(causal_conv, "Wan 96", "rms C=96"),
+    "attention": sparingly(
+        lambda: itertools.chain(attention(), attention_boxes(["window"])), "window and text", "boxes"
+    ),
+}
+SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {
+    "attention_widths": attention_widths, "causal_conv_layers": causal_conv_layers,
     "causal_conv_norms": functools.partial(norms, (192, 256, 384, 512)),
 }  # fmt: skip
 
 
 def main() -> None:
     capabilities = [int(sm.removeprefix("sm_")) for sm in sys.argv[1].split(",")]
-    for family in sys.argv[2:] or FAMILIES:
-        for case, call, modules, *only in (FAMILIES | SLOW)[family]():
+    for name in sys.argv[2:] or FAMILIES:
+        family = name.removesuffix("_everywhere")
+        for case, call, modules, *only in (FAMILIES | SLOW)[name]():
             targets = [c for c in capabilities if not only or c in only[0]]
             for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
                 for capability in targets:

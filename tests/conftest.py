@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -19,6 +20,35 @@ from sora_kernels import _dispatch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """The interpreter without two things that took half of its time and changed nothing: it patches `triton.language`
+    at every call of a helper, and computes integer sums in 64 bits for assertions that only debugging makes."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, {}
+
+    def patch_once(fn):
+        module = fn.__globals__["__name__"]
+        if module not in patched:
+            patched[module] = patch(fn)
+        return patched[module]
+
+    def launch_anew(self, *args, **kwargs):
+        patched.clear()  # at its end a launch takes its patches back
+        return launch(self, *args, **kwargs)
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 def pytest_collection_modifyitems(items):

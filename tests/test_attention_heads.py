@@ -105,7 +105,7 @@ def test_heads_are_what_calls_of_their_own_give_and_repeat_bitwise(name, impl):
 
 
 def test_mixed_groups_repeat_bitwise_and_give_only_the_gradients_asked_for(impl):
-    inputs, mode, _ = draw("strides", (4, 2))
+    inputs, mode, _ = draw("causal_sink_cache", (4, 2))
     grads = [torch.randn_like(inputs["q"])]
     whole, again = (
         outputs_and_grads(lambda **kw: spacetime_attention(**kw, **mode, impl=impl), inputs, grads) for _ in range(2)

@@ -148,39 +148,42 @@ def test_tiles_that_are_halved(tiles):
 
 @pytest.fixture
 def boxes(monkeypatch):
-    """Forward tiles loaded as boxes; the list of what was described."""
+    """Visited tiles loaded as boxes; the list of what was described."""
     from sora_kernels.attention import kernels_forward
 
     described, original = [], kernels_forward.describe
     monkeypatch.setattr(kernels_forward, "describe", lambda *a: described.append(original(*a)) or described[-1])
 
     def use(queries: int, keys: int, descriptors: bool = True) -> None:
-        monkeypatch.setattr(config, "forward", lambda *_: config.Tile(queries, keys, 4, 2, descriptors))
+        for name in ("forward", "backward_queries", "backward_keys"):
+            monkeypatch.setattr(config, name, lambda *_: config.Tile(queries, keys, 4, 2, descriptors))
 
     use(16, 16)
     return use, described
 
 
-BOXED = ["cross", "window", "window_larger_than_grid", "window_stride", "chunk_causal", "causal_window_partial_chunk"]
+BOXED = ["cross", "window", "window_larger_than_grid", "window_stride", "chunk_causal", "causal_cache"]
 
 
 @pytest.mark.parametrize("name", BOXED)
-def test_keys_loaded_as_boxes(name, boxes):
+def test_visited_tiles_loaded_as_boxes(name, boxes):
     """A box may cross an edge of the frame or the clip: addresses give other tokens there, a descriptor zeros."""
     use, described = boxes
+    inputs, mode, mask = draw(name, heads=(4, 2), E=16)
+    grads = [torch.randn_like(inputs["q"]), torch.randn(1, 4, inputs["q"].shape[1], device=DEVICE)]
+    run = functools.partial(outputs_and_grads, lambda **kw: attend(**kw, **mode, return_lse=True), inputs, grads)
     use(32, 16)
-    inputs, mode, mask = draw(name, heads=(2, 2), B=2, E=16)
     with poison_empty():
-        ours = attend(**inputs, **mode, return_lse=True)
-    assert described and None not in described
+        ours = run()
+    assert len(described) == 6 and None not in described, "k and v twice, then q and dO"
     use(32, 16, descriptors=False)
-    for a, b in zip(ours, attend(**inputs, **mode, return_lse=True), strict=True):
-        assert torch.equal(a, b)
-    expected, _ = explicit(**{n: t.double() for n, t in inputs.items()}, mask=mask)
-    torch.testing.assert_close(ours[0].double(), expected, rtol=1e-5, atol=1e-5)
+    expected = run()
+    assert all(torch.equal(ours[n], expected[n]) for n in expected)
+    oracle, _ = explicit(**{n: t.double() for n, t in inputs.items()}, mask=mask)
+    torch.testing.assert_close(ours["output0"].double(), oracle, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_no_descriptor_fits_are_loaded_by_address(boxes):
+def test_what_no_descriptor_fits_is_loaded_by_address(boxes):
     _, described = boxes
     for E, change in (
         (24, lambda t: t),  # no power of two
@@ -189,7 +192,7 @@ def test_keys_that_no_descriptor_fits_are_loaded_by_address(boxes):
         (16, lambda t: torch.nn.functional.pad(t.flatten(2), (0, 1))[..., :-1].unflatten(2, (2, 16))),  # 33 a token
     ):
         described.clear()
-        inputs, mode, mask = draw("window_stride", heads=(2, 2), E=E)
+        inputs, mode, mask = draw("chunk_causal", heads=(2, 2), E=E)
         inputs = {n: change(t) for n, t in inputs.items()}
         out = attend(**inputs, **mode)
         assert described == [None, None]
@@ -199,7 +202,8 @@ def test_keys_that_no_descriptor_fits_are_loaded_by_address(boxes):
     lens = torch.tensor([4], device=DEVICE)
     for name, padding in (("window_text_end", None), ("packed", None), ("window_sink", None), ("cross", lens)):
         inputs, mode, _ = draw(name, E=16)
-        attend(**inputs, **mode, kv_lens=padding)
+        inputs["k"].requires_grad_()
+        attend(**inputs, **mode, kv_lens=padding).sum().backward()
     assert not described, "runs, several clips, and padding that may be NaN"
 
 

@@ -30,6 +30,7 @@ from benchmarks import (
     verified,
 )
 from sora_kernels import _dispatch
+from sora_kernels.testing import outputs_and_grads
 
 FIELDS = {
     "op", "family", "impl", "kind", "impl_version", "shape", "dims", "dtype", "mode", "status", "reason",
@@ -506,3 +507,19 @@ def test_flex_attention_is_asked_for_what_the_mode_means(name):
     i = torch.arange(tokens)
     mask = bench_attention._mask_function(tokens, mode, torch.device("cpu"))(0, 0, i[:, None], i[None])
     assert torch.equal(mask, definition(name))
+
+
+def test_attention_is_timed_with_boxes_in_both_directions(require, monkeypatch):
+    require("spacetime_attention", "triton", grad=True)
+    from sora_kernels.attention import kernels_forward
+
+    described, describe = [], kernels_forward.describe
+    monkeypatch.setattr(kernels_forward, "describe", lambda *a: described.append(describe(*a)) or described[-1])
+    _, _, mode = MODES["window_even"]
+    inputs = {name: torch.randn(1, 48, 1, 16) for name in "qkv"}
+    grads = [torch.randn(1, 48, 1, 16)]
+    ours = outputs_and_grads(lambda **kw: bench_attention._Boxed.apply(*kw.values(), mode), inputs, grads)
+    assert len(described) == 6 and None not in described, "k and v twice, then q and dO"
+    plain = functools.partial(sora_kernels.spacetime_attention, **mode, impl="triton")
+    expected = outputs_and_grads(plain, inputs, grads)
+    assert len(described) == 6 and all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -77,13 +77,17 @@ def choose_boxes(clips, own: Sequence[int | Box], visit: int | Box) -> tuple[Box
 
 @dataclass(frozen=True)
 class Tile:
-    """Tokens of a program's queries and keys; warps and stages of the pipeline; whether keys are loaded as boxes."""
+    """Tokens of a program's queries and keys, warps, stages of the pipeline, and how visited tiles are loaded.
+
+    Warps are not specialised: a kernel of two loops, whole tiles and then masked ones, stops the compiler for Hopper
+    (`tl.range(..., warp_specialize=True)` of triton 3.6 and 3.9); that for Blackwell takes it, with boxes only.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
-    descriptors: bool = False  # through the TMA of Hopper and later
+    descriptors: bool = False  # as boxes through the TMA of Hopper and later
 
     def halves(self, own: int) -> tuple[int, ...]:
         """Alternatives for the owner's tokens: half as many on half the warps, but no less than wgmma takes."""

@@ -16,11 +16,13 @@ from .kernels_forward import (
     LOG2_E,
     add_dot,
     arrange,
+    describe_all,
     dot_t,
     in_units,
-    load_head,
     load_owner,
+    load_program,
     load_reach,
+    load_rows,
     load_tile,
     load_visited,
     scaled,
@@ -64,36 +66,30 @@ def attention_bwd_rows_kernel(
 
 @triton.jit
 def attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, k_box, v_box, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, heads_ptr,
+    rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, some, heads, groups, Sq, Sk, scale, scale_2,
+    owners, chosen, heads, groups, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · ds k with ds = p ∘ (dout vᵀ − delta), for one tile of queries of one head."""
     QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
-    KEYS: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
     PLANNED: tl.constexpr = rows_ptr is not None
-    program = tl.program_id(0)
-    tile = program % owners
-    head = load_head(heads_ptr, program // owners % some)
-    b = (program // owners // some).to(tl.int64)
+    owner, head, b = load_program(heads_ptr, owners, chosen)
+    key_head = head // groups
 
     key_end = Sk
     if kv_lens_ptr is not None:
         key_end = tl.load(kv_lens_ptr + b).to(tl.int32)
-    if PLANNED:
-        begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
-        if kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
-            masked = tl.where(key_end < visit_end, begin, masked)
-    else:
-        begin, masked, end = 0, key_end // KEYS, tl.cdiv(key_end, KEYS)
-        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
-        token = tile * QUERIES + tl.arange(0, QUERIES)
-        valid = token < Sq
-    k_ptr += (b * k_stride_b + head // groups * k_stride_h) * UNIT
-    v_ptr += (b * v_stride_b + head // groups * v_stride_h) * UNIT
+    begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(
+        rows_ptr, owner, Sq, key_end, OWN, VISIT, RUNS
+    )
+    if PLANNED and kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
+        masked = tl.where(key_end < visit_end, begin, masked)
+    k_ptr += (b * k_stride_b + key_head * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + key_head * v_stride_h) * UNIT
     q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
     dout_ptr += (b * dout_stride_b + head * dout_stride_h) * UNIT
 
@@ -105,9 +101,9 @@ def attention_bwd_dq_kernel(
     dq = zeros(QUERIES, PARTS)
 
     for e in range(begin, masked):
-        _, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, None, E, PARTS, UNIT)
-        v = load_tile(v_ptr, key, v_stride_s, None, E, PARTS, UNIT)
+        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
+        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
         p = tl.exp2(dot_t(q, k) * scale_2 - base)
         dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
@@ -116,8 +112,9 @@ def attention_bwd_dq_kernel(
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
     for e in range(masked, end):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_tile(k_ptr, key, k_stride_s, key < key_end, E, PARTS, UNIT)
-        v = load_tile(v_ptr, key, v_stride_s, key < key_end, E, PARTS, UNIT)
+        real = key < key_end
+        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
+        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
         p = tl.exp2(dot_t(q, k) * scale_2 - base)
         see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
         p = tl.where(see, p, 0.0)
@@ -129,11 +126,11 @@ def attention_bwd_dq_kernel(
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, heads_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, q_box, dout_box, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, heads_ptr,
     rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
-    owners, some, heads, groups, shares, Sq, Sk, scale, scale_2,
+    owners, chosen, heads, groups, shares, Sq, Sk, scale, scale_2,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -142,21 +139,11 @@ def attention_bwd_dkdv_kernel(
     Where those keep different rules each gives a share of its own: groups is 1, and `shares` of them have one key head.
     """
     KEYS: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
-    QUERIES: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
     PLANNED: tl.constexpr = rows_ptr is not None
     key_heads = heads // groups
-    program = tl.program_id(0)
-    tile = program % owners
-    key_head = load_head(heads_ptr, program // owners % some)
-    b = (program // owners // some).to(tl.int64)
+    owner, key_head, b = load_program(heads_ptr, owners, chosen)
 
-    if PLANNED:
-        begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, tile, OWN, RUNS)
-    else:
-        begin, masked, end = 0, Sq // QUERIES, tl.cdiv(Sq, QUERIES)
-        start, visit_end, stop, H, W = 0, 0, 0, 1, 1
-        key = tile * KEYS + tl.arange(0, KEYS)
-        valid = key < Sk
+    begin, masked, end, start, visit_end, stop, H, W, key, valid = load_owner(rows_ptr, owner, Sk, Sq, OWN, VISIT, RUNS)
     reach = None
     if PLANNED:
         reach = load_reach(reach_ptr, key[:, None], valid[:, None], Sk)
@@ -178,9 +165,11 @@ def attention_bwd_dkdv_kernel(
         delta_head = delta_ptr + (b * heads + head) * Sq
 
         for e in range(begin, masked):
-            _, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-            q = load_tile(q_head, token, q_stride_s, None, E, PARTS, UNIT)
-            dout = load_tile(dout_head, token, dout_stride_s, None, E, PARTS, UNIT)
+            origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            q = load_rows(q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, None, E, PARTS, UNIT, VISIT)
+            dout = load_rows(
+                dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, None, E, PARTS, UNIT, VISIT
+            )
             p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token)[None, :])
             dv = add_dot(dv, p, dout)
             ds = p * (dot_t(v, dout) - tl.load(delta_head + token)[None, :])
@@ -189,8 +178,10 @@ def attention_bwd_dkdv_kernel(
         for e in range(masked, end):
             origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
             there = token < Sq
-            q = load_tile(q_head, token, q_stride_s, there, E, PARTS, UNIT)
-            dout = load_tile(dout_head, token, dout_stride_s, there, E, PARTS, UNIT)
+            q = load_rows(q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, there, E, PARTS, UNIT, VISIT)
+            dout = load_rows(
+                dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, there, E, PARTS, UNIT, VISIT
+            )
             p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
             see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
             p = tl.where(see, p, 0.0)
@@ -226,10 +217,11 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     strides, unit = in_units(q, k, v, dout)
     for heads, rule in by_head(mode, H) if dq is not None and B * H * Sq else ():
         tile = config.backward_queries(*settings, bool(rule[0]))
-        planned, owners, _ = arrange(q, k, rule, tile, False, padded)
+        planned, owners, size = arrange(q, k, rule, tile, False, padded)
+        boxes = describe_all(tile, planned, size, padded, k, v)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         attention_bwd_dq_kernel[(owners * B * len(heads),)](
-            q, k, v, dout, delta, base, dq, kv_lens, head_table(heads, H, q.device), *tables, *strides,
+            q, k, v, dout, *boxes, delta, base, dq, kv_lens, head_table(heads, H, q.device), *tables, *strides,
             owners, len(heads), H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
             **widths, **planned, UNIT=unit,
         )  # fmt: skip
@@ -244,12 +236,14 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     )
     for heads, rule in rules:
         tile = config.backward_keys(*settings, bool(rule[0]))
-        planned, owners, _ = arrange(q, k, rule, tile, True, padded)
+        planned, owners, size = arrange(q, k, rule, tile, True, padded)
+        boxes = describe_all(tile, planned, size, padded, q, dout)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
         heads = tuple(h // groups for h in heads[::groups])
         attention_bwd_dkdv_kernel[(owners * B * len(heads),)](
-            q, k, v, dout, delta, base, dk_parts, dv_parts, kv_lens, head_table(heads, H // groups, q.device),
-            *tables, *strides, owners, len(heads), H, groups, shares, Sq, Sk, scale, scale * LOG2_E,
+            q, k, v, dout, *boxes, delta, base, dk_parts, dv_parts, kv_lens,
+            head_table(heads, H // groups, q.device), *tables, *strides,
+            owners, len(heads), H, groups, shares, Sq, Sk, scale, scale * LOG2_E,
             **widths, **planned, UNIT=unit,
         )  # fmt: skip
     for total, parts in ((dk, dk_parts), (dv, dv_parts)) if shares > 1 else ():

@@ -2,7 +2,8 @@
 
 One engine serves every mode: a program owns a tile of queries and works off the tiles of keys that the plan lists for
 it, first those that are seen whole, then those masked by the coordinates of their tokens (`plan.AttentionPlan`).
-A tile's tokens are addressed where they lie. Without a plan attention is dense and a tile is a run of the sequence.
+A tile's tokens are read where they lie, by their addresses or as one box through the TMA. Without a plan attention is
+dense and a tile is a run of the sequence.
 
 A head of width E is held in one or two parts whose widths are powers of two, 96 as 64 + 32: tuples of tensors below.
 """
@@ -130,24 +131,33 @@ def tile_valid(origin, token, start, end, H, W, BOX: tl.constexpr):
 
 
 @triton.jit
-def load_head(heads_ptr, index):
-    """The head at `index` of a launch's list, which may be all heads."""
-    if heads_ptr is None:
-        return index.to(tl.int64)
-    else:
-        return tl.load(heads_ptr + index).to(tl.int64)
+def load_program(heads_ptr, owners, chosen):
+    """What a program works on: an owner, one of the `chosen` heads that a launch lists (None: all), a batch's entry."""
+    program = tl.program_id(0)
+    head = program // owners % chosen
+    if heads_ptr is not None:
+        head = tl.load(heads_ptr + head)
+    return program % owners, head.to(tl.int64), (program // owners // chosen).to(tl.int64)
 
 
 @triton.jit
-def load_owner(rows_ptr, tile, OWN: tl.constexpr, RUNS: tl.constexpr):
-    """Row `tile` of the plan, its columns by their names, with the owner's tokens and which of them exist."""
-    row = rows_ptr + tile * 11
-    begin, masked, end, origin = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    own_start, own_end, start, visit_end = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    stop, H, W = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
-    token = tile_tokens(origin, H, W, OWN, RUNS)
-    valid = tile_valid(origin, token, own_start, own_end, H, W, OWN)
-    return begin, masked, end, start, visit_end, stop, H, W, token, valid
+def load_owner(rows_ptr, owner, own_len, visit_len, OWN: tl.constexpr, VISIT: tl.constexpr, RUNS: tl.constexpr):
+    """Row `owner` of the plan, its columns by their names, with the owner's tokens and which of them exist.
+
+    Without a plan it owns a run of the sequence and visits all of the other.
+    """
+    if rows_ptr is None:
+        STEP: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
+        token = owner * (OWN[0] * OWN[1] * OWN[2]) + tl.arange(0, OWN[0] * OWN[1] * OWN[2])
+        return 0, visit_len // STEP, tl.cdiv(visit_len, STEP), 0, 0, 0, 1, visit_len, token, token < own_len
+    else:
+        row = rows_ptr + owner * 11
+        begin, masked, end, origin = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+        own_start, own_end, start, visit_end = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+        stop, H, W = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10)
+        token = tile_tokens(origin, H, W, OWN, RUNS)
+        valid = tile_valid(origin, token, own_start, own_end, H, W, OWN)
+        return begin, masked, end, start, visit_end, stop, H, W, token, valid
 
 
 @triton.jit
@@ -162,7 +172,7 @@ def load_visited(tiles_ptr, e, H, W, VISIT: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(
+def load_rows(
     ptr, box, origin, start, H, W, b, head, token, stride, mask,
     E: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, VISIT: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +184,7 @@ def load_keys(
         return load_tile(ptr, token, stride, mask, E, PARTS, UNIT)
     else:
         at = origin - start
-        rows = box.load([b, at // (H * W), at // W % H, at % W, head * E])
+        rows = box.load([b.to(tl.int32), at // (H * W), at // W % H, at % W, (head * E).to(tl.int32)])
         return (rows.reshape([VISIT[0] * VISIT[1] * VISIT[2], E]),)
 
 
@@ -229,7 +239,7 @@ def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
-    owners, some, heads, groups, Sq, Sk, scale,
+    owners, chosen, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
     RUNS: tl.constexpr, NEGATIVE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -238,27 +248,20 @@ def attention_fwd_kernel(
     scale is that of exp2 and positive; NEGATIVE turns its sign.
     """
     QUERIES: tl.constexpr = OWN[0] * OWN[1] * OWN[2]
-    KEYS: tl.constexpr = VISIT[0] * VISIT[1] * VISIT[2]
     PLANNED: tl.constexpr = rows_ptr is not None
-    program = tl.program_id(0)
-    tile = program % owners
-    head = load_head(heads_ptr, program // owners % some)
-    b = (program // owners // some).to(tl.int64)
+    owner, head, b = load_program(heads_ptr, owners, chosen)
+    key_head = head // groups
 
     key_end = Sk
     if kv_lens_ptr is not None:
         key_end = tl.load(kv_lens_ptr + b).to(tl.int32)
-    if PLANNED:
-        begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(rows_ptr, tile, OWN, RUNS)
-        if kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
-            masked = tl.where(key_end < visit_end, begin, masked)
-    else:
-        begin, masked, end = 0, key_end // KEYS, tl.cdiv(key_end, KEYS)
-        start, visit_end, stop, H, W = 0, 0, 0, 1, Sk
-        token = tile * QUERIES + tl.arange(0, QUERIES)
-        valid = token < Sq
-    k_ptr += (b * k_stride_b + head // groups * k_stride_h) * UNIT
-    v_ptr += (b * v_stride_b + head // groups * v_stride_h) * UNIT
+    begin, masked, end, start, visit_end, stop, H, W, token, valid = load_owner(
+        rows_ptr, owner, Sq, key_end, OWN, VISIT, RUNS
+    )
+    if PLANNED and kv_lens_ptr is not None:  # "seen whole" was promised for keys that are all real
+        masked = tl.where(key_end < visit_end, begin, masked)
+    k_ptr += (b * k_stride_b + key_head * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + key_head * v_stride_h) * UNIT
     q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
 
     q = load_tile(q_ptr, token, q_stride_s, valid, E, PARTS, UNIT)
@@ -268,12 +271,10 @@ def attention_fwd_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     sums = zeros(QUERIES, PARTS)
 
-    batch = b.to(tl.int32)
-    key_head = (head // groups).to(tl.int32)
     for e in range(begin, masked):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_keys(k_ptr, k_box, origin, start, H, W, batch, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
-        v = load_keys(v_ptr, v_box, origin, start, H, W, batch, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
+        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
+        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
         sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
 
     reach = None
@@ -282,8 +283,8 @@ def attention_fwd_kernel(
     for e in range(masked, end):
         origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
         real = key < key_end
-        k = load_keys(k_ptr, k_box, origin, start, H, W, batch, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
-        v = load_keys(v_ptr, v_box, origin, start, H, W, batch, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
+        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
+        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
         scores = dot_t(q, k)
         see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
         scores = tl.where(see, scores, float("-inf"))
@@ -299,7 +300,7 @@ def attention_fwd_kernel(
 
 
 def describe(x, visit, size: tuple[int, int, int]) -> TensorDescriptor | None:
-    """k or v [B, S, heads, E] as [B, T, H, W, heads · E], of which the TMA loads boxes; None where it cannot."""
+    """x [B, S, heads, E] as [B, T, H, W, heads · E], of which the TMA loads boxes `visit`; None where it cannot."""
     B, S, heads, E = x.shape
     T, H, W = size
     b, s, h = (step if n > 1 else heads * E for n, step in zip(x.shape, x.stride()[:3], strict=False))
@@ -309,6 +310,13 @@ def describe(x, visit, size: tuple[int, int, int]) -> TensorDescriptor | None:
     if not (aligned and side_by_side) or config.parts(E) != (E,) or x.numel() == 0 or max(visit) > 256:
         return None
     return TensorDescriptor(x, [B, T, H, W, heads * E], [*strides, 1], [1, *visit, E])
+
+
+def describe_all(tile, planned, size, padded: bool, *visited) -> list[TensorDescriptor | None]:
+    """The descriptors of what a kernel visits where its tile asks for them; `size` as `arrange` gives it."""
+    if not tile.descriptors or size is None or padded:  # what kv_lens hides may be NaN, and would be read
+        return [None for _ in visited]
+    return [describe(x, planned["VISIT"], size) for x in visited]
 
 
 def in_units(*tensors) -> tuple[list[int], int]:
@@ -347,9 +355,7 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
         tile = config.forward(E, q.dtype, config.capability(q.device), bool(rule[0]))
         planned, owners, size = arrange(q, k, rule, tile, False, kv_lens is not None)
         tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
-        boxes = None, None
-        if tile.descriptors and size is not None and kv_lens is None:  # what it hides may be NaN, and would be read
-            boxes = [describe(x, planned["VISIT"], size) for x in (k, v)]
+        boxes = describe_all(tile, planned, size, kv_lens is not None, k, v)
         attention_fwd_kernel[(owners * B * len(heads),)](
             q, k, v, *boxes, out, lse, kv_lens, head_table(heads, H, q.device), *tables, *strides,
             owners, len(heads), H, H // k.shape[2], Sq, k.shape[1],

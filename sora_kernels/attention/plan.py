@@ -42,7 +42,7 @@ class AttentionPlan:
     reach    [7, own] int32: for each own token, lo and hi along t, h, w of the box that it sees on the visited side,
              and `kept`: it also sees the first `kept` tokens of its clip. Text sees all
     own_box, visit_box   (t, h, w) of a tile; a run is as many tokens
-    visit_size   the sides of the visited clip after axes were merged, where it is one clip without text
+    visit_size   the sides of the visited clip after axes were merged; None unless it is one clip without text and sink
     axes     which of t, h, w can hide a key;  runs: whether any tile is a run
     """
 
