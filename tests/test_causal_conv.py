@@ -571,17 +571,24 @@ def test_group_statistics_are_stable(order):
 
 
 @cpu_library
-def test_silu_at_the_ends_of_its_range():
-    bias = torch.tensor([-3e38, -1e4, -89.0, -87.5, -20.0, 0.0, 20.0, 88.5, 1e4, 3e38])
-    x = torch.zeros(1, 10, 1, 2, 2, requires_grad=True)
-    y = norm_silu(x, torch.ones(10), bias, eps=1.0, impl="cpu")
-    expected = F.silu(bias.double())
-    torch.testing.assert_close(y[0, :, 0, 0, 0].double(), expected, rtol=1e-6, atol=1e-36)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    b = bias.double().requires_grad_()
+@pytest.mark.parametrize("pixels", [(2, 2), (4, 8)], ids=str)
+@pytest.mark.parametrize("order", [LAST, torch.contiguous_format], ids=str)
+def test_silu_at_the_ends_of_its_range(order, pixels):
+    """One value at a time, and whole vectors of every instruction set."""
+    ends = [-float("inf"), -3e38, -1e4, -89.0, -88.0, -87.5, -20.0, -1.0, 0.0, 1.0, 20.0, 87.5, 88.5, 1e4, 3e38]
+    bias = torch.tensor([*ends, float("nan")])
+    x = torch.zeros(1, 16, 1, *pixels).contiguous(memory_format=order).requires_grad_()
+    y = norm_silu(x, torch.ones(16), bias, eps=1.0, impl="cpu")
+    assert y[:, -1].isnan().all()
+    per_pixel = bias.double().view(-1, 1, 1).expand(16, *pixels)[1:-1]
+    torch.testing.assert_close(y[0, 1:-1, 0].double(), F.silu(per_pixel), rtol=1e-6, atol=1e-36)
+    assert y[0, 0].abs().max() < 1e-36
+    finite = norm_silu(x[:, 1:-1], torch.ones(14), bias[1:-1], eps=1.0, impl="cpu")
+    (grad,) = torch.autograd.grad(finite.sum(), x)
+    b = per_pixel.clone().requires_grad_()
     (slope,) = torch.autograd.grad(F.silu(b).sum(), b)
-    torch.testing.assert_close(grad[0, :, 0, 0, 0].double(), slope, rtol=1e-6, atol=1e-30)
-    assert norm_silu(torch.full((1, 2, 1, 1, 1), float("nan")), torch.ones(2), impl="cpu").isnan().all()
+    torch.testing.assert_close(grad[0, 1:-1, 0].double(), slope, rtol=1e-6, atol=1e-30)
+    assert norm_silu(torch.full_like(x, float("nan")), torch.ones(16), impl="cpu").isnan().all()
 
 
 @cpu_library
