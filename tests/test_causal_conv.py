@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sora_kernels import Unavailable, _library, causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
-from sora_kernels.causal_conv import reference
+from sora_kernels.causal_conv import kernels_cpu, reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -495,12 +495,22 @@ GEOMETRY = {  # function, kernel, options, frames of the cache
 }
 
 
+IN_PHASES = ", in phases"  # as where there is much to upsample
+
+
+def geometry(cases, name, monkeypatch):
+    """The case, whose upsampling takes the way that its name says."""
+    if name.endswith(IN_PHASES):
+        monkeypatch.setattr(kernels_cpu, "FEW", 0)
+    return cases[name.removesuffix(IN_PHASES)]
+
+
 @pytest.mark.parametrize("past", ["cache", "zeros"])
 @pytest.mark.parametrize("shape", [(1, 33, 4, 5, 7), (1, 5, 2, 9, 4), (3, 3, 6, 4, 5), (1, 1, 2, 6, 6)], ids=str)
-@pytest.mark.parametrize("name", GEOMETRY)
-def test_convolutions_on_a_cpu(name, shape, past):
+@pytest.mark.parametrize("name", [*GEOMETRY, *(name + IN_PHASES for name in GEOMETRY if name.startswith("up"))])
+def test_convolutions_on_a_cpu(name, shape, past, monkeypatch):
     """Odd channels, one clip and several, few frames and many; channels last where C is odd, else contiguous."""
-    function, kernel, kwargs, frames = GEOMETRY[name]
+    function, kernel, kwargs, frames = geometry(GEOMETRY, name, monkeypatch)
     B, C, _, H, W = shape
     channels = {33: 5, 5: 33, 3: 1, 1: 3}[C]
     order = LAST if C in (5, 33) else torch.contiguous_format
@@ -609,10 +619,13 @@ def test_private_ops_refuse_what_they_cannot_read():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cuts", [(1,) * 8, (2,) * 4, (3, 3, 2), (1, 7), (8,)], ids=str)
-@pytest.mark.parametrize("name", ["causal_conv3d", "causal_conv3d kt=5", "causal_conv3d norm", "upsample_conv3d"])
-def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype):
+@pytest.mark.parametrize(
+    "name",
+    ["causal_conv3d", "causal_conv3d kt=5", "causal_conv3d norm", "upsample_conv3d", "upsample_conv3d" + IN_PHASES],
+)
+def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype, monkeypatch):
     """Frames read in place, frames packed after their past and taps left out for zeros all give the same frames."""
-    function, kernel, kwargs, past = STREAMS[name]
+    function, kernel, kwargs, past = geometry(STREAMS, name, monkeypatch)
     x = torch.randn(1, 8, 8, 12, 12).to(dtype).contiguous(memory_format=LAST)
     weight = torch.randn(4, 8, *kernel)
     whole = function(x, weight, **kwargs, impl="cpu")
@@ -627,7 +640,8 @@ def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype):
     assert torch.equal(cache, x[:, :, 8 - past :])
 
 
-def test_odd_memory_formats_of_the_weight_change_nothing():
+def test_odd_memory_formats_of_the_weight_change_nothing(monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "FEW", 0)
     x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
     for function in (causal_conv3d, upsample_conv3d, downsample_conv3d):
         expected = function(x, weight, impl="cpu")
