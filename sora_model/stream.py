@@ -14,6 +14,7 @@ from torch.utils import _pytree
 
 from sora_kernels import causal_conv3d, norm_silu
 
+LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
 EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
 
 
@@ -89,7 +90,7 @@ class Pass:
             return function(x, conv.weight, conv.bias, impl=self.impl, **kwargs)
         if self.starts:  # nothing but zeros before x: without a cache they cost nothing
             y, cache = function(x, conv.weight, conv.bias, impl=self.impl, **kwargs), x[:, :, -frames:]
-            cache = F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0))
+            cache = F.pad(cache, (0, 0, 0, 0, frames - cache.shape[2], 0)).contiguous(memory_format=LAYOUT)
         else:
             y, cache = function(x, conv.weight, conv.bias, cache=self.past.popleft(), impl=self.impl, **kwargs)
         self.future.append(cache)
@@ -97,6 +98,12 @@ class Pass:
 
     def norm_silu(self, x: Tensor, weight: Tensor) -> Tensor:
         return norm_silu(x, weight, eps=EPS, impl=self.impl)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """The frames of all parts in turn, channels last as they are: beside a part without frames, `cat` forgets that."""
+    parts = [part for part in parts if part.shape[2]] or parts[:1]
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:

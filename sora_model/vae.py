@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
 from . import tiling
-from .stream import EPS, Pass, VAECache, regroup
+from .stream import EPS, LAYOUT, Pass, VAECache, joined, regroup
 from .tiling import Stage, Tile
 
-LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
 # what one chunk holds at once, in tensors of its largest layer: of the resident set on a CPU, allocator's gaps included
 _TENSORS = {"auto": 16, "reference": 52}
 
@@ -180,7 +179,7 @@ class Downsample(nn.Module):
         x, last = downsample_conv3d(x, weight, bias, factor=(2, 1, 1), cache=before, impl=run.impl)
         if run.streaming:
             run.future.append(last)
-        return torch.cat([first, x], 2)                                              # [B, C, T', H/2, W/2]
+        return joined(first, x)                                                      # [B, C, T', H/2, W/2]
 
     @property
     def stage(self) -> Stage:
@@ -198,8 +197,8 @@ class Upsample(nn.Module):
             # the first frame stays as it is, unseen by the others, each of which becomes two
             first, x = (x[:, :, :1], x[:, :, 1:]) if run.starts else (x[:, :, :0], x)
             x = run.conv(x, self.time_conv).unflatten(1, (2, -1))                    # [B, 2, C, T, H, W]
-            x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)                            # [B, C, 2T, H, W]
-            x = torch.cat([first, x], 2)                                             # [B, C, T', H, W]
+            x = x.permute(0, 3, 1, 4, 5, 2).flatten(1, 2).permute(0, 4, 1, 2, 3)     # [B, C, 2T, H, W]
+            x = joined(first, x.contiguous(memory_format=LAYOUT))                    # [B, C, T', H, W]
         return run.conv(x, self.resample, upsample_conv3d, factor=(1, 2, 2))         # [B, C/2, T', 2H, 2W]
 
     @property

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sora_kernels import Unavailable, _library, causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
-from sora_kernels.causal_conv import reference
+from sora_kernels.causal_conv import kernels_cpu, reference
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -495,12 +495,22 @@ GEOMETRY = {  # function, kernel, options, frames of the cache
 }
 
 
+IN_PHASES = ", in phases"  # as where there is much to upsample
+
+
+def geometry(cases, name, monkeypatch):
+    """The case, whose upsampling takes the way that its name says."""
+    if name.endswith(IN_PHASES):
+        monkeypatch.setattr(kernels_cpu, "FEW", 0)
+    return cases[name.removesuffix(IN_PHASES)]
+
+
 @pytest.mark.parametrize("past", ["cache", "zeros"])
 @pytest.mark.parametrize("shape", [(1, 33, 4, 5, 7), (1, 5, 2, 9, 4), (3, 3, 6, 4, 5), (1, 1, 2, 6, 6)], ids=str)
-@pytest.mark.parametrize("name", GEOMETRY)
-def test_convolutions_on_a_cpu(name, shape, past):
+@pytest.mark.parametrize("name", [*GEOMETRY, *(name + IN_PHASES for name in GEOMETRY if name.startswith("up"))])
+def test_convolutions_on_a_cpu(name, shape, past, monkeypatch):
     """Odd channels, one clip and several, few frames and many; channels last where C is odd, else contiguous."""
-    function, kernel, kwargs, frames = GEOMETRY[name]
+    function, kernel, kwargs, frames = geometry(GEOMETRY, name, monkeypatch)
     B, C, _, H, W = shape
     channels = {33: 5, 5: 33, 3: 1, 1: 3}[C]
     order = LAST if C in (5, 33) else torch.contiguous_format
@@ -571,17 +581,24 @@ def test_group_statistics_are_stable(order):
 
 
 @cpu_library
-def test_silu_at_the_ends_of_its_range():
-    bias = torch.tensor([-3e38, -1e4, -89.0, -87.5, -20.0, 0.0, 20.0, 88.5, 1e4, 3e38])
-    x = torch.zeros(1, 10, 1, 2, 2, requires_grad=True)
-    y = norm_silu(x, torch.ones(10), bias, eps=1.0, impl="cpu")
-    expected = F.silu(bias.double())
-    torch.testing.assert_close(y[0, :, 0, 0, 0].double(), expected, rtol=1e-6, atol=1e-36)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    b = bias.double().requires_grad_()
+@pytest.mark.parametrize("pixels", [(2, 2), (4, 8)], ids=str)
+@pytest.mark.parametrize("order", [LAST, torch.contiguous_format], ids=str)
+def test_silu_at_the_ends_of_its_range(order, pixels):
+    """One value at a time, and whole vectors of every instruction set."""
+    ends = [-float("inf"), -3e38, -1e4, -89.0, -88.0, -87.5, -20.0, -1.0, 0.0, 1.0, 20.0, 87.5, 88.5, 1e4, 3e38]
+    bias = torch.tensor([*ends, float("nan")])
+    x = torch.zeros(1, 16, 1, *pixels).contiguous(memory_format=order).requires_grad_()
+    y = norm_silu(x, torch.ones(16), bias, eps=1.0, impl="cpu")
+    assert y[:, -1].isnan().all()
+    per_pixel = bias.double().view(-1, 1, 1).expand(16, *pixels)[1:-1]
+    torch.testing.assert_close(y[0, 1:-1, 0].double(), F.silu(per_pixel), rtol=1e-6, atol=1e-36)
+    assert y[0, 0].abs().max() < 1e-36
+    finite = norm_silu(x[:, 1:-1], torch.ones(14), bias[1:-1], eps=1.0, impl="cpu")
+    (grad,) = torch.autograd.grad(finite.sum(), x)
+    b = per_pixel.clone().requires_grad_()
     (slope,) = torch.autograd.grad(F.silu(b).sum(), b)
-    torch.testing.assert_close(grad[0, :, 0, 0, 0].double(), slope, rtol=1e-6, atol=1e-30)
-    assert norm_silu(torch.full((1, 2, 1, 1, 1), float("nan")), torch.ones(2), impl="cpu").isnan().all()
+    torch.testing.assert_close(grad[0, 1:-1, 0].double(), slope, rtol=1e-6, atol=1e-30)
+    assert norm_silu(torch.full_like(x, float("nan")), torch.ones(16), impl="cpu").isnan().all()
 
 
 @cpu_library
@@ -602,10 +619,13 @@ def test_private_ops_refuse_what_they_cannot_read():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cuts", [(1,) * 8, (2,) * 4, (3, 3, 2), (1, 7), (8,)], ids=str)
-@pytest.mark.parametrize("name", ["causal_conv3d", "causal_conv3d kt=5", "causal_conv3d norm", "upsample_conv3d"])
-def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype):
+@pytest.mark.parametrize(
+    "name",
+    ["causal_conv3d", "causal_conv3d kt=5", "causal_conv3d norm", "upsample_conv3d", "upsample_conv3d" + IN_PHASES],
+)
+def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype, monkeypatch):
     """Frames read in place, frames packed after their past and taps left out for zeros all give the same frames."""
-    function, kernel, kwargs, past = STREAMS[name]
+    function, kernel, kwargs, past = geometry(STREAMS, name, monkeypatch)
     x = torch.randn(1, 8, 8, 12, 12).to(dtype).contiguous(memory_format=LAST)
     weight = torch.randn(4, 8, *kernel)
     whole = function(x, weight, **kwargs, impl="cpu")
@@ -620,7 +640,8 @@ def test_chunks_on_a_cpu_equal_the_whole(name, cuts, dtype):
     assert torch.equal(cache, x[:, :, 8 - past :])
 
 
-def test_odd_memory_formats_of_the_weight_change_nothing():
+def test_odd_memory_formats_of_the_weight_change_nothing(monkeypatch):
+    monkeypatch.setattr(kernels_cpu, "FEW", 0)
     x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
     for function in (causal_conv3d, upsample_conv3d, downsample_conv3d):
         expected = function(x, weight, impl="cpu")

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from benchmarks import timing
+from sora_model.stream import Pass
 from sora_model.vae import CausalVAE, VAECache, VAEConfig
 
 SMALL = VAEConfig(base_dim=2, z_dim=2, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,))
@@ -81,6 +82,29 @@ def test_a_stream_drops_the_old_cache_as_it_is_read(tiny, direction, monkeypatch
     clip = torch.randn(1, 2, 4, 2, 2) if direction == "decode" else torch.randn(1, 3, 7, 8, 8)
     with torch.no_grad():
         assert len(list(getattr(tiny, f"{direction}_stream")(clip))) == len(kept) == 4
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_every_layer_is_channels_last(tiny, chunk, tile, monkeypatch):
+    """A layer that forgot the layout would pass its slower one to all that follow, and through the caches for ever."""
+    seen, conv = [], Pass.conv
+
+    def watched(self, x, *args, **kwargs):
+        seen.extend((x, *(self.past or ()), y := conv(self, x, *args, **kwargs)))
+        return y
+
+    monkeypatch.setattr(Pass, "conv", watched)
+    with torch.no_grad():
+        for _ in tiny.decode_stream(torch.randn(1, 2, 3, 3, 2), chunk=chunk, tile=tile):
+            pass
+        for _ in tiny.encode_stream(torch.randn(1, 3, 5, 24, 16), chunk=chunk, tile=tile):
+            pass
+    assert seen and all(has_dense_channels(t) for t in seen)
+
+
+def has_dense_channels(t):
+    return t.numel() == 0 or t[0, 0].numel() == 1 or t.shape[1] == 1 or t.stride(1) == 1
 
 
 # Compiling

@@ -25,17 +25,40 @@ SORA_INLINE F exponential(F x) {
   return p * __builtin_bit_cast(F, scale);
 }
 
+// x but no less, or no more, than `bound`; NaN stays. In assembly, because GCC 12 makes a comparison and a blend of each.
+template <class F>
+SORA_INLINE F at_least(float bound, F x) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(F) > 16) {
+    asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(F{} + bound));
+    return x;
+  }
+#endif
+  return x < bound ? F{} + bound : x;
+}
+
+template <class F>
+SORA_INLINE F at_most(float bound, F x) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(F) > 16) {
+    asm("vminps %1, %2, %0" : "=v"(x) : "v"(x), "v"(F{} + bound));
+    return x;
+  }
+#endif
+  return x > bound ? F{} + bound : x;
+}
+
 // Below -88 silu and its derivative vanish: x is clipped there, so that no large x meets what is left of e^x. NaN stays.
 template <class F>
 SORA_INLINE F silu(F x) {
-  const F v = x < -88.0f ? F{} - 88.0f : x, clipped = v > 87.3f ? F{} + 87.3f : v;
-  return v / (1.0f + exponential(-clipped));
+  const F v = at_least(-88.0f, x);
+  return v / (1.0f + exponential(-at_most(87.3f, v)));
 }
 
 // The derivative of silu.
 template <class F>
 SORA_INLINE F silu_slope(F x) {
-  const F above = x < -88.0f ? F{} - 88.0f : x, v = above > 87.3f ? F{} + 87.3f : above;
+  const F v = at_most(87.3f, at_least(-88.0f, x));
   const F s = 1.0f / (1.0f + exponential(-v));
   return s * (1.0f + v * (1.0f - s));
 }

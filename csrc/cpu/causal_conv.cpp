@@ -38,6 +38,7 @@ struct Video {
 
 constexpr int64_t kTasks = 64;           // the target of a reduction; a clip has at least one
 constexpr int64_t kTileElements = 16384;  // 64 KiB of fp32
+constexpr int64_t kLineElements = 2048;   // 8 KiB of fp32
 constexpr int64_t kPlanePixels = 1024;    // where a plane needs no other: planes lie at strides that share cache sets
 
 struct Tiling {
@@ -177,7 +178,25 @@ struct Forward {
     PixelRows rows(p, p.x.stride_s == t.C && p.out.stride_s == t.C);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile(t, i / t.per_clip, i % t.per_clip);
-      Case::kChannelsLast ? pixels(p, tile, rows) : planes(p, tile, scratch.row(0));
+      if (!Case::kChannelsLast) planes(p, tile, scratch.row(0));
+      else p.rms && t.C % V == 0 ? vectors(p, tile, scratch.row(0)) : pixels(p, tile, rows);
+    }
+  }
+
+  // The RMS norm of pixels that are whole vectors: a pixel's scale stays in a register. Some pixels at a time, which L1
+  // keeps from the sums to the store.
+  static SORA_INLINE void vectors(const Params& p, const Tile& tile, float* r) {
+    const int64_t C = p.tiling->C, block = std::max<int64_t>(1, kLineElements / C);
+    const float *weight = p.weight, *bias = p.bias;
+    for (int64_t s = tile.first; s < tile.first + tile.n; s += block) {
+      const int64_t n = std::min(block, tile.first + tile.n - s);
+      for (int64_t i = 0; i < n; ++i) r[i] = reciprocal_rms<V>(p, p.x.at<const T>(tile.b, 0, s + i));
+      for (int64_t i = 0; i < n; ++i) {
+        const T* x = p.x.at<const T>(tile.b, 0, s + i);
+        TOut* out = p.out.at<TOut>(tile.b, 0, s + i);
+        const float scale = r[i];
+        each<V>(C, [=](auto at) SORA_LAMBDA { at.put(out, silu(at(x) * scale * at(weight) + at(bias))); });
+      }
     }
   }
 

@@ -106,9 +106,8 @@ def downsample_past(kt: int, factor: int) -> int:
 def next_cache(x: Tensor, cache: Tensor) -> Tensor:
     """The last frames of cache + x, as many as `cache` has; in memory of its own, so that x can be freed."""
     past, frames = cache.shape[2], x.shape[2]
-    if frames >= past:  # strides are those of `cache`, chunk after chunk, where a clone would have some of x's
-        return torch.empty_like(cache).copy_(x[:, :, frames - past :])
-    return torch.cat([cache[:, :, frames:], x], 2)
+    last = x[:, :, frames - past :] if frames >= past else torch.cat([cache[:, :, frames:], x], 2)
+    return torch.empty_like(cache).copy_(last)  # with the strides of `cache`, chunk after chunk
 
 
 def _after(cache: Tensor | None, past: int, x: Tensor) -> Tensor:
