@@ -68,6 +68,21 @@ SORA_INLINE void put(T* to, const Floats<V>& x) {
   }
 }
 
+// 2V neighbours. Eight 16-bit results fill half a register: with AVX2 two halves take as long to pack as one.
+template <int V, class T>
+SORA_INLINE void put_both(T* to, const Floats<V>& x, const Floats<V>& y) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 2 && V == 8) {
+    const auto a = encode<typename Lanes<V>::Bits>(T{}, x), b = encode<typename Lanes<V>::Bits>(T{}, y);
+    typename Lanes<2 * V>::Words words;
+    asm("vpackusdw %2, %1, %0\n\tvpermq $0xd8, %0, %0" : "=x"(words) : "x"(a), "x"(b));
+    *reinterpret_cast<typename Lanes<2 * V>::UnalignedWords*>(to) = words;
+    return;
+  }
+#endif
+  put<V>(to, x), put<V>(to + V, y);
+}
+
 template <int V>
 SORA_INLINE float sum(const Floats<V>& x) {
   if constexpr (V == 4) {

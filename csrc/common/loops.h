@@ -43,6 +43,15 @@ SORA_INLINE void each(int64_t n, const F& f) {
   for (; i < n; ++i) f(At<1>{i});
 }
 
+// to[i] = f(at i)
+template <int V, class T, class F>
+SORA_INLINE void map(int64_t n, T* to, const F& f) {
+  int64_t i = 0;
+  for (; i + 2 * V <= n; i += 2 * V) put_both<V>(to + i, f(At<V>{i}), f(At<V>{i + V}));
+  for (; i + V <= n; i += V) put<V>(to + i, f(At<V>{i}));
+  for (; i < n; ++i) to[i] = from_float<T>(f(At<1>{i}));
+}
+
 template <int N>
 struct Totals {
   float of[N];

@@ -46,16 +46,16 @@ struct Forward {
       if constexpr (C::kGate) {
         const T *from = x, *y = row_of<const T>(p.y, b, s);
         T* x_new = row_of<T>(p.x_new, b, s);
-        each<V>(D, [=](auto at) SORA_LAMBDA { at.put(x_new, at(from) + m.gate(at) * at(y)); });
+        map<V>(D, x_new, [=](auto at) SORA_LAMBDA { return at(from) + m.gate(at) * at(y); });
         x = x_new;
       }
       if constexpr (C::kNorm) {
         const auto [v, mean, rstd] = statistics<V>(x, scratch.row(0), D, p.rms, p.eps);
         T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next / S, next % S);
         const T* next_x = row_of<const T>(p.x, next / S, next % S);
-        each<V>(D, [=, v = v, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
+        map<V>(D, out, [=, v = v, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
           if constexpr (!C::kGate) at.will_read(next_x), at.will_write(next_out);
-          at.put(out, (at(v) - mean) * rstd * m.mul(at) + m.shift(at));
+          return (at(v) - mean) * rstd * m.mul(at) + m.shift(at);
         });
       }
     }
