@@ -450,6 +450,26 @@ def test_cpu_of_several_tiles_and_blocks_matches_the_fp64_oracle_for_any_number_
         assert_matches_oracle(value, oracle[n], plain[n], n)
 
 
+@pytest.mark.parametrize("scale", [None, -0.2])
+def test_cpu_of_a_long_dense_sequence_matches_the_fp64_oracle(scale, for_any_threads):
+    """It is left to PyTorch's own kernel, but for a negative scale."""
+    qkv, grads = torch.randn(2, 601, 3, 24), [torch.randn(2, 601, 3, 8), torch.randn(2, 3, 601)]
+
+    def run(impl, qkv, grads):
+        inputs = dict(zip("qkv", qkv.split(8, -1), strict=True))
+        function = functools.partial(spacetime_attention, scale=scale, return_lse=True, impl=impl)
+        return outputs_and_grads(function, inputs, grads)
+
+    def poisoned():
+        with poison_empty():
+            return run("cpu", qkv, grads)
+
+    ours, oracle = for_any_threads(poisoned), run("reference", qkv.double(), [g.double() for g in grads])
+    plain = run("reference", qkv, grads)
+    for n, value in ours.items():
+        assert_matches_oracle(value, oracle[n], plain[n], n)
+
+
 def test_cpu_of_one_key_has_no_gradient_of_the_query():
     """Its weight is 1 whatever the query is. Two sums that ought to cancel are added up in the same order."""
     q, k, v = (torch.randn(1, n, 2, 200, requires_grad=True) for n in (3, 1, 1))
