@@ -65,21 +65,6 @@ def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     return t.expand(B, frames, D)
 
 
-def frames_of(*rows: Tensor | None) -> int:
-    """The F of a call, from what a kernel is given."""
-    return max([t.shape[1] for t in rows if t is not None and t.ndim == 3], default=1)
-
-
-def strides(*tensors: Tensor | None) -> list[int]:
-    """(batch, row) of each, in elements; 0 where a row serves all, and for None. Tokens [B, S, D] have theirs too."""
-    found = []
-    for t in tensors:
-        outer = () if t is None else t.stride()[:-1]
-        batch = outer[0] if outer else 0
-        found += [batch, outer[1] if len(outer) == 2 and t.shape[1] > 1 else 0]
-    return found
-
-
 def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
     """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32."""
     if not wanted:

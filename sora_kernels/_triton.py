@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -71,3 +72,18 @@ def sum_partials(partial, out) -> None:
         partial, out, out.stride(0), partial.stride(0), partial.stride(1), count, D,
         BLOCK_N=min(64, triton.next_power_of_2(count)), BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
+
+
+def frames_of(*rows: torch.Tensor | None) -> int:
+    """The F of a call, from what a kernel is given."""
+    return max([t.shape[1] for t in rows if t is not None and t.ndim == 3], default=1)
+
+
+def row_strides(*tensors: torch.Tensor | None) -> list[int]:
+    """(batch, row) of each, in elements; 0 where a row serves all, and for None. Tokens [B, S, D] have theirs too."""
+    found = []
+    for t in tensors:
+        outer = () if t is None else t.stride()[:-1]
+        batch = outer[0] if outer else 0
+        found += [batch, outer[1] if len(outer) == 2 and t.shape[1] > 1 else 0]
+    return found

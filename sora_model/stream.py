@@ -101,9 +101,12 @@ class Pass:
 
 
 def joined(*parts: Tensor) -> Tensor:
-    """The frames of all parts in turn, channels last as they are: beside a part without frames, `cat` forgets that."""
-    parts = [part for part in parts if part.shape[2]] or parts[:1]
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+    """The frames of all parts in turn, channels last as they are: beside a part without frames, `cat` forgets that.
+
+    Such a part is left out, unless what it was made of wants gradients, even if they are zeros.
+    """
+    parts = [part for part in parts if part.shape[2] or part.requires_grad] or parts[:1]
+    return torch.cat(parts, 2).contiguous(memory_format=LAYOUT) if len(parts) > 1 else parts[0]
 
 
 def regroup(pieces: Iterable[Tensor], first: int, step: int) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 // A video in memory: as the tokens of features that both ends of the transformer see, and as the frames of a clip. What
-// only moves values, for unpatchify3d and video_to_uint8, is here; products of them are in patch_embed.cpp and
-// final_layer.cpp.
+// only moves values, for unpatchify3d and video_to_uint8, is here; products of them are in patchify_embed.cpp and
+// patchify_final.cpp.
 
 #pragma once
 

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _rows
-from .._triton import load_rows, load_vector, standardize, store_rows, sum_partials
+from .._triton import frames_of, load_rows, load_vector, row_strides, standardize, store_rows, sum_partials
 
 PROGRAMS = 512  # of the backward: about 4 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -176,11 +175,11 @@ def _forward(
     B, S, D = x.shape
     if x.numel() == 0:
         return
-    frames = _rows.frames_of(gate, shift, scale)
+    frames = frames_of(gate, shift, scale)
     config = tile(D, B * S)
     modulation_fwd_kernel[(triton.cdiv(B * S, config["ROWS"]),)](
         x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
-        *_rows.strides(x, y, x_new, out, gate, shift, scale),
+        *row_strides(x, y, x_new, out, gate, shift, scale),
         B * S, S, S // frames, D, eps, RMS=rms, NORM=norm, **config,
     )  # fmt: skip
 
@@ -196,7 +195,7 @@ def _backward(
         for t in wanted:
             t.zero_()
         return
-    F = _rows.frames_of(gate, scale, *frame_grads)
+    F = frames_of(gate, scale, *frame_grads)
     frames, tokens = B * F, S // F
     config = tile(D, tokens)
     rows = config["ROWS"]
@@ -213,7 +212,7 @@ def _backward(
     by_program = [partials(t, (1, programs)) for t in total_grads]
     modulation_bwd_kernel[(programs,)](
         dout, dx_new, x, y, dx, dy, gate, scale, gate_table, scale_table, weight, bias, *by_chunk, *by_program,
-        *_rows.strides(dout, dx_new, x, y, gate, scale),
+        *row_strides(dout, dx_new, x, y, gate, scale),
         frames, F, S, D, frames_per_program, chunks, tokens, tokens_per_chunk, eps, RMS=rms, **config,
     )  # fmt: skip
     if chunks > 1:

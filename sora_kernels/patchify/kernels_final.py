@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _rows
-from .._triton import load_rows, load_vector, store_rows, sum_partials
+from .._triton import frames_of, load_rows, load_vector, row_strides, store_rows, sum_partials
 from .kernels import dot, feature_offsets, token_offsets, unpatchify3d_bwd
 from .reference import patch_of
 
@@ -260,7 +259,7 @@ def backward_tile(N: int, dtype: torch.dtype, split: bool) -> dict[str, int]:
 def _groups(x, rows, most: int) -> tuple[int, int, int, bool]:
     """(groups, tokens of each, tokens of a frame, whether rows go by token): frames, if few and large enough."""
     B, S, _ = x.shape
-    frames = _rows.frames_of(*rows)
+    frames = frames_of(*rows)
     if B * frames > most or (frames > 1 and S // frames < 64):
         return 1, B * S, S // frames, True
     return B * frames, S // frames, S // frames, False
@@ -280,7 +279,7 @@ def _forward(x, shift, scale, weight, bias, grid_h, grid_w, patch, rms, eps, out
     config = tile(N, x.dtype, split, per_token)
     tiles = triton.cdiv(tokens, config["BLOCK_S"])
     final_layer_fwd_kernel[(groups * tiles,)](
-        x, shift, scale, weight, bias, out, dy, *statistics, *_rows.strides(x, shift, scale),
+        x, shift, scale, weight, bias, out, dy, *statistics, *row_strides(x, shift, scale),
         *((0,) * 5 if out is None else out.stride()),
         S, grid_h, grid_w, frame, tokens, tiles, D, eps,
         N=N, C=N // (patch[0] * patch[1] * patch[2]), PT=patch[0], PH=patch[1], PW=patch[2],
@@ -326,7 +325,7 @@ def final_layer_bwd(dout, x, shift, scale, weight, bias, T, H, W, rms, eps, dx, 
     dbiases = None if dbias is None else empty(1, parts, N)
     final_layer_bwd_kernel[(parts * blocks,)](
         dy, x, shift, scale, weight, *statistics, dx, dshifts, dscales, dweights, dbiases,
-        *_rows.strides(x, shift, scale), S, frame, tokens, tiles, chunks, per_program, D,
+        *row_strides(x, shift, scale), S, frame, tokens, tiles, chunks, per_program, D,
         N=N, RMS=rms, PER_TOKEN=per_token, **config,
     )  # fmt: skip
     for partial, grad in ((dshifts, dshift), (dscales, dscale)):
