@@ -70,3 +70,18 @@ def video_format(x: Tensor) -> torch.memory_format:
 def empty_video(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in x's dtype, device and memory format."""
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=video_format(x))
+
+
+def bias_gradient(dout: Tensor, dbias: Tensor | None) -> None:
+    """dbias [C] = the sum of a video over all but its channels, in fp32, where it is wanted."""
+    if dbias is not None:
+        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+
+
+def unpack(packed: Tensor, front: tuple[int, int, int], dx: Tensor | None, dcache: Tensor | None) -> None:
+    """The adjoint of laying a video after its cache, `front` frames, rows and columns in; of those that are wanted."""
+    past, top, left = front
+    for destination, frames in ((dx, slice(past, None)), (dcache, slice(past))):
+        if destination is not None:
+            H, W = destination.shape[3:]
+            destination.copy_(packed[:, :, frames, top : top + H, left : left + W])

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import zero
+from .._operands import bias_gradient, unpack, zero
+from .reference import repeated
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
@@ -188,21 +189,14 @@ def _same(weight: Tensor) -> tuple[int, int, int]:
 
 def _conv_bwd(dout, x, weight, cache, stride, front, back, padding, dx, dweight, dbias, dcache) -> None:
     data = dx is not None or dcache is not None
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4)))
+    bias_gradient(dout, dbias)
     if not data and dweight is None:
         return
     packed = _packed(x, cache, front, back)
     dpacked, taps = _gradients(dout, packed, weight.float(), stride, padding, data, dweight is not None)
     if dweight is not None:
         dweight.copy_(taps)
-    if data:
-        past, top, left = front
-        inside = dpacked[..., top : top + x.shape[3], left : left + x.shape[4]]
-        if dx is not None:
-            dx.copy_(inside[:, :, past:])
-        if dcache is not None:
-            dcache.copy_(inside[:, :, :past])
+    unpack(dpacked, front, dx, dcache)
 
 
 # downsample_conv3d
@@ -295,17 +289,11 @@ def _of_phase(t: Tensor, axes, factor) -> Tensor:
     return t[:, :, at::ft, ah::fh, aw::fw]
 
 
-def _repeated(x: Tensor, factor) -> Tensor:
-    for dim, f in enumerate(factor, 2):
-        x = x if f == 1 else x.repeat_interleave(f, dim)
-    return x
-
-
 def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
     if out.numel() * weight[0].numel() <= FEW * math.prod(factor):
-        x, cache = (t if t is None else _repeated(t, factor) for t in (x, cache))
+        x, cache = (t if t is None else repeated(t, factor) for t in (x, cache))
         return causal_conv3d_fwd(x, weight, bias, cache, None, None, ONE, 0.0, out, None)
     weight, bias, x = weight.float(), _float(bias), _wide(x)
     B, _, T, H, W = x.shape
@@ -321,8 +309,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache)
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    bias_gradient(dout, dbias)
     data = dx is not None or dcache is not None
     if not data and dweight is None:
         return
@@ -346,7 +333,4 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
             dtaps += dphase_taps
     if dweight is not None:
         dweight.copy_(dtaps)
-    if dx is not None:
-        dx.copy_(dpacked[:, :, past:])
-    if dcache is not None:
-        dcache.copy_(dpacked[:, :, :past])
+    unpack(dpacked, (past, 0, 0), dx, dcache)

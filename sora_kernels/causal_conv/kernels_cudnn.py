@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._operands import parameter, video_format, zero
+from .._operands import bias_gradient, parameter, unpack, video_format, zero
 from . import reference
 from .kernels_passes import LAST, epilogue, pack
 from .kernels_triton import box, causal_front, dense_taps, downsample_front, through_norm, unbox
@@ -92,8 +92,7 @@ def _read(x, cache, front, back) -> tuple[Tensor, tuple[int, ...]]:
 
 def _backward(dout, x, cache, weight, stride, front, back, dx, dweight, dbias, dcache) -> None:
     dout = dout.contiguous(memory_format=LAST)
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    bias_gradient(dout, dbias)
     data = dx is not None or dcache is not None
     if not data and dweight is None:
         return
@@ -102,15 +101,7 @@ def _backward(dout, x, cache, weight, stride, front, back, dx, dweight, dbias, d
     if dweight is not None:
         dweight.copy_(dtaps)
     top, left = front[1] - padding[1], front[2] - padding[2]
-    _unpack(dread, (front[0], top, left), x, dx, dcache)
-
-
-def _unpack(dread, front, x, dx, dcache) -> None:
-    """The adjoint of `pack`."""
-    past, top, left = front
-    for destination, frames in ((dx, slice(past, None)), (dcache, slice(past))):
-        if destination is not None:
-            destination.copy_(dread[:, :, frames, top : top + x.shape[3], left : left + x.shape[4]])
+    unpack(dread, (front[0], top, left), dx, dcache)
 
 
 # causal_conv3d
@@ -197,8 +188,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache)
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    bias_gradient(dout, dbias)
     data = dx is not None or dcache is not None
     if not data and dweight is None:
         return
@@ -208,4 +198,4 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
     dread, dtaps = _gradients(dh, read, taps, factor, padding, data, dweight is not None, transposed=True)
     if dweight is not None:
         dweight.copy_(unbox(dtaps.float().flip(2, 3, 4), factor).transpose(0, 1))
-    _unpack(dread, (past, 0, 0), x, dx, dcache)
+    unpack(dread, (past, 0, 0), dx, dcache)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import parameter, video_format, zero
+from .._operands import bias_gradient, parameter, video_format, zero
 from .kernels_conv import convolve, convolve_phases, last, whole
 from .kernels_dweight import weight_gradient
 
@@ -43,8 +43,7 @@ def _bwd(dout, x, weight, cache, stride, front, dx, dweight, dbias, dcache) -> N
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache)
     dout, x, cache = _last(dout, x, cache)
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    bias_gradient(dout, dbias)
     if dweight is not None:
         weight_gradient([(dout, x, cache, [-n for n in front])], dweight, stride=stride)
     transposed = dense_taps(weight, x).transpose(0, 1)
@@ -157,8 +156,7 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache)
     dout, x, cache = _last(dout, x, cache)
-    if dbias is not None:
-        dbias.copy_(dout.sum((0, 2, 3, 4), dtype=torch.float32))
+    bias_gradient(dout, dbias)
     offset = _behind(weight, factor)
     past = 0 if cache is None else cache.shape[2]
     earlier = [offset[0] - factor[0] * past, *offset[1:]]

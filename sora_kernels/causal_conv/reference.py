@@ -79,10 +79,15 @@ def causal_input(x: Tensor, weight: Tensor, cache: Tensor | None) -> tuple[Tenso
 def upsample_input(x: Tensor, weight: Tensor, cache: Tensor | None, factor: Triple) -> tuple[Tensor, Triple]:
     kt, kh, kw = weight.shape[2:]
     past = upsample_past(kt, factor[0])
-    y = _after(cache, past, x)
-    for axis, f in enumerate(factor, 2):
-        y = y.repeat_interleave(f, axis) if f > 1 else y
+    y = repeated(_after(cache, past, x), factor)
     return y[:, :, past * factor[0] - (kt - 1) :], (0, kh // 2, kw // 2)
+
+
+def repeated(x: Tensor, factor: Triple) -> Tensor:
+    """Nearest upsampling: every frame, row and column as often as `factor` says."""
+    for axis, f in enumerate(factor, 2):
+        x = x.repeat_interleave(f, axis) if f > 1 else x
+    return x
 
 
 def downsample_input(x: Tensor, weight: Tensor, cache: Tensor | None, factor: Triple) -> tuple[Tensor, Triple]:
