@@ -102,23 +102,26 @@ struct Case {
 // ---- 1 / rms of each pixel
 
 template <int V, class T>
-SORA_INLINE float reciprocal_rms(const Params& p, const T* x) {
-  const float squares = sum<V>(p.tiling->C, [=](auto at) SORA_LAMBDA { return at(x) * at(x); });
-  return 1.0f / std::sqrt(squares / static_cast<float>(p.tiling->C) + p.eps);
+SORA_INLINE float sum_of_squares(const Params& p, const T* x) {
+  return sum<V>(p.tiling->C, [=](auto at) SORA_LAMBDA { return at(x) * at(x); });
+}
+
+// Of n sums of squares, in their place.
+SORA_INLINE void reciprocal_rms(const Params& p, float* r, int64_t n) {
+  const float C = static_cast<float>(p.tiling->C), eps = p.eps;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / C + eps);
 }
 
 template <int V, class T>
 SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
-  const int64_t C = p.tiling->C, n = tile.n;
-  const float eps = p.eps;
-  std::fill_n(r, n, p.rms ? 0.0f : 1.0f);
+  std::fill_n(r, tile.n, p.rms ? 0.0f : 1.0f);
   if (!p.rms) return;
-  for (int64_t c = 0; c < C; ++c) {
+  for (int64_t c = 0; c < p.tiling->C; ++c) {
     const T* x = p.x.at<const T>(tile.b, c, tile.first);
-    each<V>(n, [=](auto at) SORA_LAMBDA { at.put(r, at(r) + at(x) * at(x)); });
+    each<V>(tile.n, [=](auto at) SORA_LAMBDA { at.put(r, at(r) + at(x) * at(x)); });
   }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / static_cast<float>(C) + eps);
+  reciprocal_rms(p, r, tile.n);
 }
 
 // ---- several pixels of dense channels as one row
@@ -128,8 +131,10 @@ SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
 
 class PixelRows {
  public:
+  static constexpr int64_t kPixels = 512;  // at most, of one channel each
+
   PixelRows(const Params& p, bool dense)
-      : C(p.tiling->C), pixels(dense ? std::max<int64_t>(1, 512 / C) : 1), scratch_(4, pixels * C) {
+      : C(p.tiling->C), pixels(dense ? std::max<int64_t>(1, kPixels / C) : 1), scratch_(4, pixels * C) {
     repeat(p.weight, weight), repeat(p.bias, bias);
   }
 
@@ -142,7 +147,10 @@ class PixelRows {
   template <int V, class T>
   SORA_INLINE void normalise(const Params& p, const T* x, int64_t n) {
     if (!p.rms) return;
-    for (int64_t i = 0; i < n; ++i) spread(i, reciprocal_rms<V>(p, x + i * C), scale);
+    float r[kPixels];
+    for (int64_t i = 0; i < n; ++i) r[i] = sum_of_squares<V>(p, x + i * C);
+    reciprocal_rms(p, r, n);
+    for (int64_t i = 0; i < n; ++i) spread(i, r[i], scale);
   }
 
   SORA_INLINE void spread(int64_t pixel, float value, float* row) const {
@@ -190,12 +198,16 @@ struct Forward {
     const float *weight = p.weight, *bias = p.bias;
     for (int64_t s = tile.first; s < tile.first + tile.n; s += block) {
       const int64_t n = std::min(block, tile.first + tile.n - s);
-      for (int64_t i = 0; i < n; ++i) r[i] = reciprocal_rms<V>(p, p.x.at<const T>(tile.b, 0, s + i));
+      for (int64_t i = 0; i < n; ++i) r[i] = sum_of_squares<V>(p, p.x.at<const T>(tile.b, 0, s + i));
+      reciprocal_rms(p, r, n);
       for (int64_t i = 0; i < n; ++i) {
-        const T* x = p.x.at<const T>(tile.b, 0, s + i);
-        TOut* out = p.out.at<TOut>(tile.b, 0, s + i);
+        const T *x = p.x.at<const T>(tile.b, 0, s + i), *next_x = p.x.at<const T>(tile.b, 0, s + i + block);
+        TOut *out = p.out.at<TOut>(tile.b, 0, s + i), *next_out = p.out.at<TOut>(tile.b, 0, s + i + block);
         const float scale = r[i];
-        each<V>(C, [=](auto at) SORA_LAMBDA { at.put(out, silu(at(x) * scale * at(weight) + at(bias))); });
+        each<V>(C, [=](auto at) SORA_LAMBDA {
+          at.will_read(next_x), at.will_write(next_out);
+          at.put(out, silu(at(x) * scale * at(weight) + at(bias)));
+        });
       }
     }
   }
@@ -205,10 +217,11 @@ struct Forward {
     rows.load(p, tile.b);
     for (int64_t s = tile.first; s < tile.first + tile.n; s += rows.pixels) {
       const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
-      const T* x = p.x.at<const T>(tile.b, 0, s);
-      TOut* out = p.out.at<TOut>(tile.b, 0, s);
+      const T *x = p.x.at<const T>(tile.b, 0, s), *next_x = p.x.at<const T>(tile.b, 0, s + rows.pixels);
+      TOut *out = p.out.at<TOut>(tile.b, 0, s), *next_out = p.out.at<TOut>(tile.b, 0, s + rows.pixels);
       rows.template normalise<V>(p, x, n);
       each<V>(n * rows.C, [=](auto at) SORA_LAMBDA {
+        at.will_read(next_x), at.will_write(next_out);
         at.put(out, silu((at(x) - at(mean)) * at(scale) * at(weight) + at(bias)));
       });
     }
@@ -362,8 +375,11 @@ struct Backward {
       const int64_t n = std::min(rows.pixels, tile.first + tile.n - s);
       const T *x = p.x.at<const T>(tile.b, 0, s), *dout = p.dout.at<const T>(tile.b, 0, s);
       T* dx = p.out ? p.out.at<T>(tile.b, 0, s) : nullptr;
+      const T* next_x = p.x.at<const T>(tile.b, 0, s + rows.pixels);
+      const T* next_dout = p.dout.at<const T>(tile.b, 0, s + rows.pixels);
       rows.template normalise<V>(p, x, n);
       each<V>(n * C, [=](auto at) SORA_LAMBDA {
+        at.will_read(next_x), at.will_read(next_dout);
         const auto x_hat = (at(x) - at(mean)) * at(scale);
         at.put(xhat, x_hat);
         if constexpr (kReuse) {
@@ -376,11 +392,15 @@ struct Backward {
       });
       if (kKeep && dx) std::copy_n(dy, n * C, reinterpret_cast<float*>(dx));
       if (kPass == Pass::rms && dx) {
+        T* next_dx = dx + rows.pixels * p.out.stride_s;
         for (int64_t i = 0; i < n; ++i) {
           const float *a = dy + i * C, *b = xhat + i * C;
           rows.spread(i, sum<V>(C, [=](auto at) SORA_LAMBDA { return at(a) * at(b); }) / static_cast<float>(C), dot);
         }
-        each<V>(n * C, [=](auto at) SORA_LAMBDA { at.put(dx, at(scale) * (at(dy) - at(xhat) * at(dot))); });
+        each<V>(n * C, [=](auto at) SORA_LAMBDA {
+          at.will_write(next_dx);
+          at.put(dx, at(scale) * (at(dy) - at(xhat) * at(dot)));
+        });
       }
       if constexpr (kPass == Pass::dx) {
         each<V>(n * C, [=](auto at) SORA_LAMBDA { at.put(dx, at(scale) * (at(dy) - at(P) - at(xhat) * at(Q))); });
