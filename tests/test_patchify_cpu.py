@@ -49,6 +49,27 @@ def test_cpu_results_do_not_depend_on_the_number_of_threads(name, dtype, require
     for_any_threads(lambda: outputs_and_grads(function, inputs, [grad]))
 
 
+ASKED = ["x", "weight", "bias", "shift scale", "weight scale", "x weight", "x shift", "weight shift bias"]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_cpu_gradients_of_a_shared_modulation_row_are_right_whichever_are_asked_for(asked, require):
+    """With the weight's gradient those of the row come out of one product, without it from sums over tokens."""
+    require("final_layer", "cpu", grad=True)
+
+    (inputs, settings), grad, names = final_inputs(FINAL[-2]), final_grad(FINAL[-2], torch.float32), asked.split()
+
+    def gradients(impl, dtype):
+        given = {name: t.float().to(dtype) for name, t in inputs.items()}
+        leaves = [given[name].requires_grad_() for name in names]
+        return torch.autograd.grad(final_layer(**given, **settings, impl=impl), leaves, grad.to(dtype))
+
+    ours, plain = gradients("cpu", torch.float32), gradients("reference", torch.float32)
+    oracle = gradients("reference", torch.float64)
+    for name, *values in zip(names, ours, oracle, plain, strict=True):
+        assert_matches_oracle(*values, name, terms=130)
+
+
 def test_cpu_reads_a_strided_video_where_it_lies(require, monkeypatch):
     require("patch_embed3d", "cpu")
     wide = torch.randn(2, 5, 7, 8, 12).contiguous(memory_format=torch.channels_last_3d)

@@ -3,6 +3,10 @@
 //   h = xhat * (1 + scale) + shift,  y = h Wt + bias; backward, with dh = dy W and sums over the tokens of a modulation row:
 //   dW = dyt h,  dbias = sum dy,  dshift = sum dh,  dscale = sum dh * xhat,  dx = norm backward of dh * (1 + scale)
 //
+// Where many tokens share a modulation row, one product G = dyt xhat over them holds the gradients of all parameters, and
+// no sum of the size of the tokens is left but those of dx:
+//   dW = G (1 + scale) + sum dy shift,  dscale = sum over features of W * G,  dshift = Wt sum dy
+//
 // Its norm is not a bf16 number: products are of fp32, whatever the dtype.
 //
 // Bytes that must move, and do once each beyond the partial sums of the weight gradient (the weight is left out):
@@ -33,8 +37,10 @@ struct FinalParams {
   int64_t chunk_size = 0;
   float* partials = nullptr;  // [chunks, chunk_size]: dweight [N, wide_ld(D)], dbias [N], dshift [D], dscale [D]
   bool dweight = false, dbias = false;
+  bool shared = false;  // by the tokens of a chunk: their modulation row, so that G serves
 
-  bool wants_dh() const { return dx || dshift || dscale; }
+  bool wants_rows() const { return dshift || dscale; }
+  bool wants_dh() const { return dx || (wants_rows() && !shared); }
   int64_t dbias_at() const { return dweight ? round_up(N, 24) * wide_ld(shape.D) : 0; }
   int64_t dshift_at() const { return dbias_at() + round_up(N, 16); }
   int64_t dscale_at() const { return dshift_at() + round_up(shape.D, 16); }
@@ -107,15 +113,17 @@ struct FinalBackward {
   static SORA_INLINE void run(const FinalParams& p, int64_t begin, int64_t end) {
     const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D, N * D);
     const Chunking& c = *p.chunking;
-    const Matrix dy = small_block<V>(size, N), xhat(size, D), h(size, wide_ld(D)), rstd(1, size), sums(4, D), dbias_block(1, N);
+    const bool makes_h = p.dweight && !p.shared;
+    const Matrix dy = small_block<V>(size, N), xhat(size, wide_ld(D)), wide(makes_h || p.wants_dh() ? size : 0, wide_ld(D));
+    const Matrix rstd(1, size), sums(4, D), dbias_block(1, N);
     ModulationRow m(p);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
       const int64_t start = group * G + (c.parts > 1 ? chunk % c.parts * c.part_rows : 0);
       const int64_t stop = c.parts > 1 ? std::min(start + c.part_rows, (group + 1) * G)
                                        : std::min(group + c.groups, c.all_groups) * G;
-      float* partials = p.partials + chunk * p.chunk_size;
-      if (p.dbias) std::fill_n(partials + p.dbias_at(), N, 0.0f);
+      float *partials = p.partials + chunk * p.chunk_size, *dbias = partials + p.dbias_at();
+      std::fill_n(dbias, N, 0.0f);
       std::fill_n(sums.row(0), 4 * sums.ld(), 0.0f);
       for (int64_t first = start; first < stop; first += size) {
         const int64_t rows = std::min(size, stop - first);
@@ -123,40 +131,73 @@ struct FinalBackward {
           const int64_t row = first + r;
           rstd.row(0)[r] = normalise<V, T>(p, row, xhat.row(r));
           p.video.gather<T>(row / S, row % S, dy.row(r));
-          if (p.dweight) m.load(row / G), modulate<V>(m, xhat.row(r), h.row(r), D);
+          if (makes_h) m.load(row / G), modulate<V>(m, xhat.row(r), wide.row(r), D);
         }
-        if (p.dbias) add_columns(dy, rows, N, dbias_block.row(0), partials + p.dbias_at());
+        if (p.dbias || p.shared) add_columns(dy, rows, N, dbias_block.row(0), dbias);
         if (p.dweight) {
+          const Matrix& h = p.shared ? xhat : wide;
           add_outer<V>(dy, row_panels(h.row(0), h.ld()), N, D, rows, partials, first > start);
         }
         if (!p.wants_dh()) continue;
-        multiply<V, false>(dy, packed_panels(p.weight, N), rows, D, N, h.row(0), h.ld(), false);
+        multiply<V, false>(dy, packed_panels(p.weight, N), rows, D, N, wide.row(0), wide.ld(), false);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = first + r;
           m.load(row / G);
-          token(p, m, row, h.row(r), xhat.row(r), rstd.row(0)[r], sums);
-          const bool last = row + 1 == stop || (row + 1) % G == 0;
-          if (last || r + 1 == rows) flush(p, row / G, partials, sums, last);
+          if (!p.shared) {
+            add_rows(wide.row(r), xhat.row(r), D, sums);
+            const bool last = row + 1 == stop || (row + 1) % G == 0;
+            if (last || r + 1 == rows) flush(p, row / G, partials, sums, last);
+          }
+          if (p.dx) norm_backward(p, m, row, wide.row(r), xhat.row(r), rstd.row(0)[r]);
         }
+      }
+      if (p.shared) m.load(group), share_out(p, m, partials);
+    }
+  }
+
+  // dx, where dn = dh * (1 + scale): rstd * (dn - mean(dn) - xhat * mean(dn * xhat))
+  static SORA_INLINE void norm_backward(const FinalParams& p, const ModulationRow& m, int64_t row, const float* dh,
+                                        const float* xhat, float rstd) {
+    const int64_t D = p.shape.D;
+    const float* scale = m.scale;
+    const auto totals = sora::sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
+      const auto dn = at(dh) * at(scale);
+      s[0] += dn, s[1] += dn * at(xhat);
+    });
+    const float c1 = p.rms ? 0.0f : totals.of[0] / static_cast<float>(D), c2 = totals.of[1] / static_cast<float>(D);
+    T* dx = row_of<T>(p.dx, row / p.shape.S, row % p.shape.S);
+    each<V>(D, [=](auto at) SORA_LAMBDA { at.put(dx, (at(dh) * at(scale) - c1 - at(xhat) * c2) * rstd); });
+  }
+
+  // The gradients of the parameters from G, which lies where dweight will, and the sums of dy.
+  static SORA_INLINE void share_out(const FinalParams& p, const ModulationRow& m, float* partials) {
+    const int64_t D = p.shape.D, N = p.N, width = Tile<V>::kColumns;
+    const float* dbias = partials + p.dbias_at();
+    for (int64_t d = 0; d < D; d += width) {
+      const float *scale = m.scale + d, *shift = m.shift + d;
+      float *dshift = partials + p.dshift_at() + d, *dscale = partials + p.dscale_at() + d;
+      const int64_t columns = std::min(width, D - d);
+      std::fill_n(dshift, columns, 0.0f), std::fill_n(dscale, columns, 0.0f);
+      for (int64_t n = 0; n < N; ++n) {
+        float* g = partials + n * wide_ld(D) + d;
+        const float dy = dbias[n];
+        if (p.wants_rows()) {
+          const float* w = p.weight + d * N + n * width;
+          each<V>(columns, [=](auto at) SORA_LAMBDA {
+            at.put(dshift, at(dshift) + at(w) * dy), at.put(dscale, at(dscale) + at(w) * at(g));
+          });
+        }
+        each<V>(columns, [=](auto at) SORA_LAMBDA { at.put(g, at(g) * at(scale) + at(shift) * dy); });
       }
     }
   }
 
   // sums: dshift and dscale of this block, then of the modulation row so far.
-  static SORA_INLINE void token(const FinalParams& p, const ModulationRow& m, int64_t row, float* dh, const float* xhat,
-                                float rstd, const Matrix& sums) {
-    const int64_t D = p.shape.D;
+  static SORA_INLINE void add_rows(const float* dh, const float* xhat, int64_t D, const Matrix& sums) {
     float *dshift = sums.row(0), *dscale = sums.row(1);
-    const float* scale = m.scale;
-    const auto totals = sora::sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
-      const auto g = at(dh), dn = g * at(scale);
-      at.put(dshift, at(dshift) + g), at.put(dscale, at(dscale) + g * at(xhat)), at.put(dh, dn);
-      s[0] += dn, s[1] += dn * at(xhat);
+    each<V>(D, [=](auto at) SORA_LAMBDA {
+      at.put(dshift, at(dshift) + at(dh)), at.put(dscale, at(dscale) + at(dh) * at(xhat));
     });
-    if (!p.dx) return;
-    const float c1 = p.rms ? 0.0f : totals.of[0] / static_cast<float>(D), c2 = totals.of[1] / static_cast<float>(D);
-    T* dx = row_of<T>(p.dx, row / p.shape.S, row % p.shape.S);
-    each<V>(D, [=](auto at) SORA_LAMBDA { at.put(dx, (at(dh) - c1 - at(xhat) * c2) * rstd); });
   }
 
   static SORA_INLINE void flush(const FinalParams& p, int64_t group, float* partials, const Matrix& sums, bool last) {
@@ -241,11 +282,12 @@ void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
   const Chunking chunking(p.shape, target_chunks(N, D), kMinRows);
   const int64_t chunks = empty ? 0 : chunking.chunks(), parts = empty ? 0 : chunking.parts;
   p.chunking = &chunking;
+  p.shared = p.dweight && parts > 1;
   p.chunk_size = p.dscale_at() + round_up(D, 16);
   const Scratch partials(1, chunks * p.chunk_size);
   sora::advise_huge_pages(partials.row(0), chunks * p.chunk_size * static_cast<int64_t>(sizeof(float)));
   p.partials = partials.row(0);
-  const Scratch packed = p.wants_dh() ? pack(weight, N, D, D, 1) : Scratch(0, 0);
+  const Scratch packed = p.wants_dh() || p.wants_rows() ? pack(weight, N, D, D, 1) : Scratch(0, 0);
   p.weight = packed.row(0);
   with_dtype(x.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
