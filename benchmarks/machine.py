@@ -53,6 +53,12 @@ def installed(distribution: str) -> str | None:
     return None
 
 
+def allocator() -> str | None:
+    """What replaces the C library's malloc, and its settings. It decides whether large results lie on fresh pages."""
+    preloaded = Path(os.environ.get("LD_PRELOAD", "")).name
+    return " ".join(filter(None, (preloaded, os.environ.get("MALLOC_CONF")))) if "malloc" in preloaded else None
+
+
 @functools.cache
 def commit() -> tuple[str, bool | None]:
     """(commit, dirty). Results and the README, which is generated from them, do not make a tree dirty.
@@ -76,10 +82,12 @@ def commit() -> tuple[str, bool | None]:
 
 def facts(device: torch.device | str) -> dict[str, object]:
     sha, dirty = commit()
+    cpu = torch.device(device).type == "cpu"
     return {
         "device": device_name(device),
         "driver": driver(device),
-        "threads": torch.get_num_threads() if torch.device(device).type == "cpu" else None,
+        "threads": torch.get_num_threads() if cpu else None,
+        "allocator": allocator() if cpu else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -34,7 +34,7 @@ def load_rows(results: Path = machine.RESULTS) -> list[Row]:
     newest: dict[tuple, Row] = {}
     for path in sorted(results.glob("*/*.jsonl")):
         for row in read_jsonl(path):
-            key = tuple(row[f] for f in ("device", "threads", "op", "shape", "dtype", "mode", "impl"))
+            key = *_machine(row), *(row[f] for f in ("op", "shape", "dtype", "mode", "impl"))
             if key not in newest or row["date"] >= newest[key]["date"]:
                 newest[key] = row
     return list(newest.values())
@@ -87,10 +87,15 @@ def figures(rows: Iterable[Row], *, every: bool = False) -> str:
     """
     by_device: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        by_device[row["device"], row["threads"] or 0].append(row)
+        by_device[_machine(row)].append(row)
     if not by_device:
         return "No figures have been recorded yet."
     return "\n\n".join(_device_table(own, every) for _, own in sorted(by_device.items()))
+
+
+def _machine(row: Row) -> tuple[str, int, str]:
+    """Rows of different machines, threads or allocators are not compared."""
+    return row["device"], row["threads"] or 0, row.get("allocator") or ""
 
 
 def _device_table(rows: list[Row], every: bool) -> str:
@@ -98,6 +103,7 @@ def _device_table(rows: list[Row], every: bool) -> str:
     where = (
         f", {last['threads']} thread{'s' * (last['threads'] > 1)}" if last["threads"] else f", driver {last['driver']}"
     )
+    where += f", {last['allocator']}" if last.get("allocator") else ""
     commits = ", ".join(dict.fromkeys(r["commit"] + ("-dirty" if r["dirty"] else "") for r in rows))
     lines = [
         f"**{last['device']}**{where}, torch {last['torch']}, measured copy {last['copy_gb_s']:.3g} GB/s, "
@@ -132,6 +138,8 @@ def _device_table(rows: list[Row], every: bool) -> str:
         ratios = [_ratio(against.get(name), best) for name in ("eager", "compile")]
         ratios.append(f"{_ratio(peer, best)} ({_library(peer)})" if peer else "–")
         time = f"{best['p50_us']:.0f} ({best['p20_us']:.0f}–{best['p80_us']:.0f})"
+        if call := next((r for r in case if r["impl"] == f"{best['impl']}+call"), None):
+            time += f", Python {call['p50_us']:.0f}"
         cells = (op, shape, dtype, mode, best["impl"], time, f"{best['percent_copy']:.0f}", *ratios)
         lines.append(f"| {' | '.join(cells)} |")
     if left_out:

@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
             break
         results = suite.measure(
-            benchmark, shape, _candidates(benchmark, args, device), modes=modes, dtype=dtype,
+            benchmark, shape, _candidates(benchmark, shape, args, device), modes=modes, dtype=dtype,
             device=device, budget_s=args.budget, graph=args.graph, seed=args.seed,
         )  # fmt: skip
         try:
@@ -140,8 +140,8 @@ def record(
         timer = "CUDA graph, cold L2" if graph and result.mode == "fwd" else "events, cold L2"
     else:
         timer = "host clock"
-    if suite.without_out(result.impl) in IMPLS:
-        kind = "ours" if result.impl in IMPLS else "ours, out="  # tables compare what allocates with what allocates
+    if suite.impl_of(result.impl) in IMPLS:  # tables compare whole calls, and what allocates with what allocates
+        kind = "ours" + {"out": ", out=", "call": ", call alone"}.get(result.impl.partition("+")[2], "")
     else:
         kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {
@@ -163,11 +163,15 @@ def record(
     }  # fmt: skip
 
 
-def _candidates(benchmark: Benchmark, args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
+def _candidates(
+    benchmark: Benchmark, shape: shapes.Shape, args: argparse.Namespace, device: torch.device
+) -> tuple[str, ...]:
     """Ours, then eager, which every ratio is taken against, then what --peers adds."""
     ours = args.impl or suite.our_impls(benchmark.op, device)
     if not args.impl and benchmark.outputs and "cpu" in ours:
         ours = (*ours, suite.with_out("cpu"))
+    if not args.impl and shape.id == "tiny":
+        ours = (*ours, *map(suite.call_of, ours[:1]))
     others = ("compile", *benchmark.peers) if args.peers else ()
     return tuple(dict.fromkeys((*ours, "eager", *others)))
 

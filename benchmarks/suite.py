@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sora_kernels
-from sora_kernels import _dispatch, testing
+from sora_kernels import _dispatch, _library, testing
 
 from . import peers, timing
 from .shapes import Shape
@@ -73,15 +73,22 @@ class Benchmark:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*IMPLS, *(with_out(impl) for impl in IMPLS if self.outputs), "eager", "compile", *self.peers)
+        into = (with_out(impl) for impl in IMPLS if self.outputs)
+        return (*IMPLS, *into, *map(call_of, IMPLS), "eager", "compile", *self.peers)
 
 
 def with_out(impl: str) -> str:
+    """The forward into buffers that are used again."""
     return f"{impl}+out"
 
 
-def without_out(name: str) -> str:
-    return name.removesuffix("+out")
+def call_of(impl: str) -> str:
+    """The call alone: all that Python does for a forward, around an op that does nothing."""
+    return f"{impl}+call"
+
+
+def impl_of(name: str) -> str:
+    return name.partition("+")[0]
 
 
 class DeviceLost(RuntimeError):
@@ -168,16 +175,16 @@ def measure(
         calls: dict[str, Callable[[], object]] = {}
         recording = partial(torch.set_grad_enabled, mode == "bwd")  # around the calls, of which it would be a part
         for name in candidates:
-            if mode == "bwd" and (name != without_out(name) or not benchmark.differentiable):
+            if mode == "bwd" and (name != impl_of(name) or not benchmark.differentiable):
                 continue
             try:
                 fn = _load(benchmark, name, case.inputs, mode)
                 verdict = {}
-                if name not in benchmark.unchecked:
+                if name not in (*benchmark.unchecked, call_of(impl_of(name))):
                     judged = fn if judge is case else _load(benchmark, name, judge.inputs, mode)
                     worst, bound, where = judge.check(judged, mode)
                     verdict = dict(max_error=worst, error_bound=bound, error_in=where)
-                    if not worst <= bound * (1 if without_out(name) in IMPLS else PEER_SLACK):
+                    if not worst <= bound * (1 if impl_of(name) in IMPLS else PEER_SLACK):
                         reason = f"wrong: error {worst:.3g} in {where} exceeds its bound {bound:.3g}"
                         results[name] = Result(name, mode, "failed", reason, **verdict)
                         continue
@@ -205,15 +212,18 @@ def measure(
         for name, result in results.items():
             if name in times:
                 work = dict(bytes=case.bytes(mode), flops=benchmark.flops(shape, mode), copy=copy)
+                work |= dict(bytes=0, flops=0) if name == call_of(impl_of(name)) else {}
                 result = Result(**(vars(result) | dict(stats=times[name]) | work))
             yield result
 
 
 def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callable[..., Any]:
-    impl = without_out(name)
+    impl = impl_of(name)
     if impl in IMPLS:
         function, extra = getattr(sora_kernels, benchmark.op), {"impl": impl}
-        if name != impl:
+        if name == call_of(impl):
+            function = _around_nothing(function)
+        if name == with_out(impl):
             buffers = tuple(torch.full_like(inputs["x"], float("nan")) for _ in range(benchmark.outputs))
             extra["out"] = buffers if benchmark.outputs > 1 else buffers[0]
         return lambda **kwargs: function(**kwargs, **extra)
@@ -222,6 +232,19 @@ def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callabl
     if name == "compile":
         return peers.compiled(benchmark.eager)
     return benchmark.peers[name](inputs, mode)
+
+
+def _around_nothing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` while every op it calls does nothing."""
+
+    def call(**kwargs):
+        ops, _library.call = _library.call, lambda op, impl: lambda *args: None
+        try:
+            return function(**kwargs)
+        finally:
+            _library.call = ops
+
+    return call
 
 
 def _alive(device: torch.device) -> bool:

@@ -29,14 +29,14 @@ from benchmarks import (
     timing,
     verified,
 )
-from sora_kernels import _dispatch
+from sora_kernels import _dispatch, _library
 from sora_kernels.testing import outputs_and_grads
 
 FIELDS = {
     "op", "family", "impl", "kind", "impl_version", "shape", "dims", "dtype", "mode", "status", "reason",
     "p20_us", "p50_us", "p80_us", "samples", "timer", "bytes", "gb_s", "percent_copy", "flops", "tflop_s",
     "percent_matmul", "copy_gb_s", "matmul_tflop_s", "max_error", "error_bound", "error_in", "peak_memory",
-    "device", "driver", "threads", "cuda", "python", "torch", "triton", "commit", "dirty", "date",
+    "device", "driver", "threads", "allocator", "cuda", "python", "torch", "triton", "commit", "dirty", "date",
 }  # fmt: skip
 OP = "norm_modulate"
 
@@ -142,10 +142,35 @@ def test_reused_outputs_are_measured_beside_fresh_ones_and_kept_apart(tmp_path, 
     status, rows = invoke(tmp_path, "--op", "gate_residual_norm_modulate", "--shape", "tiny", "--threads", "1")
     assert status == 0
     assert [(r["impl"], r["kind"], r["mode"], r["status"]) for r in rows] == [
-        ("cpu", "ours", "fwd", "ok"), ("cpu+out", "ours, out=", "fwd", "ok"), ("eager", "baseline", "fwd", "ok"),
+        ("cpu", "ours", "fwd", "ok"), ("cpu+out", "ours, out=", "fwd", "ok"),
+        ("cpu+call", "ours, call alone", "fwd", "ok"), ("eager", "baseline", "fwd", "ok"),
         ("cpu", "ours", "bwd", "ok"), ("eager", "baseline", "bwd", "ok"),
     ]  # fmt: skip
-    assert "than cpu+out" not in capsys.readouterr().out
+    out, (whole, _, call, *_) = capsys.readouterr().out, rows
+    assert "than cpu+out" not in out and "than cpu+call" not in out
+    assert 0 < call["p20_us"] < whole["p50_us"] and call["bytes"] == 0 and call["max_error"] is None
+
+
+def test_a_call_alone_is_measured_without_its_op_and_leaves_it_in_place(monkeypatch):
+    ran, original = [], _library.call
+    monkeypatch.setattr(_library, "call", lambda op, impl: lambda *args: (ran.append(op), original(op, impl)(*args)))
+    x, watched = torch.randn(1, 2, 8), _library.call
+    call = suite._around_nothing(sora_kernels.norm_modulate)
+    assert call(x=x, shift=None, scale=None, impl="reference").shape == x.shape and not ran
+    with pytest.raises(ValueError, match="norm must be one of"):
+        call(x=x, shift=None, scale=None, norm="none")
+    assert _library.call is watched
+
+
+def test_rows_of_another_allocator_are_a_table_of_their_own(monkeypatch):
+    assert machine.facts("cpu")["allocator"] is None
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
+    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:-1")
+    allocator = machine.facts("cpu")["allocator"]
+    rows = [make_row(threads=2), make_row(threads=2, allocator=allocator, p50=50.0)]
+    table = report.figures(rows)
+    assert "2 threads, libjemalloc.so.2 dirty_decay_ms:-1, torch" in table and "2 threads, torch" in table
+    assert "| 100 (90–120) |" in table and "| 50 (45–60) |" in table
 
 
 def test_rows_are_appended_to_the_file(tmp_path, quick_ceilings):
@@ -295,17 +320,20 @@ def test_goals_are_of_the_fastest_of_ours_and_of_operations_that_are_measured():
     tiny = [
         make_row("cpu", 23.0, shape="tiny"),
         make_row("eager", 30.0, "baseline", shape="tiny"),
+        make_row("cpu+call", 18.0, "ours, call alone", shape="tiny"),
         make_row("cpu", 40.0, shape="tiny", mode="bwd"),
-        make_row("cpu", 14.0, shape="tiny", op="gate_residual"),
+        make_row("cpu", 24.0, shape="tiny", op="gate_residual"),
+        make_row("cpu+call", 14.0, "ours, call alone", shape="tiny", op="gate_residual"),
     ]
     assert targets.shortfalls(tiny) == [
-        "above its goal of 15 µs a call: norm_modulate cpu fwd float32 at tiny, 23"
+        "above its goal of 15 µs of Python a call: norm_modulate cpu fwd float32 at tiny, 18"
     ]
+    assert "| 23 (21–28), Python 18 |" in report.figures(tiny)
     named = {*targets.PERCENT_COPY, *targets.TFLOP_S, *targets.SPEEDUP, *targets.PERCENT_MATMUL, *targets.NEVER_BELOW}
     assert named <= {*suite.discover(), *sora_kernels.__all__}
     for op, peer in targets.NEVER_BELOW.items():
         assert peer in suite.discover()[op].peers
-    assert all(suite.without_out(peer) not in _dispatch.IMPLS for b in suite.discover().values() for peer in b.peers)
+    assert all(suite.impl_of(peer) not in _dispatch.IMPLS for b in suite.discover().values() for peer in b.peers)
 
 
 def test_a_narrow_terminal_loses_the_lesser_columns_only():

@@ -28,6 +28,7 @@ from .reference import repeated
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
+FEW = 4_000_000  # products that take about as long as a call of oneDNN
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -77,12 +78,16 @@ def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bi
     """out += the convolution of x after its past, which is not copied together with it.
 
     The first kt - 1 frames read the past; the others read x in place. Without a cache the taps on frames of zeros are
-    left out. x is copied after its past where it is smaller than the weight, which oneDNN reorders in each call, and
-    for a batch, whose chunks are not dense in memory.
+    left out. x is copied after its past for a batch, whose chunks are not dense in memory, and where that costs less
+    than several calls: it is smaller than the weight, which oneDNN reorders in each, or few products would be left out.
     """
     past = weight.shape[2] - 1
     head = min(past, out.shape[2])
-    if past and (out.shape[0] > 1 or (cache is not None and x[:, :, head:].numel() < weight.numel())):
+    if cache is not None:
+        copied = x[:, :, head:].numel() < weight.numel()
+    else:
+        copied = out.shape[2] > 1 and x.shape[3] * x.shape[4] * weight.numel() < FEW
+    if past and (out.shape[0] > 1 or copied):
         return _add(out, _packed(x, cache, (past, 0, 0)), weight, bias, ONE, padding)
     x = _wide(x)
     if cache is None:
@@ -238,8 +243,6 @@ def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dc
 #     products of the one convolution     0.6e6         4.7e6         38e6          85e6
 #     phases, x repeated               966, 253 µs  1037, 380 µs  1581, 1825 µs  2227, 4225 µs
 
-FEW = 4_000_000  # products for each phase
-
 
 @dataclass(frozen=True)
 class _Axis:
@@ -292,7 +295,7 @@ def _of_phase(t: Tensor, axes, factor) -> Tensor:
 def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
-    if out.numel() * weight[0].numel() <= FEW * math.prod(factor):
+    if out.numel() * weight[0].numel() < FEW * math.prod(factor):
         x, cache = (t if t is None else repeated(t, factor) for t in (x, cache))
         return causal_conv3d_fwd(x, weight, bias, cache, None, None, ONE, 0.0, out, None)
     weight, bias, x = weight.float(), _float(bias), _wide(x)
