@@ -1,20 +1,15 @@
 // Spacetime attention on a CPU, forward and backward, every mode; dense fp32 forward is left to PyTorch.
 //
 // A tile of at most kQueries queries meets its keys in blocks of kKeys, copied from where they lie into cache as fp32.
-// Scores are kept transposed, [keys, queries]: a vector holds one key's scores with several queries, so that maxima, sums
-// and masks need no work across lanes. Nothing of the size S x S exists, and keys that no query of a tile sees are
-// never touched: time falls with the share of keys that are seen.
+// Nothing of the size S x S exists, and keys that no query of a tile sees are never touched: time falls with the share of
+// keys that are seen.
 //
 // Backward, with P = exp(scale * S - lse):  dV = P^T dO,  dS = scale * P * (dO V^T - rowsum(dO * O) + dlse),
 // dQ = dS K,  dK = dS^T Q. Tiles are cut into parts whose borders depend on the sizes only; a part adds up dK and dV
 // of its tiles in order, and a second pass adds the parts: the result is the same bits however many threads ran.
 
-#include "attention_tiles.h"
 #include "common/check.h"
-#include "common/gemm.h"
-#include "common/heads.h"
-#include "common/lanes.h"
-#include "common/memory.h"
+#include "cpu/attention_workspace.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,202 +17,13 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <map>
 
 namespace sora {
 namespace {
 
-constexpr int64_t kKeys = 128;     // of a block
 constexpr int64_t kTorchsPairs = 1 << 18;  // of queries and keys: fewer are not worth the further call
 constexpr int64_t kTasks = 8;      // of the backward, at least: each has a dK and a dV of its own, whose pages cost time
-constexpr int64_t kSpan = 64;      // rows of dK and dV whose pages are only touched where a part has something to add
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// The heads of q that look by the same rule.
-struct Rule {
-  Tiles tiles;
-  std::vector<int64_t> heads;
-};
-
-struct Params {
-  int64_t B = 0, Sq = 0, Sk = 0, H = 0, Hk = 0, E = 0;
-  Heads q, k, v, out;
-  float* lse = nullptr;  // [B, H, Sq]
-  std::vector<int64_t> kv_lens;
-  float scale = 0;
-  std::vector<Rule> rules;
-  // backward
-  Heads dout, dq, dk, dv;
-  const float* dlse = nullptr;
-  int64_t parts = 0;
-  float *dk_parts = nullptr, *dv_parts = nullptr;  // [parts, B, Hk, Sk, E], zeros
-  uint8_t* touched = nullptr;                      // [parts, B, Hk, spans()]: whether a part added to these rows
-
-  int64_t group() const { return H / std::max<int64_t>(1, Hk); }
-  int64_t spans() const { return (Sk + kSpan - 1) / kSpan; }
-  int64_t most_tiles() const {
-    size_t most = 1;
-    for (const Rule& rule : rules) most = std::max(most, rule.tiles.all().size());
-    return static_cast<int64_t>(most);
-  }
-  int64_t kv_len(int64_t b) const { return kv_lens.empty() ? Sk : kv_lens[b]; }
-  int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
-};
-
-// e^x for x <= 0, to 1e-7; 0 below -87, where it leaves the normal numbers. NaN and -infinity give 0 and 0.
-template <int V>
-SORA_INLINE Floats<V> exp_of_negative(Floats<V> x) {
-  using Vector = Floats<V>;
-  typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t))));
-  const Vector y = x > -87.0f ? x : Vector{} - 87.0f;
-  const Vector n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;  // the nearest integer
-  const Vector f = y - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector p = f * 1.9875691500e-4f + 1.3981999507e-3f;  // the polynomial of Cephes, S. Moshier
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.0f;
-  const Vector power = (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
-  return x > -87.0f ? p * power : Vector{};
-}
-
-// One thread's view of a tile and the memory it works in. Rows are padded to whole vectors, and products write whole
-// tiles: what lies beyond `E`, the keys of a block and the queries is never set, and no result of it is kept. Lanes of
-// queries that are not there repeat the first one's place.
-template <int V, class T>
-struct Workspace {
-  using Vector = Floats<V>;
-  typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t)), may_alias));
-
-  const Params& p;
-  const int64_t E, width;            // of a row, and padded
-  int64_t count = 0, lanes = 0;      // queries, and padded
-  int64_t token[kQueries];
-  alignas(64) int32_t begin[3][kQueries], end[3][kQueries], kept[kQueries];
-  std::vector<KeyRun> runs;
-  const Scratch keys, scores, queries;
-  float *const k, *const v, *const g;  // [kKeys, width]; g for gradients
-  float *const s, *const d;            // [kKeys, lanes]
-
-  explicit Workspace(const Params& params)
-      : p(params), E(p.E), width(round_up(p.E, 2 * V)), keys(3, (kKeys + 8) * width), scores(2, (kKeys + 8) * kQueries),
-        queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {}
-
-  void enter(const Tiles& tiles, const QueryTile& tile, int64_t b) {
-    tiles.runs(tile, p.kv_len(b), runs);
-    tiles.for_each_query(tile, [&](int64_t lane, int64_t at, int64_t t, int64_t h, int64_t w) {
-      token[lane] = at, count = lane + 1;
-      if (tile.clip < 0) return;
-      const int64_t place[3] = {t, h, w};
-      for (int axis = 0; axis < 3; ++axis) {
-        const Interval seen = tiles.reach(tile, axis, place[axis]);
-        begin[axis][lane] = static_cast<int32_t>(seen.begin), end[axis][lane] = static_cast<int32_t>(seen.end);
-      }
-      kept[lane] = static_cast<int32_t>(tiles.kept(tile, t));
-    });
-    lanes = round_up(count, 2 * V);
-    for (int64_t lane = count; lane < lanes; ++lane) {
-      for (int axis = 0; axis < 3; ++axis) begin[axis][lane] = begin[axis][0], end[axis][lane] = end[axis][0];
-      kept[lane] = kept[0];
-    }
-  }
-
-  SORA_INLINE void load_rows(const Heads& from, int64_t b, int64_t h, float* to) const {
-    for (int64_t m = 0; m < count; ++m) widen(from.at<const T>(b, token[m], h), to + m * width);
-    std::fill(to + count * width, to + lanes * width, 0.0f);
-  }
-
-  SORA_INLINE void widen(const T* from, float* to) const {
-#pragma omp simd
-    for (int64_t e = 0; e < E; ++e) to[e] = to_float(from[e]);
-  }
-
-  // Rows [lanes, width] as the panels [lanes / 2V, E, 2V] of their transpose.
-  SORA_INLINE void transpose(const float* rows, float* panels) const {
-    for (int64_t m = 0; m < lanes; ++m) {
-      float* to = panels + m / (2 * V) * (2 * V) * E + m % (2 * V);
-      for (int64_t e = 0; e < E; ++e) to[e * 2 * V] = rows[m * width + e];
-    }
-  }
-
-  struct Piece {
-    const KeyRun* run;
-    int64_t offset, first, count;  // keys [offset, offset + count) of the run are rows [first, first + count)
-  };
-  std::vector<Piece> pieces;
-  int64_t run = 0, offset = 0;         // where the next block begins
-
-  // Back to the first of the tile's keys.
-  void rewind() { run = offset = 0; }
-
-  // Copies the next keys' rows; returns how many, 0 after the last.
-  SORA_INLINE int64_t load_block(int64_t b, int64_t h) {
-    int64_t n = 0;
-    pieces.clear();
-    while (n < kKeys && run < static_cast<int64_t>(runs.size())) {
-      const int64_t first = runs[run].token + offset, some = std::min(runs[run].count - offset, kKeys - n);
-      for (int64_t i = 0; i < some; ++i) {
-        widen(p.k.at<const T>(b, first + i, h), k + (n + i) * width);
-        widen(p.v.at<const T>(b, first + i, h), v + (n + i) * width);
-      }
-      pieces.push_back({&runs[run], offset, n, some});
-      offset += some, n += some;
-      if (offset == runs[run].count) ++run, offset = 0;
-    }
-    return n;
-  }
-
-  // Scores of what is not seen become -infinity.
-  SORA_INLINE void mask() {
-    for (const Piece& piece : pieces) {
-      if (!piece.run->masked) continue;
-      const int32_t t = static_cast<int32_t>(piece.run->t), h = static_cast<int32_t>(piece.run->h);
-      for (int64_t l = 0; l < lanes; l += V) {
-        const Integers keep = t < integers(kept + l);
-        const Integers row = (t >= integers(begin[0] + l)) & (t < integers(end[0] + l)) &
-                             (h >= integers(begin[1] + l)) & (h < integers(end[1] + l));
-        const Integers &from = integers(begin[2] + l), &to = integers(end[2] + l);
-        for (int64_t i = 0; i < piece.count; ++i) {
-          const int32_t w = static_cast<int32_t>(piece.run->w + piece.offset + i);
-          float* score = s + (piece.first + i) * lanes + l;
-          const Integers seen = keep | (row & (w >= from) & (w < to));
-          put<V>(score, seen != 0 ? fetch<V>(score) : Vector{} - kInfinity);
-        }
-      }
-    }
-  }
-
-  // [n, lanes] = rows of keys times panels of queries
-  SORA_INLINE void multiply_keys(const float* rows, const float* panels, int64_t n, float* to) const {
-    multiply<V, false>({rows, width}, packed_panels(panels, E), n, lanes, E, to, lanes, false);
-  }
-
-  // [lanes, width] += (weights [n, lanes])^T times rows of keys
-  SORA_INLINE void multiply_weights(const float* weights, const float* rows, int64_t n, float* to) const {
-    multiply<V, true>({weights, lanes}, row_panels(rows, width), lanes, E, n, to, width, true);
-  }
-
-  // The block's rows of to [Sk, E] += weights [n, lanes] times rows of queries
-  SORA_INLINE void add_to_keys(const float* weights, const float* rows, int64_t n, float* to) const {
-    const bool direct = pieces.size() == 1 && n % Tile<V>::kRows == 0 && E == width;  // whole tiles, one below another
-    float* const sum = direct ? to + (pieces[0].run->token + pieces[0].offset) * E : g;
-    multiply<V, false>({weights, lanes}, row_panels(rows, width), n, width, lanes, sum, width, direct);
-    if (direct) return;
-    for (const Piece& piece : pieces) {
-      for (int64_t i = 0; i < piece.count; ++i) {
-        float* row = to + (piece.run->token + piece.offset + i) * E;
-        const float* from = g + (piece.first + i) * width;
-#pragma omp simd
-        for (int64_t e = 0; e < E; ++e) row[e] += from[e];
-      }
-    }
-  }
-
- private:
-  static SORA_INLINE const Integers& integers(const int32_t* at) { return *reinterpret_cast<const Integers*>(at); }
-};
 
 // ---- forward
 
@@ -280,11 +86,11 @@ struct Forward {
     const Vector finite = highest > -kInfinity ? highest : Vector{};
     Vector sum{};
     for (int64_t i = 0; i < n; ++i) {
-      const Vector weight = exp_of_negative<V>(fetch<V>(scores + i * stride) * scale - finite);
+      const Vector weight = exp_of_negative(fetch<V>(scores + i * stride) * scale - finite);
       put<V>(scores + i * stride, weight);
       sum += weight;
     }
-    const Vector factor = exp_of_negative<V>(before - finite);
+    const Vector factor = exp_of_negative(before - finite);
     put<V>(shrink, factor);
     put<V>(total, fetch<V>(total) * factor + sum);
     put<V>(top, highest);
@@ -339,7 +145,7 @@ struct Backward {
       for (int64_t l = 0; l < w.lanes; l += V) {
         const Vector sum = fetch<V>(lse + l), mean = fetch<V>(centre + l), extra = fetch<V>(dlse + l);
         for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
-          const Vector weight = exp_of_negative<V>(fetch<V>(w.s + i) * p.scale - sum);
+          const Vector weight = exp_of_negative(fetch<V>(w.s + i) * p.scale - sum);
           put<V>(w.s + i, weight);
           put<V>(w.d + i, weight * (fetch<V>(w.d + i) - mean + extra) * p.scale);
         }
