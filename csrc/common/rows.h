@@ -60,8 +60,16 @@ inline void add(float* values, const Vector& from, int64_t D) {
   with_span<Sum>({values, from.data, from.dtype, 0, values}, D);
 }
 
-inline void add(float* values, const Rows& from, int64_t b, int64_t f, int64_t D) {
-  with_span<Sum>({values, from.data, from.dtype, b * from.stride_b + f * from.stride_f, values}, D);
+// to = plus + the row, where there is one
+inline void add(float* to, const float* plus, const Rows& from, int64_t b, int64_t f, int64_t D) {
+  if (from) with_span<Sum>({to, from.data, from.dtype, b * from.stride_b + f * from.stride_f, plus}, D);
+  else if (to != plus) std::copy_n(plus, D, to);
+}
+
+// The row of a gradient itself, where it is fp32: then no copy of it is made.
+inline float* in_place(const Rows& to, float* otherwise, int64_t b, int64_t f) {
+  if (!to || to.dtype != ScalarType::Float) return otherwise;
+  return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
 }
 
 // Columns [d, d + n) only.

@@ -167,12 +167,6 @@ struct Backward {
     }
   }
 
-  // The row of a gradient itself, where it is fp32: then no copy of it is made.
-  static SORA_INLINE float* in_place(const Rows& to, float* otherwise, int64_t b, int64_t f) {
-    if (!to || to.dtype != ScalarType::Float) return otherwise;
-    return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
-  }
-
   static SORA_INLINE void shared_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
                                       int64_t chunk, float* const* partials) {
     const Chunking& c = *p.chunking;

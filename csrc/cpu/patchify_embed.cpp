@@ -58,7 +58,7 @@ struct EmbedForward {
       multiply<V, false>(small, packed_panels(p.weight, depth), rows, D, depth, wide.row(0), wide.ld(), false, pairs);
       for (int64_t r = 0; r < rows; ++r) {
         const auto [b, s] = p.token(first + r);
-        add(wide.row(r), p.pos, b, s, D);
+        add(wide.row(r), wide.row(r), p.pos, b, s, D);
         const float *from = wide.row(r), *plus = bias.row(0);
         T* to = row_of<T>(p.out, b, s);
 #pragma omp simd

@@ -49,14 +49,15 @@ struct FinalParams {
 // The modulation of a group of tokens in fp32, loaded when the group changes.
 class ModulationRow {
  public:
-  explicit ModulationRow(const FinalParams& p) : p_(p), rows_(2, p.shape.D) {}
+  explicit ModulationRow(const FinalParams& p) : p_(p), rows_(4, p.shape.D) {
+    std::fill_n(rows_.row(2), p.shape.D, 1.0f);
+  }
 
   SORA_INLINE void load(int64_t group) {
     if (group == group_) return;
     group_ = group;
     const int64_t D = p_.shape.D, b = group / p_.shape.modulation_rows(), f = group % p_.shape.modulation_rows();
-    std::fill_n(scale, D, 1.0f), std::fill_n(shift, D, 0.0f);
-    add(scale, p_.scale, b, f, D), add(shift, p_.shift, b, f, D);
+    add(scale, rows_.row(2), p_.scale, b, f, D), add(shift, rows_.row(3), p_.shift, b, f, D);
   }
 
  private:
@@ -143,7 +144,9 @@ struct FinalBackward {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = first + r;
           m.load(row / G);
-          if (!p.shared) {
+          if (G == 1) {
+            store_rows(p, row, wide.row(r), xhat.row(r), sums);
+          } else if (!p.shared) {
             add_rows(wide.row(r), xhat.row(r), D, sums);
             const bool last = row + 1 == stop || (row + 1) % G == 0;
             if (last || r + 1 == rows) flush(p, row / G, partials, sums, last);
@@ -190,6 +193,16 @@ struct FinalBackward {
         each<V>(columns, [=](auto at) SORA_LAMBDA { at.put(g, at(g) * at(scale) + at(shift) * dy); });
       }
     }
+  }
+
+  // dshift and dscale of a token that has modulation rows of its own.
+  static SORA_INLINE void store_rows(const FinalParams& p, int64_t row, const float* dh, const float* xhat,
+                                     const Matrix& scratch) {
+    if (!p.wants_rows()) return;
+    const int64_t b = row / p.shape.S, s = row % p.shape.S, D = p.shape.D;
+    float *dshift = in_place(p.dshift, scratch.row(0), b, s), *dscale = in_place(p.dscale, scratch.row(1), b, s);
+    each<V>(D, [=](auto at) SORA_LAMBDA { at.put(dshift, at(dh)), at.put(dscale, at(dh) * at(xhat)); });
+    store(dshift, p.dshift, b, s, 0, D), store(dscale, p.dscale, b, s, 0, D);
   }
 
   // sums: dshift and dscale of this block, then of the modulation row so far.
