@@ -3,9 +3,9 @@
 //   h = xhat * (1 + scale) + shift,  y = h Wt + bias; backward, with dh = dy W and sums over the tokens of a modulation row:
 //   dW = dyt h,  dbias = sum dy,  dshift = sum dh,  dscale = sum dh * xhat,  dx = norm backward of dh * (1 + scale)
 //
-// Where many tokens share a modulation row, one product G = dyt xhat over them holds the gradients of all parameters, and
+// Where many tokens share a modulation row, one product P = dyt xhat over them holds the gradients of all parameters, and
 // no sum of the size of the tokens is left but those of dx:
-//   dW = G (1 + scale) + sum dy shift,  dscale = sum over features of W * G,  dshift = Wt sum dy
+//   dW = P * (1 + scale) + sum dy shift,  dscale = sum over features of W * P,  dshift = Wt sum dy
 //
 // Its norm is not a bf16 number: products are of fp32, whatever the dtype.
 //
@@ -37,7 +37,7 @@ struct FinalParams {
   int64_t chunk_size = 0;
   float* partials = nullptr;  // [chunks, chunk_size]: dweight [N, wide_ld(D)], dbias [N], dshift [D], dscale [D]
   bool dweight = false, dbias = false;
-  bool shared = false;  // by the tokens of a chunk: their modulation row, so that G serves
+  bool shared = false;  // by the tokens of a chunk: their modulation row, so that P serves
 
   bool wants_rows() const { return dshift || dscale; }
   bool wants_dh() const { return dx || (wants_rows() && !shared); }
@@ -115,7 +115,8 @@ struct FinalBackward {
     const int64_t S = p.shape.S, D = p.shape.D, N = p.N, G = p.shape.rows_per_modulation(), size = block_rows(D, N * D);
     const Chunking& c = *p.chunking;
     const bool makes_h = p.dweight && !p.shared;
-    const Matrix dy = small_block<V>(size, N), xhat(size, wide_ld(D)), wide(makes_h || p.wants_dh() ? size : 0, wide_ld(D));
+    const Matrix dy = small_block<V>(size, N), xhat(size, wide_ld(D));
+    const Matrix wide(makes_h || p.wants_dh() ? size : 0, wide_ld(D));  // h, then dh
     const Matrix rstd(1, size), sums(4, D), dbias_block(1, N);
     ModulationRow m(p);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -143,7 +144,6 @@ struct FinalBackward {
         multiply<V, false>(dy, packed_panels(p.weight, N), rows, D, N, wide.row(0), wide.ld(), false);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t row = first + r;
-          m.load(row / G);
           if (G == 1) {
             store_rows(p, row, wide.row(r), xhat.row(r), sums);
           } else if (!p.shared) {
@@ -151,7 +151,7 @@ struct FinalBackward {
             const bool last = row + 1 == stop || (row + 1) % G == 0;
             if (last || r + 1 == rows) flush(p, row / G, partials, sums, last);
           }
-          if (p.dx) norm_backward(p, m, row, wide.row(r), xhat.row(r), rstd.row(0)[r]);
+          if (p.dx) m.load(row / G), norm_backward(p, m, row, wide.row(r), xhat.row(r), rstd.row(0)[r]);
         }
       }
       if (p.shared) m.load(group), share_out(p, m, partials);
@@ -172,7 +172,7 @@ struct FinalBackward {
     each<V>(D, [=](auto at) SORA_LAMBDA { at.put(dx, (at(dh) * at(scale) - c1 - at(xhat) * c2) * rstd); });
   }
 
-  // The gradients of the parameters from G, which lies where dweight will, and the sums of dy.
+  // The gradients of the parameters from P, which lies where dweight will, and the sums of dy.
   static SORA_INLINE void share_out(const FinalParams& p, const ModulationRow& m, float* partials) {
     const int64_t D = p.shape.D, N = p.N, width = Tile<V>::kColumns;
     const float* dbias = partials + p.dbias_at();
@@ -182,15 +182,15 @@ struct FinalBackward {
       const int64_t columns = std::min(width, D - d);
       std::fill_n(dshift, columns, 0.0f), std::fill_n(dscale, columns, 0.0f);
       for (int64_t n = 0; n < N; ++n) {
-        float* g = partials + n * wide_ld(D) + d;
+        float* product = partials + n * wide_ld(D) + d;
         const float dy = dbias[n];
         if (p.wants_rows()) {
           const float* w = p.weight + d * N + n * width;
           each<V>(columns, [=](auto at) SORA_LAMBDA {
-            at.put(dshift, at(dshift) + at(w) * dy), at.put(dscale, at(dscale) + at(w) * at(g));
+            at.put(dshift, at(dshift) + at(w) * dy), at.put(dscale, at(dscale) + at(w) * at(product));
           });
         }
-        each<V>(columns, [=](auto at) SORA_LAMBDA { at.put(g, at(g) * at(scale) + at(shift) * dy); });
+        each<V>(columns, [=](auto at) SORA_LAMBDA { at.put(product, at(product) * at(scale) + at(shift) * dy); });
       }
     }
   }
