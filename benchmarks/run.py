@@ -141,7 +141,7 @@ def record(
     else:
         timer = "host clock"
     if suite.impl_of(result.impl) in IMPLS:  # tables compare whole calls, and what allocates with what allocates
-        kind = "ours" + {"out": ", out=", "call": ", call alone"}.get(result.impl.partition("+")[2], "")
+        kind = "ours" if result.impl in IMPLS else "ours, call alone" if suite.is_call(result.impl) else "ours, out="
     else:
         kind = "baseline" if result.impl in ("eager", "compile") else "peer"
     return {

@@ -87,6 +87,10 @@ def call_of(impl: str) -> str:
     return f"{impl}+call"
 
 
+def is_call(name: str) -> bool:
+    return name == call_of(impl_of(name))
+
+
 def impl_of(name: str) -> str:
     return name.partition("+")[0]
 
@@ -180,7 +184,7 @@ def measure(
             try:
                 fn = _load(benchmark, name, case.inputs, mode)
                 verdict = {}
-                if name not in (*benchmark.unchecked, call_of(impl_of(name))):
+                if name not in benchmark.unchecked and not is_call(name):
                     judged = fn if judge is case else _load(benchmark, name, judge.inputs, mode)
                     worst, bound, where = judge.check(judged, mode)
                     verdict = dict(max_error=worst, error_bound=bound, error_in=where)
@@ -211,8 +215,8 @@ def measure(
         copy = moved / times["copy"].p50 if beside and times else None
         for name, result in results.items():
             if name in times:
-                work = dict(bytes=case.bytes(mode), flops=benchmark.flops(shape, mode), copy=copy)
-                work |= dict(bytes=0, flops=0) if name == call_of(impl_of(name)) else {}
+                least, flops = (0, 0) if is_call(name) else (case.bytes(mode), benchmark.flops(shape, mode))
+                work = dict(bytes=least, flops=flops, copy=copy)
                 result = Result(**(vars(result) | dict(stats=times[name]) | work))
             yield result
 
@@ -221,7 +225,7 @@ def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callabl
     impl = impl_of(name)
     if impl in IMPLS:
         function, extra = getattr(sora_kernels, benchmark.op), {"impl": impl}
-        if name == call_of(impl):
+        if is_call(name):
             function = _around_nothing(function)
         if name == with_out(impl):
             buffers = tuple(torch.full_like(inputs["x"], float("nan")) for _ in range(benchmark.outputs))

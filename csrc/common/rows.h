@@ -66,10 +66,10 @@ inline void add(float* to, const float* plus, const Rows& from, int64_t b, int64
   else if (to != plus) std::copy_n(plus, D, to);
 }
 
-// The row of a gradient itself, where it is fp32: then no copy of it is made.
-inline float* in_place(const Rows& to, float* otherwise, int64_t b, int64_t f) {
-  if (!to || to.dtype != ScalarType::Float) return otherwise;
-  return static_cast<float*>(to.data) + b * to.stride_b + f * to.stride_f;
+// The row itself, where it is fp32: then no copy of it is made.
+inline float* in_place(const Rows& rows, float* otherwise, int64_t b, int64_t f) {
+  if (!rows || rows.dtype != ScalarType::Float) return otherwise;
+  return static_cast<float*>(rows.data) + b * rows.stride_b + f * rows.stride_f;
 }
 
 // Columns [d, d + n) only.

@@ -97,12 +97,10 @@ class ModulationRows {
   }
 
   SORA_INLINE const float* read(const Rows& from, const float* table, float* copy, int64_t b, int64_t f) const {
-    const int64_t offset = b * from.stride_b + f * from.stride_f;
     if (C::kOwn && !from) return zeros();
-    if (C::kOwn && from.dtype == ScalarType::Float) return static_cast<const float*>(from.data) + offset;
-    if (from) with_span<Sum>({copy, from.data, from.dtype, offset, C::kOwn ? zeros() : table}, D_);
-    else std::copy_n(table, D_, copy);
-    return copy;
+    float* const row = C::kOwn ? in_place(from, copy, b, f) : copy;
+    if (row == copy) add(copy, C::kOwn ? zeros() : table, from, b, f, D_);
+    return row;
   }
 
   const Modulation& from_;

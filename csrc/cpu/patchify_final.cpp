@@ -300,7 +300,7 @@ void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
   const Scratch partials(1, chunks * p.chunk_size);
   sora::advise_huge_pages(partials.row(0), chunks * p.chunk_size * static_cast<int64_t>(sizeof(float)));
   p.partials = partials.row(0);
-  const Scratch packed = p.wants_dh() || p.wants_rows() ? pack(weight, N, D, D, 1) : Scratch(0, 0);
+  const Scratch packed = p.dx || p.wants_rows() ? pack(weight, N, D, D, 1) : Scratch(0, 0);
   p.weight = packed.row(0);
   with_dtype(x.scalar_type(), [&](auto t) {
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {

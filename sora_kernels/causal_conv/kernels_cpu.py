@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _dispatch, _library
 from .._operands import bias_gradient, unpack, zero
-from .reference import repeated
+from .reference import repeated, upsample_past, upsample_spare
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
@@ -86,7 +86,7 @@ def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bi
     if cache is not None:
         copied = x[:, :, head:].numel() < weight.numel()
     else:
-        copied = out.shape[2] > 1 and x.shape[3] * x.shape[4] * weight.numel() < FEW
+        copied = out.shape[2] > 1 and _few(out[:, :, :1], weight)
     if past and (out.shape[0] > 1 or copied):
         return _add(out, _packed(x, cache, (past, 0, 0)), weight, bias, ONE, padding)
     x = _wide(x)
@@ -317,6 +317,26 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
         _of_phase(out, axes, factor).copy_(total[..., top : top + H, left : left + W])
 
 
+def _phase_gradients(dout: Tensor, packed: Tensor, weight: Tensor, factor, past: int, data: bool, taps: bool):
+    """The gradients of `packed`, x after `past` frames, and of the weight; zeros where not asked for."""
+    dpacked, dweight = torch.zeros_like(packed), torch.zeros_like(weight)
+    H, W = packed.shape[3:]
+    for axes in _phases(weight, factor):
+        padding, (top, left) = _phase_padding(axes)
+        summed = _phase_weight(weight, axes)
+        rows, columns = (n + 2 * p - k + 1 for n, p, k in zip((H, W), padding[1:], summed.shape[3:], strict=True))
+        dphase = _packed(_of_phase(dout, axes, factor), None, (0, top, left), (rows - top - H, columns - left - W))
+        first = past - axes[0].before
+        dread, dsummed = _gradients(dphase, packed[:, :, first:], summed, ONE, padding, data, taps)
+        if data:
+            dpacked[:, :, first:] += dread
+        if taps:
+            for dim, axis in enumerate(axes, 2):
+                dsummed = dsummed.index_select(dim, torch.tensor(axis.taps))
+            dweight += dsummed
+    return dpacked, dweight
+
+
 def _summed(t: Tensor, factor) -> Tensor:
     """The adjoint of `repeated`."""
     for dim, f in enumerate(factor, 2):
@@ -331,31 +351,16 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
     data = dx is not None or dcache is not None
     if not data and dweight is None:
         return
-    wide = weight.float()
-    past = max(axis.before for axis in _axis(weight.shape[2], factor[0], weight.shape[2] - 1))
-    packed = _packed(x, cache, (past, 0, 0))
+    kt, ft, wide = weight.shape[2], factor[0], weight.float()
+    front = (upsample_past(kt, ft), 0, 0)
+    packed = _packed(x, cache, front)
     if _few(dout, weight, math.prod(factor)):
-        unseen = past * factor[0] - (weight.shape[2] - 1)
-        read = _wide(repeated(packed, factor)[:, :, unseen:])
+        spare = upsample_spare(kt, ft)
+        read = _wide(repeated(packed, factor)[:, :, spare:])
         dread, dtaps = _gradients(_wide(dout), read, wide, ONE, _same(weight), data, dweight is not None)
-        if data:
-            unpack(_summed(torch.nn.functional.pad(dread, (0, 0, 0, 0, unseen, 0)), factor), (past, 0, 0), dx, dcache)
-        return None if dweight is None else dweight.copy_(dtaps)
-    dpacked, dtaps = torch.zeros_like(packed), torch.zeros_like(wide)
-    T, H, W = x.shape[2:]
-    for axes in _phases(weight, factor):
-        padding, (top, left) = _phase_padding(axes)
-        taps = _phase_weight(wide, axes)
-        rows, columns = (n + 2 * p - k + 1 for n, p, k in zip((H, W), padding[1:], taps.shape[3:], strict=True))
-        dphase = _packed(_of_phase(dout, axes, factor), None, (0, top, left), (rows - top - H, columns - left - W))
-        first = past - axes[0].before
-        dsource, dphase_taps = _gradients(dphase, packed[:, :, first:], taps, ONE, padding, data, dweight is not None)
-        if data:
-            dpacked[:, :, first:] += dsource
-        if dweight is not None:
-            for dim, axis in enumerate(axes, 2):
-                dphase_taps = dphase_taps.index_select(dim, torch.tensor(axis.taps))
-            dtaps += dphase_taps
+        dpacked = _summed(_packed(dread, None, (spare, 0, 0)), factor) if data else None
+    else:
+        dpacked, dtaps = _phase_gradients(dout, packed, wide, factor, front[0], data, dweight is not None)
     if dweight is not None:
         dweight.copy_(dtaps)
-    unpack(dpacked, (past, 0, 0), dx, dcache)
+    unpack(dpacked, front, dx, dcache)

@@ -170,19 +170,13 @@ def _transposed(weight: Tensor, x: Tensor, factor) -> Tensor:
     return dense_taps(box(weight, factor).flip(2, 3, 4).transpose(0, 1), x)
 
 
-def _past(weight: Tensor, factor) -> tuple[int, int]:
-    """Frames read before x, and how many results these are more than the taps that reach back."""
-    past = reference.upsample_past(weight.shape[2], factor[0])
-    return past, past * factor[0] - (weight.shape[2] - 1)
-
-
 def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
-    past, spare = _past(weight, factor)
-    read = pack(x, cache, (past, 0, 0))
+    kt, ft = weight.shape[2], factor[0]
+    read = pack(x, cache, (reference.upsample_past(kt, ft), 0, 0))
     h = _convolution(read, _transposed(weight, x, factor), factor, causal_front(weight), transposed=True)
-    epilogue(h[:, :, spare:], out, parameter(bias))
+    epilogue(h[:, :, reference.upsample_spare(kt, ft) :], out, parameter(bias))
 
 
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
@@ -192,7 +186,8 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
     data = dx is not None or dcache is not None
     if not data and dweight is None:
         return
-    past, spare = _past(weight, factor)
+    kt, ft = weight.shape[2], factor[0]
+    past, spare = reference.upsample_past(kt, ft), reference.upsample_spare(kt, ft)
     read, dh = pack(x, cache, (past, 0, 0)), pack(dout, None, (spare, 0, 0))
     taps, padding = _transposed(weight, x, factor), causal_front(weight)
     dread, dtaps = _gradients(dh, read, taps, factor, padding, data, dweight is not None, transposed=True)

@@ -80,7 +80,7 @@ def upsample_input(x: Tensor, weight: Tensor, cache: Tensor | None, factor: Trip
     kt, kh, kw = weight.shape[2:]
     past = upsample_past(kt, factor[0])
     y = repeated(_after(cache, past, x), factor)
-    return y[:, :, past * factor[0] - (kt - 1) :], (0, kh // 2, kw // 2)
+    return y[:, :, upsample_spare(kt, factor[0]) :], (0, kh // 2, kw // 2)
 
 
 def repeated(x: Tensor, factor: Triple) -> Tensor:
@@ -102,6 +102,11 @@ def downsample_input(x: Tensor, weight: Tensor, cache: Tensor | None, factor: Tr
 def upsample_past(kt: int, factor: int) -> int:
     """How many frames before x the convolution of `kt` upsampled frames reads: the length of its cache."""
     return -(-(kt - 1) // factor)
+
+
+def upsample_spare(kt: int, factor: int) -> int:
+    """How many of these frames, once they are repeated, it does not reach."""
+    return upsample_past(kt, factor) * factor - (kt - 1)
 
 
 def downsample_past(kt: int, factor: int) -> int:
