@@ -453,7 +453,13 @@ void gate_residual_norm_modulate_bwd(
   p.dgate_table = vector("dgate_table", dgate_table, x_new);
   p.dshift_table = vector("dshift_table", dshift_table, x_new);
   p.dscale_table = vector("dscale_table", dscale_table, x_new);
-  dout ? backward<true, true>(p, x_new.scalar_type()) : backward<true, false>(p, x_new.scalar_type());
+  if (dout) return backward<true, true>(p, x_new.scalar_type());
+  // of what only `out` depends on the gradients are zeros; what is left is gate_residual
+  BackwardParams of_out = p;
+  of_out.dgate = {}, of_out.dgate_table = {};
+  store_zeros(of_out);
+  p.dshift = p.dscale = {}, p.dweight = p.dbias = p.dshift_table = p.dscale_table = {};
+  backward<true, false>(p, x_new.scalar_type());
 }
 
 }  // namespace
