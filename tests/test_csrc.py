@@ -87,6 +87,18 @@ def test_rounding_is_to_nearest_even_with_subnormals_and_overflow(dtype):
 
 
 @cpu_library
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("D", [7, 40, 131, 1536])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_fused_function_has_the_bits_of_the_two_one_after_the_other(D, dtype, norm):
+    x, y = torch.randn(2, 2, 12, D).to(dtype)
+    gate, shift, scale = torch.randn(3, 2, 3, D)
+    x_new, out = gate_residual_norm_modulate(x, y, gate, shift, scale, norm=norm, impl="cpu")
+    assert torch.equal(x_new, gate_residual(x, y, gate, impl="cpu"))
+    assert torch.equal(out, norm_modulate(x_new, shift, scale, norm=norm, impl="cpu"))
+
+
+@cpu_library
 def test_strided_and_expanded_tensors_give_the_same_bits_as_contiguous_ones():
     B, S, D = 2, 12, 40
     wide = torch.randn(B, S + 3, 2 * D)
@@ -144,7 +156,8 @@ def cpu_flags() -> set[str]:
 @cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_each_instruction_set_meets_the_error_rule(isa, tmp_path):
-    needed = {"baseline": set(), "avx2": {"avx2", "fma", "bmi2"}, "avx512": {"avx512f", "avx512bw", "avx512vl"}}[isa]
+    avx2, avx512 = {"avx2", "fma", "bmi2", "f16c"}, {"avx512f", "avx512bw", "avx512vl"}
+    needed = {"baseline": set(), "avx2": avx2, "avx512": avx512}[isa]
     if missing := needed - cpu_flags():
         pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
     environment = os.environ | {"SORA_KERNELS_CPU_ISA": isa}

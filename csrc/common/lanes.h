@@ -5,9 +5,9 @@
 
 #include "common/simd.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sora {
 
@@ -50,29 +50,63 @@ SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
   return __builtin_convertvector(words, typename Lanes<V>::Bits);
 }
 
+// Every CPU with AVX2 has instructions that convert halves.
+template <int V, class T>
+#if defined(__x86_64__)
+constexpr bool has_conversion = V > 4 && std::is_same_v<T, Half>;
+#else
+constexpr bool has_conversion = false;
+#endif
+
+template <int V>
+SORA_INLINE Floats<V> from_halves(const typename Lanes<V>::Words& words) {
+  Floats<V> x;
+  asm("vcvtph2ps %1, %0" : "=v"(x) : "vm"(words));
+  return x;
+}
+
+template <int V>
+SORA_INLINE typename Lanes<V>::Words to_halves(const Floats<V>& x) {
+  typename Lanes<V>::Words words;
+  asm("vcvtps2ph $0, %1, %0" : "=vm"(words) : "v"(x));
+  return words;
+}
+
 // V values of any dtype as fp32, and rounded back.
 template <int V, class T>
 SORA_INLINE Floats<V> fetch(const T* from) {
-  if constexpr (sizeof(T) == 2) return decode<Floats<V>>(T{}, widen<V>(from));
-  else return *reinterpret_cast<const typename Lanes<V>::Unaligned*>(from);
+  using Lane = Lanes<V>;
+  if constexpr (sizeof(T) == 4) return *reinterpret_cast<const typename Lane::Unaligned*>(from);
+  else if constexpr (has_conversion<V, T>) return from_halves<V>(*reinterpret_cast<const typename Lane::UnalignedWords*>(from));
+  else return decode<Floats<V>>(T{}, widen<V>(from));
 }
 
 template <int V, class T>
 SORA_INLINE void put(T* to, const Floats<V>& x) {
   using Lane = Lanes<V>;
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<typename Lane::Unaligned*>(to) = x;
+  } else if constexpr (has_conversion<V, T>) {
+    *reinterpret_cast<typename Lane::UnalignedWords*>(to) = to_halves<V>(x);
+  } else {
     const auto bits = encode<typename Lane::Bits>(T{}, x);
     *reinterpret_cast<typename Lane::UnalignedWords*>(to) = __builtin_convertvector(bits, typename Lane::Words);
-  } else {
-    *reinterpret_cast<typename Lane::Unaligned*>(to) = x;
   }
+}
+
+// As it is after `put`.
+template <class T, int V>
+SORA_INLINE Floats<V> rounded(const Floats<V>& x) {
+  if constexpr (sizeof(T) == 4) return x;
+  else if constexpr (has_conversion<V, T>) return from_halves<V>(to_halves<V>(x));
+  else return decode<Floats<V>>(T{}, encode<typename Lanes<V>::Bits>(T{}, x));
 }
 
 // 2V neighbours. Eight 16-bit results fill half a register: with AVX2 two halves take as long to pack as one.
 template <int V, class T>
 SORA_INLINE void put_both(T* to, const Floats<V>& x, const Floats<V>& y) {
 #if defined(__x86_64__)
-  if constexpr (sizeof(T) == 2 && V == 8) {
+  if constexpr (std::is_same_v<T, BFloat16> && V == 8) {
     const auto a = encode<typename Lanes<V>::Bits>(T{}, x), b = encode<typename Lanes<V>::Bits>(T{}, y);
     typename Lanes<2 * V>::Words words;
     asm("vpackusdw %2, %1, %0\n\tvpermq $0xd8, %0, %0" : "=x"(words) : "x"(a), "x"(b));
@@ -93,56 +127,6 @@ SORA_INLINE float sum(const Floats<V>& x) {
     std::memcpy(&upper, reinterpret_cast<const char*>(&x) + sizeof lower, sizeof upper);
     return sum<V / 2>(lower + upper);
   }
-}
-
-// V channels side by side, of which the first n exist.
-template <int V, class T>
-SORA_INLINE Floats<V> read(const T* from, int64_t n) {
-  T whole[V];
-  if (n < V) std::fill(std::copy_n(from, n, whole), whole + V, T{}), from = whole;
-  return fetch<V>(from);
-}
-
-template <int V, class T>
-SORA_INLINE void write(T* to, const Floats<V>& x, int64_t n) {
-  T whole[V];
-  put<V>(n < V ? whole : to, x);
-  if (n < V) std::copy_n(whole, n, to);
-}
-
-// V interleaved pairs, of which the first n exist. Two 16-bit neighbours are taken apart in the 32-bit lane in which
-// they arrive: the first lies in its lower half, as on every machine this is built for.
-template <int V, class T>
-SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
-  T whole[2 * V];
-  if (n < V) std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), from = whole;
-  if constexpr (sizeof(T) == 2) {
-    typename Lanes<V>::Bits both;
-    std::memcpy(&both, from, sizeof both);
-    a = decode<Floats<V>>(T{}, both & 0xffffu), b = decode<Floats<V>>(T{}, both >> 16);
-  } else {
-    alignas(64) float x[V], y[V];
-#pragma omp simd
-    for (int j = 0; j < V; ++j) x[j] = from[2 * j], y[j] = from[2 * j + 1];
-    a = fetch<V>(x), b = fetch<V>(y);
-  }
-}
-
-template <int V, class T>
-SORA_INLINE void write_pairs(T* to, const Floats<V>& a, const Floats<V>& b, int64_t n) {
-  T whole[2 * V];
-  T* all = n < V ? whole : to;
-  if constexpr (sizeof(T) == 2) {
-    using Bits = typename Lanes<V>::Bits;
-    const Bits both = encode<Bits>(T{}, a) | encode<Bits>(T{}, b) << 16;
-    std::memcpy(all, &both, sizeof both);
-  } else {
-    alignas(64) float x[V], y[V];
-    put<V>(x, a), put<V>(y, b);
-#pragma omp simd
-    for (int j = 0; j < V; ++j) all[2 * j] = x[j], all[2 * j + 1] = y[j];
-  }
-  if (n < V) std::copy_n(whole, 2 * n, to);
 }
 
 }  // namespace sora

@@ -5,6 +5,7 @@
 #include "common/lanes.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace sora {
 
@@ -16,6 +17,8 @@ struct At {
   SORA_INLINE Floats<V> operator()(const T* from) const { return fetch<V>(from + i); }
   template <class T>
   SORA_INLINE void put(T* to, const Floats<V>& x) const { sora::put<V>(to + i, x); }
+  template <class T>
+  SORA_INLINE Floats<V> rounded(const Floats<V>& x) const { return sora::rounded<T, V>(x); }
 
   // Of a row that comes next: it starts too soon for the hardware to have seen it coming.
   template <class T>
@@ -32,6 +35,8 @@ struct At<1> {
   SORA_INLINE float operator()(const T* from) const { return to_float(from[i]); }
   template <class T>
   SORA_INLINE void put(T* to, float x) const { to[i] = from_float<T>(x); }
+  template <class T>
+  SORA_INLINE float rounded(float x) const { return to_float(from_float<T>(x)); }
   SORA_INLINE void will_read(const void*) const {}
   SORA_INLINE void will_write(void*) const {}
 };
@@ -50,6 +55,23 @@ SORA_INLINE void map(int64_t n, T* to, const F& f) {
   for (; i + 2 * V <= n; i += 2 * V) put_both<V>(to + i, f(At<V>{i}), f(At<V>{i + V}));
   for (; i + V <= n; i += V) put<V>(to + i, f(At<V>{i}));
   for (; i < n; ++i) to[i] = from_float<T>(f(At<1>{i}));
+}
+
+// The same for two of f's results. Either destination may be absent.
+template <int V, class T, class F>
+SORA_INLINE void map_both(int64_t n, T* to, T* also, const F& f) {
+  int64_t i = 0;
+  for (; i + 2 * V <= n; i += 2 * V) {
+    const auto [x, y] = f(At<V>{i});
+    const auto [next_x, next_y] = f(At<V>{i + V});
+    if (to) put_both<V>(to + i, x, next_x);
+    if (also) put_both<V>(also + i, y, next_y);
+  }
+  for (; i < n; ++i) {
+    const auto [x, y] = f(At<1>{i});
+    if (to) to[i] = from_float<T>(x);
+    if (also) also[i] = from_float<T>(y);
+  }
 }
 
 template <int N>
@@ -84,6 +106,36 @@ SORA_INLINE Totals<N> sums(int64_t n, const F& f) {
 template <int V, class Term>
 SORA_INLINE float sum(int64_t n, const Term& term) {
   return sums<V, 1>(n, [&](auto at, auto& s) SORA_LAMBDA { s[0] += term(at); }).of[0];
+}
+
+// map, and the sum of term(x) over what was stored, which is left in `copy` as fp32 where it is not.
+template <int V, class T, class F, class Term>
+SORA_INLINE float map_sum(int64_t n, T* to, float* copy, const F& f, const Term& term) {
+  Floats<V> s[4] = {};
+  float rest = 0;
+  int64_t i = 0;
+  const auto stored = [=](auto at, auto x) SORA_LAMBDA {
+    x = at.template rounded<T>(x);
+    if constexpr (!std::is_same_v<T, float>) at.put(copy, x);
+    return term(x);
+  };
+  for (; i + 4 * V <= n; i += 4 * V) {
+#pragma GCC unroll 2
+    for (int way = 0; way < 4; way += 2) {
+      const At<V> at{i + way * V}, next{at.i + V};
+      const Floats<V> x = f(at), y = f(next);
+      put_both<V>(to + at.i, x, y);
+      s[way] += stored(at, x), s[way + 1] += stored(next, y);
+    }
+  }
+  const auto one = [=](auto at) SORA_LAMBDA {
+    const auto x = f(at);
+    at.put(to, x);
+    return stored(at, x);
+  };
+  for (; i + V <= n; i += V) s[0] += one(At<V>{i});
+  for (; i < n; ++i) rest += one(At<1>{i});
+  return sum<V>((s[0] + s[1]) + (s[2] + s[3])) + rest;
 }
 
 }  // namespace sora

@@ -91,25 +91,33 @@ struct Statistics {
   float mean, rstd;
 };
 
-// A row that is not fp32 is widened into `copy` by the first of the passes over it.
+// first(term) is the sum of term(x) over the row, which it leaves in v.
+template <int V, class First>
+SORA_INLINE Statistics statistics(const First& first, const float* v, int64_t D, bool rms, float eps) {
+  const float n = static_cast<float>(D);
+  float mean = 0, squares;
+  if (rms) {
+    squares = first([](auto x) SORA_LAMBDA { return x * x; });
+  } else {
+    mean = first([](auto x) SORA_LAMBDA { return x; }) / n;
+    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
+  }
+  return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
+}
+
+// A row that is not fp32 is widened into `copy`.
 template <int V, class T>
 SORA_INLINE Statistics statistics(const T* from, float* copy, int64_t D, bool rms, float eps) {
   const float* v = copy;
   if constexpr (std::is_same_v<T, float>) v = from;
-  const auto wide = [=](auto at) SORA_LAMBDA {
-    const auto x = at(from);
-    if constexpr (!std::is_same_v<T, float>) at.put(copy, x);
-    return x;
+  const auto widen = [=](auto term) SORA_LAMBDA {
+    return sum<V>(D, [=](auto at) SORA_LAMBDA {
+      const auto x = at(from);
+      if constexpr (!std::is_same_v<T, float>) at.put(copy, x);
+      return term(x);
+    });
   };
-  const float n = static_cast<float>(D);
-  float mean = 0, squares;
-  if (rms) {
-    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { const auto x = wide(at); return x * x; });
-  } else {
-    mean = sum<V>(D, wide) / n;
-    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
-  }
-  return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
+  return statistics<V>(widen, v, D, rms, eps);
 }
 
 // ---- chunks of tokens for a backward

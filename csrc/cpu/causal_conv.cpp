@@ -50,9 +50,9 @@ struct Forward {
         const T *x = p.x.at<const T>(tile.b, 0, s + i), *next_x = p.x.at<const T>(tile.b, 0, s + i + block);
         TOut *out = p.out.at<TOut>(tile.b, 0, s + i), *next_out = p.out.at<TOut>(tile.b, 0, s + i + block);
         const float scale = r[i];
-        each<V>(C, [=](auto at) SORA_LAMBDA {
+        map<V>(C, out, [=](auto at) SORA_LAMBDA {
           at.will_read(next_x), at.will_write(next_out);
-          at.put(out, silu(at(x) * scale * at(weight) + at(bias)));
+          return silu(at(x) * scale * at(weight) + at(bias));
         });
       }
     }
@@ -66,9 +66,9 @@ struct Forward {
       const T *x = p.x.at<const T>(tile.b, 0, s), *next_x = p.x.at<const T>(tile.b, 0, s + rows.pixels);
       TOut *out = p.out.at<TOut>(tile.b, 0, s), *next_out = p.out.at<TOut>(tile.b, 0, s + rows.pixels);
       rows.template normalise<V>(p, x, n);
-      each<V>(n * rows.C, [=](auto at) SORA_LAMBDA {
+      map<V>(n * rows.C, out, [=](auto at) SORA_LAMBDA {
         at.will_read(next_x), at.will_write(next_out);
-        at.put(out, silu((at(x) - at(mean)) * at(scale) * at(weight) + at(bias)));
+        return silu((at(x) - at(mean)) * at(scale) * at(weight) + at(bias));
       });
     }
   }
@@ -80,7 +80,7 @@ struct Forward {
       const T* x = p.x.at<const T>(tile.b, c, tile.first);
       TOut* out = p.out.at<TOut>(tile.b, c, tile.first);
       const float m = p.mean[row + c], scale = p.rstd[row + c], w = p.weight[c], b = p.bias[c];
-      each<V>(tile.n, [=](auto at) SORA_LAMBDA { at.put(out, silu((at(x) - m) * (at(r) * scale) * w + b)); });
+      map<V>(tile.n, out, [=](auto at) SORA_LAMBDA { return silu((at(x) - m) * (at(r) * scale) * w + b); });
     }
   }
 };

@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace sora {
 namespace {
@@ -42,23 +43,38 @@ struct Forward {
       const int64_t b = row / S, s = row % S, next = std::min(row + 1, end - 1);
       if (row == begin || s % G == 0) m = rows.load(b, s / G);
 
-      const T* x = row_of<const T>(p.x, b, s);
-      if constexpr (C::kGate) {
-        const T *from = x, *y = row_of<const T>(p.y, b, s);
-        T* x_new = row_of<T>(p.x_new, b, s);
-        map<V>(D, x_new, [=](auto at) SORA_LAMBDA { return at(from) + m.gate(at) * at(y); });
-        x = x_new;
-      }
-      if constexpr (C::kNorm) {
-        const auto [v, mean, rstd] = statistics<V>(x, scratch.row(0), D, p.rms, p.eps);
-        T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next / S, next % S);
-        const T* next_x = row_of<const T>(p.x, next / S, next % S);
+      if constexpr (!C::kNorm) {
+        map<V>(D, row_of<T>(p.x_new, b, s), gated(p, m, b, s));
+      } else {
+        const auto [v, mean, rstd] = row_to_normalise(p, m, scratch.row(0), b, s);
+        const int64_t next_b = next / S, next_s = next % S;
+        const T* next_x = row_of<const T>(p.x, next_b, next_s);
+        const T* next_y = C::kGate ? row_of<const T>(p.y, next_b, next_s) : nullptr;
+        T* next_x_new = C::kGate ? row_of<T>(p.x_new, next_b, next_s) : nullptr;
+        T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next_b, next_s);
         map<V>(D, out, [=, v = v, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
-          if constexpr (!C::kGate) at.will_read(next_x), at.will_write(next_out);
+          if constexpr (!(C::kGate && C::kOwn)) at.will_read(next_x), at.will_write(next_out);  // else L1 is full
+          if constexpr (C::kGate && !C::kOwn) at.will_read(next_y), at.will_write(next_x_new);
           return (at(v) - mean) * rstd * m.mul(at) + m.shift(at);
         });
       }
     }
+  }
+
+  static SORA_INLINE auto gated(const ForwardParams& p, const ModulationRow<C::kOwn>& m, int64_t b, int64_t s) {
+    const T *x = row_of<const T>(p.x, b, s), *y = row_of<const T>(p.y, b, s);
+    return [=](auto at) SORA_LAMBDA { return at(x) + m.gate(at) * at(y); };
+  }
+
+  // x_new is written on the way.
+  static SORA_INLINE Statistics row_to_normalise(const ForwardParams& p, const ModulationRow<C::kOwn>& m, float* copy,
+                                                 int64_t b, int64_t s) {
+    const int64_t D = p.shape.D;
+    if constexpr (!C::kGate) return statistics<V>(row_of<const T>(p.x, b, s), copy, D, p.rms, p.eps);
+    T* x_new = row_of<T>(p.x_new, b, s);
+    if constexpr (std::is_same_v<T, float>) copy = x_new;
+    const auto write = [=, &p](auto term) SORA_LAMBDA { return map_sum<V>(D, x_new, copy, gated(p, m, b, s), term); };
+    return statistics<V>(write, copy, D, p.rms, p.eps);
   }
 };
 
@@ -227,17 +243,17 @@ struct Backward {
     };
     T *dx = p.dx ? row_of<T>(p.dx, b, s) : nullptr, *dy = p.dy ? row_of<T>(p.dy, b, s) : nullptr;
     const T* y = C::kGate ? row_of<const T>(p.y, b, s) : nullptr;
-    if (!C::kGate && !dx) return;
-    each<V>(D, [=](auto at) SORA_LAMBDA {
-      if constexpr (C::kNorm) at.will_write(next_dx);
-      auto g = gradient(at);
-      if (C::kNorm && dx_new) g += at(dx_new);
-      if (dx) at.put(dx, g);
-      if constexpr (C::kGate) {
+    if constexpr (!C::kGate) {
+      if (dx) map<V>(D, dx, [=](auto at) SORA_LAMBDA { return at.will_write(next_dx), gradient(at); });
+    } else {
+      map_both<V>(D, dx, dy, [=](auto at) SORA_LAMBDA {
+        if constexpr (C::kNorm) at.will_write(next_dx);
+        auto g = gradient(at);
+        if (C::kNorm && dx_new) g += at(dx_new);
         join(at, of.R, at(y) * g);
-        if (dy) at.put(dy, m.gate(at) * g);
-      }
-    });
+        return std::pair(g, m.gate(at) * g);
+      });
+    }
   }
 
   static SORA_INLINE void accumulate(const BackwardParams& p, const Row& m, TokenSums of, float* const* sums) {

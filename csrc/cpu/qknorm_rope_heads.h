@@ -11,12 +11,70 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace sora {
 namespace {
 
 // ---- channels of one head
+
+// V channels side by side, of which the first n exist.
+template <int V, class T>
+SORA_INLINE Floats<V> read(const T* from, int64_t n) {
+  T whole[V];
+  if (n < V) std::fill(std::copy_n(from, n, whole), whole + V, T{}), from = whole;
+  return fetch<V>(from);
+}
+
+template <int V, class T>
+SORA_INLINE void write(T* to, const Floats<V>& x, int64_t n) {
+  T whole[V];
+  put<V>(n < V ? whole : to, x);
+  if (n < V) std::copy_n(whole, n, to);
+}
+
+// V interleaved pairs, of which the first n exist. Two 16-bit neighbours are taken apart in the 32-bit lane in which
+// they arrive: the first lies in its lower half, as on every machine this is built for.
+template <int V, class T>
+SORA_INLINE void read_pairs(const T* from, int64_t n, Floats<V>& a, Floats<V>& b) {
+  T whole[2 * V];
+  if (n < V) std::fill(std::copy_n(from, 2 * n, whole), whole + 2 * V, T{}), from = whole;
+  if constexpr (sizeof(T) == 2 && !has_conversion<V, T>) {
+    typename Lanes<V>::Bits both;
+    std::memcpy(&both, from, sizeof both);
+    a = decode<Floats<V>>(T{}, both & 0xffffu), b = decode<Floats<V>>(T{}, both >> 16);
+  } else {
+    alignas(64) float wide[2 * V], x[V], y[V];
+    const float* pairs = wide;
+    if constexpr (std::is_same_v<T, float>) pairs = from;
+    else put<V>(wide, fetch<V>(from)), put<V>(wide + V, fetch<V>(from + V));
+#pragma omp simd
+    for (int j = 0; j < V; ++j) x[j] = pairs[2 * j], y[j] = pairs[2 * j + 1];
+    a = fetch<V>(x), b = fetch<V>(y);
+  }
+}
+
+template <int V, class T>
+SORA_INLINE void write_pairs(T* to, const Floats<V>& a, const Floats<V>& b, int64_t n) {
+  T whole[2 * V];
+  T* all = n < V ? whole : to;
+  if constexpr (sizeof(T) == 2 && !has_conversion<V, T>) {
+    using Bits = typename Lanes<V>::Bits;
+    const Bits both = encode<Bits>(T{}, a) | encode<Bits>(T{}, b) << 16;
+    std::memcpy(all, &both, sizeof both);
+  } else {
+    alignas(64) float wide[2 * V], x[V], y[V];
+    float* pairs = wide;
+    if constexpr (std::is_same_v<T, float>) pairs = all;
+    put<V>(x, a), put<V>(y, b);
+#pragma omp simd
+    for (int j = 0; j < V; ++j) pairs[2 * j] = x[j], pairs[2 * j + 1] = y[j];
+    if constexpr (sizeof(T) == 2) put<V>(all, fetch<V>(wide)), put<V>(all + V, fetch<V>(wide + V));
+  }
+  if (n < V) std::copy_n(whole, 2 * n, to);
+}
 
 // fp32 in L1: first halves, second halves, the rest that does not turn, each filled up with zeros to whole vectors.
 struct Order {
