@@ -1,4 +1,4 @@
-"""qk_norm_rope: the formula, the conventions of public models, gradients, contract, in every implementation."""
+"""qk_norm_rope: the formula, gradients, contract, in every implementation."""
 
 from __future__ import annotations
 
@@ -205,103 +205,6 @@ def test_text_is_normalised_not_rotated(text_at, text, impl, require):
     out, _ = qk_norm_rope(x, x, grid=(1, 2, 3), text_len=4, text_at=text_at, origin=(1, 0, 0), impl=impl)
     same = torch.isclose(out, normalised(x), rtol=1e-5, atol=1e-6).flatten(2).all(-1)[0]
     assert same.nonzero().flatten().tolist() == list(range(10))[text]
-
-
-# The conventions of public models: what reaches the attention inside diffusers' own classes, on random parameters
-
-
-def attended(monkeypatch, owner, name, attention, *args, **kwargs):
-    """The queries and keys that `attention(...)` hands to the function `owner.name`."""
-    seen = []
-
-    def record(q, k, v, *_, **__):
-        seen.extend((q, k))
-        return v
-
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter)
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(owner, name, record)
-        attention(*args, **kwargs)
-    return seen
-
-
-def projected(attention, x, heads):
-    with torch.no_grad():
-        return tuple(f(x).unflatten(2, (heads, -1)) for f in (attention.to_q, attention.to_k))
-
-
-def affine(attention, *names):
-    return {f"{x}_{name}": getattr(getattr(attention, f"norm_{x}"), name).detach() for x in "qk" for name in names}
-
-
-def assert_same(ours, theirs, tolerance=3e-6):
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("E, grid", [(12, (3, 2, 5)), (128, (2, 3, 2)), (40, (1, 4, 3))])
-def test_wan_in_diffusers(E, grid, monkeypatch):
-    wan = pytest.importorskip("diffusers.models.transformers.transformer_wan")
-    T, H, W = grid
-    rope = wan.WanRotaryPosEmbed(E, (1, 2, 2), 64)
-    attention = wan.WanAttention(2 * E, 2, E, eps=1e-5, processor=wan.WanAttnProcessor())
-    x, freqs = torch.randn(2, T * H * W, 2 * E), rope(torch.empty(1, 4, T, 2 * H, 2 * W))
-    theirs = attended(monkeypatch, wan, "dispatch_attention_fn", attention, x, rotary_emb=freqs)
-    settings = affine(attention, "weight") | dict(across="width", grid=grid, eps=1e-5)
-    assert_same(qk_norm_rope(*projected(attention, x, 2), **settings), theirs)
-
-
-def test_hunyuan_video_in_diffusers(monkeypatch):
-    hunyuan = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
-    rope = hunyuan.HunyuanVideoRotaryPosEmbed(2, 1, [4, 6, 6], theta=256.0)
-    attention = hunyuan.HunyuanVideoSingleTransformerBlock(2, 16, mlp_ratio=1.0).attn
-    video, text, freqs = torch.randn(2, 18, 32), torch.randn(2, 5, 32), rope(torch.empty(1, 4, 3, 4, 6))
-    call = dict(encoder_hidden_states=text, image_rotary_emb=freqs)
-    theirs = attended(monkeypatch, hunyuan, "dispatch_attention_fn", attention, video, **call)
-    settings = affine(attention, "weight") | dict(grid=(3, 2, 3), split=(2, 3, 3), theta=256.0, text_len=5)
-    assert_same(qk_norm_rope(*projected(attention, torch.cat((video, text), 1), 2), **settings), theirs)
-
-
-def test_cogvideox_in_diffusers(monkeypatch):
-    """Its QK-norm is a LayerNorm with a bias, and its text comes first."""
-    cogvideox = pytest.importorskip("diffusers.models.transformers.cogvideox_transformer_3d")
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
-    attention = cogvideox.CogVideoXBlock(32, 2, 16, 8).attn1
-    freqs = embeddings.get_3d_rotary_pos_embed(16, ((0, 0), (2, 3)), (2, 3), 4)
-    video, text = torch.randn(2, 24, 32), torch.randn(2, 5, 32)
-    call = dict(encoder_hidden_states=text, image_rotary_emb=freqs)
-    functional = torch.nn.functional
-    theirs = attended(monkeypatch, functional, "scaled_dot_product_attention", attention, video, **call)
-    settings = affine(attention, "weight", "bias") | dict(norm="layer", grid=(4, 2, 3), split=(2, 3, 3))
-    q, k = projected(attention, torch.cat((text, video), 1), 2)
-    assert settings["q_bias"].abs().min() > 0
-    assert_same(
-        qk_norm_rope(q, k, **settings, text_len=5, text_at="start"), [t.transpose(1, 2) for t in theirs], 1e-5
-    )
-
-
-def test_ltx_turns_the_whole_width(monkeypatch):
-    ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx")
-    attention = ltx.LTXAttention(20, heads=2, kv_heads=2, dim_head=10)
-    freqs = ltx.LTXVideoRotaryPosEmbed(20)(torch.empty(1, 12, 3), 2, 2, 3)
-    x = torch.randn(2, 12, 20)
-    theirs = attended(monkeypatch, ltx, "dispatch_attention_fn", attention, x, image_rotary_emb=freqs)
-    cos, sin = (f[0, :, ::2] for f in freqs)
-    settings = affine(attention, "weight") | dict(freqs=(cos, sin), eps=1e-5)
-    ours = qk_norm_rope(*(t.flatten(2).unsqueeze(2) for t in projected(attention, x, 2)), **settings)
-    assert_same([t.squeeze(2).unflatten(2, (2, 10)) for t in ours], theirs)
-
-
-def test_ltx2_has_other_angles_for_each_head(monkeypatch):
-    ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
-    attention = ltx.LTX2Attention(36, heads=3, kv_heads=3, dim_head=12, rope_type="split")
-    rope = ltx.LTX2AudioVideoRotaryPosEmbed(36, rope_type="split", num_attention_heads=3)
-    freqs, x = rope(torch.rand(1, 3, 7) * 20), torch.randn(1, 7, 36)
-    theirs = attended(monkeypatch, ltx, "dispatch_attention_fn", attention, x, query_rotary_emb=freqs)
-    cos, sin = (f[0].transpose(0, 1) for f in freqs)
-    settings = affine(attention, "weight") | dict(across="width", freqs=(cos, sin), interleaved=False)
-    assert_same(qk_norm_rope(*projected(attention, x, 3), **settings), theirs)
 
 
 # Numbers
