@@ -62,7 +62,7 @@ def positive(op: str, name: str, value: float) -> None:
 
 def triple(op: str, name: str, value: object, *, least: int = 1) -> tuple[int, int, int]:
     """Three integers of at least `least`, as given."""
-    if not (isinstance(value, tuple | list) and len(value) == 3 and all(isinstance(v, int) for v in value)):
+    if not (isinstance(value, (tuple, list)) and len(value) == 3 and all([isinstance(v, int) for v in value])):
         raise ValueError(f"{op}: {name} must be three integers (t, h, w); got {value!r}")
     if min(value) < least:
         raise ValueError(f"{op}: every entry of {name} must be at least {least}; got {tuple(value)}")

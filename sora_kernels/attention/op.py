@@ -85,7 +85,10 @@ def spacetime_attention(
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     grad = needs_grad((q, k, v))
     impl = _choose(impl, q, grad)
-    out, lse = (_SpacetimeAttention.apply if grad else _spacetime_attention)(*apart(q, k, v), *mode, impl)
+    if grad:
+        out, lse = _SpacetimeAttention.apply(*apart(q, k, v), *mode, impl)
+    else:
+        out, lse = _spacetime_attention(q, k, v, *mode, impl)
     return (out, lse) if return_lse else out
 
 

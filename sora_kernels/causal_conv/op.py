@@ -113,9 +113,8 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    run = _CausalConv3d.apply if grad else _CausalConv3d.run
-    impl = _choose(op, impl, x, weight, grad)
-    y = run(*apart(*tensors), stride, norm_eps, shape, return_raw, impl)
+    settings = stride, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad)
+    y = _CausalConv3d.apply(*apart(*tensors), *settings) if grad else _CausalConv3d.run(*tensors, *settings)
     if cache is None:
         return y
     return (*y, reference.next_cache(x, cache)) if return_raw else (y, reference.next_cache(x, cache))
@@ -280,15 +279,17 @@ class _Resample(torch.autograd.Function):
 def _check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, same: bool) -> None:
     _check.tensor(op, "x", x, "[B, C, T, H, W]", ndim=5)
     _check.tensor(op, "weight", weight, "[O, C, kt, kh, kw]", ndim=5)
-    if weight.shape[1] != x.shape[1]:
+    shape, channels = weight.shape, x.shape[1]
+    out_channels, in_channels, kt, kh, kw = shape
+    if in_channels != channels:
         got = _check.shape_of(weight)
-        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {x.shape[1]} channels of x; got {got}")
-    if min(weight.shape) < 1:
+        raise ValueError(f"{op}: weight [O, C, kt, kh, kw] must have the {channels} channels of x; got {got}")
+    if min(shape) < 1:
         raise ValueError(f"{op}: weight must not be empty; got shape {_check.shape_of(weight)}")
-    if same and not (weight.shape[3] % 2 and weight.shape[4] % 2):
-        raise ValueError(f"{op}: kh and kw must be odd, for a result of the same size; got {list(weight.shape[2:])}")
+    if same and not (kh % 2 and kw % 2):
+        raise ValueError(f"{op}: kh and kw must be odd, for a result of the same size; got {[kt, kh, kw]}")
     if bias is not None:
-        _check.exact(op, "bias", bias, (weight.shape[0],), "[O], one per output channel")
+        _check.exact(op, "bias", bias, (out_channels,), "[O], one per output channel")
     _check.same_device(op, x, {"weight": weight, "bias": bias})
 
 

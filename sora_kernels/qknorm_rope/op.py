@@ -91,7 +91,9 @@ def qk_norm_rope(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
     settings = (NORMS.index(norm), width, axes, float(theta), first, bool(interleaved), float(eps), impl)
-    return (_QKNormRope.apply if grad else _qk_norm_rope)(*apart(*tensors), cos, sin, settings)
+    if grad:
+        return _QKNormRope.apply(*apart(*tensors), cos, sin, settings)
+    return _qk_norm_rope(*tensors, cos, sin, settings)
 
 
 # Validation
