@@ -50,34 +50,42 @@ SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
   return __builtin_convertvector(words, typename Lanes<V>::Bits);
 }
 
-// Every CPU with AVX2 has instructions that convert halves.
-template <int V, class T>
+// The CPU's own conversion of halves: every one with AVX2 has it.
 #if defined(__x86_64__)
+template <int V, class T>
 constexpr bool has_conversion = V > 4 && std::is_same_v<T, Half>;
+
+template <int V>
+struct Halves {
+  using Words = typename Lanes<V>::Words;
+
+  static SORA_INLINE Floats<V> decode(Words words) {
+    Floats<V> x;
+    asm("vcvtph2ps %1, %0" : "=v"(x) : "vm"(words));
+    return x;
+  }
+
+  static SORA_INLINE Words encode(Floats<V> x) {
+    Words words;
+    asm("vcvtps2ph $0, %1, %0" : "=vm"(words) : "v"(x));
+    return words;
+  }
+};
 #else
+template <int V, class T>
 constexpr bool has_conversion = false;
+
+template <int V>
+struct Halves;
 #endif
-
-template <int V>
-SORA_INLINE Floats<V> from_halves(const typename Lanes<V>::Words& words) {
-  Floats<V> x;
-  asm("vcvtph2ps %1, %0" : "=v"(x) : "vm"(words));
-  return x;
-}
-
-template <int V>
-SORA_INLINE typename Lanes<V>::Words to_halves(const Floats<V>& x) {
-  typename Lanes<V>::Words words;
-  asm("vcvtps2ph $0, %1, %0" : "=vm"(words) : "v"(x));
-  return words;
-}
 
 // V values of any dtype as fp32, and rounded back.
 template <int V, class T>
 SORA_INLINE Floats<V> fetch(const T* from) {
   using Lane = Lanes<V>;
+  const auto* words = reinterpret_cast<const typename Lane::UnalignedWords*>(from);
   if constexpr (sizeof(T) == 4) return *reinterpret_cast<const typename Lane::Unaligned*>(from);
-  else if constexpr (has_conversion<V, T>) return from_halves<V>(*reinterpret_cast<const typename Lane::UnalignedWords*>(from));
+  else if constexpr (has_conversion<V, T>) return Halves<V>::decode(*words);
   else return decode<Floats<V>>(T{}, widen<V>(from));
 }
 
@@ -87,7 +95,7 @@ SORA_INLINE void put(T* to, const Floats<V>& x) {
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<typename Lane::Unaligned*>(to) = x;
   } else if constexpr (has_conversion<V, T>) {
-    *reinterpret_cast<typename Lane::UnalignedWords*>(to) = to_halves<V>(x);
+    *reinterpret_cast<typename Lane::UnalignedWords*>(to) = Halves<V>::encode(x);
   } else {
     const auto bits = encode<typename Lane::Bits>(T{}, x);
     *reinterpret_cast<typename Lane::UnalignedWords*>(to) = __builtin_convertvector(bits, typename Lane::Words);
@@ -95,10 +103,10 @@ SORA_INLINE void put(T* to, const Floats<V>& x) {
 }
 
 // As it is after `put`.
-template <class T, int V>
+template <int V, class T>
 SORA_INLINE Floats<V> rounded(const Floats<V>& x) {
   if constexpr (sizeof(T) == 4) return x;
-  else if constexpr (has_conversion<V, T>) return from_halves<V>(to_halves<V>(x));
+  else if constexpr (has_conversion<V, T>) return Halves<V>::decode(Halves<V>::encode(x));
   else return decode<Floats<V>>(T{}, encode<typename Lanes<V>::Bits>(T{}, x));
 }
 

@@ -18,7 +18,7 @@ struct At {
   template <class T>
   SORA_INLINE void put(T* to, const Floats<V>& x) const { sora::put<V>(to + i, x); }
   template <class T>
-  SORA_INLINE Floats<V> rounded(const Floats<V>& x) const { return sora::rounded<T, V>(x); }
+  SORA_INLINE Floats<V> rounded(const Floats<V>& x) const { return sora::rounded<V, T>(x); }
 
   // Of a row that comes next: it starts too soon for the hardware to have seen it coming.
   template <class T>
@@ -67,11 +67,13 @@ SORA_INLINE void map_both(int64_t n, T* to, T* also, const F& f) {
     if (to) put_both<V>(to + i, x, next_x);
     if (also) put_both<V>(also + i, y, next_y);
   }
-  for (; i < n; ++i) {
-    const auto [x, y] = f(At<1>{i});
-    if (to) to[i] = from_float<T>(x);
-    if (also) also[i] = from_float<T>(y);
-  }
+  const auto one = [=](auto at) SORA_LAMBDA {
+    const auto [x, y] = f(at);
+    if (to) at.put(to, x);
+    if (also) at.put(also, y);
+  };
+  for (; i + V <= n; i += V) one(At<V>{i});
+  for (; i < n; ++i) one(At<1>{i});
 }
 
 template <int N>

@@ -15,7 +15,12 @@
 #define SORA_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that a kernel calls
 
 #if defined(__x86_64__)
-#define SORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512")))
+#if defined(__clang__)  // which has no such option, and ignores the whole attribute
+#define SORA_PREFER_512
+#else
+#define SORA_PREFER_512 ",prefer-vector-width=512"
+#endif
+#define SORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2" SORA_PREFER_512)))
 #define SORA_AVX2 __attribute__((target("avx2,fma,bmi2")))
 #else
 #define SORA_AVX512

@@ -53,7 +53,7 @@ struct Forward {
         T* next_x_new = C::kGate ? row_of<T>(p.x_new, next_b, next_s) : nullptr;
         T *out = row_of<T>(p.out, b, s), *next_out = row_of<T>(p.out, next_b, next_s);
         map<V>(D, out, [=, v = v, mean = mean, rstd = rstd](auto at) SORA_LAMBDA {
-          if constexpr (!(C::kGate && C::kOwn)) at.will_read(next_x), at.will_write(next_out);  // else L1 is full
+          if constexpr (!C::kGate || !C::kOwn) at.will_read(next_x), at.will_write(next_out);  // else L1 is full
           if constexpr (C::kGate && !C::kOwn) at.will_read(next_y), at.will_write(next_x_new);
           return (at(v) - mean) * rstd * m.mul(at) + m.shift(at);
         });
