@@ -53,7 +53,7 @@ inline Panels row_panels(const float* data, int64_t ld) { return {data, 1, ld}; 
 template <int V, class Vector>
 SORA_INLINE void add_pair_products([[maybe_unused]] Vector& sum, [[maybe_unused]] const float& pair,
                                    [[maybe_unused]] const Vector& b) {
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   if constexpr (V == 16) asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(pair));
 #endif
 }

@@ -40,7 +40,7 @@ using Floats = typename Lanes<V>::Type;
 template <int V>
 SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
   const auto& words = *static_cast<const typename Lanes<V>::UnalignedWords*>(from);
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   if constexpr (V > 4) {
     typename Lanes<V>::Bits bits;
     asm("vpmovzxwd %1, %0" : "=v"(bits) : "m"(words));
@@ -51,7 +51,7 @@ SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
 }
 
 // The CPU's own conversion of halves: every one with AVX2 has it.
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
 template <int V, class T>
 constexpr bool has_conversion = V > 4 && std::is_same_v<T, Half>;
 
@@ -113,7 +113,7 @@ SORA_INLINE Floats<V> rounded(const Floats<V>& x) {
 // 2V neighbours. Eight 16-bit results fill half a register: with AVX2 two halves take as long to pack as one.
 template <int V, class T>
 SORA_INLINE void put_both(T* to, const Floats<V>& x, const Floats<V>& y) {
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   if constexpr (std::is_same_v<T, BFloat16> && V == 8) {
     const auto a = encode<typename Lanes<V>::Bits>(T{}, x), b = encode<typename Lanes<V>::Bits>(T{}, y);
     typename Lanes<2 * V>::Words words;

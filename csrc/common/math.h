@@ -28,7 +28,7 @@ SORA_INLINE F exponential(F x) {
 // x but no less, or no more, than `bound`; NaN stays. In assembly, because GCC 12 makes a comparison and a blend of each.
 template <class F>
 SORA_INLINE F at_least(float bound, F x) {
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   if constexpr (sizeof(F) > 16) {
     asm("vmaxps %1, %2, %0" : "=v"(x) : "v"(x), "v"(F{} + bound));
     return x;
@@ -39,7 +39,7 @@ SORA_INLINE F at_least(float bound, F x) {
 
 template <class F>
 SORA_INLINE F at_most(float bound, F x) {
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   if constexpr (sizeof(F) > 16) {
     asm("vminps %1, %2, %0" : "=v"(x) : "v"(x), "v"(F{} + bound));
     return x;

@@ -14,12 +14,16 @@
 #define SORA_INLINE inline __attribute__((always_inline))
 #define SORA_LAMBDA __attribute__((always_inline))  // after the parameters of a lambda that a kernel calls
 
-#if defined(__x86_64__)
-#if defined(__clang__)  // which has no such option, and ignores the whole attribute
-#define SORA_PREFER_512
-#else
+// Clang does not take wide registers in the assembly of inlined functions, nor an attribute with an option it lacks.
+#if defined(__x86_64__) && !defined(__clang__)
+#define SORA_ASSEMBLY 1
 #define SORA_PREFER_512 ",prefer-vector-width=512"
+#else
+#define SORA_ASSEMBLY 0
+#define SORA_PREFER_512
 #endif
+
+#if defined(__x86_64__)
 #define SORA_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2" SORA_PREFER_512)))
 #define SORA_AVX2 __attribute__((target("avx2,fma,bmi2")))
 #else

@@ -47,7 +47,7 @@ Isa isa() {
 }
 
 bool has_bf16_products() {
-#if defined(__x86_64__)
+#if SORA_ASSEMBLY
   const char* requested = std::getenv("SORA_KERNELS_CPU_ISA");
   static const bool supported = !(requested && *requested) && isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
   return supported;

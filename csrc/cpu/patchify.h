@@ -147,7 +147,7 @@ inline Matrix small_block(int64_t rows, int64_t K) {
 }
 
 // An odd number of cache lines apart, so that the same columns of many rows do not compete for the same lines of L1.
-int64_t wide_ld(int64_t D) { return round_up(D, 32) + 16; }
+inline int64_t wide_ld(int64_t D) { return round_up(D, 32) + 16; }
 
 // A weight gradient [K, wide_ld(D)] (+)= smallt wide. `small` goes by in strips that stay in L2 while the columns of `wide`
 // run past: of a K in the thousands the whole would come from further away for each panel of columns.
