@@ -38,7 +38,7 @@ def dense(t: Tensor | None) -> Tensor | None:
 
 def parameter(t: Tensor | None) -> Tensor | None:
     """A contiguous parameter."""
-    return t if t is None or t.is_contiguous() else t.contiguous()
+    return t if t is None else t.contiguous()
 
 
 def table(t: Tensor | None, x: Tensor) -> Tensor | None:

@@ -6,13 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_causal_conv import DTYPES, LAST, STREAMS, by_reference, judged, plain_norm, terms_of
+from test_csrc import cpu_library
 
 from sora_kernels import Unavailable, _library, causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
 from sora_kernels.causal_conv import kernels_cpu
 from sora_kernels.testing import arrange, assert_matches_oracle, outputs_and_grads
-
-cpu_library = pytest.mark.skipif(_library.load_error("cpu") is not None, reason=str(_library.load_error("cpu")))
-
 
 GEOMETRY = {  # function, kernel, options, frames of the cache
     "1x1x1": (causal_conv3d, (1, 1, 1), {}, 0),
