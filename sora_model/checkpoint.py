@@ -1,6 +1,6 @@
 """Reading and writing checkpoints: safetensors for tensors, JSON for settings, and nothing that can run code.
 
-Every file is written beside its target and renamed, so that a crash leaves the old file or none. Every read is
+Every file is written as `files.write_atomically` does: a crash leaves the old file or none. Every read is
 checked: the header, the exact set of keys, each shape, and that all values are finite. A wrong file raises
 `CheckpointError`, which says where, what was expected, what was found and what to do.
 """
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from . import files
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _CONFIG_BYTES = 4 << 20
@@ -28,36 +28,24 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe or made for another model."""
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path in the same folder that replaces `path` when the block ends well, and vanishes
-    otherwise."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically, in a folder that is made where it is missing."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _make_folder(path)
+    files.write_bytes(path, text.encode())
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file, atomically. Tensors are made contiguous and moved to the CPU."""
-    with replacing(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+    """Writes a safetensors file, atomically, in a folder that is made where it is missing.
+
+    Tensors are made contiguous and moved to the CPU.
+    """
+    _make_folder(path)
+    with files.write_atomically(path) as part, files.naming(path):
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
+        except SafetensorError as error:
+            raise files.WriteError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,7 +92,7 @@ def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one with config.json and *.safetensors")
     config = read_json(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(indexes) == 1:
         named = read_json(indexes[0]).get("weight_map")
@@ -113,16 +101,16 @@ def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], di
         shards = sorted(set(named.values()))
         if any(Path(shard).name != shard for shard in shards):
             raise CheckpointError(f"{indexes[0]} names files outside its own folder; it is not to be trusted")
-        files = [folder / shard for shard in shards]
-    if not files:
+        weights = [folder / shard for shard in shards]
+    if not weights:
         pickles = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICKLES)
         if pickles:
             raise CheckpointError(_pickle_reason(pickles[0]))
         raise CheckpointError(f"{folder} holds no *.safetensors file, only {_names(folder)}; copy the weights there")
-    if len(files) > 1 and not indexes:
-        raise CheckpointError(f"{folder} holds {len(files)} safetensors files and no index: keep the one to load")
+    if len(weights) > 1 and not indexes:
+        raise CheckpointError(f"{folder} holds {len(weights)} safetensors files and no index: keep the one to load")
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in weights:
         part = read_tensors(file)
         twice = sorted(state.keys() & part.keys())
         if twice:
@@ -167,6 +155,11 @@ def build(kind: type, config: Mapping[str, Any], where: str) -> Any:
         return kind(**given)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} does not describe a {kind.__name__}: {error}") from error
+
+
+def _make_folder(path: str | os.PathLike[str]) -> None:
+    with files.naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -20,14 +20,13 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from . import flow, world
+from . import files, flow, world
 from .checkpoint import (
     CheckpointError,
     build,
     load_into,
     read_json,
     read_tensors,
-    replacing,
     write_json,
     write_tensors,
 )
@@ -267,8 +266,7 @@ def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, comman
     for name, run in (("vae", Path(vae)), ("dit", Path(dit))):
         record[name] = read_json(run / "settings.json")
         text = (run / "log.jsonl").read_text(encoding="utf-8")
-        with replacing(folder / f"{name}_log.jsonl") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        files.write_bytes(folder / f"{name}_log.jsonl", text.encode())
         rows = [json.loads(line) for line in text.splitlines()]
         curves[name] = [row["step"] for row in rows], [row["loss"] for row in rows]
     write_json(folder / "training.json", record)
@@ -283,5 +281,5 @@ def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, comman
         axes.plot(steps, losses, linewidth=0.4, alpha=0.4)
         axes.plot(steps[width - 1 :], smooth, linewidth=1.4)
         axes.set(title=f"{name} loss", xlabel="step", yscale="log")
-    with replacing(folder / "loss_curve.svg") as temporary:
-        figure.savefig(temporary, format="svg")
+    with files.write_atomically(folder / "loss_curve.svg") as part, files.naming(folder / "loss_curve.svg"):
+        figure.savefig(part, format="svg")
