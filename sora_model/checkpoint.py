@@ -7,9 +7,11 @@ checked: the header, the exact set of keys, each shape, and that all values are 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +37,38 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     files.write_bytes(path, text.encode())
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file, atomically, in a folder that is made where it is missing.
 
-    Tensors are made contiguous and moved to the CPU.
+    Tensors are made contiguous and moved to the CPU. Values that are not finite, which `read_tensors` would refuse,
+    raise FloatingPointError, and nothing is written.
     """
+    check_finite(tensors, f"cannot write {os.fspath(path)!r}")
     _make_folder(path)
     with files.write_atomically(path) as part, files.naming(path):
         try:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part)
+            whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(whole, part, metadata=None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise files.WriteError(f"cannot write {os.fspath(path)!r}: {error}") from error
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises FloatingPointError that names the first tensor with a NaN or an infinity, if there is one."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise FloatingPointError(f"{where}: tensor {name!r} holds NaN or infinite values")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a module's weights: of their names, dtypes, shapes and values."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -64,19 +87,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Reads every tensor of a safetensors file onto the CPU and checks that its values are finite."""
-    file = _existing(path)
+    with _opened(path) as source:
+        state = {name: source.get_tensor(name) for name in source.keys()}
     try:
-        with safe_open(file, framework="pt") as source:
-            state = {name: source.get_tensor(name) for name in source.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}; "
-            "it is truncated or of another format, so copy or convert it again"
-        ) from error
-    for name, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinite values; the checkpoint is damaged")
+        check_finite(state, os.fspath(path))
+    except FloatingPointError as error:
+        raise CheckpointError(f"{error}; the checkpoint is damaged") from None
     return state
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What was written as `metadata` of a safetensors file."""
+    with _opened(path) as source:
+        return source.metadata() or {}
 
 
 def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -119,25 +142,30 @@ def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     return config, state
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copies `state` into `module` (casting to its dtypes) when names and shapes agree exactly.
-
-    Raises `CheckpointError` that names the first missing, unknown or misshapen tensor, before anything is changed.
-    """
-    wanted = module.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    unknown = sorted(state.keys() - wanted.keys())
+def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:
+    """Raises `CheckpointError` that names the first missing, unknown or misshapen tensor, unless all agree."""
+    missing = sorted(wanted.keys() - found.keys())
+    unknown = sorted(found.keys() - wanted.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{where} is a checkpoint of another model: it lacks {len(missing)} of the {len(wanted)} expected tensors"
             f"{_first(missing)} and has {len(unknown)} unknown ones{_first(unknown)}"
         )
-    for name, value in wanted.items():
-        if tuple(state[name].shape) != tuple(value.shape):
+    for name, shape in wanted.items():
+        if tuple(found[name]) != tuple(shape):
             raise CheckpointError(
-                f"{where}: tensor {name!r} should have the shape {tuple(value.shape)} that the config asks for, "
-                f"but has {tuple(state[name].shape)}; config and weights are of different models"
+                f"{where}: tensor {name!r} should have the shape {tuple(shape)} that the config asks for, "
+                f"but has {tuple(found[name])}; config and weights are of different models"
             )
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copies `state` into `module` (casting to its dtypes) when names and shapes agree exactly.
+
+    Raises `CheckpointError` as `check_shapes`, before anything is changed.
+    """
+    wanted, found = ({name: value.shape for name, value in d.items()} for d in (module.state_dict(), state))
+    check_shapes(wanted, found, where)
     module.load_state_dict(dict(state), strict=True)
 
 
@@ -155,6 +183,20 @@ def build(kind: type, config: Mapping[str, Any], where: str) -> Any:
         return kind(**given)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where} does not describe a {kind.__name__}: {error}") from error
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A safetensors file, open; what is wrong with it arrives as `CheckpointError`."""
+    file = _existing(path)
+    try:
+        with safe_open(file, framework="pt") as source:
+            yield source
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}; "
+            "it is truncated or of another format, so copy or convert it again"
+        ) from error
 
 
 def _make_folder(path: str | os.PathLike[str]) -> None:

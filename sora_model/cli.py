@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -154,7 +155,7 @@ def train_vae(
 @training.command("dit")
 def train_dit(
     run: Run = Path("out/train/dit"),
-    vae: Annotated[Path, typer.Option(help="Folder of a finished VAE run.")] = Path("out/train/vae"),
+    vae: Annotated[Path, typer.Option(help="Folder of a VAE run, or vae/ of a checkpoint.")] = Path("out/train/vae"),
     checkpoint: Annotated[Path, typer.Option(help="Where every save writes the checkpoint.")] = Path("out/toy"),
     steps: Steps = None,
     batch: Batch = None,
@@ -166,10 +167,13 @@ def train_dit(
 ) -> None:
     """Train the transformer and its text encoder on the VAE's latents, and write a checkpoint."""
     from . import train
+    from .files import naming
     from .pipeline import Sora
 
     settings = _changed(train.DIT_SETTINGS, steps=steps, batch=batch, lr=lr, seed=seed)
     coder = train.load_vae(vae)
+    with naming(checkpoint):
+        checkpoint.mkdir(parents=True, exist_ok=True)
 
     def save(dit: Any, text: Any, step: int) -> None:
         Sora(dit, coder.cpu(), text, train.TOY_DEFAULTS).save_pretrained(checkpoint)
@@ -246,10 +250,20 @@ def _bars() -> Iterator[Progress]:
         yield bar
 
 
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """The entry point: runs the app; expected errors become one line and exit code 1."""
+    """The entry point: runs the app; expected errors become one line and exit code 1.
+
+    SIGTERM and SIGHUP end it as an exception does, so that no half-written file stays behind.
+    """
     from sora_kernels._dispatch import Unavailable
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, say, SIGHUP is ignored
+            signal.signal(number, _end)
     try:
         app()
     except (ValueError, OSError, FloatingPointError, Unavailable) as error:

@@ -1,7 +1,8 @@
 """A training loop that resumes bit for bit: AdamW, gradient clipping, a moving average of the weights, a log.
 
-The state is safetensors, written atomically every `save_every` steps and on Ctrl-C. The loop draws no random number:
-what a step needs comes from `generator_of(seed, step)`, so a run that was stopped and resumed equals one that was not.
+The state is safetensors, written atomically every `save_every` steps and when the run is asked to stop. The loop draws
+no random number: what a step needs comes from `generator_of(seed, step)`, so a run that was stopped and resumed equals
+one that was not.
 """
 
 from __future__ import annotations
@@ -9,17 +10,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load_into, read_json, read_tensors, write_json, write_tensors
+from . import files
+from .checkpoint import (
+    CheckpointError,
+    check_shapes,
+    load_into,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +54,19 @@ class Settings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name, least in dict(steps=1, batch=1, seed=0, warmup=0, save_every=1, workers=1).items():
+        # a step's random numbers come from a seed of 64 bits: 31 of the run's and 32 of the step's
+        whole = dict(steps=(1, 2**32), batch=(1, 4096), seed=(0, 2**31 - 1), warmup=(0, 2**32))
+        for name, (least, most) in (whole | dict(save_every=(1, 2**32), workers=(1, 256))).items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if self.batch % self.workers:
-            raise ValueError(f"batch must be a multiple of workers, got {self.batch} and {self.workers}")
-        for name, most in dict(lr=math.inf, decay=1.0, clip=math.inf, ema=1.0, weight_decay=math.inf).items():
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must lie between 0 and {most}, got {getattr(self, name)!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        shares = [("decay", self.decay), ("ema", self.ema), *(("betas", beta) for beta in self.betas)]
+        for name, value in [*shares, *((name, getattr(self, name)) for name in ("lr", "clip", "weight_decay"))]:
+            most = 1 if (name, value) in shares else 1e6
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+                raise ValueError(f"{name} must lie between 0 and {most:g}, got {value!r}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -58,37 +76,41 @@ class Settings:
 
 def fit(
     module: nn.Module,
-    loss_at: Callable[[int, slice], Tensor],
+    batch_at: Callable[[int], Sequence[Tensor]],
+    loss_of: Callable[..., Tensor],
     settings: Settings,
     run: str | Path,
     *,
     label: str,
+    made_with: Mapping[str, Any] | None = None,
     on_save: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimises `loss_at(step, part)` by AdamW and returns the weights to keep: the moving average if there is one.
+    """Minimises `loss_of(*batch_at(step))` by AdamW; returns the weights to keep: the moving average if there is one.
 
-    `part` is the slice of the step's batch to take. Each of `settings.workers` threads takes one and their
-    gradients are averaged in order, so that cores meet once a step: small models and busy machines gain much by it.
+    `batch_at(step)` gives tensors of one length, that of the step's clips; `loss_of` the mean loss of the clips it is
+    given. Each of `settings.workers` threads takes a share of them and their gradients are averaged in order, so that
+    cores meet once a step: small models and busy machines gain much by it.
 
-    `run` is a folder that receives `state.safetensors`, `settings.json` and `log.jsonl` (step, loss, lr, norm,
-    seconds); one that holds them already is resumed, and refused with `CheckpointError` when it is of another model
-    or of settings other than the number of steps, which may be changed. `on_save(step, weights)` is called after
-    every save. Same seed, same device, same weights.
+    `run` is a folder, held against other runs, that receives `state.safetensors`, `settings.json` and `log.jsonl`
+    (step, loss, lr, norm, seconds); one that holds them already is resumed. It is refused with `CheckpointError` when
+    it is of another model, of other settings than `steps`, `decay` and `save_every`, or of another `made_with`: what
+    else the losses depend on, as JSON. `on_save(step, weights)` is called after every save. Same seed, same device,
+    same weights.
+
+    Ctrl-C, SIGTERM and SIGHUP wait for the step that runs, save, and then do what they always do; a second one does not
+    wait and saves nothing. A loss, gradients or weights that are not finite raise FloatingPointError and leave the last
+    save as it is; a folder that is in use or cannot be written raises `files.WriteError`.
     """
     run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
     named = dict(module.named_parameters())
     optimiser = torch.optim.AdamW(
         named.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
-    step, spent = _resume(run, module, optimiser, average, settings)
-    write_json(run / "settings.json", dataclasses.asdict(settings))
-    parts = [slice(worker, None, settings.workers) for worker in range(settings.workers)]
-    started, smooth = time.monotonic() - spent, None
+    smooth = None
 
-    def gradients(part: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = loss_at(step, part)
+    def gradients(part: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = loss_of(*part)
         return loss.detach(), torch.autograd.grad(loss, list(named.values()))
 
     def save() -> dict[str, Tensor]:
@@ -103,24 +125,36 @@ def fit(
         return weights
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with (
-        Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar,
-        (run / "log.jsonl").open("a", encoding="utf-8") as log,
-        torch_threads(max(1, torch.get_num_threads() // settings.workers)),
-        ThreadPoolExecutor(settings.workers) as pool,
-    ):
-        task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
-        try:
-            while step < settings.steps:
+    with files.exclusive(run):
+        step, spent = _resume(run, module, optimiser, average, settings, made_with or {})
+        started = time.monotonic() - spent
+        with files.naming(run / "log.jsonl"):
+            log = (run / "log.jsonl").open("a", encoding="utf-8")
+        with (
+            log,
+            Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar,
+            torch_threads(max(1, torch.get_num_threads() // settings.workers)),
+            ThreadPoolExecutor(settings.workers) as pool,
+            _noted_signals() as stop,
+        ):
+            task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
+            while step < settings.steps and not stop:
                 for group in optimiser.param_groups:
                     group["lr"] = settings.rate(step)
+                batch = batch_at(step)
+                clips = len(batch[0])
+                parts = [[t[k :: settings.workers] for t in batch] for k in range(min(clips, settings.workers))]
                 losses, slopes = zip(*pool.map(gradients, parts), strict=True)
-                for parameter, *shares in zip(named.values(), *slopes, strict=True):
-                    parameter.grad = sum(shares) / len(shares)
-                norm = nn.utils.clip_grad_norm_(named.values(), settings.clip)
-                if not math.isfinite(value := sum(losses).item() / len(losses)):
+                shares = [len(part[0]) / clips for part in parts]
+                value = sum(share * loss.item() for share, loss in zip(shares, losses, strict=True))
+                for parameter, *terms in zip(named.values(), *slopes, strict=True):
+                    total = sum(share * term for share, term in zip(shares, terms, strict=True))
+                    parameter.grad = _laid_out(parameter, total)
+                norm = nn.utils.clip_grad_norm_(named.values(), settings.clip).item()
+                if not (math.isfinite(value) and math.isfinite(norm)):
                     raise FloatingPointError(
-                        f"the loss is {value} at step {step}; lower the learning rate ({settings.lr})"
+                        f"the loss is {value} and the norm of its gradients {norm} at step {step}; "
+                        f"lower the learning rate ({settings.lr})"
                     )
                 optimiser.step()
                 if average is not None:
@@ -130,17 +164,32 @@ def fit(
                 smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
                 bar.update(task, completed=step, loss=f"{smooth:.4f}")
                 if step % 10 == 0 or step == settings.steps:
-                    figures = dict(loss=value, lr=settings.rate(step - 1), norm=float(norm))
+                    figures = dict(loss=value, lr=settings.rate(step - 1), norm=norm)
                     row = {"step": step} | figures | {"seconds": time.monotonic() - started}
-                    log.write(json.dumps({key: round(figure, 6) for key, figure in row.items()}) + "\n")
-                    log.flush()
+                    with files.naming(run / "log.jsonl"):
+                        log.write(json.dumps({key: round(figure, 6) for key, figure in row.items()}) + "\n")
+                        log.flush()
                 if step % settings.save_every == 0 and step < settings.steps:
                     save()
-        except KeyboardInterrupt:
-            save()
-            bar.console.print(f"stopped at step {step}; the same command resumes from {run}")
-            raise
-    return save()
+            weights = save()
+            if stop:
+                bar.console.print(f"stopped at step {step}; the same command resumes from {run}")
+    if stop:
+        signal.raise_signal(stop[0])
+        raise KeyboardInterrupt  # where nobody else acts upon the signal
+    return weights
+
+
+def read_log(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's log, without those that a crash cut short."""
+    file, rows = Path(run) / "log.jsonl", []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+        try:
+            row = json.loads(line)
+            rows.append({key: float(row[key]) for key in ("loss", "seconds")} | row | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+    return rows
 
 
 def _resume(
@@ -149,47 +198,75 @@ def _resume(
     optimiser: torch.optim.Optimizer,
     average: dict[str, Tensor] | None,
     settings: Settings,
+    made_with: Mapping[str, Any],
 ) -> tuple[int, float]:
     """Takes up what `run` holds of an earlier run: its last step, and the seconds that it took."""
-    file = run / "state.safetensors"
+    file, log = run / "state.safetensors", run / "log.jsonl"
+    now = json.loads(json.dumps(dataclasses.asdict(settings) | made_with))
     if not file.exists():
-        (run / "log.jsonl").unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        write_json(run / "settings.json", now)
         return 0, 0.0
     before = read_json(run / "settings.json")
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [name for name in now if name not in ("steps", "decay", "save_every") and before.get(name) != now[name]]
-    if changed:
-        name = changed[0]
-        raise CheckpointError(
-            f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
-        )
+    for name in now:
+        if name not in ("steps", "decay", "save_every") and before.get(name) != now[name]:
+            raise CheckpointError(
+                f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
+            )
     state = read_tensors(file)
-    step = int(state.pop("step"))
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        kind, _, rest = name.partition(".")
-        parts.setdefault(kind, {})[rest] = value
-    load_into(module, parts.get("model", {}), str(file))
-    if average is not None:
-        if average.keys() != parts.get("average", {}).keys():
-            raise CheckpointError(f"{file} holds no moving average of this model; use another folder")
-        for name, value in average.items():
-            value.copy_(parts["average"][name])
-    moments = parts.get("adam", {})
+    wanted = {f"model.{name}": value.shape for name, value in module.state_dict().items()}
+    wanted |= {f"average.{name}": value.shape for name, value in (average or {}).items()}
     for name, parameter in module.named_parameters():
-        try:
-            optimiser.state[parameter] = {
-                "step": moments[f"step.{name}"].to(parameter.device),
-                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
-        except KeyError as error:
-            raise CheckpointError(f"{file} lacks the optimiser's {error}; use another folder") from error
-    log = run / "log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    rows = [row for row in rows if row["step"] <= step]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        wanted |= {f"adam.{moment}.{name}": parameter.shape for moment in ("exp_avg", "exp_avg_sq")}
+        wanted |= {f"adam.step.{name}": ()}
+    check_shapes(wanted | {"step": ()}, {name: value.shape for name, value in state.items()}, str(file))
+    step = int(state["step"])
+    if not 0 <= step <= settings.steps:
+        raise CheckpointError(f"{run} has {step} steps behind it, more than steps={settings.steps}; ask for more")
+    load_into(module, {name: state[f"model.{name}"] for name in module.state_dict()}, str(file))
+    for name, value in (average or {}).items():
+        value.copy_(state[f"average.{name}"])
+    for name, parameter in module.named_parameters():
+        optimiser.state[parameter] = {
+            "step": state[f"adam.step.{name}"].to(parameter.device),
+            "exp_avg": _laid_out(parameter, state[f"adam.exp_avg.{name}"]),
+            "exp_avg_sq": _laid_out(parameter, state[f"adam.exp_avg_sq.{name}"]),
+        }
+    write_json(run / "settings.json", now)
+    rows = [row for row in read_log(run) if row["step"] <= step]
+    files.write_bytes(log, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return step, rows[-1]["seconds"] if rows else 0.0
+
+
+def _laid_out(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` laid out as a parameter is: the fused AdamW pairs numbers by where they lie in memory."""
+    if (value.stride(), value.dtype, value.device) == (parameter.stride(), parameter.dtype, parameter.device):
+        return value
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and SIGHUP inside the block: the first is put on the list, a second does what it always does."""
+    noted: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # no other thread is told of signals
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
 
 
 @contextmanager

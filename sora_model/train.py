@@ -24,14 +24,17 @@ from . import files, flow, world
 from .checkpoint import (
     CheckpointError,
     build,
+    fingerprint,
     load_into,
     read_json,
+    read_metadata,
     read_tensors,
     write_json,
     write_tensors,
 )
 from .dit import DiTConfig, SoraDiT
-from .fit import Settings, fit, generator_of, torch_threads
+from .fit import Settings, fit, generator_of, read_log, torch_threads
+from .machine import choose_device
 from .pipeline import Defaults
 from .presets import DIT
 from .text import WordTextConfig, WordTextEncoder
@@ -65,24 +68,25 @@ def vae_batch(settings: Settings, step: int) -> Tensor:
     draw = torch.rand(1, generator=generator).item()
     last = step >= settings.steps - settings.steps // 5
     whole = last and draw < 0.5
+    half = max(1, settings.batch // 2)
     if step < settings.steps // 10:
         frames, clips = 1, 2 * settings.batch
     elif last:
-        frames, clips = 5 if whole else FRAMES, settings.batch // 2
+        frames, clips = 5 if whole else FRAMES, half
     else:
         frames = 5 if draw < 0.65 else 9 if draw < 0.95 else FRAMES
-        clips = settings.batch if frames == 5 else settings.batch // 2
+        clips = settings.batch if frames == 5 else half
     starts = torch.randint(0, FRAMES - frames + 1, (clips,), generator=generator).tolist()
     first = ((settings.seed << 32) + step) * 64
     samples = [world.sample(first + i) for i in range(clips)]
     videos = [sample.video[start : start + frames] for sample, start in zip(samples, starts, strict=True)]
     if not whole:
-        half = np.array(SIZE) // 2
+        window = np.array(SIZE) // 2
         shift = torch.randint(-10, 11, (clips, 2), generator=generator).numpy()
         for i, sample in enumerate(samples):
             centre = sample.pixels[starts[i] + frames // 2, ::-1]
-            y, x = np.clip(np.rint(centre - half / 2).astype(int) + shift[i], 0, np.array(SIZE) - half)
-            videos[i] = videos[i][:, y : y + half[0], x : x + half[1]]
+            y, x = np.clip(np.rint(centre - window / 2).astype(int) + shift[i], 0, np.array(SIZE) - window)
+            videos[i] = videos[i][:, y : y + window[0], x : x + window[1]]
     return to_video(np.stack(videos))
 
 
@@ -126,7 +130,7 @@ def train_vae(
     config: VAEConfig | None = None,
     *,
     measured: int = 64,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     impl: str = "auto",
 ) -> CausalVAE:
     """Trains the VAE on clips of the world: L1 + MSE on pixels in [-1, 1] and 1e-6 of the KL divergence.
@@ -134,19 +138,25 @@ def train_vae(
     Then takes the mean and standard deviation of each latent channel over `measured` other clips, and writes
     `run/model.safetensors` and `run/config.json`.
     """
+    device = choose_device(device)
     torch.manual_seed(settings.seed)
     vae = CausalVAE(config or VAEConfig(**TOY_VAE), impl=impl).to(device)
     start_direct(vae)
 
-    def loss_at(step: int, part: slice) -> Tensor:
-        video = vae_batch(settings, step)[part].to(device)
+    def batch_at(step: int) -> tuple[Tensor, Tensor]:
+        video = vae_batch(settings, step)
+        latents = (len(video), *vae.config.latent_shape(*video.shape[2:]))
+        return video, torch.randn(latents, generator=generator_of(settings.seed + 1, step))
+
+    def loss_of(video: Tensor, noise: Tensor) -> Tensor:
+        video, noise = video.to(device), noise.to(device)
         mean, logvar = vae.encode(video)
-        noise = torch.randn(mean.shape, generator=generator_of(settings.seed + 1 + part.start, step)).to(device)
         error = vae.decode(mean + torch.exp(0.5 * logvar) * noise, clamp=False) - video
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
 
-    load_into(vae, fit(vae, loss_at, settings, run, label="VAE"), str(run))
+    made_with = {"model": dataclasses.asdict(vae.config)}
+    load_into(vae, fit(vae, batch_at, loss_of, settings, run, label="VAE", made_with=made_with), str(run))
     latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + measured), progress=False)
     vae.set_latent_statistics(latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist())
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
@@ -177,6 +187,21 @@ def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress
         return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
 
 
+def _latents(run: Path, vae: CausalVAE, seeds: range, made_of: dict[str, str]) -> Tensor:
+    """The clips' latents, read from `run/latents.safetensors` or, where that is missing, encoded and written there."""
+    cache = run / "latents.safetensors"
+    with files.exclusive(run):
+        if not cache.exists():
+            write_tensors(cache, {"latents": encode_clips(vae, seeds)}, metadata=made_of)
+        before = read_metadata(cache)
+        for name, value in made_of.items():
+            if before.get(name) != value:
+                raise CheckpointError(
+                    f"{cache} was made with {name}={before.get(name)}, not {value}; use another folder, or remove it"
+                )
+        return read_tensors(cache)["latents"]
+
+
 def _captions(seed: int) -> list[str]:
     """Four true captions of a clip."""
     sample = world.sample(seed)
@@ -190,28 +215,26 @@ def train_dit(
     config: DiTConfig | None = None,
     *,
     clips: int = 5000,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     impl: str = "auto",
     on_save: Callable[[SoraDiT, WordTextEncoder, int], None] | None = None,
 ) -> tuple[SoraDiT, WordTextEncoder]:
     """Trains the transformer and its text encoder on `clips` clips of the world, encoded once and kept in
     `run/latents.safetensors`.
 
+    Those latents are of one seed, number of clips and VAE: with others the run is refused with `CheckpointError`.
     Loss: mean square error of the velocity at logit-normal times shifted by 1.5. Each time a clip is seen it bears
     one of four true captions; a tenth of the captions is dropped, and 3 % of the words are forgotten. Every save
     also calls `on_save(dit, text, step)` with the averaged weights.
     """
-    run = Path(run)
-    run.mkdir(parents=True, exist_ok=True)
+    if isinstance(clips, bool) or not isinstance(clips, int) or not 1 <= clips <= 2**32:
+        raise ValueError(f"clips must be a whole number from 1 to {2**32}, got {clips!r}")
+    run, device = Path(run), choose_device(device)
     first = (settings.seed << 32) + (1 << 40)
     seeds = range(first, first + clips)
-    cache = run / "latents.safetensors"
-    if not cache.exists():
-        write_tensors(cache, {"latents": encode_clips(vae.to(device), seeds), "mean": vae.latents_mean})
-    stored = read_tensors(cache)
-    if len(stored["latents"]) != clips or not torch.equal(stored["mean"], vae.latents_mean.cpu()):
-        raise CheckpointError(f"{cache} holds {len(stored['latents'])} clips, or those of another VAE; remove it")
-    latents = vae.cpu().normalize(stored["latents"])
+    made_of = {"seed": settings.seed, "clips": clips, "frames": FRAMES, "vae": fingerprint(vae)}
+    stored = _latents(run, vae.to(device), seeds, {name: str(value) for name, value in made_of.items()})
+    latents = vae.cpu().normalize(stored)
     torch.manual_seed(settings.seed)
     channels = latents.shape[1]
     config = dataclasses.replace(config or DIT["toy"], in_channels=channels, out_channels=channels)
@@ -223,17 +246,19 @@ def train_dit(
     model.to(device)
     captions = [_captions(seed) for seed in seeds]
 
-    def loss_at(step: int, part: slice) -> Tensor:
+    def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = generator_of(settings.seed, step)
         rows = torch.randint(0, clips, (settings.batch,), generator=generator)
         which = torch.randint(0, 4, (settings.batch,), generator=generator).tolist()
         ids = model["text"].tokenize([captions[row][k] for row, k in zip(rows.tolist(), which, strict=True)])
-        ids = model["text"].forget(ids, words=0.03, prompts=0.1, generator=generator).to(device)
-        x0 = latents[rows].to(device)
-        noise = flow.draw_noise(tuple(x0.shape), generator=generator, device=device)
-        t = flow.sample_times(settings.batch, generator=generator, shift=1.5).to(device)
-        x0, noise, t = x0[part], noise[part], t[part]
-        text, lens = model["text"](ids[part])
+        ids = model["text"].forget(ids, words=0.03, prompts=0.1, generator=generator)
+        x0 = latents[rows]
+        noise = flow.draw_noise(tuple(x0.shape), generator=generator)
+        return ids, x0, noise, flow.sample_times(settings.batch, generator=generator, shift=1.5)
+
+    def loss_of(ids: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        ids, x0, noise, t = (value.to(device) for value in (ids, x0, noise, t))
+        text, lens = model["text"](ids)
         v = model["dit"](flow.interpolate(x0, noise, t), flow.TIME_SCALE * t, text, lens, impl=impl)
         return F.mse_loss(v.float(), flow.velocity_target(x0, noise))
 
@@ -252,7 +277,8 @@ def train_dit(
             on_save(copies[0], copies[1], step)
 
     kept: dict[str, nn.Module] = {}
-    fit(model, loss_at, settings, run, label="DiT", on_save=save)
+    made_with = made_of | {"model": dataclasses.asdict(config)}
+    fit(model, batch_at, loss_of, settings, run, label="DiT", made_with=made_with, on_save=save)
     return kept["dit"], kept["text"]
 
 
@@ -264,10 +290,12 @@ def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, comman
     record: dict[str, Any] = {"command": command, "step": step, "torch": torch.__version__, "threads": os.cpu_count()}
     curves = {}
     for name, run in (("vae", Path(vae)), ("dit", Path(dit))):
+        if not (run / "settings.json").exists():  # weights of which no run is there
+            record[name] = str(run)
+            continue
         record[name] = read_json(run / "settings.json")
-        text = (run / "log.jsonl").read_text(encoding="utf-8")
-        files.write_bytes(folder / f"{name}_log.jsonl", text.encode())
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = read_log(run)
+        files.write_bytes(folder / f"{name}_log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         curves[name] = [row["step"] for row in rows], [row["loss"] for row in rows]
     write_json(folder / "training.json", record)
     try:
@@ -275,7 +303,8 @@ def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, comman
     except ImportError:
         return
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, (name, (steps, losses)) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (name, (steps, losses)) in zip(panels, curves.items(), strict=True):
         width = max(1, len(losses) // 100)
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid") if losses else []
         axes.plot(steps, losses, linewidth=0.4, alpha=0.4)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from test_model_pipeline import make_wan_directory
 
 import sora_kernels
 from sora_model import cli, demo, evaluate, media, train, world
+from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 
 
@@ -136,6 +138,41 @@ def test_a_folder_without_permission_is_named(sora, tiny_checkpoint, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     code, _, err = sora("generate", "a ring", "--weights", tiny_checkpoint, "--out", "locked/a.mp4")
     assert code == 1 and "cannot write 'locked/a.mp4'" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_leaves_nothing(sora, tiny_checkpoint, tmp_path, monkeypatch, number):
+    before = signal.signal(number, signal.SIG_DFL)
+
+    def told(self, path, prompt, **options):
+        with write_atomically(path) as part:
+            part.write_bytes(b"half")
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Sora, "generate_to", told)
+    try:
+        code, out, _ = sora("generate", "a ring", "--weights", tiny_checkpoint, "--out", "a.mp4")
+    finally:
+        signal.signal(number, before)
+    assert code == 128 + number and not out and list(tmp_path.iterdir()) == []
+
+
+def test_a_transformer_is_trained_on_the_vae_of_a_finished_checkpoint(sora, tiny_checkpoint, tmp_path, monkeypatch):
+    """Of which there is no run, and so no settings and no log."""
+    dit = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16)
+    monkeypatch.setitem(train.DIT, "toy", dit)
+    arguments = ("train", "dit", "--run", "dit", "--vae", tiny_checkpoint / "vae", "--steps", 1, "--batch", 1)
+    code, _, err = sora(*arguments, "--clips", 1, "--checkpoint", "made")
+    assert code == 0, err
+    record = json.loads((tmp_path / "made" / "training.json").read_text())
+    assert record["vae"] == str(tiny_checkpoint / "vae") and record["dit"]["batch"] == 1
+    assert not (tmp_path / "made" / "vae_log.jsonl").exists()
+    (tmp_path / "file").touch()
+    code, _, err = sora(*arguments, "--clips", 1, "--checkpoint", "file")
+    assert code == 1 and "cannot write 'file': File exists" in err
+    for wrong in (("--clips", 2**33), ("--seed", 2**40), ("--lr", "inf"), ("--device", "abacus")):
+        code, _, err = sora(*arguments, "--clips", 1, *wrong)
+        assert code == 1 and err.startswith(f"error: {wrong[0][2:]} must "), err
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["generate"], ["generate", "a", "--steps", "many"], ["train", "gan"]])

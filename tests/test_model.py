@@ -1,15 +1,11 @@
-"""Flow matching, text encoders and training."""
+"""Flow matching and text encoders."""
 
 from __future__ import annotations
-
-import dataclasses
-import json
 
 import pytest
 import torch
 
-from sora_model import fit, flow, train, world
-from sora_model.checkpoint import CheckpointError, read_tensors
+from sora_model import flow, world
 from sora_model.text import MAX_CHARACTERS, WordTextConfig, WordTextEncoder, check_prompt, split_words
 
 # --- flow ---
@@ -149,134 +145,3 @@ def test_bad_prompts_and_configs_are_named(encoder):
         WordTextConfig(words=("a",), dim=6, heads=4)
     with pytest.raises(ValueError, match="distinct"):
         WordTextConfig(words=("a", "a"))
-
-
-# --- training ---
-
-TINY_VAE = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
-TINY_DIT = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16, freq_dim=16)
-
-
-def tiny(settings: fit.Settings, **changes) -> fit.Settings:
-    return dataclasses.replace(settings, batch=4, save_every=2, warmup=1, **changes)
-
-
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path):
-    torch.manual_seed(5)
-    vae = train.CausalVAE(TINY_VAE).requires_grad_(False)
-    settings = tiny(train.DIT_SETTINGS, steps=5)
-
-    def run(name: str, **options):
-        dit, text = train.train_dit(tmp_path / name, vae, settings, TINY_DIT, clips=8, **options)
-        return dit.state_dict() | {f"text.{key}": value for key, value in text.state_dict().items()}
-
-    class Stopped(Exception):
-        pass
-
-    def stop(dit, text, step):
-        if step == 4:
-            raise Stopped
-
-    whole = run("whole")
-    with pytest.raises(Stopped):
-        run("parts", on_save=stop)
-    assert int(read_tensors(tmp_path / "parts" / "state.safetensors")["step"]) == 4
-    parts = run("parts")
-    assert whole.keys() == parts.keys()
-    assert [name for name, value in whole.items() if not torch.equal(value, parts[name])] == []
-    rows = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 5
-
-
-def test_training_stops_gently_on_ctrl_c_and_refuses_other_settings(tmp_path):
-    model = torch.nn.Linear(3, 1)
-    settings = tiny(fit.Settings(steps=30, batch=4, lr=1e-2), workers=2)
-
-    def loss_at(step, part):
-        if step == 7:
-            raise KeyboardInterrupt
-        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))[part]
-        return (model(x) - x.sum(1, keepdim=True)).square().mean()
-
-    with pytest.raises(KeyboardInterrupt):
-        fit.fit(model, loss_at, settings, tmp_path, label="test")
-    assert int(read_tensors(tmp_path / "state.safetensors")["step"]) == 7
-    with pytest.raises(CheckpointError, match="begun with lr=0.01, not 0.5"):
-        fit.fit(model, loss_at, dataclasses.replace(settings, lr=0.5), tmp_path, label="test")
-
-
-def test_fit_descends_averages_the_workers_and_reports_a_loss_that_is_not_finite(tmp_path):
-    def fitted(workers: int) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = torch.nn.Linear(3, 1)
-        settings = fit.Settings(steps=150, batch=8, lr=5e-2, weight_decay=0.0, workers=workers)
-
-        def loss_at(step, part):
-            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))[part]
-            return (model(x) - x.sum(1, keepdim=True)).square().mean()
-
-        return fit.fit(model, loss_at, settings, tmp_path / str(workers), label="test")["weight"]
-
-    torch.testing.assert_close(fitted(1), torch.ones(1, 3), atol=0.02, rtol=0)
-    torch.testing.assert_close(fitted(1), fitted(4), atol=1e-4, rtol=0)
-    model = torch.nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="nan at step 0; lower the learning rate"):
-        fit.fit(
-            model,
-            lambda step, part: model(torch.ones(1, 1)).sum() * float("nan"),
-            fit.Settings(steps=1, batch=1, lr=1.0, workers=1),
-            tmp_path / "nan",
-            label="test",
-        )
-
-
-def test_vae_training_learns_and_measures_its_latents(tmp_path):
-    config = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
-    videos = train.to_video(world.batch(range(10**12, 10**12 + 2), frames=5)[0])
-
-    def error(vae: train.CausalVAE) -> float:
-        with torch.no_grad():
-            return (vae(videos, sample=False)[0] - videos).square().mean().item()
-
-    settings = dataclasses.replace(tiny(train.VAE_SETTINGS, steps=12), lr=3e-3)
-    torch.manual_seed(settings.seed)
-    fresh = train.CausalVAE(config)
-    train.start_direct(fresh)
-    vae = train.train_vae(tmp_path, settings, config, measured=8)
-    assert error(vae) < 0.5 * error(fresh)
-    again = train.load_vae(tmp_path)
-    assert again.config == vae.config and min(vae.config.latents_std) > 0
-    latents = vae.normalize(train.encode_clips(vae, range(10**12, 10**12 + 8), progress=False))
-    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
-    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"steps": 0}, "steps"),
-        ({"batch": 3}, "multiple of workers"),
-        ({"lr": float("nan")}, "lr"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_settings_name_what_is_wrong(changes, said):
-    with pytest.raises(ValueError, match=said):
-        dataclasses.replace(train.DIT_SETTINGS, **changes)
-
-
-def test_write_record_keeps_logs_and_draws_the_curve(tmp_path):
-    for name in ("vae", "dit"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "settings.json").write_text("{}")
-        (folder / "log.jsonl").write_text('{"step": 10, "loss": 0.5}\n{"step": 20, "loss": 0.25}\n')
-    train.write_record(tmp_path / "out", vae=tmp_path / "vae", dit=tmp_path / "dit", command=["sora"], step=20)
-    record = json.loads((tmp_path / "out" / "training.json").read_text())
-    assert record["step"] == 20 and record["command"] == ["sora"]
-    assert (tmp_path / "out" / "dit_log.jsonl").read_text().count("\n") == 2
-    if (tmp_path / "out" / "loss_curve.svg").exists():
-        assert "<svg" in (tmp_path / "out" / "loss_curve.svg").read_text()
-    else:
-        with pytest.raises(ImportError):
-            __import__("matplotlib")
