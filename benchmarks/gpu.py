@@ -4,7 +4,7 @@
 
 It needs python3 with torch and triton, and nvcc for the CUDA library; no network, no pip, no virtual
 environment. Every step runs in a process of its own and writes under DIR as it goes; a step that fails or
-overruns does not stop the next. DIR then holds build.log, info.json, pytest.log, pytest.xml, verified.json,
+overruns does not stop the next. DIR then holds build.log, info.json, verify.log, pytest.log, pytest.xml, verified.json,
 bench.log, bench.jsonl and summary.txt; `python -m benchmarks.report --add DIR` files them and brings the
 README up to date. Where the tree has no git history, SORA_KERNELS_COMMIT says which commit it is.
 
@@ -30,7 +30,7 @@ import torch
 
 from . import machine, report, run, shapes, suite, targets, vae_decode, verified
 
-BUILD_SHARE, TEST_SHARE = 0.4, 0.5  # of the time that is left when the step begins; the benchmarks take the rest
+BUILD_SHARE, VERIFY_SHARE, TEST_SHARE = 0.4, 0.2, 0.5  # of the time left when the step begins; benchmarks take the rest
 GRACE_S = 15  # for a stopped step to write what it has
 
 
@@ -87,6 +87,8 @@ class Session:
         self.build()
         info = [sys.executable, "-m", "sora_kernels.info", "--json"]
         self.step("info", info, self.out / "info.json", min(60.0, self.left()))
+        check = [sys.executable, "-m", "sora_kernels.verify", "--device", "cuda"]
+        self.step("verify", check, self.out / "verify.log", VERIFY_SHARE * self.left())
         self.test(facts)
         self.benchmark()
         self.say("\n" + self.table())

@@ -176,6 +176,7 @@ WITHOUT_A_GPU = {
     "cpu": "tested",
     "triton": "interpreter fp32, fp16; compiled for sm_80–120",
     "cudnn": "its passes as triton, around convolutions on the CPU",
+    "sdpa": "tested on the CPU",
     "cuda": "compiled for sm_80, 90a, 100; SASS audited",
 }
 

@@ -308,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", action="append", default=[], metavar="ID", help="repeatable; default: a list per device"
     )
     parser.add_argument("--impl", action="append", default=[], metavar="NAME",
-                        help="repeatable: cpu, triton, cudnn, cuda, reference; default: all that run")  # fmt: skip
+                        help=f"repeatable: {', '.join(IMPLS)}; default: all that run")  # fmt: skip
     parser.add_argument(
         "--mode", choices=(*MODES, "both"), default="both", help="both: forward and backward, a row each"
     )

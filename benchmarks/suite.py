@@ -22,7 +22,7 @@ from . import peers, timing
 from .shapes import Shape
 
 Inputs = dict[str, Any]
-IMPLS = ("cpu", "triton", "cudnn", "cuda", "reference")
+IMPLS = ("cpu", "triton", "cudnn", "sdpa", "cuda", "reference")
 MODES = ("fwd", "bwd")
 COLD_BYTES = 1 << 20
 PEER_SLACK = 10  # another library may round more often than our rule allows; beyond this it computes something else

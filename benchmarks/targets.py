@@ -40,8 +40,8 @@ FRAMES_S = {("vae_decode", "wan-480p"): 81 / 0.6, ("vae_decode", "wan-720p"): 81
 
 
 def shortfalls(rows: Iterable[Row]) -> list[str]:
-    """A line for each goal that our fastest implementation misses, and where cudnn is faster than triton, which "auto"
-    takes unless the table of its family says so. CPU goals need eager and compile in the same run."""
+    """A line for each goal that our fastest implementation misses, and where triton is faster than cudnn or sdpa, which
+    "auto" takes unless the table of its family says so. CPU goals need eager and compile in the same run."""
     cases: dict[tuple, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["status"] == "ok":
@@ -56,10 +56,11 @@ def shortfalls(rows: Iterable[Row]) -> list[str]:
         for reached, goal, unit in _goals(best, own, op, dtype, mode):
             if goal is not None and reached < goal:
                 lines.append(f"below its goal of {goal:g} {unit}: {name}, {reached:.3g}")
-        if {"triton", "cudnn"} <= own.keys() and own["cudnn"]["p50_us"] < own["triton"]["p50_us"]:
-            ratio = own["triton"]["p50_us"] / own["cudnn"]["p50_us"]
-            channels = f"{(best['dims'] or {}).get('channels')} channels"
-            lines.append(f"cudnn is faster than triton: {op} {mode} {dtype} at {shape}, {channels}, {ratio:.3g} x")
+        for default in ("cudnn", "sdpa"):
+            if {"triton", default} <= own.keys() and own["triton"]["p50_us"] < own[default]["p50_us"]:
+                ratio, dims = own[default]["p50_us"] / own["triton"]["p50_us"], best["dims"] or {}
+                size = ", ".join(f"{dims[name]} {name}" for name in ("channels", "width") if name in dims)
+                lines.append(f"triton is faster than {default}: {op} {mode} {dtype} at {shape}, {size}, {ratio:.3g} x")
         call = own.get("cpu+call")
         if call and call["p50_us"] > CALL_US:
             lines.append(f"above its goal of {CALL_US} µs of Python a call: {name}, {call['p50_us']:.3g}")

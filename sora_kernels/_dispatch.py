@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _fallback, _library
 
-IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "cuda")
+IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "sdpa", "cuda")
 WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interpreter only
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("SORA_KERNELS_IMPL", "auto")  # replaces "auto" everywhere
@@ -31,7 +31,8 @@ def choose(
     limits: Callable[[str], str | None] | None = None,
     fastest: str | None = None,
 ) -> str:
-    """The name of the implementation that runs `op` on tensors like `x`.
+    """What `_library.call` runs `op` with on tensors like `x`: the name of an implementation, for "auto" on a GPU with
+    its fallback (_fallback.py).
 
     op       the public function's name; its ops are `{op}_fwd` and `{op}_bwd`.
     grad     gradients will be asked for: an implementation without a backward does not qualify.
@@ -52,7 +53,7 @@ def choose(
     candidates = _candidates(op, device, x.dtype, grad)
     for candidate in (fastest, *candidates) if fastest in candidates else candidates:
         if limits is None or not limits(candidate):
-            return candidate
+            return candidate if device == "cpu" or candidate == "reference" else candidate + _fallback.SUFFIX
     return "reference"
 
 
@@ -93,6 +94,12 @@ def _why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) ->
         return f"cpu needs tensors on the CPU; got {device}"
     if impl == "cuda" and device != "cuda":
         return f"cuda needs tensors on a CUDA device; got {device}"
+    if impl == "sdpa":
+        if device not in ("cpu", "cuda"):
+            return f"sdpa needs tensors on the CPU or a CUDA device; got {device}"
+        if device == "cuda" and not torch.backends.cuda.is_flash_attention_available():
+            return "sdpa needs a torch that is built with flash attention"
+        return None
     if impl in WITH_TRITON:
         if device != "cuda" and not (INTERPRET and device == "cpu"):
             where = "a CUDA device (or TRITON_INTERPRET=1 before the first import)"

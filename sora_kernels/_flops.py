@@ -21,7 +21,7 @@ _formulas: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
 def register(op: str, formula: Callable[..., int]) -> None:
     """`formula(*args, out_val=None)` of `op`'s arguments counts its useful operations, whatever implements it."""
-    packets = [_library.call(op, impl)._overloadpacket for impl in _library.impls(op)]
+    packets = [overload._overloadpacket for overload in _library.overloads(op)]
     _formulas.update(dict.fromkeys(packets, formula))
     if COUNTER in sys.modules:
         _hand_over(packets)

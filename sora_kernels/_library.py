@@ -18,10 +18,13 @@ import torch
 import torch.autograd.function
 from torch import Tensor
 
+from . import _fallback
+
 NAMESPACE = "sora_kernels"
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl -> overload, in the order "auto" prefers
+_impls: dict[str, tuple[str, ...]] = {}  # of an op, in the order "auto" prefers
+_overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl, or impl_or_next (_fallback.py) -> overload
 _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
 
 
@@ -36,11 +39,15 @@ def define(
     impls      further implementations in the order "auto" prefers them: name -> "module:function" (imported at the
                first call) or None where the compiled library of that name registers it.
     """
-    _compiled.update((op, impl) for impl, provider in (impls or {}).items() if provider is None)
-    _overloads[op] = {
-        impl: _register(f"_{op}_{impl}", schema, provider)
-        for impl, provider in [*(impls or {}).items(), ("reference", reference)]
-    }
+    providers = {**(impls or {}), "reference": reference}
+    _compiled.update((op, impl) for impl, provider in providers.items() if provider is None)
+    _impls[op] = tuple(providers)
+    _overloads[op] = {impl: _register(f"_{op}_{impl}", schema, provider) for impl, provider in providers.items()}
+    for impl in _impls[op]:
+        if impl not in ("cpu", "reference"):
+            following = "triton" + _fallback.SUFFIX if impl != "triton" and "triton" in providers else "reference"
+            name = impl + _fallback.SUFFIX
+            _overloads[op][name] = _register(f"_{op}_{name}", schema, _fallback.or_next(op, impl, following, call))
 
 
 def _register(name: str, schema: str, provider: Callable[..., None] | str | None) -> torch._ops.OpOverload:
@@ -70,11 +77,16 @@ def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., Non
 
 def ops() -> dict[str, tuple[str, ...]]:
     """Every op with its implementations, in the order "auto" prefers them."""
-    return {op: tuple(impls) for op, impls in _overloads.items()}
+    return dict(_impls)
 
 
 def impls(op: str) -> tuple[str, ...]:
-    return tuple(_overloads.get(op, ()))
+    return _impls.get(op, ())
+
+
+def overloads(op: str) -> tuple[torch._ops.OpOverload, ...]:
+    """All that runs `op`, with fallbacks and without."""
+    return tuple(_overloads[op].values())
 
 
 def is_compiled(op: str, impl: str) -> bool:
@@ -87,7 +99,7 @@ def has_kernel(op: str, impl: str) -> bool:
 
 
 def call(op: str, impl: str) -> torch._ops.OpOverload:
-    """The overload that runs `op` with `impl`; `_dispatch.choose` has said that it can."""
+    """The overload that runs `op` with what `_dispatch.choose` gave."""
     return _overloads[op][impl]
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def collect() -> dict[str, object]:
     return {
         "versions": _versions(),
         "devices": devices,
+        "verified": {device["name"]: last_verification(device["name"]) for device in devices},
         "cpu": _cpu(),
         "libraries": {f"_{name}.so": _library_state(name) for name in LIBRARIES} | {"_C": _module_state()},
         "ops": {device["type"]: _ops(device["type"]) for device in devices},
@@ -65,6 +68,52 @@ def _devices() -> list[dict[str, object]]:
                 }
             )
     return devices
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def _verified_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sora_kernels" / "verified.json"
+
+
+def last_verification(name: str) -> dict[str, object] | None:
+    """What `python -m sora_kernels.verify` last found on the device of this name; None: never, or nothing legible."""
+    try:
+        return json.loads(_verified_file().read_text())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def record_verification(device: torch.device, checked: int, faults: list[str]) -> str:
+    """Keep what was found, and say where; where nothing can be kept, say why."""
+    path, name = _verified_file(), device_name(device)
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    try:
+        records = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError):
+        records = {}
+    entry = {"date": now, "checked": checked, "faults": faults, "versions": _versions()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps((records if isinstance(records, dict) else {}) | {name: entry}, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        return f"Not kept for `python -m sora_kernels.info`: {error}"
+    return f"Kept in {path} for `python -m sora_kernels.info`."
+
+
+def _verification_text(entry: dict | None, versions: dict) -> str:
+    if entry is None:
+        return "never: run python -m sora_kernels.verify"
+    right, then = entry["checked"] - len(entry["faults"]), entry["versions"]
+    changed = [f"{name} {then.get(name)}" for name, version in versions.items() if then.get(name) != version]
+    text = f"{entry['date'][:10]}: {right} of {entry['checked']} right"
+    text += f"; FAULTS: {', '.join(entry['faults'])}" if entry["faults"] else ""
+    return text + (f"; with {', '.join(changed)} then: run python -m sora_kernels.verify again" if changed else "")
 
 
 def _cpu_name() -> str:
@@ -137,6 +186,8 @@ def _print_text(state: dict) -> None:
     print("versions   ", "  ".join(f"{name} {value or 'not installed'}" for name, value in state["versions"].items()))
     for device in state["devices"]:
         print("device     ", "  ".join(str(value) for value in device.values()))
+    for name, entry in state["verified"].items():
+        print("verified   ", f"{_verification_text(entry, state['versions'])}  ({name})")
     features = state["cpu"]["features"]
     print("cpu        ", " ".join(features) if features is not None else "features unknown: _C is not built")
     if "kernels_use" in state["cpu"]:

@@ -300,7 +300,8 @@ def attention(
 
         forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
         backward = functools.partial(
-            on_this_gpu, kernels_backward.spacetime_attention_bwd, dout, None, q, k, v, out, lse, *mode, dq, dk, dv
+            on_this_gpu, kernels_backward.spacetime_attention_bwd,
+            dout, None, q, k, v, out, lse, *mode, True, dq, dk, dv,
         )
         kind = "time alone" if rule.get("window") == (30, 1, 1) else "window" if rule else "dense"
         kind += " and text" if "text_len" in rule else ""

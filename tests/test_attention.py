@@ -33,7 +33,7 @@ def op_samples() -> list[tuple[str, tuple]]:
         dlse = torch.randn_like(lse) if mode[0] is not None else None
         out, lse = reference.spacetime_attention(q, k, v, *mode)
         grads = (torch.empty_like(q), None, torch.empty_like(v)) if dlse is None else map(torch.empty_like, (q, k, v))
-        samples.append(("spacetime_attention_bwd", (torch.randn_like(q), dlse, q, k, v, out, lse, *mode, *grads)))
+        samples.append(("spacetime_attention_bwd", (torch.randn_like(q), dlse, q, k, v, out, lse, *mode, True, *grads)))
     return samples
 
 

@@ -44,18 +44,21 @@ def chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_auto_takes_cudnn_where_it_was_measured_faster_and_triton_elsewhere(name, chosen, monkeypatch):
+def test_auto_takes_triton_where_it_was_measured_faster_and_cudnn_elsewhere(name, chosen, monkeypatch):
     function, other = FUNCTIONS[name], next(f for n, f in FUNCTIONS.items() if n != name)
-    monkeypatch.setattr(config, "CUDNN_FROM", {90: {(name, False): 8}})
+    monkeypatch.setattr(config, "TRITON_FROM", {90: {(name, False): 8}})
     x, wide, narrow = (torch.zeros(1, C, 2, 4, 4, device=DEVICE, dtype=torch.float16) for C in (8, 8, 4))
     calls = {
-        "cudnn": [lambda: function(wide, weight_of(8))],
         "triton": [
+            lambda: function(wide, weight_of(8)),
+            lambda: function(wide.float(), weight_of(8).float()),
+            lambda: other(wide, weight_of(8), impl="triton"),
+        ],
+        "cudnn": [
             lambda: function(narrow, weight_of(4)),
             lambda: function(wide, weight_of(8)[:4]),
-            lambda: function(wide.float(), weight_of(8).float()),
             lambda: function(wide, weight_of(8).requires_grad_()),
-            lambda: function(wide, weight_of(8), impl="triton"),
+            lambda: function(wide, weight_of(8), impl="cudnn"),
             lambda: other(wide, weight_of(8)),
         ],
     }
@@ -65,19 +68,19 @@ def test_auto_takes_cudnn_where_it_was_measured_faster_and_triton_elsewhere(name
             assert chosen.pop() == expected and not chosen
     monkeypatch.setattr(config, "capability", lambda device: 120)
     function(x, weight_of(8))
-    assert chosen == ["triton"], "another GPU's figures"
+    assert chosen == ["cudnn"], "another GPU's figures"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_without_measurements_auto_takes_triton(name, chosen, monkeypatch):
-    monkeypatch.setattr(config, "CUDNN_FROM", {})
+def test_without_measurements_auto_takes_cudnn(name, chosen, monkeypatch):
+    monkeypatch.setattr(config, "TRITON_FROM", {})
     for C in (1, 96, 1024):
         FUNCTIONS[name](torch.zeros(1, C, 2, 4, 4, device=DEVICE, dtype=torch.float16), weight_of(C, (2, 3, 3)))
-    assert chosen == ["triton"] * 3
+    assert chosen == ["cudnn"] * 3
 
 
 def test_the_table_names_operations_and_gpus():
-    for capability, rows in config.CUDNN_FROM.items():
+    for capability, rows in config.TRITON_FROM.items():
         assert capability >= 80
         assert all(op in FUNCTIONS and isinstance(grad, bool) and least > 0 for (op, grad), least in rows.items())
 
@@ -110,7 +113,7 @@ def test_what_is_missing_is_said(monkeypatch):
 
 def test_compiles_into_one_graph(monkeypatch):
     """Asked for by name, and where auto asks a table."""
-    monkeypatch.setattr(config, "CUDNN_FROM", {config.capability(torch.device(DEVICE)): {("causal_conv3d", True): 4}})
+    monkeypatch.setattr(config, "TRITON_FROM", {config.capability(torch.device(DEVICE)): {("causal_conv3d", True): 4}})
     x, weight = torch.randn(1, 4, 2, 3, 4, device=DEVICE).half(), weight_of(4, (2, 1, 3))
     for kwargs in (dict(impl="cudnn"), {}):
         torch._dynamo.reset()

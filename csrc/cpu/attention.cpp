@@ -325,8 +325,8 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const OptionalTensor& kv_lens, std::vector<int64_t> grids,
                    std::vector<int64_t> window, std::vector<int64_t> stride, int64_t chunk, int64_t sink,
-                   int64_t text_len, bool text_first, double scale, const OptionalTensor& dq, const OptionalTensor& dk,
-                   const OptionalTensor& dv) {
+                   int64_t text_len, bool text_first, double scale, bool /*deterministic: as it always is*/,
+                   const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dv) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
   p.rules = rules(p, grids, window, stride, chunk, sink, text_len, text_first);
   p.dout = heads("dout", dout, q), p.dq = heads("dq", dq, q);

@@ -12,7 +12,7 @@ import torch
 
 from .._gpu import asynchronous, capability, small
 
-__all__ = ["Tile", "backward_keys", "backward_queries", "capability", "choose_boxes", "forward", "parts"]
+__all__ = ["Tile", "backward_keys", "backward_queries", "capability", "choose_boxes", "fastest", "forward", "parts"]
 
 Box = tuple[int, int, int]
 # Estimates, not yet measured
@@ -138,3 +138,13 @@ def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) ->
     if asynchronous(capability) or E <= 64:
         return Tile(32, 128, 8, 2)
     return Tile(32, 64 if len(parts(E)) == 1 else 32, 8, 2)
+
+
+# Compute capability -> the head widths of which `python -m benchmarks.run --op spacetime_attention` has found triton
+# faster than PyTorch's own kernel, dense, forward and backward together. Empty: not yet measured on any GPU.
+TRITON_FASTER: dict[int, frozenset[int]] = {}
+
+
+def fastest(q: torch.Tensor) -> str | None:
+    """What "auto" takes first for attention without a mask on a GPU: PyTorch's kernel, until ours is known to win."""
+    return None if q.shape[-1] in TRITON_FASTER.get(capability(q.device), ()) else "sdpa"

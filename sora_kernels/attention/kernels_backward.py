@@ -199,7 +199,7 @@ def attention_bwd_dkdv_kernel(
 
 
 def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> None:
-    *mode, scale, dq, dk, dv = args
+    *mode, scale, _, dq, dk, dv = args  # one order is all it has, `deterministic` or not
     B, Sq, H, E = q.shape
     Sk, key_heads = k.shape[1:3]
     padded = kv_lens is not None

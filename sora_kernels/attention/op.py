@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .. import _check, _dispatch, _flops, _library
 from .._operands import apart, dense, like, needs_grad
-from . import reference
+from . import config, reference
 from .mode import resolve
 from .plan import seen_pairs
 
@@ -63,8 +63,8 @@ def spacetime_attention(
              may hold NaN, and their gradients are 0. Values are checked on the CPU only (no host synchronisation)
     scale    None: E**−0.5
     return_lse     also return the natural log of Σ exp(scale · q kᵀ) over the keys seen; differentiable
-    deterministic  None or True: two runs agree bit for bit. False allows an implementation to trade that for speed;
-             none does so far
+    deterministic  None or True: two runs agree bit for bit. False allows an implementation to trade that for speed:
+             `sdpa` does, in its backward on a GPU
 
     Returns [B, Sq, H, E] in q's dtype, dense (and LSE [B, H, Sq] in fp32; fp64 for fp64). A query that sees nothing
     gives 0 and LSE −inf, and no gradient. Scores, softmax and sums are fp32, rounded once at the store; error against
@@ -73,7 +73,9 @@ def spacetime_attention(
 
     Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `triton`
     runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
-    where the last axis is not dense), and their time falls with the share of keys that are seen.
+    where the last axis is not dense), and their time falls with the share of keys that are seen. `sdpa` is PyTorch's
+    own flash kernel, where every query sees every key: "auto" takes it on a GPU in bfloat16 and float16 for as long as
+    no measurement recorded in `attention/config.py` says that `triton` is faster there.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, arXiv 2504.16922; sliding tiles, arXiv 2502.04507; sinks,
@@ -84,9 +86,9 @@ def spacetime_attention(
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     grad = needs_grad((q, k, v))
-    impl = _choose(impl, q, grad)
+    impl = _choose(impl, q, k, mode, grad)
     if grad:
-        out, lse = _SpacetimeAttention.apply(*apart(q, k, v), *mode, impl)
+        out, lse = _SpacetimeAttention.apply(*apart(q, k, v), *mode, deterministic is not False, impl)
     else:
         out, lse = _spacetime_attention(q, k, v, *mode, impl)
     return (out, lse) if return_lse else out
@@ -112,7 +114,7 @@ def attention_forward(
     """(out, lse) of `spacetime_attention`, outside autograd: for schedules that keep the pieces themselves."""
     rules = grid, grids, window, stride, causal, sink, text_len, text_at
     mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
-    impl = _choose(impl, q, False)
+    impl = _choose(impl, q, k, mode, False)
     with torch.no_grad():
         return _spacetime_attention(q, k, v, *mode, impl)
 
@@ -136,6 +138,7 @@ def attention_backward(
     text_at: str = "end",
     kv_lens: Tensor | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of the output (and of the LSE), outside autograd.
@@ -152,8 +155,10 @@ def attention_backward(
     for name, t in (("lse", lse), ("dlse", dlse)):
         if t is not None:
             _check.exact(op, name, t, (B, H, Sq), "[B, H, Sq] of q")
-    impl = _choose(impl, q, True)
+    _check.choice(op, "deterministic", deterministic, (None, True, False))
+    impl = _choose(impl, q, k, mode, True)
     with torch.no_grad():
+        mode = [*mode, deterministic is not False]
         return _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, (True,) * 3)
 
 
@@ -195,13 +200,30 @@ def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:
     return [kv_lens, *mode, scale]
 
 
-def _choose(impl: str, q: Tensor, grad: bool) -> str:
+def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool) -> str:
     def limits(impl: str) -> str | None:
-        if impl == "triton" and q.shape[-1] > MAX_WIDTH:
-            return f"triton holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
-        return None
+        if impl in ("triton", "sdpa") and q.shape[-1] > MAX_WIDTH:
+            return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
+        return _not_plain(q, k, mode) if impl == "sdpa" else None
 
-    return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits)
+    fastest = config.fastest(q) if q.is_cuda else None
+    return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits, fastest=fastest)
+
+
+def _not_plain(q: Tensor, k: Tensor, mode: list) -> str | None:
+    """Why PyTorch's flash kernel does not take these arguments."""
+    kv_lens, grids, *_, scale = mode
+    if kv_lens is not None or grids:
+        return "sdpa takes attention without kv_lens, window, causal or packed clips"
+    if q.shape[2] != k.shape[2]:
+        return f"sdpa takes as many key heads as query heads; got {k.shape[2]} and {q.shape[2]}"
+    if scale <= 0:
+        return f"sdpa takes a scale above 0; got {scale}"
+    if q.numel() == 0 or k.numel() == 0:
+        return "sdpa takes no empty tensors"
+    if q.is_cuda and (q.dtype == torch.float32 or q.shape[3] % 8 or config.capability(q.device) < 80):
+        return "sdpa takes bfloat16 or float16 and a head width that is a multiple of 8 on a GPU from sm_80 on"
+    return None
 
 
 def _check_heads(op, q, k, v) -> None:
@@ -242,7 +264,8 @@ _MODE = (
     "Tensor? kv_lens, SymInt[] grids, SymInt[] window, SymInt[] stride, SymInt chunk, SymInt sink, "
     "SymInt text_len, bool text_first, float scale"
 )
-_TRITON = "sora_kernels.attention.kernels"
+_KERNELS = "sora_kernels.attention.kernels"
+_FWD, _BWD = "spacetime_attention_fwd", "spacetime_attention_bwd"
 
 
 def _forward(q, k, v, *args) -> None:
@@ -252,7 +275,7 @@ def _forward(q, k, v, *args) -> None:
 
 
 def _backward(dout, dlse, q, k, v, out, lse, *args) -> None:
-    *mode, dq, dk, dv = args
+    *mode, _, dq, dk, dv = args  # one order is all it has, `deterministic` or not
     grads = reference.spacetime_attention_backward(dout, dlse, q, k, v, *mode, out, lse)
     for destination, grad in zip((dq, dk, dv), grads, strict=True):
         if destination is not None:
@@ -260,17 +283,17 @@ def _backward(dout, dlse, q, k, v, out, lse, *args) -> None:
 
 
 _library.define(
-    "spacetime_attention_fwd",
+    _FWD,
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"triton": f"{_TRITON}_forward:spacetime_attention_fwd", "cpu": None},
+    impls={"triton": f"{_KERNELS}_forward:{_FWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_FWD}"},
 )
 _library.define(
-    "spacetime_attention_bwd",
+    _BWD,
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
-    "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
+    "bool deterministic, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"triton": f"{_TRITON}_backward:spacetime_attention_bwd", "cpu": None},
+    impls={"triton": f"{_KERNELS}_backward:{_BWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_BWD}"},
 )
 
 
@@ -283,7 +306,7 @@ def _flops_fwd(
 
 def _flops_bwd(
     dout, dlse, q, k, v, out, lse, kv_lens, grids, window, stride, chunk, sink, text_len, text_first, scale,
-    dq=None, dk=None, dv=None, *, out_val=None,
+    deterministic=True, dq=None, dk=None, dv=None, *, out_val=None,
 ) -> int:  # fmt: skip
     """Five: the scores once more, dO Vᵀ, and one for each gradient."""
     products = 1 + (dq is not None or dk is not None) + sum(d is not None for d in (dq, dk, dv))
@@ -299,8 +322,8 @@ def _multiplied(q, k, *form) -> int:
     return 2 * B * E * seen_pairs(*sizes, H)
 
 
-_flops.register("spacetime_attention_fwd", _flops_fwd)
-_flops.register("spacetime_attention_bwd", _flops_bwd)
+_flops.register(_FWD, _flops_fwd)
+_flops.register(_BWD, _flops_bwd)
 
 
 def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
@@ -308,14 +331,14 @@ def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
     B, Sq, H, _ = q.shape
     out = like(q)
     lse = torch.empty(B, H, Sq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    _library.call("spacetime_attention_fwd", impl)(dense(q), dense(k), dense(v), *mode, out, lse)
+    _library.call(_FWD, impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
 
 
 def _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, wanted) -> list[Tensor | None]:
     grads = [like(t, needed) for t, needed in zip((q, k, v), wanted, strict=True)]
     dlse = dlse if dlse is None else dlse.contiguous()
-    _library.call("spacetime_attention_bwd", impl)(
+    _library.call(_BWD, impl)(
         dense(dout), dlse, dense(q), dense(k), dense(v), dense(out), lse.contiguous(), *mode, *grads
     )
     return grads
@@ -325,7 +348,8 @@ class _SpacetimeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, kv_lens, *args):
         ctx.set_materialize_grads(False)
-        out, lse = _spacetime_attention(q, k, v, kv_lens, *args)
+        *mode, _, impl = args
+        out, lse = _spacetime_attention(q, k, v, kv_lens, *mode, impl)
         ctx.save_for_backward(q, k, v, out, lse, kv_lens)
         ctx.constants = args
         return out, lse

@@ -1,5 +1,5 @@
 """Tiles of the convolutions: pixels and channels of a program, and which boxes of a frame the pixels are; and where
-cuDNN is faster than they are."""
+they are known to be faster than cuDNN."""
 
 from __future__ import annotations
 
@@ -100,15 +100,16 @@ def weight_gradient(C: int, N: int, dtype: torch.dtype, capability: int) -> Tile
 
 
 # Compute capability -> {(operation, whether its backward follows): the fewest channels, in and out, from which on
-# "auto" takes cudnn for 16-bit videos}. Empty: not yet measured on any GPU. `python -m benchmarks.run --op NAME` times
-# triton and cudnn in turns on layers of public models and names those where cudnn is faster. An entry is the channels
-# of the narrowest of them, if cudnn is faster on all wider ones as well: forward alone, or forward + backward together.
-CUDNN_FROM: dict[int, dict[tuple[str, bool], int]] = {}
+# "auto" takes triton for 16-bit videos; below, and where nothing is said, it leaves the products to cudnn. Empty: not
+# yet measured on any GPU. `python -m benchmarks.run --op NAME` times both in turns on layers of public models and names
+# those where triton is faster. An entry is the channels of the narrowest of them, if triton is faster on all wider ones
+# as well: forward alone, or forward + backward together.
+TRITON_FROM: dict[int, dict[tuple[str, bool], int]] = {}
 
 
 def fastest(op: str, x: torch.Tensor, weight: torch.Tensor, grad: bool) -> str | None:
-    """The implementation that was measured fastest, where that is not the first of those that can run."""
-    if not CUDNN_FROM or x.dtype not in (torch.bfloat16, torch.float16):
+    """What "auto" takes first on a GPU: cuDNN's products, until ours are known to win. fp32 stays with triton."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
         return None
-    least = CUDNN_FROM.get(capability(x.device), {}).get((op, grad))
-    return "cudnn" if least is not None and min(weight.shape[0], weight.shape[1]) >= least else None
+    least = TRITON_FROM.get(capability(x.device), {}).get((op, grad))
+    return None if least is not None and min(weight.shape[0], weight.shape[1]) >= least else "cudnn"

@@ -84,7 +84,8 @@ def causal_conv3d(
     norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
                  the one and adds the other to its result.
-    impl         "auto" on a GPU: triton, or cudnn (its products, our passes around them) where it was measured faster.
+    impl         "auto" on a GPU: in 16 bits cudnn (its products, our passes around them), until triton is measured
+                 faster.
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw.
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
