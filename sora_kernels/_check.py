@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED = torch.strided
 
 
 def shape_of(t: Tensor) -> str:
     return str(list(t.shape))
+
+
+def plain(t: Tensor) -> bool:
+    """Whether t is a strided tensor: neither sparse nor nested nor in a format of oneDNN's."""
+    return t.layout is STRIDED and not t.is_nested
 
 
 def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None) -> None:
@@ -18,14 +26,20 @@ def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None)
         raise TypeError(f"{op}: {name} must be a tensor {dims}; got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
+    if not plain(t):
+        got = "a nested tensor" if t.is_nested else f"{t.layout}; convert it with .to_dense()"
+        raise TypeError(f"{op}: {name} must be a plain strided tensor {dims}; got {got}")
     if ndim is not None and t.ndim != ndim:
         raise ValueError(f"{op}: {name} must be {dims}; got shape {shape_of(t)}")
 
 
 def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`t` has exactly this shape; `meaning` says where the numbers come from."""
-    if isinstance(t, Tensor) and t.shape == shape and t.dtype in FLOATS:
-        return
+    try:
+        if t.layout is STRIDED and t.shape == shape and t.dtype in FLOATS:
+            return
+    except (AttributeError, RuntimeError):  # not a tensor; a nested one, which has no shape
+        pass
     tensor(op, name, t, meaning)
     if t.shape != tuple(shape):
         raise ValueError(f"{op}: {name} must have shape {list(shape)} ({meaning}); got {shape_of(t)}")
@@ -33,8 +47,11 @@ def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -
 
 def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """`t` has the shape, dtype and device of `x`."""
-    if isinstance(t, Tensor) and t.shape == x.shape and t.dtype == x.dtype and t.device == x.device:
-        return
+    try:
+        if t.layout is STRIDED and t.shape == x.shape and t.dtype == x.dtype and t.device == x.device:
+            return
+    except (AttributeError, RuntimeError):  # as in `exact`
+        pass
     tensor(op, name, t, f"of the shape of {x_name}")
     if t.shape != x.shape:
         exact(op, name, t, x.shape, f"the shape of {x_name}")
@@ -50,20 +67,68 @@ def same_device(op: str, x: Tensor, others: dict[str, Tensor | None], x_name: st
             raise ValueError(f"{op}: {name} must be on {x_name}'s device {device}; got {t.device}; move it with .to()")
 
 
+def device(op: str, value: object) -> torch.device:
+    try:
+        return torch.device(value)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{op}: device must be a torch.device or the name of one; got {value!r}") from error
+
+
 def choice(op: str, name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, (str, bool, type(None))) or value not in allowed:  # an array has no truth
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def positive(op: str, name: str, value: float) -> None:
+def flag(op: str, name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {value!r}")
+    return value
+
+
+def number(op: str, name: str, value: object) -> float:
+    """A real number, NumPy's as well, as a float."""
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, Real | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__} {value!r}")
+    return float(value)
+
+
+def positive(op: str, name: str, value: object) -> float:
+    value = value if type(value) is float else number(op, name, value)
     if not value > 0:
         raise ValueError(f"{op}: {name} must be positive; got {value}")
+    return value
+
+
+def is_integer(value: object) -> bool:
+    """Python's, NumPy's or, while a graph is traced, a symbol; True is none."""
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    return isinstance(value, Integral | torch.SymInt)
+
+
+def integer(op: str, name: str, value: object, least: int = 0, most: int | None = None, meaning: str = "") -> int:
+    """`meaning` says of `most` what it is, as in "S="."""
+    if not is_integer(value) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"between {least} and {meaning}{most}"
+        raise ValueError(f"{op}: {name} must be an integer {limits}; got {value!r}")
+    return value if isinstance(value, torch.SymInt) else int(value)
+
+
+def per_axis(value: object) -> object:
+    """An integer stands for three of it."""
+    return (value,) * 3 if is_integer(value) else value
 
 
 def triple(op: str, name: str, value: object, *, least: int = 1) -> tuple[int, int, int]:
     """Three integers of at least `least`, as given."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 3 and all([isinstance(v, int) for v in value])):
+    if type(value) is tuple and len(value) == 3:
+        t, h, w = value
+        if type(t) is int and type(h) is int and type(w) is int and t >= least and h >= least and w >= least:
+            return value
+    if not (isinstance(value, tuple | list) and len(value) == 3 and all([is_integer(v) for v in value])):
         raise ValueError(f"{op}: {name} must be three integers (t, h, w); got {value!r}")
     if min(value) < least:
         raise ValueError(f"{op}: every entry of {name} must be at least {least}; got {tuple(value)}")
-    return tuple(value)
+    return tuple([v if isinstance(v, torch.SymInt) else int(v) for v in value])

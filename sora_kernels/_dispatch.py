@@ -41,10 +41,10 @@ def choose(
     Raises ValueError for an unknown name and Unavailable where an explicit choice cannot run.
     """
     device = "cpu" if x.is_cpu else x.device.type  # which makes a string at each call
-    if impl == "auto":
+    if isinstance(impl, str) and impl == "auto":
         impl = FORCED
-    if impl != "auto":
-        if impl not in IMPLS:
+    if not isinstance(impl, str) or impl != "auto":
+        if not isinstance(impl, str) or impl not in IMPLS:
             raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
         reason = why_not(op, impl, device, x.dtype, grad) or (limits and limits(impl))
         if reason:
@@ -57,9 +57,7 @@ def choose(
     return "reference"
 
 
-def why_not(
-    op: str, impl: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = False
-) -> str | None:
+def why_not(op: str, impl: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = False) -> str | None:
     """None where `impl` runs `op` on this device type and dtype, else the reason why not."""
     return _why_not(op, impl, device, dtype, grad)
 

@@ -171,6 +171,17 @@ def vjp(
         destinations[name].copy_(grad)
 
 
+def may_keep(device: torch.device) -> bool:
+    """Whether a tensor made now may enter a cache: it has values, and they outlive what is going on.
+
+    Not so in a FakeTensorMode or another dispatch mode, in a transform of torch.func, and while a CUDA graph, whose
+    memory is not ours to keep, is captured.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or device.type == "meta":
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 @contextlib.contextmanager
 def _autograd_keys():
     """Inside a dispatched kernel the autograd keys may be excluded; recording a graph there needs them back."""

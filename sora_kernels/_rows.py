@@ -24,9 +24,12 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
     for name, t in modulations.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor) or t.dtype not in _check.FLOATS:
+        try:
+            known, shape = t.layout is _check.STRIDED and t.dtype in _check.FLOATS, t.shape
+        except (AttributeError, RuntimeError):  # as in `_check.exact`
+            known = False
+        if not known:
             _check.tensor(op, name, t, LAYOUTS)
-        shape = t.shape
         F = shape[1] if len(shape) == 3 else 1
         if shape != (B, F, D) and shape != (B, D) and shape != (D,):
             raise ValueError(

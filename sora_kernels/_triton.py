@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._library import may_keep as may_keep
+
 
 @triton.jit
 def load_rows(ptr, offsets, cols, mask):

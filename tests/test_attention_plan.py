@@ -148,7 +148,7 @@ def test_plan_errors():
         (dict(q_len=8, grid=(2, 2, 3)), "attention_plan: grid"),
         (dict(q_len=-1), "q_len must be an integer of at least 0; got -1"),
         (dict(q_len=3, k_len=2.0), "k_len must be an integer of at least 0; got 2.0"),
-        (dict(q_len=12, grid=(2, 2, 3), tile=0), "tile must be at least 1"),
+        (dict(q_len=12, grid=(2, 2, 3), tile=0), "tile must be an integer of at least 1"),
         (dict(q_len=12, grid=(2, 2, 3), key_tile=(1, 2)), "key_tile must be three integers"),
         (dict(q_len=12, grid=(2, 2, 3), tile=(1, 2, 3)), r"tile must hold a power of two of tokens; got \(1, 2, 3\)"),
     ):

@@ -67,19 +67,18 @@ def _resolve(
 ) -> Form:
     if grid is not None and grids is not None:
         raise ValueError(f"{op}: give grid (one clip size) or grids (packed clips), not both")
-    strides = _per_head(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride, heads)
+    strides = _per_head(op, "stride", _check.per_axis(stride), heads)
     windows = [None] if window is None else _per_head(op, "window", window, heads)
     if 1 != len(strides) != len(windows) != 1:
         raise ValueError(
             f"{op}: window and stride must be one rule or one for each head; got {len(windows)} and {len(strides)}"
         )
-    chunk = 0 if causal is None else 1 if causal == "frame" else causal
-    if causal is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+    chunk = 0 if causal is None else 1 if isinstance(causal, str) and causal == "frame" else causal
+    if causal is not None and not (_check.is_integer(chunk) and chunk >= 1):
         raise ValueError(f"{op}: causal must be None, 'frame' or a number of frames per chunk >= 1; got {causal!r}")
     _check.choice(op, "text_at", text_at, ("end", "start"))
-    for name, n in (("sink", sink), ("text_len", text_len)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
+    chunk, sink = _check.integer(op, "causal", chunk), _check.integer(op, "sink", sink)
+    text_len = _check.integer(op, "text_len", text_len)
     if grid is None and grids is None:
         rules = dict(window=window is not None, causal=chunk > 0, sink=sink > 0, text_len=text_len > 0)
         for name, given in rules.items():
@@ -149,6 +148,8 @@ def _clips(op: str, q_len: int, k_len: int, grid, grids, text_len: int) -> list[
                 f"(grid is that of the keys); got {q_len} tokens"
             )
         return [grid]
+    if grids is not None and not isinstance(grids, tuple | list):
+        raise ValueError(f"{op}: grids must be a list of clips' sizes (T, H, W); got {grids!r}")
     clips = [_check.triple(op, f"grids[{i}]", g) for i, g in enumerate(grids or ())]
     total = sum(math.prod(g) for g in clips)
     if grids is not None and not (q_len == k_len == total):

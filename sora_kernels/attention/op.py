@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from .. import _check, _dispatch, _flops, _library
-from .._operands import apart, dense, like, needs_grad
+from .._operands import apart, dense, like, needs_grad, parameter
 from . import config, reference
 from .mode import resolve
 from .plan import seen_pairs
@@ -85,6 +85,7 @@ def spacetime_attention(
     rules = grid, grids, window, stride, causal, sink, text_len, text_at
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     _check.choice(op, "deterministic", deterministic, (None, True, False))
+    _check.flag(op, "return_lse", return_lse)
     grad = needs_grad((q, k, v))
     impl = _choose(impl, q, k, mode, grad)
     if grad:
@@ -114,6 +115,7 @@ def attention_forward(
     """(out, lse) of `spacetime_attention`, outside autograd: for schedules that keep the pieces themselves."""
     rules = grid, grids, window, stride, causal, sink, text_len, text_at
     mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
+    _check.choice("attention_forward", "impl", impl, _dispatch.IMPLS)
     impl = _choose(impl, q, k, mode, False)
     with torch.no_grad():
         return _spacetime_attention(q, k, v, *mode, impl)
@@ -152,10 +154,12 @@ def attention_backward(
     B, Sq, H, _ = q.shape
     for name, t in (("dout", dout), ("out", out)):
         _check.like(op, name, t, q, "q")
-    for name, t in (("lse", lse), ("dlse", dlse)):
-        if t is not None:
-            _check.exact(op, name, t, (B, H, Sq), "[B, H, Sq] of q")
+    _check.exact(op, "lse", lse, (B, H, Sq), "[B, H, Sq] of q")
+    if dlse is not None:
+        _check.exact(op, "dlse", dlse, (B, H, Sq), "[B, H, Sq] of q")
+    _check.same_device(op, q, {"lse": lse, "dlse": dlse}, "q")
     _check.choice(op, "deterministic", deterministic, (None, True, False))
+    _check.choice(op, "impl", impl, _dispatch.IMPLS)
     impl = _choose(impl, q, k, mode, True)
     with torch.no_grad():
         mode = [*mode, deterministic is not False]
@@ -168,13 +172,17 @@ def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple
     out [B, Sq, H, E] of any float dtype, lse [B, H, Sq]. Differentiable; a query that sees nothing in either stays 0
     with LSE −inf. Computed in the dtype of the LSE and rounded to that of `out`: keep fp32 outs to merge many times.
     """
-    (out_a, lse_a), (out_b, lse_b) = a, b
     op = "merge_attention"
-    _check.tensor(op, "the first out", out_a, "[B, Sq, H, E]", ndim=4)
-    _check.like(op, "the second out", out_b, out_a, "the first out")
+    for name, pair in (("a", a), ("b", b)):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise TypeError(f"{op}: {name} must be a pair (out, lse); got {type(pair).__name__}")
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    _check.tensor(op, "the out of a", out_a, "[B, Sq, H, E]", ndim=4)
+    _check.like(op, "the out of b", out_b, out_a, "the out of a")
     B, Sq, H, _ = out_a.shape
-    _check.exact(op, "the first lse", lse_a, (B, H, Sq), "[B, H, Sq] of out")
-    _check.like(op, "the second lse", lse_b, lse_a, "the first lse")
+    _check.exact(op, "the lse of a", lse_a, (B, H, Sq), "[B, H, Sq] of out")
+    _check.like(op, "the lse of b", lse_b, lse_a, "the lse of a")
+    _check.same_device(op, out_a, {"the lse of a": lse_a}, "the out of a")
     lse = torch.logaddexp(lse_a, lse_b)
     share_a, share_b = (
         torch.exp(x - lse.masked_fill(lse == float("-inf"), 0)).transpose(1, 2)[..., None] for x in (lse_a, lse_b)
@@ -194,10 +202,10 @@ def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:
         raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {B}")
     if kv_lens is not None:
         _check_kv_lens(op, kv_lens, q, k.shape[1])
-    scale = max(E, 1) ** -0.5 if scale is None else float(scale)
+    scale = max(E, 1) ** -0.5 if scale is None else _check.number(op, "scale", scale)
     if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
-    return [kv_lens, *mode, scale]
+    return [parameter(kv_lens), *mode, scale]
 
 
 def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool) -> str:
@@ -242,8 +250,8 @@ def _check_heads(op, q, k, v) -> None:
 
 def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
     """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
-    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64):
-        got = kv_lens.dtype if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64) or not _check.plain(kv_lens):
+        got = f"{kv_lens.dtype}, {kv_lens.layout}" if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
         raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
     if kv_lens.ndim != 1:
         raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .. import _check
+from .. import _check, _library
 from .config import choose_boxes
 from .mode import Box, Mode, by_head, is_list, mode_of, resolve
 from .reference import FAR, reach
@@ -124,20 +124,18 @@ def attention_plan(
     its first head. Heads that keep equal rules share a plan.
     """
     op = "attention_plan"
-    k_len = q_len if k_len is None else k_len
-    for name, n in (("q_len", q_len), ("k_len", k_len)):
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"{op}: {name} must be an integer of at least 0; got {n!r}")
+    q_len = _check.integer(op, "q_len", q_len)
+    k_len = q_len if k_len is None else _check.integer(op, "k_len", k_len)
+    padded, transposed = _check.flag(op, "padded", padded), _check.flag(op, "transposed", transposed)
     form = resolve(op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at)
     sizes = []
     for name, t in (("tile", tile), ("key_tile", key_tile)):
-        t = _check.triple(op, name, (t,) * 3)[0] if isinstance(t, int) else _check.triple(op, name, t)
-        volume = t if isinstance(t, int) else math.prod(t)
-        if volume & (volume - 1):
+        t = _check.integer(op, name, t, 1) if _check.is_integer(t) else _check.triple(op, name, t)
+        if (volume := t if isinstance(t, int) else math.prod(t)) & (volume - 1):
             raise ValueError(f"{op}: {name} must hold a power of two of tokens; got {t}")
         sizes.append(t)
     own, visit = sizes[::-1] if transposed else sizes
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = torch.get_default_device() if device is None else _check.device(op, device)
     heads = max((len(x) for x in (window, stride) if is_list(x)), default=1)
     tiles = (own,), visit, transposed, padded, device
     plans = tuple((keep, plan(q_len, k_len, *rule, *tiles)) for keep, rule in by_head(form, heads))
@@ -158,16 +156,18 @@ def head_table(heads: tuple[int, ...], total: int, device: torch.device) -> Tens
 
 def _cached(build: Callable[..., T]) -> Callable[..., T]:
     """`build(*key, device)` from a cache; what it gives belongs to the stream that it was built on."""
-    cache = functools.lru_cache(maxsize=64)(lambda stream, *key: build(*key))
+
+    @functools.lru_cache(maxsize=64)
+    def cache(stream, *key) -> T:
+        with torch.inference_mode(False):  # whose tensors no later backward could keep
+            return build(*key)
 
     @functools.wraps(build)
     def get(*key) -> T:
         device = key[-1]
-        if device.type != "cuda":
-            return cache(0, *key)
-        if torch.cuda.is_current_stream_capturing():  # a graph's memory is not ours to keep
+        if not _library.may_keep(device):
             return build(*key)
-        return cache(torch.cuda.current_stream(device).cuda_stream, *key)
+        return cache(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, *key)
 
     return get
 
@@ -271,8 +271,9 @@ class Clip:
 
 @_cached
 def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
-    on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]
-    own_box, visit_box, most = choose_boxes(on_host, own, visit)
+    with unset_fake_temporarily():  # sizes are numbers even where the plan's own tensors are not
+        on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]
+        own_box, visit_box, most = choose_boxes(on_host, own, visit)
     step = math.prod(visit_box)
     own_len, visit_len = (mode.k_len, mode.q_len) if transposed else (mode.q_len, mode.k_len)
     own_text, visit_text = (mode.text_len, mode.text_len) if mode.clips else (own_len, visit_len)

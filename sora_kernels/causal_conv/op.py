@@ -46,12 +46,12 @@ def norm_silu(
     _check.exact(op, "weight", weight, (C,), "[C], one per channel of x")
     if bias is not None:
         _check.exact(op, "bias", bias, (C,), "[C], one per channel of x")
-    if norm == "group" and (not isinstance(groups, int) or groups < 1 or C % groups):
-        raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups}")
-    _check.positive(op, "eps", eps)
+    if norm == "group" and not (_check.is_integer(groups) and groups >= 1 and C % groups == 0):
+        raise ValueError(f"{op}: groups must divide the {C} channels of x; got groups={groups!r}")
+    eps = _check.positive(op, "eps", eps)
     _check.same_device(op, x, {"weight": weight, "bias": bias})
     tensors = narrow(x, (x, weight, bias))
-    grad, groups = needs_grad(tensors), groups if norm == "group" else 0
+    grad, groups = needs_grad(tensors), int(groups) if norm == "group" else 0
     run = _NormSilu.apply if grad else _NormSilu.run
     return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad))
 
@@ -97,7 +97,8 @@ def causal_conv3d(
     """
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
-    stride = _check.triple(op, "stride", (stride,) * 3 if isinstance(stride, int) else stride)
+    _check.flag(op, "return_raw", return_raw)
+    stride = _check.triple(op, "stride", _check.per_axis(stride))
     _check_cache(op, x, cache, weight.shape[2] - 1, "kt - 1")
     if cache is not None and x.shape[2] % stride[0]:
         raise ValueError(f"{op}: with a cache, x must have a multiple of {stride[0]} frames (stride); got {x.shape[2]}")
@@ -108,7 +109,7 @@ def causal_conv3d(
             raise TypeError(f"{op}: residual must have x's dtype {x.dtype}; got {residual.dtype}; cast it with .to()")
     if norm_weight is not None:
         _check.exact(op, "norm_weight", norm_weight, (weight.shape[0],), "[O], one per output channel")
-        _check.positive(op, "norm_eps", norm_eps)
+        norm_eps = _check.positive(op, "norm_eps", norm_eps)
     elif return_raw:
         raise ValueError(f"{op}: return_raw=True needs norm_weight, without which y is the raw result; got None")
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
@@ -225,7 +226,7 @@ class _CausalConv3d(torch.autograd.Function):
         """y, or (y, raw) where the caller wants it or, `keep`, the backward does."""
         out = empty_video(x, shape)
         raw = torch.empty_like(out) if return_raw or keep else None
-        tensors = (x, weight, bias, cache, residual, norm_weight)
+        tensors = (x, weight, parameter(bias), cache, residual, parameter(norm_weight))
         _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, raw)
         return out if raw is None else (out, raw)
 
@@ -247,7 +248,7 @@ class _CausalConv3d(torch.autograd.Function):
         need, plain = ctx.needs_input_grad, norm_weight is None  # then the gradient of residual is `dout` itself
         dx, dweight, dbias, dcache = (_like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False))
         dresidual, dnorm = _like_if(need[4] and not plain, pre), _like_if(need[5], norm_weight)
-        args = (dout, draw, x, weight, cache, norm_weight, pre, ctx.stride, ctx.norm_eps)
+        args = (dout, draw, x, weight, cache, parameter(norm_weight), pre, ctx.stride, ctx.norm_eps)
         _library.call("causal_conv3d_bwd", ctx.impl)(*args, dx, dweight, dbias, dcache, dresidual, dnorm)
         grads = (dx, dweight, dbias, dcache, dout if need[4] and plain else dresidual, dnorm)
         return *grads, None, None, None, None, None
@@ -259,7 +260,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, cache, factor, shape, op, impl):
         out = empty_video(x, shape)
-        _library.call(f"{op}_fwd", impl)(x, weight, bias, cache, factor, out)
+        _library.call(f"{op}_fwd", impl)(x, weight, parameter(bias), cache, factor, out)
         return out
 
     @staticmethod

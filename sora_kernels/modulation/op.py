@@ -50,7 +50,7 @@ def norm_modulate(
     Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.
     """
     op = "norm_modulate"
-    _check_norm(op, x, norm, eps)
+    eps = _check_norm(op, x, norm, eps)
     frames = _rows.check(op, x, shift=shift, scale=scale)
     _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
     tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
@@ -81,6 +81,7 @@ def gate_residual(
     op = "gate_residual"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
+    _check_gate(op, gate)
     frames = _rows.check(op, x, gate=gate)
     _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
@@ -117,8 +118,9 @@ def gate_residual_norm_modulate(
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
     op = "gate_residual_norm_modulate"
-    _check_norm(op, x, norm, eps)
+    eps = _check_norm(op, x, norm, eps)
     _check.like(op, "y", y, x)
+    _check_gate(op, gate)
     frames = _rows.check(op, x, gate=gate, shift=shift, scale=scale)
     _check_vectors(
         op, x, weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table
@@ -137,10 +139,17 @@ def gate_residual_norm_modulate(
 # Validation
 
 
-def _check_norm(op, x, norm, eps) -> None:
+def _check_norm(op, x, norm, eps) -> float:
+    """eps."""
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.choice(op, "norm", norm, NORMS)
-    _check.positive(op, "eps", eps)
+    return _check.positive(op, "eps", eps)
+
+
+def _check_gate(op, gate) -> None:
+    """To a row that may be absent, None is nothing to check."""
+    if gate is None:
+        _check.tensor(op, "gate", gate, _rows.LAYOUTS)
 
 
 def _check_vectors(op, x, **vectors: Tensor | None) -> None:

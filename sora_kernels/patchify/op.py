@@ -52,7 +52,7 @@ def patch_embed3d(
     if bias is not None:
         _check.exact(op, "bias", bias, (D,), "[D], as weight has rows")
     if pos is not None:
-        batched = (B, S, D) if pos.ndim == 3 else (S, D)
+        batched = (B, S, D) if isinstance(pos, Tensor) and pos.ndim == 3 else (S, D)
         _check.exact(op, "pos", pos, batched, "[S, D] or [B, S, D], one row per token")
     _check.same_device(op, video, {"weight": weight, "bias": bias, "pos": pos}, "video")
     tensors = narrow(video, (video, weight, bias, pos))
@@ -76,8 +76,7 @@ def unpatchify3d(
     op = "unpatchify3d"
     _check.tensor(op, "tokens", tokens, "[B, S, pt*ph*pw*C]", ndim=3)
     grid, patch = _check_layout(op, "tokens", tokens, grid, patch)
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ValueError(f"{op}: channels must be an integer of at least 1; got {channels!r}")
+    channels = _check.integer(op, "channels", channels, 1)
     B, _, features = tokens.shape
     if features != math.prod(patch) * channels:
         raise ValueError(
@@ -127,7 +126,7 @@ def final_layer(
     grid, patch = _check_layout(op, "x", x, grid, patch)
     frames = _rows.check(op, x, shift=shift, scale=scale)
     _check.choice(op, "norm", norm, NORMS)
-    _check.positive(op, "eps", eps)
+    eps = _check.positive(op, "eps", eps)
     _check.tensor(op, "weight", weight, "[pt*ph*pw*C, D]", ndim=2)
     (B, _, D), (features, width) = x.shape, weight.shape
     if width != D:
@@ -143,7 +142,7 @@ def final_layer(
     tensors = narrow(x, (x, shift, scale, weight, bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", float(eps), impl)
+    settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", eps, impl)
     return _FinalLayer.apply(*apart(*tensors), settings) if grad else _final_layer(*tensors, *settings)
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import sum_partials
+from .._triton import may_keep, sum_partials
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -276,7 +276,8 @@ def tile(H: int, E: int, width: bool) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=64)
 def _cached_steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
-    return _steps(split, theta, device)
+    with torch.inference_mode(False):
+        return _steps(split, theta, device)
 
 
 def _steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
@@ -287,9 +288,8 @@ def _steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.
 
 
 def steps(split: list[int], theta: float, device: torch.device) -> torch.Tensor:
-    """Computed on the device and kept; not while a CUDA graph is captured, where nothing has a value yet."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (_steps if capturing else _cached_steps)(tuple(split), theta, device)
+    """Computed on the device and kept."""
+    return (_cached_steps if may_keep(device) else _steps)(tuple(split), theta, device)
 
 
 def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, tuple, dict]:

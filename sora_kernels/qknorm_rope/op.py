@@ -14,6 +14,7 @@ from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
+FREQS = "[S - text_len, rotary_dim/2] or [S - text_len, H, rotary_dim/2]"
 MAX_CHANNELS = 16384  # that one Triton program holds in registers
 
 
@@ -81,16 +82,20 @@ def qk_norm_rope(
     _, S, H, E = _check_heads(op, q, k)
     _check.choice(op, "norm", norm, ("rms", "layer", None))
     _check.choice(op, "across", across, ("head", "width"))
-    _check.positive(op, "eps", eps)
+    _check.flag(op, "interleaved", interleaved)
+    eps = _check.positive(op, "eps", eps)
     _check_affine(op, q, H, E, norm, across, q_weight=q_weight, q_bias=q_bias)
     _check_affine(op, k, k.shape[2], E, norm, across, k_weight=k_weight, k_bias=k_bias)
-    first = _check_text(op, S, text_len, text_at)
-    cos, sin, axes = _rotation(op, q, k, S, E, grid, freqs, split, theta, rotary_dim, origin, text_len)
+    text_len = _check.integer(op, "text_len", text_len, 0, S, "S=")
+    _check.choice(op, "text_at", text_at, ("end", "start"))
+    first = text_len if text_at == "start" else 0  # the first token that is not text
+    theta = _check.positive(op, "theta", theta)
+    cos, sin, axes = _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len)
     width = across == "width"
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
-    settings = (NORMS.index(norm), width, axes, float(theta), first, bool(interleaved), float(eps), impl)
+    settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, impl)
     if grad:
         return _QKNormRope.apply(*apart(*tensors), cos, sin, settings)
     return _qk_norm_rope(*tensors, cos, sin, settings)
@@ -130,15 +135,7 @@ def _check_affine(op, x, H, E, norm, across, **parameters: Tensor | None) -> Non
             _check.same_device(op, x, {name: t}, name[0])
 
 
-def _check_text(op, S, text_len, text_at) -> int:
-    """The first token that is not text."""
-    if isinstance(text_len, bool) or not isinstance(text_len, int) or not 0 <= text_len <= S:
-        raise ValueError(f"{op}: text_len must be an integer between 0 and S={S}; got {text_len!r}")
-    _check.choice(op, "text_at", text_at, ("end", "start"))
-    return text_len if text_at == "start" else 0
-
-
-def _rotation(op, q, k, S, E, grid, freqs, split, theta, rotary_dim, origin, text_len):
+def _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len):
     """(cos, sin, axes) as the op takes them, where None or empty means that nothing is rotated."""
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
@@ -150,25 +147,32 @@ def _rotation(op, q, k, S, E, grid, freqs, split, theta, rotary_dim, origin, tex
     if k.shape[1] != S:
         raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
     if freqs is None:
-        known = type(grid) is tuple and type(origin) is tuple and not torch.compiler.is_compiling()
-        check = _check_grid_once if known and type(split) is not list else _check_grid
-        return None, None, check(op, S, E, grid, split, theta, rotary_dim, origin, text_len)
+        key = op, S, E, grid, split, rotary_dim, origin, text_len
+        if torch.compiler.is_compiling():
+            return None, None, _check_grid(*key)
+        try:
+            hash(key)
+        except TypeError:  # lists; symbols in the place of sizes
+            return None, None, _check_grid(*key)
+        return None, None, _check_grid_once(*key)
     if split is not None:
         raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
-    cos, sin, rotary_dim = _freqs(op, freqs, q, k, rotary_dim, text_len)
-    _check_rotary_dim(op, rotary_dim, E)
+    if rotary_dim is not None:
+        _check_rotary_dim(op, rotary_dim, E)
+    cos, sin = _freqs(op, freqs, q, k, rotary_dim, text_len)
+    _check_rotary_dim(op, 2 * cos.shape[-1], E)
     return cos, sin, ()
 
 
 def _check_rotary_dim(op, rotary_dim, E) -> None:
-    if rotary_dim % 2 or not 0 < rotary_dim <= E:
+    if not _check.is_integer(rotary_dim) or rotary_dim % 2 or not 0 < rotary_dim <= E:
         raise ValueError(
-            f"{op}: rotary_dim must be even, above 0 and at most the head width E={E}; got {rotary_dim}; "
+            f"{op}: rotary_dim must be even, above 0 and at most the head width E={E}; got {rotary_dim!r}; "
             "pass rotary_dim= to rotate only the first channels of each head"
         )
 
 
-def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
+def _check_grid(op, S, E, grid, split, rotary_dim, origin, text_len):
     """(*grid, *split, *origin), three integers each."""
     origin = _check.triple(op, "origin", origin, least=-(1 << 30))
     rotary_dim = E if rotary_dim is None else rotary_dim
@@ -176,7 +180,6 @@ def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
     T, H, W = grid = _check.triple(op, "grid", grid)
     if T * H * W + text_len != S:
         raise ValueError(f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}")
-    _check.positive(op, "theta", theta)
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:
         raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
@@ -186,12 +189,14 @@ def _check_grid(op, S, E, grid, split, theta, rotary_dim, origin, text_len):
 _check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
 
 
-def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
+def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
     if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
         raise TypeError(f"{op}: freqs must be a pair (cos, sin); got {type(freqs).__name__}")
     tokens, heads = q.shape[1] - text_len, q.shape[2]
     for name, t in zip(("freqs[0]", "freqs[1]"), freqs, strict=True):
-        _check.tensor(op, name, t, "[S - text_len, rotary_dim/2] or [S - text_len, H, rotary_dim/2]")
+        _check.tensor(op, name, t, FREQS)
+        if t.ndim not in (2, 3):
+            raise ValueError(f"{op}: {name} must be {FREQS}; got shape {_check.shape_of(t)}")
         pairs = freqs[0].shape[-1] if rotary_dim is None else rotary_dim // 2
         if freqs[0].ndim == 3:
             _check.exact(op, name, t, (tokens, heads, pairs), "[S - text_len, H, rotary_dim/2], angles of each head")
@@ -202,7 +207,7 @@ def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor, int]:
     if freqs[0].ndim == 3 and k.shape[2] != heads:
         raise ValueError(f"{op}: freqs have angles of each head: k must have q's {heads} heads; got {k.shape[2]}")
     _check.same_device(op, q, {"freqs[0]": freqs[0], "freqs[1]": freqs[1]}, "q")
-    return *freqs, 2 * freqs[0].shape[-1] if rotary_dim is None else rotary_dim
+    return tuple(freqs)
 
 
 def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
