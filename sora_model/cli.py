@@ -130,6 +130,8 @@ def reconstruct(
     with _bars() as bar:
         task = bar.add_task("frames", total=None)
         result = run(vae, source, to, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    if result.left_out:
+        err.print(f"[yellow]note:[/] not in it: {', '.join(result.left_out)}", highlight=False, soft_wrap=True)
     told = f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB"
     out.print(told, highlight=False, soft_wrap=True)
 

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,15 @@ EXTRA = ("refuse", "pad", "trim")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` wrote; `psnr` in dB over all frames, infinite where they are the same."""
+    """What `reconstruct` wrote; `psnr` in dB over all frames, infinite where they are the same.
+
+    `left_out` names what of the source is not in it, such as ("1 audio stream",).
+    """
 
     path: Path
     frames: int
     psnr: float
+    left_out: tuple[str, ...] = ()
 
 
 def load_vae(source: str | os.PathLike[str] = "toy", *, device: str | torch.device | None = None) -> CausalVAE:
@@ -87,18 +92,21 @@ def reconstruct(
 ) -> Reconstruction:
     """`source` encoded and decoded into `target`, an MP4 of as many frames, written whole or not at all.
 
-    A clip of other than 4n+1 frames is coded with its last frame repeated; what that adds is cut off again. The frame
-    rate is kept, 24 where the file has none. `progress` is told the frames done, and to do where the header has them.
-    Errors: as `encode_file`; `media.MediaError` also for a target that cannot be written.
+    A clip of other than 4n+1 frames is coded with its last frame repeated; what that adds is cut off again. Each frame
+    keeps its time and the shape of its pixels; a turn that the source asks of players is made. Sound and whatever else
+    is no part of the video stream is left out. `progress` is told the frames done, and to do where they are counted.
+    Errors: as `encode_file`; `media.write_video`'s for a target that cannot be written.
     """
     info = media.probe(source)
     encode, decode = _tiles(vae, source, info, "encode", "decode")
     original: deque[np.ndarray] = deque()  # the frames between the two: those of one chunk
+    times: deque[Fraction] = deque()
     done = error = 0
 
     def kept() -> Iterator[np.ndarray]:
-        for frame in media.read_video(source):
+        for time, frame in media.read_video(source, times=True):
             original.append(frame)
+            times.append(time)
             yield frame
 
     def decoded() -> Iterator[np.ndarray]:
@@ -112,9 +120,11 @@ def reconstruct(
             if progress is not None:
                 progress(done, info.frames)
 
-    path = media.write_video(target, decoded(), info.fps or 24)
+    shown = iter(times.popleft, None)
+    path = media.write_video(target, decoded(), info.fps or 24, times=shown, pixel_aspect=info.pixel_aspect)
     mean = error / (done * info.height * info.width * 3)
-    return Reconstruction(path, done, 10 * math.log10(255**2 / mean) if mean else math.inf)
+    psnr = 10 * math.log10(255**2 / mean) if mean else math.inf
+    return Reconstruction(path, done, psnr, info.left_out)
 
 
 @torch.no_grad()

@@ -84,8 +84,8 @@ def test_a_reconstruction_is_encode_then_decode_of_as_many_frames(vae, tmp_path,
     source, told, written = file_of(tmp_path, frames), [], []
     write = media.write_video
 
-    def spy(path, images, fps):
-        return write(path, (written.append(image) or image for image in images), fps)
+    def spy(path, images, fps, **options):
+        return write(path, (written.append(image) or image for image in images), fps, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(media, "write_video", spy)
@@ -111,13 +111,16 @@ def test_no_more_than_a_few_frames_live_at_once(vae, tmp_path, monkeypatch):
     most = dict.fromkeys(alive, 0)
 
     def watched(name, frames):
-        for frame in frames:
+        for item in frames:
+            frame = item[1] if name == "read" else item
             alive[name].append(weakref.ref(frame if frame.base is None else frame.base))
             most[name] = max(most[name], len({id(ref()) for ref in alive[name] if ref() is not None}))
-            yield frame
+            yield item
 
-    monkeypatch.setattr(media, "read_video", lambda path: watched("read", read(path)))
-    monkeypatch.setattr(media, "write_video", lambda path, frames, fps: write(path, watched("written", frames), fps))
+    monkeypatch.setattr(media, "read_video", lambda path, **options: watched("read", read(path, **options)))
+    monkeypatch.setattr(
+        media, "write_video", lambda path, frames, *a, **options: write(path, watched("written", frames), *a, **options)
+    )
     reconstruct.reconstruct(vae, source, tmp_path / "out.mp4")
     assert len(alive["read"]) == len(alive["written"]) == 41
     assert most["read"] <= 9 and most["written"] <= 3
