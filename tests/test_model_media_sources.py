@@ -168,7 +168,7 @@ def test_the_video_is_read_and_neither_a_cover_nor_another_stream(tmp_path, vae,
     assert reconstruct.reconstruct(vae, path, tmp_path / "out.mp4").left_out == info.left_out
     assert probe(tmp_path / "out.mp4").left_out == ()
     code, _, err = sora("reconstruct", path, "--weights", tiny_checkpoint, "--device", "cpu")
-    assert code == 0 and "note: not in it: 1 cover picture, 1 audio stream, 1 video stream" in err
+    assert code == 0 and "note: not in it: 1 audio stream, 1 video stream, 1 cover picture" in err
     with pytest.raises(MediaError, match="only a cover picture"):
         read_video(with_cover(tmp_path / "song.mp4", video=False))
 
