@@ -22,6 +22,12 @@ def store_rows(ptr, offsets, cols, values, mask):
 
 
 @triton.jit
+def rounded(x, ptr):
+    """fp32 values as they would be after a store to `ptr`."""
+    return x.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def load_vector(ptr, cols, D, default: tl.constexpr):
     """An optional parameter `[D]` as fp32; `default` everywhere if it is absent."""
     if ptr is None:

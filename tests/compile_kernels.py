@@ -174,7 +174,7 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         none = q[:, :0]  # k is launched like q: once is enough
 
         def forward(q=q, none=none, affine=(weight, None, bias, None), settings=settings, out=out):
-            kernels.qk_norm_rope_fwd(q, none, *affine, *settings, out, none)
+            kernels.qk_norm_rope_fwd(q, none, *affine, *settings, False, out, none)
 
         def backward(
             dout=dout, q=q, none=none, affine=(weight, None, bias, None), settings=settings,

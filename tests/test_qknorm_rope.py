@@ -32,10 +32,10 @@ def op_samples() -> list[tuple[str, tuple]]:
     plain = (None, None, 0, False, [], 1e4, 0, True, 1e-6)
     empty = torch.empty_like
     return [
-        ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, empty(q), empty(k))),
-        ("qk_norm_rope_fwd", (q, k, *none, *given, empty(q), empty(k))),
-        ("qk_norm_rope_fwd", (q, q, *none, *by_head, empty(q), empty(q))),
-        ("qk_norm_rope_fwd", (q, k, *none, *plain, empty(q), empty(k))),
+        ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, False, empty(q), empty(k))),
+        ("qk_norm_rope_fwd", (q, k, *none, *given, True, empty(q), empty(k))),
+        ("qk_norm_rope_fwd", (q, q, *none, *by_head, False, empty(q), empty(q))),
+        ("qk_norm_rope_fwd", (q, k, *none, *plain, False, empty(q), empty(k))),
         ("qk_norm_rope_bwd", (q, k, q, k, *affine, *on_the_fly, *map(empty, (q, k, *affine)))),
         ("qk_norm_rope_bwd", (q, q, q, q, *none, *by_head, *map(empty, (q, q)), *none)),
         ("qk_norm_rope_bwd", (q, k, q, k, *affine, *given, None, empty(k), None, *map(empty, affine[1:3]), None)),
@@ -159,6 +159,34 @@ def test_formula(case):
     for result, x in zip(results, "qk", strict=True):
         y = normalised(tensors[x], tensors[f"{x}_weight"], tensors[f"{x}_bias"], case.norm, case.across, 1e-3)
         torch.testing.assert_close(result, rotated(y, angle, case.interleaved, case.first), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("case", CASES)
+def test_rounding_host_rounds_after_the_norm_and_keeps_the_gradients(case, impl, require):
+    dtype = torch.float16
+    require("qk_norm_rope", impl, dtype=dtype, grad=True)
+    tensors, settings = make(case, dtype)
+    given = {name: t for name, t in tensors.items() if t is not None}
+    grads = [torch.randn_like(tensors[x]) for x in "qk"]
+
+    def run(**options):
+        return outputs_and_grads(lambda **ts: qk_norm_rope(**ts, **settings, impl=impl, **options), given, grads)
+
+    host, once = run(rounding="host"), run(rounding="once")
+    bare = {name: settings[name] for name in ("norm", "across")}
+    normed = qk_norm_rope(**tensors, **bare, impl=impl)
+    turning = {name: value for name, value in settings.items() if name not in ("norm", "across")}
+    expected = qk_norm_rope(*normed, norm=None, **turning, impl=impl)
+    for i in range(2):
+        assert torch.equal(host[f"output{i}"], expected[i])
+        assert case.norm is None or not torch.equal(host[f"output{i}"], once[f"output{i}"])
+    assert all(torch.equal(host[name], once[name]) for name in host if name.startswith("grad"))
+
+
+def test_a_rounding_that_is_not_known_is_said():
+    with pytest.raises(ValueError, match="rounding must be .*once.*host.*got 'twice'"):
+        qk_norm_rope(torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4), rounding="twice")
 
 
 def test_default_split_is_wans():

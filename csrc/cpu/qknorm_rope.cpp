@@ -35,6 +35,7 @@ struct Params {
   const Rotation* rotation = nullptr;
   int64_t norm = kNone;
   bool width = false;
+  bool host = false;           // forward: what is normalised is rounded before it turns
   float eps = 0;
   int64_t chunk_rows = 0;      // backward
   float* partials = nullptr;   // [chunks, gradients()]: of the weight, then of the bias
@@ -152,7 +153,8 @@ struct Forward {
                  const Floats<V> x = fetch<V>(v + at);
                  if (p.norm == kNone) return x;
                  const Floats<V> y = (x - mean) * rstd * fetch<V>(weight + at);
-                 return p.bias ? y + fetch<V>(bias + at) : y;
+                 const Floats<V> z = p.bias ? y + fetch<V>(bias + at) : y;
+                 return p.host ? rounded<V, T>(z) : z;
                });
     }
   }
@@ -425,10 +427,12 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                       const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
                       const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> axes, double theta,
-                      int64_t first, bool interleaved, double eps, const Tensor& q_out, const Tensor& k_out) {
+                      int64_t first, bool interleaved, double eps, bool host, const Tensor& q_out,
+                      const Tensor& k_out) {
   const Rotation r = rotation(q, cos, sin, axes, theta, first);
   Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
   Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
+  pq.host = pk.host = host;
   pq.out = heads("q_out", q_out, q, true);
   pk.out = heads("k_out", k_out, k, true);
   forward(pq, q.scalar_type());

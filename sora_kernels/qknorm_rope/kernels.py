@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import may_keep, sum_partials
+from .._triton import may_keep, rounded, sum_partials
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -165,7 +165,7 @@ def qk_norm_rope_fwd_kernel(
     S, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
     H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr,
     SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, HOST: tl.constexpr,
 ):  # fmt: skip
     """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -183,6 +183,8 @@ def qk_norm_rope_fwd_kernel(
         if bias_ptr is not None:
             u, v = load_parameter(bias_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
             x, y = x + u, y + v
+        if HOST:
+            x, y = rounded(x, out_ptr), rounded(y, out_ptr)
     if N:
         cos, sin = rotation(
             s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
@@ -308,7 +310,8 @@ def _strides(x) -> tuple[int, int, int | None]:
 
 
 def qk_norm_rope_fwd(
-    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved, eps, q_out, k_out,
+    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved, eps, host,
+    q_out, k_out,
 ):  # fmt: skip
     angles, scalars, rotary = _settings(q, cos, sin, axes, theta, first, eps)
     for x, weight, bias, out in ((q, q_weight, q_bias, q_out), (k, k_weight, k_bias, k_out)):
@@ -318,7 +321,7 @@ def qk_norm_rope_fwd(
         config = tile(H, E, width)
         qk_norm_rope_fwd_kernel[(B * S * triton.cdiv(H, config["HEADS"]),)](
             x, weight, bias, *angles, out, *_strides(x), S, *scalars, H=H, E=E, **rotary,
-            INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
+            INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, HOST=host, **config,
         )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def qk_norm_rope(
     text_len: int = 0,
     text_at: str = "end",
     eps: float = 1e-6,
+    rounding: str = "once",
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(rotate(norm(q) · q_weight + q_bias), rotate(norm(k) · k_weight + k_bias))
@@ -65,6 +66,8 @@ def qk_norm_rope(
     origin       added to the coordinates (t, h, w); streaming passes the number of frames already made
     text_len     so many tokens are normalised, not rotated: grid and freqs cover the S − text_len others
     text_at      where those are: at the "end", or, as in CogVideoX, at the "start"
+    rounding     "once", at the store; or as a "host" rounds whose norm is a module of its own: after the norm, weight
+                 and bias too, and again at the store. Nearer to that model, further from fp64. Gradients are the same
     impl         "auto", "reference", "cpu" or "triton"
 
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
@@ -83,6 +86,7 @@ def qk_norm_rope(
     _check.choice(op, "norm", norm, ("rms", "layer", None))
     _check.choice(op, "across", across, ("head", "width"))
     _check.flag(op, "interleaved", interleaved)
+    _check.choice(op, "rounding", rounding, ("once", "host"))
     eps = _check.positive(op, "eps", eps)
     _check_affine(op, q, H, E, norm, across, q_weight=q_weight, q_bias=q_bias)
     _check_affine(op, k, k.shape[2], E, norm, across, k_weight=k_weight, k_bias=k_bias)
@@ -95,7 +99,8 @@ def qk_norm_rope(
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
-    settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, impl)
+    host = rounding == "host" and norm is not None
+    settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, host, impl)
     if grad:
         return _QKNormRope.apply(*apart(*tensors), cos, sin, settings)
     return _qk_norm_rope(*tensors, cos, sin, settings)
@@ -233,12 +238,12 @@ def _impls(op: str) -> dict[str, str | None]:
 _LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
-def _keywords(cos, sin, norm, width, axes, theta, first, interleaved, eps) -> dict:
+def _keywords(cos, sin, norm, width, axes, theta, first, interleaved, eps, host=False) -> dict:
     """axes: of t, h and w the size, then the pairs, then the origin; or empty."""
     return dict(
         norm=NORMS[norm], across="width" if width else "head", grid=axes[:3] or None, split=axes[3:6], theta=theta,
         freqs=None if cos is None else (cos, sin), origin=axes[6:], text_len=first, text_at="start",
-        interleaved=interleaved, eps=eps,
+        interleaved=interleaved, eps=eps, rounding="host" if host else "once",
     )  # fmt: skip
 
 
@@ -262,7 +267,7 @@ def _backward(dq_out, dk_out, *args) -> None:
 
 _library.define(
     "qk_norm_rope_fwd",
-    f"({_ARGS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
+    f"({_ARGS}, bool host, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     reference=_forward,
     impls=_impls("qk_norm_rope_fwd"),
 )
@@ -299,7 +304,7 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dq_out, dk_out):
-        *settings, impl = ctx.settings
+        *settings, _, impl = ctx.settings
         inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
         grads = [like(t, wanted) for t, wanted in zip(inputs[:6], ctx.needs_input_grad[:6], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)

@@ -67,6 +67,7 @@ def default_split(rotary_dim: int) -> tuple[int, int, int]:
 def qk_norm_rope(
     q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms", across="head", grid=None, freqs=None,
     split=None, theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, text_at="end", eps=1e-6,
+    rounding="once",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """At the end, `text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
     if grid is not None:
@@ -76,6 +77,7 @@ def qk_norm_rope(
     results = []
     for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
         y = normalise(x if x.dtype == torch.float64 else x.float(), weight, bias, norm, across, eps)
+        y = y.to(x.dtype).to(y.dtype) if rounding == "host" else y
         y = y if freqs is None else rotate(y, *freqs, interleaved, first)
         results.append(y.to(x.dtype))
     return results[0], results[1]
