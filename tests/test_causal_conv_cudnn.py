@@ -31,8 +31,8 @@ def weight_of(channels, taps=(3, 3, 3)):
 
 @pytest.fixture(autouse=True, scope="module")
 def plain_convolutions():
-    """On a CPU PyTorch's own stand in for cuDNN's, not oneDNN's: its weight gradient of a transposed convolution in bf16
-    is garbage on CPUs with AVX512_BF16 (torch 2.13)."""
+    """On a CPU PyTorch's own stand in for cuDNN's, not oneDNN's, whose weight gradient of a transposed convolution in
+    bf16 is garbage on CPUs with AVX512_BF16 (torch 2.13)."""
     with torch.backends.mkldnn.flags(enabled=DEVICE != "cpu"):
         yield
 
