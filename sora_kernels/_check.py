@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
@@ -58,6 +59,59 @@ def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must have {x_name}'s dtype {x.dtype}; got {t.dtype}; cast it with .to()")
     same_device(op, x, {name: t}, x_name)
+
+
+def destination(op: str, out: Tensor, others: Iterable[Tensor | None], *, may_be: tuple[Tensor, ...] = ()) -> None:
+    """The elements of `out` lie apart from each other and from those of `others`; it may be one of `may_be` itself."""
+    if not out.is_contiguous():
+        reach = 1
+        for stride, n in sorted([(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]):
+            if stride < reach:  # each axis steps over all that the finer ones reach
+                raise ValueError(
+                    f"{op}: out must hold each element in memory of its own; got shape {shape_of(out)} with strides "
+                    f"{out.stride()}; pass a buffer that is not expanded"
+                )
+            reach += (n - 1) * stride
+    start, stop = out.data_ptr(), _stop(out)
+    for t in others:
+        if t is None or (begin := t.data_ptr()) >= stop or (begin < start and _stop(t) <= start):
+            continue
+        if begin == start and t.shape == out.shape and t.stride() == out.stride() and any([t is m for m in may_be]):
+            continue
+        if _share(out, t):
+            raise ValueError(
+                f"{op}: out must not share memory with an input or another result; got an overlap of "
+                f"{shape_of(out)} with {shape_of(t)}; pass a buffer of its own{' or x itself' if may_be else ''}"
+            )
+
+
+def _stop(t: Tensor) -> int:
+    """The address behind the last element."""
+    if t.is_contiguous():
+        return t.data_ptr() + t.nbytes
+    return t.data_ptr() + (1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])) * t.itemsize
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common: windows on one buffer can lie between each other's rows."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    steps = {1: (1 - b.itemsize, a.itemsize - 1)}  # bytes -> how often they can be stepped back and forth
+    for t, sign in ((a, 1), (b, -1)):
+        for n, stride in zip(t.shape, t.stride(), strict=True):
+            low, high = steps.get(stride * t.itemsize, (0, 0))
+            steps[stride * t.itemsize] = (low, high + n - 1) if sign > 0 else (low - n + 1, high)
+    return _reaches(b.data_ptr() - a.data_ptr(), sorted([(s, *r) for s, r in steps.items() if s], reverse=True))
+
+
+def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:
+    """Whether `distance` is a sum of c · stride with low ≤ c ≤ high; steps are (stride, low, high), coarse to fine."""
+    if not steps:
+        return distance == 0
+    (stride, low, high), *finer = steps
+    least, most = (sum([s * bounds[end] for s, *bounds in finer]) for end in (0, 1))
+    first, last = max(low, -((most - distance) // stride)), min(high, (distance - least) // stride)
+    return any([_reaches(distance - c * stride, finer) for c in range(first, last + 1)])
 
 
 def same_device(op: str, x: Tensor, others: dict[str, Tensor | None], x_name: str = "x") -> None:

@@ -15,7 +15,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.autograd.function
 from torch import Tensor
 
 from . import _fallback
@@ -126,17 +125,6 @@ def triton_error() -> str | None:
     except Exception as error:  # a broken installation must not take the other implementations down
         return f"triton does not import: {type(error).__name__}: {error}"
     return None
-
-
-def once_differentiable(backward: Callable[..., object]) -> Callable[..., object]:
-    """torch's decorator, which costs as much as two small operations, only where a second derivative is asked for."""
-    guarded = torch.autograd.function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx, *grads):
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
-
-    return run
 
 
 def vjp(

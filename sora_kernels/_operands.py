@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -14,21 +12,6 @@ def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None
         if t is not None and t.dtype is torch.float64 and x.dtype is not torch.float64:
             return tuple([t if t is None or t.dtype is not torch.float64 else t.float() for t in tensors])
     return tensors
-
-
-def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-
-
-def apart(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The inputs of an autograd.Function: while compiling, one that is given again becomes a view of itself.
-
-    Dynamo does not trace a Function that is given one tensor twice.
-    """
-    if not torch.compiler.is_compiling():
-        return tensors
-    first = [not any(t is other for other in tensors[:i]) for i, t in enumerate(tensors)]
-    return tuple([t if t is None or new else t.view_as(t) for t, new in zip(tensors, first, strict=True)])
 
 
 def dense(t: Tensor | None) -> Tensor | None:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from .. import _check, _dispatch, _flops, _library
-from .._operands import apart, dense, like, needs_grad, parameter
+from .._autograd import apply, derive, needs_grad, once_differentiable, transformed
+from .._operands import dense, like, parameter
 from . import config, reference
 from .mode import resolve
 from .plan import seen_pairs
@@ -69,7 +69,8 @@ def spacetime_attention(
     Returns [B, Sq, H, E] in q's dtype, dense (and LSE [B, H, Sq] in fp32; fp64 for fp64). A query that sees nothing
     gives 0 and LSE −inf, and no gradient. Scores, softmax and sums are fp32, rounded once at the store; error against
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding, for the output and every gradient. No
-    atomics. Second derivatives: differentiate `sora_kernels.attention.reference`.
+    atomics. Forward mode, torch.func and, under it, higher orders: by the reference's formula (README, Derivatives),
+    which computes the scores of all keys, a chunk of queries at a time, and keeps them where autograd records it.
 
     Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `triton`
     runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
@@ -89,7 +90,7 @@ def spacetime_attention(
     grad = needs_grad((q, k, v))
     impl = _choose(impl, q, k, mode, grad)
     if grad:
-        out, lse = _SpacetimeAttention.apply(*apart(q, k, v), *mode, deterministic is not False, impl)
+        out, lse = apply(_SpacetimeAttention, q, k, v, *mode, deterministic is not False, impl)
     else:
         out, lse = _spacetime_attention(q, k, v, *mode, impl)
     return (out, lse) if return_lse else out
@@ -112,12 +113,14 @@ def attention_forward(
     scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `spacetime_attention`, outside autograd: for schedules that keep the pieces themselves."""
+    """(out, lse) of `spacetime_attention`, not recorded: for schedules that keep the pieces. Has tangents."""
     rules = grid, grids, window, stride, causal, sink, text_len, text_at
     mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
     _check.choice("attention_forward", "impl", impl, _dispatch.IMPLS)
     impl = _choose(impl, q, k, mode, False)
     with torch.no_grad():
+        if transformed():
+            return apply(_SpacetimeAttention, q, k, v, *mode, True, impl)
         return _spacetime_attention(q, k, v, *mode, impl)
 
 
@@ -143,7 +146,7 @@ def attention_backward(
     deterministic: bool | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the gradient of the output (and of the LSE), outside autograd.
+    """(dq, dk, dv) from the gradient of the output (and of the LSE), not recorded. Has tangents.
 
     With the `out` and `lse` of *all* keys, a part of the keys gives its dk and dv and its share of dq: the shares of a
     split add up. Raises as `spacetime_attention` does.
@@ -160,10 +163,11 @@ def attention_backward(
     _check.same_device(op, q, {"lse": lse, "dlse": dlse}, "q")
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.choice(op, "impl", impl, _dispatch.IMPLS)
-    impl = _choose(impl, q, k, mode, True)
+    args = dout, dlse, q, k, v, out, lse, *mode, deterministic is not False, _choose(impl, q, k, mode, True)
     with torch.no_grad():
-        mode = [*mode, deterministic is not False]
-        return _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, (True,) * 3)
+        if transformed():
+            return derive(_spacetime_attention_backward, _backward_formula, *args)
+        return _spacetime_attention_backward(*args)
 
 
 def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -183,10 +187,15 @@ def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple
     _check.exact(op, "the lse of a", lse_a, (B, H, Sq), "[B, H, Sq] of out")
     _check.like(op, "the lse of b", lse_b, lse_a, "the lse of a")
     _check.same_device(op, out_a, {"the lse of a": lse_a}, "the out of a")
-    lse = torch.logaddexp(lse_a, lse_b)
-    share_a, share_b = (
-        torch.exp(x - lse.masked_fill(lse == float("-inf"), 0)).transpose(1, 2)[..., None] for x in (lse_a, lse_b)
-    )
+    # not by logaddexp: of two -inf it is right, and its derivatives are NaN
+    top = torch.maximum(lse_a, lse_b).detach()
+    top = top.masked_fill(top.isinf(), 0)
+    weight_a, weight_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    total = weight_a + weight_b
+    unseen = total == 0
+    total = total.masked_fill(unseen, 1)
+    share_a, share_b = ((weight / total).transpose(1, 2)[..., None] for weight in (weight_a, weight_b))
+    lse = (top + total.log()).masked_fill(unseen, -math.inf)
     return (share_a * out_a + share_b * out_b).to(out_a.dtype), lse
 
 
@@ -255,6 +264,8 @@ def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
         raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
     if kv_lens.ndim != 1:
         raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
+    if torch._C._functorch.is_batchedtensor(kv_lens):
+        raise ValueError(f"{op}: kv_lens must be the same for all samples of torch.func.vmap; call it once for each")
     if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
         least, most = (int(n) for n in kv_lens.aminmax())
         if least < 0 or most > k_len:
@@ -343,16 +354,29 @@ def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, mode, impl, wanted) -> list[Tensor | None]:
+def _spacetime_attention_backward(
+    dout, dlse, q, k, v, out, lse, *args, wanted=(True,) * 3
+) -> tuple[Tensor | None, ...]:
+    *mode, impl = args
     grads = [like(t, needed) for t, needed in zip((q, k, v), wanted, strict=True)]
     dlse = dlse if dlse is None else dlse.contiguous()
     _library.call(_BWD, impl)(
         dense(dout), dlse, dense(q), dense(k), dense(v), dense(out), lse.contiguous(), *mode, *grads
     )
-    return grads
+    return tuple(grads)
+
+
+def _backward_formula(dout, dlse, q, k, v, out, lse, *args) -> tuple[Tensor, Tensor, Tensor]:
+    *mode, _, _ = args
+    return reference.spacetime_attention_backward(dout, dlse, q, k, v, *mode, out, lse)
 
 
 class _SpacetimeAttention(torch.autograd.Function):
+    @staticmethod
+    def formula(*args):
+        *inputs, _, _ = args
+        return reference.spacetime_attention(*inputs)
+
     @staticmethod
     def forward(ctx, q, k, v, kv_lens, *args):
         ctx.set_materialize_grads(False)
@@ -366,8 +390,7 @@ class _SpacetimeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, kv_lens = ctx.saved_tensors
-        *mode, impl = ctx.constants
         dout = torch.zeros_like(out) if dout is None else dout
-        wanted = ctx.needs_input_grad[:3]
-        grads = _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, [kv_lens, *mode], impl, wanted)
+        args = dout, dlse, q, k, v, out, lse, kv_lens, *ctx.constants
+        grads = _spacetime_attention_backward(*args, wanted=ctx.needs_input_grad[:3])
         return *grads, None, *(None for _ in ctx.constants)

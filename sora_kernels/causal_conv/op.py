@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _check, _dispatch, _library
-from .._library import once_differentiable
-from .._operands import apart, empty_video, like, narrow, needs_grad, parameter, video_format, zero
+from .._autograd import apply, needs_grad, once_differentiable, transformed
+from .._operands import empty_video, like, narrow, parameter, video_format, zero
 from . import config, reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
@@ -33,7 +33,8 @@ def norm_silu(
     x       [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides.
     weight  [C]; bias [C] or None; of any float dtype.
     groups  divides C; read for norm="group" only.
-    Returns a tensor like x, in channels_last_3d where x is. Gradients: x, weight, bias.
+    Returns a tensor like x, in channels_last_3d where x is. Gradients: x, weight, bias; forward mode, torch.func and,
+    under it, higher orders: by the reference's formula (README, Derivatives).
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an unknown `norm`, groups that do not divide C.
     Numerics: statistics and arithmetic in fp32 (fp64 for fp64), rounded once. Deterministic.
@@ -52,7 +53,7 @@ def norm_silu(
     _check.same_device(op, x, {"weight": weight, "bias": bias})
     tensors = narrow(x, (x, weight, bias))
     grad, groups = needs_grad(tensors), int(groups) if norm == "group" else 0
-    run = _NormSilu.apply if grad else _NormSilu.run
+    run = partial(apply, _NormSilu) if grad else _NormSilu.run
     return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad))
 
 
@@ -86,7 +87,8 @@ def causal_conv3d(
                  the one and adds the other to its result.
     impl         "auto" on a GPU: in 16 bits cudnn (its products, our passes around them), until triton is measured
                  faster.
-    Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw.
+    Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw. Other
+    derivatives: as norm_silu.
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
     without norm_weight.
@@ -116,10 +118,10 @@ def causal_conv3d(
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
     settings = stride, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad)
-    y = _CausalConv3d.apply(*apart(*tensors), *settings) if grad else _CausalConv3d.run(*tensors, *settings)
+    y = apply(_CausalConv3d, *tensors, *settings) if grad else _CausalConv3d.run(*tensors, *settings)
     if cache is None:
         return y
-    return (*y, reference.next_cache(x, cache)) if return_raw else (y, reference.next_cache(x, cache))
+    return (*y, _next_cache(x, cache)) if return_raw else (y, _next_cache(x, cache))
 
 
 def upsample_conv3d(
@@ -186,9 +188,9 @@ def downsample_conv3d(
 def _resample(op, x, weight, bias, cache, factor, shape, impl):
     tensors = narrow(x, (x, weight, bias, cache))
     grad = needs_grad(tensors)
-    run = _Resample.apply if grad else _Resample.run
+    run = partial(apply, _Resample) if grad else _Resample.run
     y = run(*tensors, factor, shape, op, _choose(op, impl, x, weight, grad))
-    return y if cache is None else (y, reference.next_cache(x, cache))
+    return y if cache is None else (y, _next_cache(x, cache))
 
 
 def _choose(op, impl, x, weight, grad):
@@ -196,7 +198,17 @@ def _choose(op, impl, x, weight, grad):
     return _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get, fastest=fastest)
 
 
+def _next_cache(x: Tensor, cache: Tensor) -> Tensor:
+    if transformed():  # torch.func.vmap may map over one of the two, and does not write it into the other's memory
+        return torch.cat([cache, x], 2)[:, :, x.shape[2] :]
+    return reference.next_cache(x, cache)
+
+
 class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def formula(x, weight, bias, groups, eps, impl):
+        return _norm_silu_formula(x, weight, bias, groups, eps)
+
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
         out = torch.empty_like(x := x.contiguous(memory_format=video_format(x)))
@@ -221,6 +233,14 @@ class _NormSilu(torch.autograd.Function):
 
 
 class _CausalConv3d(torch.autograd.Function):
+    @staticmethod
+    def formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl):
+        if 0 in shape:
+            y = raw = x.new_zeros(shape)
+        else:
+            y, raw = _causal_conv3d_formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps)
+        return (y.to(x.dtype), raw.to(x.dtype)) if return_raw else y.to(x.dtype)
+
     @staticmethod
     def run(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl, keep=False):
         """y, or (y, raw) where the caller wants it or, `keep`, the backward does."""
@@ -256,6 +276,10 @@ class _CausalConv3d(torch.autograd.Function):
 
 class _Resample(torch.autograd.Function):
     """upsample_conv3d and downsample_conv3d: one signature, two ops."""
+
+    @staticmethod
+    def formula(x, weight, bias, cache, factor, shape, op, impl):
+        return x.new_zeros(shape) if 0 in shape else getattr(reference, op)(x, weight, bias, factor=factor, cache=cache)
 
     @staticmethod
     def run(x, weight, bias, cache, factor, shape, op, impl):
@@ -309,27 +333,33 @@ def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
     return (torch.empty_like(t, memory_format=video_format(t)) if t.ndim == 5 else like(t)) if need else None
 
 
-def _norm_silu_fwd(x, weight, bias, groups, eps, out):
-    if out.numel() > 0:
-        out.copy_(reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps))
+def _norm_silu_formula(x, weight, bias, groups, eps):
+    if x.numel() == 0:
+        return torch.zeros_like(x)
+    return reference.norm_silu(x, weight, bias, norm="group" if groups else "rms", groups=groups, eps=eps)
 
 
 def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     if dout.numel() == 0:
         return zero(dx, dweight, dbias)
-    function = partial(reference.norm_silu, norm="group" if groups else "rms", groups=groups, eps=eps)
+    function = partial(_norm_silu_formula, groups=groups, eps=eps)
     inputs, destinations = dict(x=x, weight=weight, bias=bias), dict(x=dx, weight=dweight, bias=dbias)
     _library.vjp(function, inputs, (dout,), destinations)
 
 
-def _causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre):
-    if out.numel() == 0:
-        return
+def _causal_conv3d_formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps):
+    """The result and what the norm read, not rounded yet."""
     wide = reference.accumulate(x)  # in its dtype until the epilogue is done
-    y = reference.causal_conv3d(wide, weight, bias, stride=tuple(stride), cache=cache, residual=residual)
-    if pre is not None:
-        pre.copy_(y)
-    out.copy_(y if norm_weight is None else reference.norm_silu(y, norm_weight, eps=norm_eps))
+    raw = reference.causal_conv3d(wide, weight, bias, stride=tuple(stride), cache=cache, residual=residual)
+    return raw if norm_weight is None else reference.norm_silu(raw, norm_weight, eps=norm_eps), raw
+
+
+def _causal_conv3d_fwd(*args):
+    *inputs, out, pre = args
+    if out.numel() > 0:
+        for destination, result in zip((out, pre), _causal_conv3d_formula(*inputs), strict=True):
+            if destination is not None:
+                destination.copy_(result)
 
 
 def _causal_conv3d_bwd(
@@ -367,7 +397,7 @@ def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache
 _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
-    reference=_norm_silu_fwd,
+    reference=lambda *args: args[-1].copy_(_norm_silu_formula(*args[:-1])),
     impls={"triton": "sora_kernels.causal_conv.kernels_norm:norm_silu_fwd", "cpu": None},
 )
 _library.define(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _check, _dispatch, _library, _rows
-from .._library import once_differentiable
-from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
+from .._autograd import apply, needs_grad, once_differentiable
+from .._operands import dense, like, narrow, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -37,14 +37,15 @@ def norm_modulate(
                              consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
     weight, bias             [D], any float dtype
     shift_table, scale_table [D], float32, added to the rows inside the kernel
-    out                      where to write (x's shape, dtype and device, dense in D); for inference only. This is the
-                             workspace: a large result costs fresh pages at every call, a buffer that layers share none
+    out                      where to write (x's shape, dtype and device, dense in D, no memory of an input); for
+                             inference only. This is the workspace: a large result costs fresh pages at every call, a
+                             buffer that layers share none
     impl                     "auto", "reference", "cpu", "triton" or "cuda" (forward only)
 
     Returns [B, S, D] in x's dtype. Statistics, products and sums are fp32, rounded once at the store; error against
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The backward recomputes the statistics from x,
     reduces each gradient to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit.
-    Second derivatives: differentiate `sora_kernels.modulation.reference`.
+    Forward mode, torch.func and, under it, higher orders: by the reference's formula (README, Derivatives).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.
@@ -57,7 +58,7 @@ def norm_modulate(
     grad = _needs_grad(op, tensors, out)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (frames, norm == "rms", eps, impl)
-    return _NormModulate.apply(*apart(*tensors), settings) if grad else _norm_modulate(*tensors, *settings, out)
+    return apply(_NormModulate, *tensors, settings) if grad else _norm_modulate(*tensors, *settings, out)
 
 
 def gate_residual(
@@ -74,7 +75,7 @@ def gate_residual(
     x, y        [B, S, D] of one dtype, any strides
     gate        a modulation row as in `norm_modulate`
     gate_table  [D], float32
-    out         where to write; may be x itself; for inference only
+    out         where to write; may be x or y itself; for inference only
 
     Returns [B, S, D] in x's dtype. Contract of numbers, determinism and errors: see `norm_modulate`.
     """
@@ -85,10 +86,10 @@ def gate_residual(
     frames = _rows.check(op, x, gate=gate)
     _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
-    grad = _needs_grad(op, tensors, out)
+    grad = _needs_grad(op, tensors, out, over=tensors[:2])
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (frames, impl)
-    return _GateResidual.apply(*apart(*tensors), settings) if grad else _gate_residual(*tensors, *settings, out)
+    return apply(_GateResidual, *tensors, settings) if grad else _gate_residual(*tensors, *settings, out)
 
 
 def gate_residual_norm_modulate(
@@ -113,7 +114,7 @@ def gate_residual_norm_modulate(
     The end of one branch and the beginning of the next in a single pass: x and y are read once. Arguments as in
     `gate_residual` and `norm_modulate`. x_new is rounded to its dtype before it is normalised, so the result is that
     of the two functions called one after another. `out` is a pair (x_new, out) to write into, for inference only; its
-    first may be x itself.
+    first may be x or y itself.
 
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
@@ -128,11 +129,11 @@ def gate_residual_norm_modulate(
     tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
     if out is not None and not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
-    grad = _needs_grad(op, tensors, out)
+    grad = _needs_grad(op, tensors, out, over=tensors[:2])
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (frames, norm == "rms", eps, impl)
     if grad:
-        return _GateResidualNormModulate.apply(*apart(*tensors), settings)
+        return apply(_GateResidualNormModulate, *tensors, settings)
     return _gate_residual_norm_modulate(*tensors, *settings, out)
 
 
@@ -160,29 +161,40 @@ def _check_vectors(op, x, **vectors: Tensor | None) -> None:
             _check.same_device(op, x, {name: t})
 
 
-def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None) -> bool:
-    grad = needs_grad(tensors)
-    for t in () if out is None else out if isinstance(out, tuple) else (out,):
+def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: tuple[Tensor, ...] = ()) -> bool:
+    """The first result may be written over those of `over`."""
+    if out is None:
+        return needs_grad(tensors)
+    outs = out if isinstance(out, tuple) else (out,)
+    for t in outs:
         _check.like(op, "out", t, tensors[0])
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             raise ValueError(f"{op}: out must be dense in its last axis; got strides {t.stride()}")
-        if grad:
-            raise ValueError(f"{op}: out= is for inference; call it under torch.no_grad(), or drop out=")
-    return grad
+    if needs_grad((*tensors, *outs)):
+        raise ValueError(
+            f"{op}: out= is for inference; call it under torch.no_grad() and outside of torch.func and dual levels, "
+            "or drop out="
+        )
+    if not torch.compiler.is_compiling():  # which knows of no memory, and counts the changes itself
+        _check.destination(op, outs[0], (*tensors, *outs[1:]), may_be=over)
+        for t in outs[1:]:
+            _check.destination(op, t, tensors)
+        torch.autograd.graph.increment_version(outs)  # what has saved a buffer for its backward must learn of it
+    return False
 
 
 # norm_modulate
+
+def _norm_modulate_formula(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps) -> Tensor:
+    tables = dict(shift_table=shift_table, scale_table=scale_table)
+    return reference.norm_modulate(x, shift, scale, norm=NORMS[rms], weight=weight, bias=bias, eps=eps, **tables)
+
 
 _library.define(
     "norm_modulate_fwd",
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? shift_table, Tensor? scale_table, "
     "bool rms, float eps, Tensor(a!) out) -> ()",
-    reference=lambda x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, out: out.copy_(
-        reference.norm_modulate(
-            x, shift, scale, norm=NORMS[rms], weight=weight, bias=bias,
-            shift_table=shift_table, scale_table=scale_table, eps=eps,
-        )
-    ),
+    reference=lambda *args: args[-1].copy_(_norm_modulate_formula(*args[:-1])),
     impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
 )  # fmt: skip
 
@@ -229,6 +241,11 @@ def _norm_modulate(
 
 
 class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def formula(*args):
+        *tensors, (_, rms, eps, _) = args
+        return _norm_modulate_formula(*tensors, rms, eps)
+
     @staticmethod
     def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, settings):
         ctx.save_for_backward(x, shift, scale, weight, bias, shift_table, scale_table)
@@ -287,6 +304,10 @@ def _gate_residual(x, y, gate, gate_table, frames, impl, out=None) -> Tensor:
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
+    def formula(x, y, gate, gate_table, settings):
+        return reference.gate_residual(x, y, gate, gate_table=gate_table)
+
+    @staticmethod
     def forward(ctx, x, y, gate, gate_table, settings):
         ctx.save_for_backward(y, gate, gate_table)
         ctx.settings = settings
@@ -310,13 +331,17 @@ class _GateResidual(torch.autograd.Function):
 
 # gate_residual_norm_modulate
 
-def _gate_residual_norm_modulate_fwd(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, x_new, out
-):
+def _gate_residual_norm_modulate_formula(
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps
+) -> tuple[Tensor, Tensor]:
     kwargs = dict(weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
-    results = reference.gate_residual_norm_modulate(x, y, gate, shift, scale, norm=NORMS[rms], eps=eps, **kwargs)
-    x_new.copy_(results[0])
-    out.copy_(results[1])
+    return reference.gate_residual_norm_modulate(x, y, gate, shift, scale, norm=NORMS[rms], eps=eps, **kwargs)
+
+
+def _gate_residual_norm_modulate_fwd(*args):
+    *inputs, x_new, out = args
+    for destination, result in zip((x_new, out), _gate_residual_norm_modulate_formula(*inputs), strict=True):
+        destination.copy_(result)
 
 
 def _gate_residual_norm_modulate_bwd(
@@ -377,6 +402,11 @@ def _gate_residual_norm_modulate(
 
 
 class _GateResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def formula(*args):
+        *tensors, (_, rms, eps, _) = args
+        return _gate_residual_norm_modulate_formula(*tensors, rms, eps)
+
     @staticmethod
     def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, settings):
         ctx.set_materialize_grads(False)

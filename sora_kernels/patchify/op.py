@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _check, _dispatch, _library, _rows
-from .._library import once_differentiable
-from .._operands import apart, dense, like, narrow, needs_grad, parameter
+from .._autograd import apply, derive, needs_grad, once_differentiable, transformed
+from .._operands import dense, like, narrow, parameter
 from . import reference
 
 NORMS = ("layer", "rms")  # as the private ops number them
@@ -28,8 +28,8 @@ def patch_embed3d(
 
     Returns [B, S, D] in video's dtype, dense, S = (T/pt)·(H/ph)·(W/pw) in t-major order. Products and sums are fp32,
     rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The
-    gradients of weight, bias and pos are reduced in fp32 in a fixed order: two runs agree bit for bit. Second
-    derivatives: differentiate `sora_kernels.patchify.reference`.
+    gradients of weight, bias and pos are reduced in fp32 in a fixed order: two runs agree bit for bit. Forward mode,
+    torch.func and, under it, higher orders: by the reference's formula (README, Derivatives).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: tubelet embedding of ViViT, arXiv 2103.15691.
@@ -59,7 +59,7 @@ def patch_embed3d(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, video, grad=grad)
     settings = ((B, S, D), impl)
-    return _PatchEmbed3d.apply(*apart(*tensors), settings) if grad else _patch_embed3d(*tensors, *settings)
+    return apply(_PatchEmbed3d, *tensors, settings) if grad else _patch_embed3d(*tensors, *settings)
 
 
 def unpatchify3d(
@@ -86,7 +86,7 @@ def unpatchify3d(
     grad = needs_grad((tokens,))
     impl = _dispatch.choose(op, impl, tokens, grad=grad)
     settings = (_video(B, channels, grid, patch), grid, impl)
-    return _Unpatchify3d.apply(tokens, settings) if grad else _unpatchify3d(tokens, *settings)
+    return apply(_Unpatchify3d, tokens, settings) if grad else _unpatchify3d(tokens, *settings)
 
 
 def final_layer(
@@ -116,7 +116,8 @@ def final_layer(
     Returns [B, C, T·pt, H·ph, W·pw] in x's dtype, dense. Statistics, products and sums are fp32, rounded once at the
     store (and, where tensor cores multiply, once before); error against fp64 ≤ 2 × that of plain PyTorch in the same
     dtype plus one rounding. Each gradient is reduced to exactly the shape given, in fp32 and in a fixed order: two runs
-    agree bit for bit. Second derivatives: differentiate `sora_kernels.patchify.reference`.
+    agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the reference's formula (README,
+    Derivatives).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: the final layer of DiT, arXiv 2212.09748.
@@ -143,7 +144,7 @@ def final_layer(
     grad = needs_grad(tensors)
     impl = _dispatch.choose(op, impl, x, grad=grad)
     settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", eps, impl)
-    return _FinalLayer.apply(*apart(*tensors), settings) if grad else _final_layer(*tensors, *settings)
+    return apply(_FinalLayer, *tensors, settings) if grad else _final_layer(*tensors, *settings)
 
 
 def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str = "auto") -> Tensor:
@@ -156,7 +157,7 @@ def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str
 
     Returns uint8 [B, T·pt, H·ph, W·pw, C], dense: the frames of a clip. NaN becomes 0. Sum and product are fp32, each
     rounded, then the result, halves to even: the bits of plain PyTorch on video.float(). Reads and writes each value
-    once. Not differentiable: integers have no gradient, and none is recorded.
+    once. Not differentiable: integers have no gradient, and none is recorded; a video with a tangent is a TypeError.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     """
@@ -169,9 +170,10 @@ def video_to_uint8(video: Tensor, *, patch: Sequence[int] = (1, 1, 1), impl: str
             f"{op}: video must have a multiple of pt*ph*pw = {pt * ph * pw} channels for patch {patch}; got {features}"
         )
     size = (B, T * pt, H * ph, W * pw, features // (pt * ph * pw))
-    out = torch.empty(size, dtype=torch.uint8, device=video.device)
-    _library.call("video_to_uint8_fwd", _dispatch.choose(op, impl, video))(video.detach(), list(patch), out)
-    return out
+    impl = _dispatch.choose(op, impl, video)
+    if transformed():
+        return derive(_video_to_uint8, _uint8_formula, video, patch, size, impl)
+    return _video_to_uint8(video.detach(), patch, size, impl)
 
 
 # Validation
@@ -229,6 +231,10 @@ def _patch_embed3d(video, weight, bias, pos, shape, impl) -> Tensor:
 
 class _PatchEmbed3d(torch.autograd.Function):
     @staticmethod
+    def formula(video, weight, bias, pos, settings):
+        return reference.patch_embed3d(video, weight, bias, pos=pos)
+
+    @staticmethod
     def forward(ctx, video, weight, bias, pos, settings):
         ctx.save_for_backward(video, weight, bias, pos)
         ctx.settings = settings
@@ -274,6 +280,11 @@ def _unpatchify3d(tokens, shape, grid, impl) -> Tensor:
 
 
 class _Unpatchify3d(torch.autograd.Function):
+    @staticmethod
+    def formula(tokens, settings):
+        (_, C, *size), grid, _ = settings
+        return reference.unpatchify3d(tokens, grid, [n // g for n, g in zip(size, grid, strict=True)], C)
+
     @staticmethod
     def forward(ctx, tokens, settings):
         ctx.shape, ctx.settings = tokens.shape, settings
@@ -334,6 +345,12 @@ def _final_layer(x, shift, scale, weight, bias, shape, frames, T, H, W, rms, eps
 
 class _FinalLayer(torch.autograd.Function):
     @staticmethod
+    def formula(x, shift, scale, weight, bias, settings):
+        (_, _, *size), _, *grid, rms, eps, _ = settings
+        patch = [n // g for n, g in zip(size, grid, strict=True)]
+        return reference.final_layer(x, shift, scale, weight, bias, grid=grid, patch=patch, norm=NORMS[rms], eps=eps)
+
+    @staticmethod
     def forward(ctx, x, shift, scale, weight, bias, settings):
         ctx.save_for_backward(x, shift, scale, weight, bias)
         ctx.settings = settings
@@ -363,3 +380,18 @@ _library.define(
     reference=lambda video, patch, out: out.copy_(reference.video_to_uint8(video, patch)),
     impls={"triton": "sora_kernels.patchify.kernels_uint8:video_to_uint8_fwd", "cpu": None},
 )
+
+
+def _video_to_uint8(video, patch, size, impl) -> Tensor:
+    out = torch.empty(size, dtype=torch.uint8, device=video.device)
+    _library.call("video_to_uint8_fwd", impl)(video, list(patch), out)
+    return out
+
+
+def _uint8_formula(video, patch, *_) -> Tensor:
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise TypeError(
+            "video_to_uint8: integers have no tangent; got a video that has one, or may, inside torch.func.jvp or a "
+            "dual level; convert frames outside of it"
+        )
+    return reference.video_to_uint8(video, patch)

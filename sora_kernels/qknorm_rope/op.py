@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _check, _dispatch, _library
-from .._library import once_differentiable
-from .._operands import apart, dense, like, narrow, needs_grad, parameter, table
+from .._autograd import apply, needs_grad, once_differentiable
+from .._operands import dense, like, narrow, parameter, table
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
@@ -73,7 +73,8 @@ def qk_norm_rope(
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
     products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
     one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32 in a fixed
-    order: two runs agree bit for bit. Second derivatives: differentiate `sora_kernels.qknorm_rope.reference`.
+    order: two runs agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the reference's formula
+    (README, Derivatives).
 
     LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
     LTX-2 pairs split halves of each head, by angles that differ from head to head: pass freqs [S, H, E/2].
@@ -102,7 +103,7 @@ def qk_norm_rope(
     host = rounding == "host" and norm is not None
     settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, host, impl)
     if grad:
-        return _QKNormRope.apply(*apart(*tensors), cos, sin, settings)
+        return apply(_QKNormRope, *tensors, cos, sin, settings)
     return _qk_norm_rope(*tensors, cos, sin, settings)
 
 
@@ -295,6 +296,11 @@ def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
 
 
 class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def formula(*args):
+        *tensors, cos, sin, (*settings, _) = args
+        return reference.qk_norm_rope(**dict(zip(_LEAVES, tensors, strict=True)), **_keywords(cos, sin, *settings))
+
     @staticmethod
     def forward(ctx, *args):
         *tensors, ctx.settings = args
