@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from torch import Tensor, nn
 
 from . import files
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = tuple(_DTYPES.values())
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _CONFIG_BYTES = 4 << 20
 
@@ -55,6 +59,15 @@ def write_tensors(
             raise files.WriteError(f"cannot write {os.fspath(path)!r}: {error}") from error
 
 
+def check_dtypes(dtypes: Mapping[str, Any], where: str, *, also: Sequence[torch.dtype] = ()) -> None:
+    """Raises `CheckpointError` that names the first tensor of a dtype that no model here is kept in."""
+    for name, dtype in dtypes.items():
+        if dtype not in (*DTYPES, *also):
+            raise CheckpointError(
+                f"{where}: tensor {name!r} is {dtype}; weights must be of {', '.join(map(str, DTYPES))}: convert them"
+            )
+
+
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises FloatingPointError that names the first tensor with a NaN or an infinity, if there is one."""
     for name, value in tensors.items():
@@ -78,22 +91,33 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{file} is {file.stat().st_size} bytes; a config file has at most {_CONFIG_BYTES}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise CheckpointError(f"{file} is not valid JSON ({error}); copy the checkpoint again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(value).__name__}")
     return value
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Reads every tensor of a safetensors file onto the CPU and checks that its values are finite."""
+def read_tensors(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()) -> dict[str, Tensor]:
+    """Reads every tensor of a safetensors file onto the CPU; they must be of `DTYPES` or `also`, and finite."""
     with _opened(path) as source:
         state = {name: source.get_tensor(name) for name in source.keys()}
+    check_dtypes({name: value.dtype for name, value in state.items()}, os.fspath(path), also=also)
     try:
         check_finite(state, os.fspath(path))
     except FloatingPointError as error:
         raise CheckpointError(f"{error}; the checkpoint is damaged") from None
     return state
+
+
+def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES`."""
+    with _opened(path) as source:
+        header = {name: source.get_slice(name) for name in source.keys()}
+        dtypes = {name: _DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in header.items()}
+        shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
+    check_dtypes(dtypes, os.fspath(path))
+    return shapes
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -105,9 +129,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads one model's folder in the diffusers layout.
 
-    The folder holds `config.json` and its weights, as one `*.safetensors` file or as shards with a
-    `*.safetensors.index.json`. Returns the config and the tensors by name. Raises `CheckpointError` if a part is
-    missing or damaged, or if the weights are a pickle, which could run code when loaded and is never opened.
+    The folder holds `config.json` and its weights, as one `*.safetensors` file or as shards with an index. Of several
+    variants (`*.fp16.safetensors`, ...) the one without a name is read, or the only one. Returns the config and the
+    tensors by name. Raises `CheckpointError` if a part is missing or damaged, or if the weights are a pickle, which
+    could run code when loaded and is never opened.
     """
     folder = Path(path)
     if folder.suffix.lower() in PICKLES:
@@ -115,31 +140,82 @@ def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected one with config.json and *.safetensors")
     config = read_json(folder / "config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indexes) == 1:
-        named = read_json(indexes[0]).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
-            raise CheckpointError(f"{indexes[0]} has no 'weight_map' from tensor names to file names")
-        shards = sorted(set(named.values()))
-        if any(Path(shard).name != shard for shard in shards):
-            raise CheckpointError(f"{indexes[0]} names files outside its own folder; it is not to be trusted")
-        weights = [folder / shard for shard in shards]
-    if not weights:
-        pickles = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICKLES)
-        if pickles:
-            raise CheckpointError(_pickle_reason(pickles[0]))
-        raise CheckpointError(f"{folder} holds no *.safetensors file, only {_names(folder)}; copy the weights there")
-    if len(weights) > 1 and not indexes:
-        raise CheckpointError(f"{folder} holds {len(weights)} safetensors files and no index: keep the one to load")
     state: dict[str, Tensor] = {}
-    for file in weights:
+    for file in wan_weights(folder):
         part = read_tensors(file)
         twice = sorted(state.keys() & part.keys())
         if twice:
             raise CheckpointError(f"{file} holds {twice[0]!r} again, which an earlier shard holds already")
         state.update(part)
     return config, state
+
+
+# NAME[.VARIANT][-00001-of-00002].safetensors, and of such shards NAME[.VARIANT].safetensors.index[.VARIANT].json;
+# nothing that begins with a dot, as what macOS puts beside every file does
+_WEIGHTS = re.compile(r"[^.].*?(?:\.(?P<variant>[^.]+?))?(?P<shard>-\d+-of-\d+)?\.safetensors")
+_INDEX = re.compile(r"[^.].*?(?:\.(?P<variant>[^.]+))?\.safetensors\.index(?:\.(?P<late>[^.]+))?\.json")
+
+
+def wan_weights(folder: Path) -> list[Path]:
+    """The safetensors files to read of a model's folder in the diffusers layout."""
+    names, found = sorted(file.name for file in folder.iterdir()), {}
+    for pattern in (_INDEX, _WEIGHTS):
+        indexed = set(found)
+        for match in filter(None, map(pattern.fullmatch, names)):
+            groups = match.groupdict()
+            variant = groups["variant"] or groups.get("late")
+            if not groups.get("shard") and variant not in indexed:
+                found.setdefault(variant, []).append(folder / match[0])
+    if not found:
+        if pickles := [name for name in names if Path(name).suffix.lower() in PICKLES]:
+            raise CheckpointError(_pickle_reason(folder / pickles[0]))
+        raise CheckpointError(
+            f"{folder} holds no *.safetensors file, or shards without their index, only {_names(folder)}; "
+            "copy the weights there"
+        )
+    chosen = found.get(None) or sum(found.values(), [])
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(chosen)} safetensors files or indexes, {chosen[0].name} and {chosen[1].name} "
+            "among them: keep the one to load"
+        )
+    if chosen[0].suffix == ".safetensors":
+        return chosen
+    named = read_json(chosen[0]).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(value, str) for value in named.values()):
+        raise CheckpointError(f"{chosen[0]} has no 'weight_map' from tensor names to file names")
+    shards = sorted(set(named.values()))
+    if any(Path(shard).name != shard or "\0" in shard for shard in shards):
+        raise CheckpointError(f"{chosen[0]} names files outside its own folder; it is not to be trusted")
+    return [folder / shard for shard in shards]
+
+
+def read_part(folder: Path, kind: type, config_kind: type) -> Any:
+    """`kind(config)` in fp32, of the config.json and the model.safetensors in a folder."""
+    config = build(config_kind, read_json(folder / "config.json"), str(folder / "config.json"))
+    file = folder / "model.safetensors"
+    shapes = read_shapes(file)
+    check_shapes(planned_shapes(kind, config, shapes.values(), str(file)), shapes, str(file))
+    module = kind(config).to(torch.float32)
+    load_into(module, read_tensors(file), str(file))
+    return module.eval()
+
+
+def planned_shapes(
+    kind: type, config: Any, held: Iterable[Sequence[int]], where: str
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of `kind(config)`; no memory is taken for them.
+
+    Nor is time: a config of more than twice the weights that are `held` raises `CheckpointError` at once.
+    """
+    numbers = sum(map(math.prod, held))
+    if (asked := getattr(config, "parameters", 0)) > 2 * numbers:
+        raise CheckpointError(
+            f"{where}: the config asks for at least {asked:,} parameters, and the weights are {numbers:,}; "
+            "config and weights are of different models"
+        )
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
 
 
 def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:

@@ -30,6 +30,7 @@ from sora_kernels import (
     spacetime_attention,
 )
 
+from . import checks
 from .attention import AttentionMode, Grid
 
 
@@ -57,11 +58,15 @@ class DiTConfig:
         if not isinstance(self.patch, tuple | list) or len(self.patch) != 3:
             raise ValueError(f"DiTConfig: patch must be three integers (t, h, w); got {self.patch!r}")
         object.__setattr__(self, "patch", tuple(self.patch))
+        checks.flag("DiTConfig: cross_attn_norm", self.cross_attn_norm)
+        checks.number("DiTConfig: eps", self.eps, 1e-30, 1)
         if isinstance(self.attention, Mapping):
             unknown = self.attention.keys() - {field.name for field in dataclasses.fields(AttentionMode)}
             if unknown:
                 raise ValueError(f"DiTConfig: attention has no setting {sorted(unknown)[0]!r}")
             object.__setattr__(self, "attention", AttentionMode(**self.attention))
+        if not isinstance(self.attention, AttentionMode):
+            raise ValueError(f"DiTConfig: attention must be an AttentionMode or its fields; got {self.attention!r}")
         for field in dataclasses.fields(self):
             if field.type == "int":  # annotations are kept as strings
                 _check_size(field.name, getattr(self, field.name), 2**20)
@@ -74,8 +79,6 @@ class DiTConfig:
             )
         if self.freq_dim % 2:
             raise ValueError(f"DiTConfig: freq_dim must be even (cosines and sines); got {self.freq_dim}")
-        if not 0 < self.eps < 1:
-            raise ValueError(f"DiTConfig: eps must lie between 0 and 1; got {self.eps}")
         if self.parameters > 10**12:
             raise ValueError(f"DiTConfig: no model has {self.parameters:,} parameters; give smaller sizes")
 
@@ -110,7 +113,8 @@ class DiTConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         sizes = {names.get(name, name): value for name, value in config.items()}
         sizes["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
-        sizes["out_channels"] = config.get("out_channels") or config.get("in_channels", cls.in_channels)
+        if config.get("out_channels") is None:
+            sizes["out_channels"] = config.get("in_channels", cls.in_channels)
         return cls(**{name: value for name, value in sizes.items() if name in known})
 
 
@@ -304,6 +308,12 @@ class SoraDiT(nn.Module):
             raise ValueError(f"text_lens must be [{batch}] integers; got {got}")
         return frames, height, width
 
+    def to_dtype(self, dtype: torch.dtype) -> SoraDiT:
+        """Converts the weights as Wan keeps them: to `dtype`, save those that stay in fp32. Returns the model."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(_kept_in(name, dtype))
+        return self
+
     @classmethod
     def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:
         """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in.
@@ -312,25 +322,27 @@ class SoraDiT(nn.Module):
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for a model that
         wants an image.
         """
-        from .checkpoint import CheckpointError, read_wan_directory  # the model itself needs no safetensors
+        # the model itself needs no safetensors
+        from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_wan_directory
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
         is_module = isinstance(source, nn.Module)
         sizes, state = (source.config, source.state_dict()) if is_module else read_wan_directory(source)
-        with torch.device("meta"):
-            model = cls(DiTConfig.from_wan(sizes))
+        config, where = DiTConfig.from_wan(sizes), type(source).__name__ if is_module else str(source)
         given = {_name_from_wan(name): value.detach() for name, value in state.items()}
-        shapes, wanted = ({(n, value.shape) for n, value in d.items()} for d in (given, model.state_dict()))
-        if unfit := sorted({name for name, _ in shapes ^ wanted}):
+        check_dtypes({name: value.dtype for name, value in given.items()}, where)
+        shapes = {name: tuple(value.shape) for name, value in given.items()}
+        wanted = planned_shapes(cls, config, shapes.values(), where)
+        if unfit := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
             raise CheckpointError(
                 f"the weights are not those of their config: {len(unfit)} are missing, unknown or misshapen, "
                 f"the first being {unfit[0]!r}; take both from one model"
             )
         for name, value in given.items():
-            wide = name.endswith("table") or name.startswith("time_embedding") or "cross_norm" in name
-            target = torch.promote_types(dtype, torch.float32) if dtype and wide else dtype or value.dtype
-            given[name] = value.to(target, copy=True)
+            given[name] = value.to(_kept_in(name, dtype) if dtype else value.dtype, copy=True)
+        with torch.device("meta"):
+            model = cls(config)
         model.load_state_dict(given, assign=True)
         return model
 
@@ -354,6 +366,12 @@ _NAMES_FROM_WAN = {
 }
 
 
+def _kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight in a model of `dtype`: never less than fp32 for what Wan keeps in it."""
+    wide = name.endswith("table") or name.startswith("time_embedding") or "cross_norm" in name
+    return torch.promote_types(dtype, torch.float32) if wide else dtype
+
+
 def _name_from_wan(name: str) -> str:
     for theirs, ours in _NAMES_FROM_WAN.items():
         name = name.replace(theirs, ours)
@@ -361,5 +379,4 @@ def _name_from_wan(name: str) -> str:
 
 
 def _check_size(name: str, value: Any, limit: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-        raise ValueError(f"DiTConfig: {name} must be an integer from 1 to {limit}; got {value!r}")
+    checks.whole(f"DiTConfig: {name}", value, 1, limit)

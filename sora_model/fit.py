@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from . import files
+from . import checks, files
 from .checkpoint import (
     CheckpointError,
     check_shapes,
@@ -57,16 +56,13 @@ class Settings:
         # a step's random numbers come from a seed of 64 bits: 31 of the run's and 32 of the step's
         whole = dict(steps=(1, 2**32), batch=(1, 4096), seed=(0, 2**31 - 1), warmup=(0, 2**32))
         for name, (least, most) in (whole | dict(save_every=(1, 2**32), workers=(1, 256))).items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+            checks.whole(name, getattr(self, name), least, most)
+        for name, most in dict(lr=1e6, clip=1e6, weight_decay=1e6, decay=1, ema=1).items():
+            checks.number(name, getattr(self, name), 0, most)
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
-        shares = [("decay", self.decay), ("ema", self.ema), *(("betas", beta) for beta in self.betas)]
-        for name, value in [*shares, *((name, getattr(self, name)) for name in ("lr", "clip", "weight_decay"))]:
-            most = 1 if (name, value) in shares else 1e6
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
-                raise ValueError(f"{name} must lie between 0 and {most:g}, got {value!r}")
+            raise ValueError(f"betas must be two numbers; got {self.betas!r}")
+        for beta in self.betas:
+            checks.number("betas", beta, 0, 1)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -213,7 +209,7 @@ def _resume(
             raise CheckpointError(
                 f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
             )
-    state = read_tensors(file)
+    state = read_tensors(file, also=[torch.int64])
     wanted = {f"model.{name}": value.shape for name, value in module.state_dict().items()}
     wanted |= {f"average.{name}": value.shape for name, value in (average or {}).items()}
     for name, parameter in module.named_parameters():

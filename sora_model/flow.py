@@ -47,9 +47,9 @@ def sample_times(
 ) -> Tensor:
     """Draws training times in (0, 1): fp32 `[count]`. `logit_normal` is sigmoid of a standard normal."""
     if distribution == "logit_normal":
-        t = torch.sigmoid(torch.randn(count, generator=generator))
+        t = torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float32))
     elif distribution == "uniform":
-        t = torch.rand(count, generator=generator)
+        t = torch.rand(count, generator=generator, dtype=torch.float32)
     else:
         raise ValueError(f"distribution must be 'logit_normal' or 'uniform', got {distribution!r}")
     return shift_time(t, shift)
@@ -57,7 +57,7 @@ def sample_times(
 
 def draw_noise(shape: tuple[int, ...], *, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Standard normal fp32 noise, drawn on the CPU and then moved."""
-    return torch.randn(shape, generator=generator).to(device)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -22,9 +22,18 @@ from torch import Tensor
 from sora_kernels import video_to_uint8
 from sora_kernels._dispatch import IMPLS
 
-from . import flow, machine, media
+from . import checks, flow, machine, media
 from .attention import AttentionMode
-from .checkpoint import CheckpointError, build, load_into, read_json, read_tensors, write_json, write_tensors
+from .checkpoint import (
+    CheckpointError,
+    build,
+    check_finite,
+    read_json,
+    read_part,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, choose_device, gib
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
@@ -35,7 +44,8 @@ TOY = Path(__file__).parent / "checkpoints" / "toy"
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called as a clip is made."""
 
-_MAX_SIDE, _MAX_STEPS = 8192, 10_000
+_MAX_SIDE, _MAX_STEPS, _MAX_FRAMES = 8192, 10_000, 10_000_000
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = {
     "transformer": (SoraDiT, DiTConfig),
     "vae": (CausalVAE, VAEConfig),
@@ -53,6 +63,18 @@ class Defaults:
     steps: int
     guidance: float
     shift: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", checks.several("size", self.size))
+        if len(self.size) != 2:
+            raise ValueError(f"size must be two numbers, the height and the width; got {self.size}")
+        for side in self.size:
+            checks.whole("size", side, 1, _MAX_SIDE)
+        checks.whole("frames", self.frames, 1, _MAX_FRAMES)
+        checks.whole("steps", self.steps, 1, _MAX_STEPS)
+        checks.number("fps", self.fps, 0.1, 1000)
+        checks.number("guidance", self.guidance, -100, 100)
+        checks.number("shift", self.shift, 1e-3, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +123,13 @@ class Sora:
         the diffusers layout.
 
         A Wan folder (Wan2.1-T2V-1.3B-Diffusers, say) has transformer/, vae/, text_encoder/, tokenizer/, scheduler/
-        and model_index.json. `device` defaults to a GPU where there is one; `dtype`, of the transformer, to bf16
-        there and fp32 on a CPU. Only local safetensors are read. Raises `CheckpointError` for what is missing,
-        damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory.
+        and model_index.json. `device` defaults to a GPU where there is one; `dtype`, of the transformer, to fp32, for
+        Wan on a GPU to bf16. In half precision some weights stay in fp32, as Wan keeps them. Only local safetensors
+        are read. Raises `CheckpointError` for what is missing, damaged, unsafe or of another model, `TooLargeError`
+        for weights that do not fit in memory, TypeError for another dtype.
         """
+        if dtype is not None and dtype not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None; got {dtype!r}")
         folder = TOY if os.fspath(source) == "toy" else Path(source)
         device = choose_device(device)
         if not folder.exists():
@@ -130,6 +155,7 @@ class Sora:
         if kind == "Sora":
             parts = {name: read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
             defaults = build(Defaults, index, str(folder / "model_index.json"))
+            parts["transformer"].to_dtype(dtype or torch.float32)
             sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
         elif kind == "WanPipeline":
             sora = _read_wan(
@@ -145,15 +171,21 @@ class Sora:
         return sora
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
-        """Writes the checkpoint, weights in `dtype`, each file atomically. Only with a `WordTextEncoder`."""
+        """Writes the checkpoint, weights in `dtype`, each file atomically. Only with a `WordTextEncoder`.
+
+        Weights that are not finite, or not in `dtype`, raise FloatingPointError before anything is written.
+        """
         if not isinstance(self.text, WordTextEncoder):
             raise TypeError("only a checkpoint with a WordTextEncoder can be saved; keep the Wan folder it came from")
-        for name, module in (("transformer", self.dit), ("vae", self.vae), ("text_encoder", self.text)):
-            config = dataclasses.asdict(module.config)
-            write_tensors(
-                Path(folder) / name / "model.safetensors", {k: v.to(dtype) for k, v in module.state_dict().items()}
-            )
-            write_json(Path(folder) / name / "config.json", config)
+        if dtype not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}; got {dtype!r}")
+        parts = {"transformer": self.dit, "vae": self.vae, "text_encoder": self.text}
+        states = {name: {k: v.to(dtype) for k, v in part.state_dict().items()} for name, part in parts.items()}
+        for name, state in states.items():
+            check_finite(state, f"cannot write {name} in {dtype}")
+        for name, state in states.items():
+            write_tensors(Path(folder) / name / "model.safetensors", state)
+            write_json(Path(folder) / name / "config.json", dataclasses.asdict(parts[name].config))
         write_json(Path(folder) / "model_index.json", {"_class_name": "Sora"} | dataclasses.asdict(self.defaults))
 
     @property
@@ -233,9 +265,17 @@ class Sora:
             shift=self.defaults.shift,
             progress=None if progress is None else lambda done, total: progress("denoise", done, total),
         )
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(
+                f"the transformer gives NaN or infinite latents ({dtype}, guidance={plan.guidance:g}, "
+                f"shift={self.defaults.shift:g}): its weights or the text encoder's are damaged, or {dtype} is too "
+                "narrow for them"
+            )
         self.vae.impl = impl
         done = 0
         for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False, tile=plan.tile):
+            if not torch.isfinite(video).all():
+                raise FloatingPointError("the VAE gives NaN or infinite pixels: its weights are damaged")
             pixels = video_to_uint8(video, impl=impl)[0].cpu().numpy()[: plan.frames - done]
             done += len(pixels)
             if progress is not None:
@@ -281,8 +321,7 @@ class Sora:
                 warnings.warn(f"this checkpoint was trained on {made_for}; others may look wrong", stacklevel=3)
         if unknown := self.text.unknown(prompt):
             warnings.warn(f"this checkpoint does not know: {', '.join(unknown)}", stacklevel=3)
-        coded = vae.temporal_factor * self.dit.config.patch[0]
-        padded = math.ceil((frames - 1) / coded) * coded + 1
+        padded = self._padded(frames)
         free = machine.available(self.device)
         tile, needed = self._memory(padded, height, width, impl, held, free)
         if needed > free:
@@ -292,6 +331,12 @@ class Sora:
             )
         latents = vae.latent_shape(padded, height, width)
         return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents, tile)
+
+    def _padded(self, frames: int) -> int:
+        """As many frames or a few more: those of latents that patches divide."""
+        factor, patch = self.vae.config.temporal_factor, self.dit.config.patch[0]
+        latents = math.ceil((frames - 1) / factor) + 1
+        return (math.ceil(latents / patch) * patch - 1) * factor + 1
 
     def _check_size(self, size: Any) -> tuple[int, int]:
         try:
@@ -332,7 +377,7 @@ class Sora:
 
     def _would_fit(self, frames: int, height: int, width: int, impl: str, held: bool, free: int) -> str:
         def fits(frames: int, height: int, width: int) -> bool:
-            return self._memory(frames, height, width, impl, held, free)[1] <= free
+            return self._memory(self._padded(frames), height, width, impl, held, free)[1] <= free
 
         factor = self.vae.config.temporal_factor
         shorter = next((n for n in _halving(frames - 1, factor) if fits(n + 1, height, width)), None)
@@ -366,16 +411,9 @@ class _Plan:
     tile: tuple[int, int]
 
 
-def read_part(folder: Path, kind: type, config_kind: type) -> Any:
-    config = build(config_kind, read_json(folder / "config.json"), str(folder / "config.json"))
-    module = kind(config)
-    load_into(module, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))
-    return module.eval()
-
-
 def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Sora:
     for name in ("transformer_2", "image_encoder"):
-        if (folder / name).is_dir() or (index.get(name) or [None])[0] is not None:
+        if (folder / name).is_dir() or index.get(name) not in (None, [None, None]):
             raise CheckpointError(f"{folder} has a part {name!r}: only Wan 2.1's text-to-video models are supported")
     missing = [name for name in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / name).is_dir()]
     if missing:
@@ -383,8 +421,8 @@ def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch
     scheduler = folder / "scheduler" / "scheduler_config.json"
     config = read_json(scheduler) if scheduler.exists() else {}
     shift = config.get("flow_shift", config.get("shift", 3.0))
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 1000:
-        raise CheckpointError(f"{scheduler}: the flow shift must be a positive number, got {shift!r}")
+    defaults = {"frames": 81, "size": (480, 832), "fps": 16, "steps": 50, "guidance": 5.0, "shift": shift}
+    defaults = build(Defaults, defaults, str(scheduler))
     try:
         dit, vae = SoraDiT.from_wan(folder / "transformer", dtype=dtype), CausalVAE.from_wan(folder / "vae")
     except CheckpointError:
@@ -392,9 +430,7 @@ def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     text = UMT5TextEncoder.from_directory(folder)
-    return cls(
-        dit, vae, text, Defaults(frames=81, size=(480, 832), fps=16, steps=50, guidance=5.0, shift=float(shift))
-    )
+    return cls(dit, vae, text, defaults)
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:

@@ -22,9 +22,9 @@ from torch import Tensor
 from sora_kernels import video_to_uint8
 
 from . import machine, media
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError, read_json, read_part
 from .machine import TooLargeError, choose_device, gib
-from .pipeline import TOY, read_part
+from .pipeline import TOY
 from .tiling import Tile
 from .train import to_video
 from .vae import CausalVAE, VAEConfig

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError
+from . import checks
+from .checkpoint import CheckpointError, check_finite, read_json, read_shapes, wan_weights
 
 MAX_CHARACTERS = 4096
 
@@ -54,14 +57,13 @@ class WordTextConfig:
     max_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if not self.words or len(set(self.words)) != len(self.words) or not all(
-            isinstance(word, str) and split_words(word) == [word] for word in self.words
-        ):
+        words = checks.several("words", self.words)
+        single = all(isinstance(word, str) and split_words(word) == [word] for word in words)
+        if not words or not single or len(set(words)) != len(words):
             raise ValueError("words must be distinct single lower-case words, at least one")
+        object.__setattr__(self, "words", words)
         for name, least, most in (("dim", 2, 8192), ("layers", 0, 64), ("heads", 1, 64), ("max_tokens", 1, 1024)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+            checks.whole(name, getattr(self, name), least, most)
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, got {self.dim} and {self.heads}")
 
@@ -161,13 +163,17 @@ class UMT5TextEncoder:
         for name, folder in folders.items():
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is missing: a Wan checkpoint keeps its {name.replace('_', ' ')} there")
-        try:
-            model = UMT5EncoderModel.from_pretrained(
-                folders["text_encoder"], local_files_only=True, use_safetensors=True, dtype=dtype or "auto"
+        where = folders["text_encoder"]
+        _check_layers(where)
+        with _damaged(path):
+            model, info = UMT5EncoderModel.from_pretrained(
+                where, local_files_only=True, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for damaged files
-            raise CheckpointError(f"the text encoder in {path} cannot be read: {error}") from error
+        if missing := sorted(info["missing_keys"]):
+            raise CheckpointError(f"{where} lacks {len(missing)} tensors of its text encoder (first: {missing[0]!r})")
+        with _damaged(path):
+            check_finite(model.state_dict(), str(where))
         return cls(model.eval(), tokenizer)
 
     def to(self, device: torch.device | str) -> UMT5TextEncoder:
@@ -182,9 +188,36 @@ class UMT5TextEncoder:
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings `[B, 512, D]` and lens `[B]` of `prompts`."""
         cleaned = [re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip() for prompt in prompts]
-        tokens = self.tokenizer(
-            cleaned, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
-        )
+        with _damaged(self.tokenizer.name_or_path):
+            tokens = self.tokenizer(
+                cleaned, padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            )
+            shape = tuple(tokens.input_ids.shape)
+        if shape != (len(prompts), self.max_tokens) or tokens.input_ids.max() >= self.model.config.vocab_size:
+            raise CheckpointError(
+                f"{self.tokenizer.name_or_path} gives {shape} tokens, up to number {int(tokens.input_ids.max())}; the "
+                f"text encoder takes {self.max_tokens} of {self.model.config.vocab_size}: they are of different models"
+            )
         mask = tokens.attention_mask.to(self.model.device)
         states = self.model(tokens.input_ids.to(self.model.device), mask).last_hidden_state
         return states * mask[..., None], mask.sum(1, dtype=torch.int32)
+
+
+@contextmanager
+def _damaged(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong inside as a `CheckpointError`: transformers raises many kinds for damaged files."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
+        raise CheckpointError(f"the text encoder in {path} cannot be read: {error}") from error
+
+
+def _check_layers(folder: Path) -> None:
+    """Raises `CheckpointError` unless a config has as many layers as its weights: transformers builds them first."""
+    asked = read_json(folder / "config.json").get("num_layers")
+    names = (name.split(".") for file in wan_weights(folder) for name in read_shapes(file))
+    held = len({name[2] for name in names if name[:2] == ["encoder", "block"] and len(name) > 2})
+    if type(asked) is not int or asked != held:
+        raise CheckpointError(f"{folder / 'config.json'}: num_layers must be {held}, as in the weights; got {asked!r}")

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from . import files, flow, world
 from .checkpoint import (
     CheckpointError,
-    build,
     fingerprint,
     load_into,
     read_json,
     read_metadata,
+    read_part,
     read_tensors,
     write_json,
     write_tensors,
@@ -146,7 +146,7 @@ def train_vae(
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
         video = vae_batch(settings, step)
         latents = (len(video), *vae.config.latent_shape(*video.shape[2:]))
-        return video, torch.randn(latents, generator=generator_of(settings.seed + 1, step))
+        return video, flow.draw_noise(latents, generator=generator_of(settings.seed + 1, step))
 
     def loss_of(video: Tensor, noise: Tensor) -> Tensor:
         video, noise = video.to(device), noise.to(device)
@@ -166,10 +166,7 @@ def train_vae(
 
 def load_vae(run: str | Path) -> CausalVAE:
     """The VAE that `train_vae` wrote."""
-    run = Path(run)
-    vae = CausalVAE(build(VAEConfig, read_json(run / "config.json"), str(run / "config.json")))
-    load_into(vae, read_tensors(run / "model.safetensors"), str(run / "model.safetensors"))
-    return vae.eval()
+    return read_part(Path(run), CausalVAE, VAEConfig)
 
 
 def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress: bool = True) -> Tensor:

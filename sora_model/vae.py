@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
-from . import tiling
+from . import checks, tiling
 from .stream import EPS, LAYOUT, Pass, VAECache, joined, regroup
 from .tiling import Stage, Tile
 
@@ -53,12 +53,11 @@ class VAEConfig:
 
     def __post_init__(self):
         for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if getattr(self, name) is not None or not name.startswith("latents"):
+                object.__setattr__(self, name, checks.several(f"VAEConfig: {name}", getattr(self, name)))
         names = ("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels", "decoder_dim")
         for name, size in [*((name, getattr(self, name)) for name in names), *(("dim_mult", m) for m in self.dim_mult)]:
-            if not isinstance(size, int) or not 0 < size <= 4096:
-                raise ValueError(f"VAEConfig: {name} must be a whole number from 1 to 4096; got {size!r}")
+            checks.whole(f"VAEConfig: {name}", size, 1, 4096)
         if not 0 < len(self.dim_mult) <= 8:
             raise ValueError(f"VAEConfig: dim_mult must name 1 to 8 levels; got {self.dim_mult}")
         steps = self.temporal_downsample
@@ -67,9 +66,8 @@ class VAEConfig:
                 f"VAEConfig: temporal_downsample must be {len(self.dim_mult) - 1} booleans, one per step between the "
                 f"levels of dim_mult={self.dim_mult}; got {steps}"
             )
-        squares = sum((self.base_dim * m) ** 2 + (self.decoder_dim * m) ** 2 for m in self.dim_mult)
-        if (about := 27 * (2 * self.num_res_blocks + 1) * squares) > 10**10:
-            raise ValueError(f"VAEConfig: no VAE has about {about:,} parameters; give smaller sizes")
+        if self.parameters > 10**10:
+            raise ValueError(f"VAEConfig: no VAE has {self.parameters:,} parameters; give smaller sizes")
         if any(self.decoder_dim * mult % 2 for mult in self.dim_mult[1:]):
             raise ValueError(
                 f"VAEConfig: the decoder halves its channels at each step, so its base width {self.decoder_dim} times "
@@ -77,14 +75,23 @@ class VAEConfig:
             )
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
-            if values is not None and (len(values) != self.z_dim or not all(map(math.isfinite, values))):
-                raise ValueError(f"VAEConfig: {name} must be {self.z_dim} finite numbers (z_dim); got {values}")
-        if self.latents_std is not None and min(self.latents_std) <= 0:
-            raise ValueError(f"VAEConfig: latents_std must be positive; got {self.latents_std}")
+            if values is not None and len(values) != self.z_dim:
+                raise ValueError(f"VAEConfig: {name} must be {self.z_dim} numbers (z_dim); got {len(values)}")
+            for value in values or ():
+                checks.number(f"VAEConfig: {name}", value, 1e-10 if name == "latents_std" else -1e10, 1e10)
 
     @property
     def decoder_dim(self) -> int:
         return self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+
+    @property
+    def parameters(self) -> int:
+        """At least so many numbers the model holds: those of the second convolution of each residual block."""
+        blocks = self.num_res_blocks
+        return 27 * sum(
+            blocks * (self.base_dim * mult) ** 2 + (blocks + 1) * (self.decoder_dim * mult) ** 2
+            for mult in self.dim_mult
+        )
 
     @property
     def spatial_factor(self) -> int:
@@ -297,8 +304,8 @@ class CausalVAE(nn.Module):
         self.post_quant_conv = nn.Conv3d(Z, Z, 1)
         self.decoder = Decoder(self.config)
         self.to(memory_format=LAYOUT)
-        self.register_buffer("latents_mean", torch.zeros(Z), persistent=False)
-        self.register_buffer("latents_std", torch.ones(Z), persistent=False)
+        self.register_buffer("latents_mean", torch.zeros(Z, dtype=torch.float32), persistent=False)
+        self.register_buffer("latents_std", torch.ones(Z, dtype=torch.float32), persistent=False)
         self.set_latent_statistics(self.config.latents_mean, self.config.latents_std)
 
     def forward(
@@ -413,7 +420,7 @@ class CausalVAE(nn.Module):
         mean, std = (None if t is None else tuple(map(float, t)) for t in (mean, std))
         self.config = replace(self.config, latents_mean=mean, latents_std=std)
         for buffer, values in ((self.latents_mean, mean or (0.0,)), (self.latents_std, std or (1.0,))):
-            buffer.copy_(torch.tensor(values).expand(self.config.z_dim))
+            buffer.copy_(torch.tensor(values, dtype=torch.float64).expand(self.config.z_dim))
 
     @classmethod
     def from_wan(cls, source: nn.Module | str | os.PathLike[str], *, impl: str = "auto") -> CausalVAE:
@@ -430,12 +437,14 @@ class CausalVAE(nn.Module):
         else:
             config, state = checkpoint.read_wan_directory(source)
             where = os.fspath(source)
-        vae = cls(checkpoint.build(VAEConfig, _wan_config(config, where), where), impl=impl)
+        config = checkpoint.build(VAEConfig, _wan_config(config, where), where)
+        checkpoint.check_dtypes({name: value.dtype for name, value in state.items()}, where)
+        shapes = checkpoint.planned_shapes(cls, config, (value.shape for value in state.values()), where)
+        state = _wan_state(state, shapes)
+        checkpoint.check_shapes(shapes, {name: value.shape for name, value in state.items()}, where)
         dtypes = {value.dtype for value in state.values()}
-        if len(dtypes) == 1:
-            vae.to(dtypes.pop())
-        shapes = {name: value.shape for name, value in vae.state_dict().items()}
-        checkpoint.load_into(vae, _wan_state(state, shapes), where)
+        vae = cls(config, impl=impl).to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+        checkpoint.load_into(vae, state, where)
         return vae
 
     def _encode(self, video: Tensor, run: Pass) -> tuple[Tensor, Tensor]:            # [B, 3, T, H, W]
@@ -524,7 +533,7 @@ def own_name(name: str) -> str:
     return name
 
 
-def _wan_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _wan_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors under our names; axes of size 1 added or dropped (a 2D convolution is a 3D one of one frame)."""
     renamed = {}
     for name, value in state.items():

@@ -363,7 +363,7 @@ def test_presets_are_the_public_models():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dim": 0}, "dim must be an integer from 1"),
+        ({"dim": 0}, "dim must be a whole number from 1"),
         ({"layers": -1}, "layers must be"),
         ({"ffn_dim": 10**12}, "ffn_dim must be"),
         ({"heads": 2.0}, "heads must be"),
@@ -372,8 +372,8 @@ def test_presets_are_the_public_models():
         ({"freq_dim": 7}, "freq_dim must be even"),
         ({"patch": (1, 2)}, "patch must be three integers"),
         ({"patch": 2}, "patch must be three integers"),
-        ({"patch": (1, 2, 0)}, "patch must be an integer"),
-        ({"eps": 0.0}, "eps must lie"),
+        ({"patch": (1, 2, 0)}, "patch must be a whole number"),
+        ({"eps": 0.0}, "eps must be a number from"),
         ({"attention": {"windows": (1, 2, 2)}}, "attention has no setting 'windows'"),
         ({"attention": {"window": [1, 2]}}, "window must be three integers"),
         ({"dim": 2**19, "layers": 1000}, "no model has 2,[0-9,]* parameters"),
@@ -391,8 +391,8 @@ def test_bad_config(change, message):
         ({"added_kv_proj_dim": 48}, "added_kv_proj_dim=48: only text-to-video"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be"),
         ({"patch_size": None}, "patch must be"),
-        ({"num_attention_heads": "2"}, "num_attention_heads must be an integer"),
-        ({"attention_head_dim": None}, "attention_head_dim must be an integer"),
+        ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number"),
+        ({"attention_head_dim": None}, "attention_head_dim must be a whole number"),
     ],
 )
 def test_wan_configs_that_are_refused(change, message):
