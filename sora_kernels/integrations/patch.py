@@ -7,21 +7,17 @@ the file that bears its name; it is imported, and the library with it, when a mo
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
+import functools
 import importlib
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from .. import _check, _dispatch, _library
-from ..testing import error_bound, max_error
 
 HOSTS = {"diffusers": ("AutoencoderKLWan", "WanTransformer3DModel")}  # library and file -> the classes it plans for
 _RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again
@@ -71,39 +67,11 @@ class Report:
         return "\n".join([title, *(f"  {w:<{width}}  {o}" for w, o in rows), *(f"  kept: {k}" for k in self.kept)])
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One output tensor: the largest errors against an fp64 run of the host, patched and not, and the bound."""
-
-    name: str
-    error: float
-    host_error: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.bound
-
-
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """What `verify_patch` found; `ok` where every output is within its bound, `str()` for reading."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{check.name}: max error {check.error:.3e}, the host's own {check.host_error:.3e}, "
-            f"bound {check.bound:.3e}: {'within' if check.ok else 'EXCEEDED'}"
-            for check in self.checks
-        )
-
-
 # What a host library's file makes, and a patched model remembers
+
+
+class Bound(functools.partial):
+    """`forward(module, impl, ...)` as one instance's `forward`. Unlike a bound method it can be pickled."""
 
 
 @dataclasses.dataclass
@@ -121,6 +89,7 @@ class Swap:
             self.module.set_processor(self.new)
         else:
             self.module.forward = self.new
+            self.module._replicate_for_data_parallel = functools.partial(_replicate, self.module)
 
     def in_place(self) -> bool:
         return (self.module.processor if self.processor else vars(self.module).get("forward")) is self.new
@@ -129,7 +98,7 @@ class Swap:
         if self.processor:
             self.module.set_processor(self.old)
         else:
-            del self.module.forward
+            del self.module.forward, self.module._replicate_for_data_parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +109,22 @@ class Plan:
     swaps: tuple[Swap, ...] = ()
 
 
-def bind(module: nn.Module, forward: Callable[..., Any]) -> Swap:
-    return Swap(module, types.MethodType(forward, module))
+def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swap:
+    """`forward(module, *arguments, ...)`, a function of some file's top level, for the `forward` of `module`."""
+    return Swap(module, Bound(forward, module, *arguments))
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A replica as nn.DataParallel makes them, whose `forward` runs on the replica's own parameters."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    if isinstance(forward := vars(replica).get("forward"), Bound):
+        replica.forward = Bound(forward.func, replica, *forward.args[1:])
+    return replica
 
 
 def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
     """None where `module` still runs the forward of `cls`, which is the one a replacement was written for."""
-    if "forward" in vars(module):
+    if _is_replaced(module):
         return f"the forward of this {cls.__name__} is already replaced (by a hook, or another library)"
     if type(module).forward is not cls.forward:
         return f"{type(module).__name__} has a forward of its own, not that of {cls.__name__}"
@@ -154,9 +132,21 @@ def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Something happens when `module` is called that reading its parameters would miss."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" in vars(module) or any(hooks)
+    """Something happens when `module` is called that reading its parameters would miss: offloading, say, or FSDP."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _is_replaced(module)
+    )
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    if forward is None or isinstance(forward, Bound):
+        return False
+    return getattr(forward, "__func__", None) is not type(module).forward  # its own: accelerate's hooks came and went
 
 
 # The public functions
@@ -171,14 +161,16 @@ def patch_model(model: nn.Module, impl: str = "auto", *, strict: bool = False) -
     strict  raise `Unavailable`, and change nothing, where a step would be left
 
     The same arithmetic as the host's, upcasts included, with fewer roundings: outputs and gradients agree within the
-    rule of `sora_kernels.testing`; `verify_patch` checks that on inputs of yours. Weights, state_dict, LoRA layers,
-    gradient checkpointing and an attention backend chosen by `set_attention_backend` keep working; copies of a
-    patched model are patched. Wrap and compile afterwards. Patching again with the same impl changes nothing.
+    rule of `sora_kernels.testing`; `verify_patch` checks that on inputs of yours. Weights, state_dict, LoRA layers and
+    their scale, gradient checkpointing and an attention backend chosen in diffusers keep working. Copies, pickles and
+    replicas of a patched model are patched. Where the weights of a module are read instead of its being called, and a
+    call would do more (hooks, offloading, FSDP, a wrapper, whenever it came), the host's own step runs. Wrap and
+    compile afterwards. Patching again with the same impl changes nothing.
 
     Raises TypeError for a model no class of which is known (the message lists those that are), ValueError for an
     unknown impl, a model patched with another impl or already compiled.
     """
-    host = _host(model)
+    host = host_of(model)
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
     if (record := vars(model).get(_RECORD)) is not None:
         report: Report = record[0]
@@ -205,47 +197,14 @@ def unpatch_model(model: nn.Module) -> None:
     Raises ValueError for a model that is not patched, or where something was hooked over a replacement since; nothing
     has changed then. A graph compiled in between belongs to the patched model: compile again.
     """
-    _, swaps = _record("unpatch_model", model)
-    _check_in_place("unpatch_model", swaps)
+    _, swaps = record_of("unpatch_model", model)
+    check_in_place("unpatch_model", swaps)
     for swap in swaps:
         swap.undo()
     del vars(model)[_RECORD]
 
 
-def verify_patch(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
-    """Run a patched model, itself unpatched, and an fp64 copy of that on the same inputs, and compare the outputs.
-
-    An output passes where its largest error against fp64 is at most twice the unpatched model's plus one rounding to
-    the output's dtype (`sora_kernels.testing.error_bound`). Runs in eval mode without gradients; then everything,
-    the mode of each module included, is as before. Needs memory for the copy: 8 bytes a parameter.
-
-    Raises ValueError for a model that is not patched, TypeError where the model's output holds no tensor.
-    """
-    _, swaps = _record("verify_patch", model)
-    _check_in_place("verify_patch", swaps)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            ours = dict(_tensors(model(*inputs, **kwargs)))
-            with _undone(swaps):
-                theirs = dict(_tensors(model(*inputs, **kwargs)))
-                oracle = copy.deepcopy(model).double()
-            with _FloatMeansDouble():
-                exact = dict(_tensors(oracle(*_double(inputs), **_double(kwargs))))
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not ours:
-        raise TypeError("verify_patch: the output of the model must hold floating-point tensors; none was found")
-    checks = []
-    for name, output in ours.items():
-        bound = error_bound(exact[name], theirs[name])
-        checks.append(Check(name, max_error(output, exact[name]), max_error(theirs[name], exact[name]), bound))
-    return Verification(tuple(checks))
-
-
-def _host(model: nn.Module) -> types.ModuleType:
+def host_of(model: nn.Module) -> types.ModuleType:
     classes = type(model).__mro__
     for library, names in HOSTS.items():
         if any(c.__name__ in names and c.__module__.split(".")[0] == library for c in classes):
@@ -265,53 +224,16 @@ def _without_missing(plan: Plan, impl: str) -> Plan:
     return Plan(dataclasses.replace(plan.step, reason=f"{', '.join(missing)}: no {impl} implementation"))
 
 
-def _record(function: str, model: nn.Module) -> tuple[Report, list[Swap]]:
+def record_of(function: str, model: nn.Module) -> tuple[Report, list[Swap]]:
     record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
     if record is None:
         raise ValueError(f"{function}: this {type(model).__name__} is not patched; call patch_model first")
     return record
 
 
-def _check_in_place(function: str, swaps: list[Swap]) -> None:
+def check_in_place(function: str, swaps: list[Swap]) -> None:
     for swap in swaps:
         if not swap.in_place():
             raise ValueError(
                 f"{function}: a {type(swap.module).__name__} was hooked or changed after patching; undo that first"
             )
-
-
-@contextlib.contextmanager
-def _undone(swaps: list[Swap]) -> Iterator[None]:
-    for swap in swaps:
-        swap.undo()
-    try:
-        yield
-    finally:
-        for swap in swaps:
-            swap.apply()
-
-
-class _FloatMeansDouble(TorchFunctionMode):
-    """Hosts upcast by `.float()`, which would bring an fp64 run down to fp32."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
-    return type(value)(map(_double, value)) if type(value) in (list, tuple) else value
-
-
-def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield name, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _tensors(item, f"{name}[{i}]")
