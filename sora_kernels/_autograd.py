@@ -172,6 +172,7 @@ def once_differentiable(backward: Callable[..., object]) -> Callable[..., object
                 f"{family}: the gradient of a result that was computed outside of a transform is not transformed; "
                 "compute both inside of it, as torch.func.jvp, vmap and jacrev of torch.func.grad or vjp do"
             )
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
@@ -180,13 +181,7 @@ def once_differentiable(backward: Callable[..., object]) -> Callable[..., object
             f"{family}: a gradient has no gradient outside of torch.func; take second derivatives by torch.func.grad, "
             f"jvp or hessian, or differentiate {family}.reference"
         )
-        places = [i for i, t in enumerate(results) if t is not None]
-        refusing = torch._C._functions.DelayedError(message.encode(), len(places))
-        leaves = refusing(*[results[i].detach().requires_grad_() for i in places])
-        results = list(results)
-        for i, leaf in zip(places, leaves if isinstance(leaves, tuple) else (leaves,), strict=True):
-            results[i] = leaf
-        return tuple(results)
+        return _Refusal.apply(message, len(results), *results, *grads, *ctx.saved_tensors)
 
     @functools.wraps(backward)
     def run(ctx, *grads):
@@ -195,3 +190,26 @@ def once_differentiable(backward: Callable[..., object]) -> Callable[..., object
         return backward(ctx, *grads)
 
     return run
+
+
+class _Unpacked:
+    """A ctx whose saved tensors are asked for once: activation checkpointing unpacks a tensor a single time."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, for autograd results of all the others, and an error where one is differentiated."""
+
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tuple([t if t is None else t.detach() for t in tensors[:count]])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)

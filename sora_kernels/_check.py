@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from numbers import Integral, Real
 
 import torch
@@ -61,35 +60,38 @@ def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     same_device(op, x, {name: t}, x_name)
 
 
-def destination(op: str, out: Tensor, others: Iterable[Tensor | None], *, may_be: tuple[Tensor, ...] = ()) -> None:
-    """The elements of `out` lie apart from each other and from those of `others`; it may be one of `may_be` itself."""
-    if not out.is_contiguous():
-        reach = 1
-        for stride, n in sorted([(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]):
-            if stride < reach:  # each axis steps over all that the finer ones reach
+def destinations(
+    op: str, outs: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], over: tuple[Tensor, ...] = ()
+) -> None:
+    """The elements of `outs` lie apart from each other and from those of `inputs`; the first may be one of `over`."""
+    for out in outs:
+        if not out.is_contiguous():
+            _apart(op, out)
+        memory = out.untyped_storage()
+        start = memory.data_ptr()
+        stop = start + memory.nbytes()
+        for t in inputs:
+            if t is None or not start <= t.data_ptr() < stop or not _share(out, t):
+                continue
+            same = t.data_ptr() == out.data_ptr() and t.shape == out.shape and t.stride() == out.stride()
+            if not (same and any([t is x for x in over])):
                 raise ValueError(
-                    f"{op}: out must hold each element in memory of its own; got shape {shape_of(out)} with strides "
-                    f"{out.stride()}; pass a buffer that is not expanded"
+                    f"{op}: out must not share memory with an input or another result; got an overlap of "
+                    f"{shape_of(out)} with {shape_of(t)}; pass a buffer of its own{' or x itself' if over else ''}"
                 )
-            reach += (n - 1) * stride
-    start, stop = out.data_ptr(), _stop(out)
-    for t in others:
-        if t is None or (begin := t.data_ptr()) >= stop or (begin < start and _stop(t) <= start):
-            continue
-        if begin == start and t.shape == out.shape and t.stride() == out.stride() and any([t is m for m in may_be]):
-            continue
-        if _share(out, t):
+        inputs, over = (*inputs, out), ()
+
+
+def _apart(op: str, out: Tensor) -> None:
+    """Each axis steps over all that the finer ones reach."""
+    reach = 1
+    for stride, n in sorted([(s, n) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]):
+        if stride < reach:
             raise ValueError(
-                f"{op}: out must not share memory with an input or another result; got an overlap of "
-                f"{shape_of(out)} with {shape_of(t)}; pass a buffer of its own{' or x itself' if may_be else ''}"
+                f"{op}: out must hold each element in memory of its own; got shape {shape_of(out)} with strides "
+                f"{out.stride()}; pass a buffer that is not expanded"
             )
-
-
-def _stop(t: Tensor) -> int:
-    """The address behind the last element."""
-    if t.is_contiguous():
-        return t.data_ptr() + t.nbytes
-    return t.data_ptr() + (1 + sum([(n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)])) * t.itemsize
+        reach += (n - 1) * stride
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
@@ -324,6 +325,17 @@ def test_merging_nothing_with_nothing_has_derivatives():
 
 # What is refused
 
+SECOND = r"sora_kernels\.\w+: .* take second derivatives by torch.func"
+
+
+def test_the_double_backward_trick_is_refused():
+    """It asks for the derivative of a gradient by the gradient that went in, and by nothing else."""
+    x = torch.randn(1, 6, 8)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.functional.jvp(lambda x: sk.norm_modulate(x, None, None), x, x)
+    with pytest.raises(RuntimeError, match=SECOND):
+        torch.autograd.functional.hvp(lambda x: sk.norm_modulate(x, None, None).square().sum(), x, x)
+
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.split()[0] not in PURE])
@@ -333,9 +345,13 @@ def test_a_second_backward_is_refused_by_name(name, impl, call):
     outputs = function(*leaves)
     # linear in the outputs: their own gradient depends on nothing
     grads = torch.autograd.grad(sum(o.nan_to_num(neginf=0.0).sum() for o in outputs), leaves, create_graph=True)
-    loss = sum(leaf.sum() for leaf in leaves) + sum(g.square().sum() for g in grads)
-    with pytest.raises(RuntimeError, match=r"sora_kernels\.\w+: .* take second derivatives by torch.func"):
-        loss.backward()
+    penalty, refused = sum(g.square().sum() for g in grads), pytest.raises(RuntimeError, match=SECOND)
+    if linear := name.split()[0] == "unpatchify3d":
+        assert not penalty.requires_grad
+    whole = functools.partial(torch.autograd.grad, inputs=leaves, retain_graph=True, allow_unused=True)
+    for grad_of in (whole, torch.Tensor.backward):
+        with contextlib.nullcontext() if linear else refused:
+            grad_of(sum(leaf.sum() for leaf in leaves) + penalty)
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDED if name.split()[0] not in PURE])

@@ -176,9 +176,7 @@ def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: t
             "or drop out="
         )
     if not torch.compiler.is_compiling():  # which knows of no memory, and counts the changes itself
-        _check.destination(op, outs[0], (*tensors, *outs[1:]), may_be=over)
-        for t in outs[1:]:
-            _check.destination(op, t, tensors)
+        _check.destinations(op, outs, tensors, over)
         torch.autograd.graph.increment_version(outs)  # what has saved a buffer for its backward must learn of it
     return False
 
