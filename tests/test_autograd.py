@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import itertools
 
@@ -16,6 +18,8 @@ from torch.utils import _pytree as pytree
 import sora_kernels as sk
 from sora_kernels import _dispatch
 from sora_kernels.testing import assert_matches_oracle
+from sora_model import train
+from sora_model.dit import SoraDiT
 
 
 def rows(n, *shape):
@@ -414,24 +418,74 @@ def test_tangents_do_not_depend_on_grad_mode_or_autocast(call):
             assert all(torch.equal(e, o) for o in others), name
 
 
-def test_a_mean_flow_step():
+def test_a_mean_flow_step_of_a_transformer():
     """A loss with the stopped total derivative of a network: parameters get the gradients they get without kernels."""
-    torch.manual_seed(0)
-    table = torch.randn(3, 8, requires_grad=True)
-    z, v = torch.randn(2, 2, 6, 8)
+    sizes = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
+    dit = SoraDiT(dataclasses.replace(train.DIT["toy"], **sizes))
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    (z, v), text = torch.randn(2, 1, 4, 3, 4, 4), torch.randn(1, 5, 16)
+    point, along = (z, torch.tensor([300.0])), (v, torch.ones(1))
 
     def step(impl):
-        def velocity(z, t):
-            h = sk.norm_modulate(z, table[0] * t, table[1] * t, impl=impl)
-            q, k = (u.unflatten(-1, (2, 4)) for u in (h, h * table[2]))
-            return sk.spacetime_attention(q, k, q, impl=impl).flatten(2)
+        u, du = jvp(lambda z, t: dit(z, t, text, impl=impl), point, along)
+        loss = (u - (v - du).detach()).square().mean()
+        return du.detach(), *torch.autograd.grad(loss, list(dit.parameters()))
 
-        u, du = jvp(velocity, (z, torch.tensor(0.5)), (v, torch.ones(())))
-        loss = (u - (v - 0.25 * du).detach()).square().mean()
-        return loss, torch.autograd.grad(loss, table)[0]
+    steps = step("auto"), step("reference")
+    for actual, expected in zip(*steps, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    wide = copy.deepcopy(dit).double()
+    with torch.no_grad():
+        function = functools.partial(wide, text=text.double(), impl="reference")
+        (expected,) = difference(lambda *at: (function(*at),), *([t.double() for t in ts] for ts in (point, along)))
+    torch.testing.assert_close(steps[0][0].double(), expected, rtol=1e-4, atol=1e-4)
 
-    for actual, expected in zip(step("auto"), step("reference"), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", RECORDED)
+def test_gradients_of_a_part_are_parts_of_the_gradients(name, impl, call):
+    """Of one input alone, and of one output alone, which is what zeros for the others give: bit for bit."""
+    function, tensors = call(name, impl)
+    seeds = [torch.randn_like(o) for o in function(*tensors)]
+
+    def grads(wanted, chosen, seeds):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+        pairs = [(o, s) for o, s in zip(function(*leaves)[chosen], seeds, strict=True) if o.requires_grad]
+        outputs, seeds = zip(*pairs, strict=True)
+        inputs = [leaves[i] for i in wanted]
+        return torch.autograd.grad(outputs, inputs, seeds, allow_unused=True, materialize_grads=True)
+
+    everything, all_outputs = range(len(tensors)), slice(None)
+    whole = grads(everything, all_outputs, seeds)
+    for i in everything:
+        assert torch.equal(grads([i], all_outputs, seeds)[0], whole[i]), f"input {i}"
+    for j in range(len(seeds)):
+        alone = grads(everything, slice(j, j + 1), [seeds[j]])
+        zeros = grads(everything, all_outputs, [s if k == j else torch.zeros_like(s) for k, s in enumerate(seeds)])
+        assert all(torch.equal(a, z) for a, z in zip(alone, zeros, strict=True)), f"output {j}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_a_backward_needs_is_not_changed_unseen(name, impl, call):
+    """After a change in place of any input or output the gradients are an error, or those of the values before it."""
+    function, tensors = call(name, impl)
+    seeds = [torch.randn_like(o) for o in function(*tensors)]
+    results = []
+    for changed in range(-1, len(tensors) + len(seeds)):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        given = [leaf * 1 for leaf in leaves]
+        outputs = function(*given)
+        with torch.no_grad():
+            if changed >= 0:
+                (*given, *outputs)[changed].mul_(3)
+        try:
+            results.append(torch.autograd.grad(outputs, leaves, seeds))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+    for grads in results[1:]:
+        assert all(torch.equal(g, e) for g, e in zip(grads, results[0], strict=True))
 
 
 # of compilations, which take seconds
