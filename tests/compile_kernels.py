@@ -129,7 +129,7 @@ def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 
             def forward(x=x, y=y, gate=gate, shift=shift, scale=scale, tables=tables, x_new=x_new, out=out):
                 kernels.gate_residual_norm_modulate_fwd(
-                    x, y, gate, shift, scale, None, None, *tables[:3], False, 1e-6, x_new, out
+                    x, y, gate, shift, scale, None, None, *tables[:3], False, 1e-6, 0, x_new, out
                 )
 
             def backward(

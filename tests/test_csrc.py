@@ -119,15 +119,17 @@ def test_private_ops_refuse_what_they_cannot_read():
     x, scale = torch.randn(2, 6, 8), torch.randn(2, 4, 8)
     nothing = [None] * 4
     with pytest.raises(RuntimeError, match=r"scale: expected a number of rows .* divides S = 6, got Float \(2, 4, 8\)"):
-        forward(x, None, scale, *nothing, False, 1e-6, torch.empty_like(x))
+        forward(x, None, scale, *nothing, False, 1e-6, 0, torch.empty_like(x))
     with pytest.raises(RuntimeError, match=r"out: expected the shape of x, got Float \(2, 5, 8\)"):
-        forward(x, None, None, *nothing, False, 1e-6, torch.empty(2, 5, 8))
+        forward(x, None, None, *nothing, False, 1e-6, 0, torch.empty(2, 5, 8))
     with pytest.raises(RuntimeError, match=r"x: expected float32, bfloat16 or float16, got Double"):
-        forward(x.double(), None, None, *nothing, False, 1e-6, torch.empty_like(x))
+        forward(x.double(), None, None, *nothing, False, 1e-6, 0, torch.empty_like(x))
     with pytest.raises(RuntimeError, match=r"x: expected a last stride of 1"):
-        forward(x.mT, None, None, *nothing, False, 1e-6, torch.empty(2, 8, 6))
+        forward(x.mT, None, None, *nothing, False, 1e-6, 0, torch.empty(2, 8, 6))
     with pytest.raises(RuntimeError, match=r"shift: expected \(D,\), \(B, D\) or \(B, F, D\) with B = 2 and D = 8"):
-        forward(x, torch.randn(3, 8), None, *nothing, False, 1e-6, torch.empty_like(x))
+        forward(x, torch.randn(3, 8), None, *nothing, False, 1e-6, 0, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match="host: expected 0, for one rounding, got 3"):
+        forward(x, None, None, *nothing, False, 1e-6, 3, torch.empty_like(x))
     backward, row = _library.call("norm_modulate_bwd", "cpu"), torch.empty(2, 1, 8)
     with pytest.raises(RuntimeError, match=r"dscale: expected \(B, F, D\) = \(2, 3, 8\), got Float \(2, 1, 8\)"):
         backward(x, x, torch.randn(2, 3, 8), None, None, None, False, 1e-6, None, None, row, *nothing)

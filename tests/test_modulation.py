@@ -453,13 +453,13 @@ def op_samples() -> list[tuple[str, tuple]]:
     gate, shift, scale, dgate, dshift, dscale = (torch.randn(B, frames, D) for _ in range(6))
     w, b, gt, st, ct, dw, db, dgt, dst, dct = (torch.rand(D) for _ in range(10))
     return [
-        ("norm_modulate_fwd", (x, shift, scale, w, b, st, ct, True, 1e-6, out)),
-        ("norm_modulate_fwd", (x, None, None, None, None, None, None, False, 1e-6, out)),
+        ("norm_modulate_fwd", (x, shift, scale, w, b, st, ct, True, 1e-6, 0, out)),
+        ("norm_modulate_fwd", (x, None, None, None, None, None, None, False, 1e-6, 0, out)),
         ("norm_modulate_bwd", (dout, x, scale, w, b, ct, False, 1e-6, dx, dshift, dscale, dw, db, dst, dct)),
         ("norm_modulate_bwd", (dout, x, None, None, None, None, True, 1e-6, dx, *[None] * 6)),
-        ("gate_residual_fwd", (x, y, gate, gt, out)),
+        ("gate_residual_fwd", (x, y, gate, gt, 0, out)),
         ("gate_residual_bwd", (dout, y, gate, gt, dy, dgate, dgt)),
-        ("gate_residual_norm_modulate_fwd", (x, y, gate, shift, scale, w, b, gt, st, ct, False, 1e-6, x_new, out)),
+        ("gate_residual_norm_modulate_fwd", (x, y, gate, shift, scale, w, b, gt, st, ct, False, 1e-6, 0, x_new, out)),
         (
             "gate_residual_norm_modulate_bwd",
             (dx, dout, x_new, y, gate, scale, w, b, gt, ct, True, 1e-6, dx.clone(), dy, dgate, dshift, dscale, dw, db,

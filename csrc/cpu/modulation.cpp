@@ -115,7 +115,8 @@ Modulation modulation(const Tensor& x, Shape& shape, const OptionalTensor& gate,
 
 void norm_modulate_fwd(const Tensor& x, const OptionalTensor& shift, const OptionalTensor& scale,
                        const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& shift_table,
-                       const OptionalTensor& scale_table, bool rms, double eps, const Tensor& out) {
+                       const OptionalTensor& scale_table, bool rms, double eps, int64_t host, const Tensor& out) {
+  SORA_CHECK(host == 0, "host: expected 0, for one rounding, got ", host);
   ForwardParams p{.shape = shape_of("x", x), .rms = rms, .eps = static_cast<float>(eps)};
   p.modulation = modulation(x, p.shape, {}, shift, scale, weight, bias, {}, shift_table, scale_table);
   p.x = tokens("x", x, x);
@@ -124,7 +125,8 @@ void norm_modulate_fwd(const Tensor& x, const OptionalTensor& shift, const Optio
 }
 
 void gate_residual_fwd(const Tensor& x, const Tensor& y, const Tensor& gate, const OptionalTensor& gate_table,
-                       const Tensor& out) {
+                       int64_t host, const Tensor& out) {
+  SORA_CHECK(host == 0, "host: expected 0, for one rounding, got ", host);
   ForwardParams p{.shape = shape_of("x", x)};
   p.modulation = modulation(x, p.shape, gate, {}, {}, {}, {}, gate_table, {}, {});
   p.x = tokens("x", x, x);
@@ -137,7 +139,8 @@ void gate_residual_norm_modulate_fwd(const Tensor& x, const Tensor& y, const Ten
                                      const OptionalTensor& scale, const OptionalTensor& weight,
                                      const OptionalTensor& bias, const OptionalTensor& gate_table,
                                      const OptionalTensor& shift_table, const OptionalTensor& scale_table, bool rms,
-                                     double eps, const Tensor& x_new, const Tensor& out) {
+                                     double eps, int64_t host, const Tensor& x_new, const Tensor& out) {
+  SORA_CHECK(host == 0, "host: expected 0, for one rounding, got ", host);
   ForwardParams p{.shape = shape_of("x", x), .rms = rms, .eps = static_cast<float>(eps)};
   p.modulation = modulation(x, p.shape, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table);
   p.x = tokens("x", x, x);

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import frames_of, load_rows, load_vector, row_strides, standardize, store_rows, sum_partials
+from .._triton import frames_of, load_rows, load_vector, rounded, row_strides, standardize, store_rows, sum_partials
 
 PROGRAMS = 512  # of the backward: about 4 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -22,9 +22,12 @@ def modulation_fwd_kernel(
     x_stride_b, x_stride_s, y_stride_b, y_stride_s, x_new_stride_b, x_new_stride_s, out_stride_b, out_stride_s,
     gate_stride_b, gate_stride_f, shift_stride_b, shift_stride_f, scale_stride_b, scale_stride_f,
     total_rows, S, tokens_per_frame, D, eps,
-    RMS: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    RMS: tl.constexpr, NORM: tl.constexpr, HOST: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x_new = x + gate·y (where there is a y);  out = norm(x_new)·(1 + scale) + shift (where NORM)."""
+    """x_new = x + gate·y (where there is a y);  out = norm(x_new)·(1 + scale) + shift (where NORM).
+
+    Bits of HOST: the norm is rounded; 1 + scale and its product; gate·y.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = (row < total_rows)[:, None] & (cols < D)[None, :]
@@ -37,7 +40,8 @@ def modulation_fwd_kernel(
         gate = load_vector(gate_table_ptr, cols, D, 0.0)[None, :]
         gate += load_rows(gate_ptr, b * gate_stride_b + f * gate_stride_f, cols, mask)
         y = load_rows(y_ptr, b * y_stride_b + s * y_stride_s, cols, mask)
-        x_new = (x + gate * y).to(x_new_ptr.dtype.element_ty)
+        gated = rounded(gate * y, x_ptr) if HOST & 4 else gate * y
+        x_new = (x + gated).to(x_new_ptr.dtype.element_ty)
         store_rows(x_new_ptr, b * x_new_stride_b + s * x_new_stride_s, cols, x_new, mask)
         x = x_new.to(tl.float32)  # the norm sees what was stored
 
@@ -51,6 +55,10 @@ def modulation_fwd_kernel(
             scale += load_rows(scale_ptr, b * scale_stride_b + f * scale_stride_f, cols, mask)
         if shift_ptr is not None:
             shift += load_rows(shift_ptr, b * shift_stride_b + f * shift_stride_f, cols, mask)
+        if HOST & 1:
+            n = rounded(n, x_ptr)
+        if HOST & 2:
+            n, scale = rounded(n * rounded(scale, x_ptr), x_ptr), 1.0
         store_rows(out_ptr, b * out_stride_b + s * out_stride_s, cols, n * scale + shift, mask)
 
 
@@ -170,7 +178,7 @@ def tile(D: int, rows: int) -> dict[str, int]:
 
 
 def _forward(
-    x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, norm
+    x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, host, norm
 ):
     B, S, D = x.shape
     if x.numel() == 0:
@@ -180,7 +188,7 @@ def _forward(
     modulation_fwd_kernel[(triton.cdiv(B * S, config["ROWS"]),)](
         x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
         *row_strides(x, y, x_new, out, gate, shift, scale),
-        B * S, S, S // frames, D, eps, RMS=rms, NORM=norm, **config,
+        B * S, S, S // frames, D, eps, RMS=rms, NORM=norm, HOST=host, **config,
     )  # fmt: skip
 
 
@@ -224,8 +232,9 @@ def _backward(
             sum_partials(partial, grad.view(1, D))
 
 
-def norm_modulate_fwd(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, out):
-    _forward(x, None, None, out, None, shift, scale, None, shift_table, scale_table, weight, bias, rms, eps, True)
+def norm_modulate_fwd(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, host, out):
+    tables = None, shift_table, scale_table
+    _forward(x, None, None, out, None, shift, scale, *tables, weight, bias, rms, eps, host, True)
 
 
 def norm_modulate_bwd(
@@ -237,8 +246,8 @@ def norm_modulate_bwd(
     )  # fmt: skip
 
 
-def gate_residual_fwd(x, y, gate, gate_table, out):
-    _forward(x, y, out, None, gate, None, None, gate_table, None, None, None, None, False, 0.0, False)
+def gate_residual_fwd(x, y, gate, gate_table, host, out):
+    _forward(x, y, out, None, gate, None, None, gate_table, None, None, None, None, False, 0.0, host, False)
 
 
 def gate_residual_bwd(dout, y, gate, gate_table, dy, dgate, dgate_table):
@@ -249,10 +258,10 @@ def gate_residual_bwd(dout, y, gate, gate_table, dy, dgate, dgate_table):
 
 
 def gate_residual_norm_modulate_fwd(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, x_new, out
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, host, x_new, out
 ):
     _forward(
-        x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, True
+        x, y, x_new, out, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, rms, eps, host, True
     )
 
 

@@ -24,6 +24,7 @@ def norm_modulate(
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
     eps: float = 1e-6,
+    rounding: str = "once",
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -37,6 +38,9 @@ def norm_modulate(
                              consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
     weight, bias             [D], any float dtype
     shift_table, scale_table [D], float32, added to the rows inside the kernel
+    rounding                 "once", at the store; or as a "host" that computes in 16 bits: the norm, then 1 + scale and
+                             its product, where these are of x's dtype, and at the store. Nearer to that model, further
+                             from fp64. Gradients are the same. In `reference` and `triton`
     out                      where to write (x's shape, dtype and device, dense in D, no memory of an input); for
                              inference only. This is the workspace: a large result costs fresh pages at every call, a
                              buffer that layers share none
@@ -56,8 +60,9 @@ def norm_modulate(
     _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
     tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
     grad = _needs_grad(op, tensors, out)
-    impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (frames, norm == "rms", eps, impl)
+    host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table))
+    impl = _choose(op, impl, x, grad, host)
+    settings = (frames, norm == "rms", eps, host, impl)
     return apply(_NormModulate, *tensors, settings) if grad else _norm_modulate(*tensors, *settings, out)
 
 
@@ -67,6 +72,7 @@ def gate_residual(
     gate: Tensor,
     *,
     gate_table: Tensor | None = None,
+    rounding: str = "once",
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -75,6 +81,7 @@ def gate_residual(
     x, y        [B, S, D] of one dtype, any strides
     gate        a modulation row as in `norm_modulate`
     gate_table  [D], float32
+    rounding    as in `norm_modulate`; a "host" rounds gate · y where gate is of x's dtype
     out         where to write; may be x or y itself; for inference only
 
     Returns [B, S, D] in x's dtype. Contract of numbers, determinism and errors: see `norm_modulate`.
@@ -87,8 +94,9 @@ def gate_residual(
     _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
     grad = _needs_grad(op, tensors, out, over=tensors[:2])
-    impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (frames, impl)
+    host = _host(op, rounding, x, gate=(gate, gate_table))
+    impl = _choose(op, impl, x, grad, host)
+    settings = (frames, host, impl)
     return apply(_GateResidual, *tensors, settings) if grad else _gate_residual(*tensors, *settings, out)
 
 
@@ -106,6 +114,7 @@ def gate_residual_norm_modulate(
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
     eps: float = 1e-6,
+    rounding: str = "once",
     out: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -130,8 +139,9 @@ def gate_residual_norm_modulate(
     if out is not None and not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
     grad = _needs_grad(op, tensors, out, over=tensors[:2])
-    impl = _dispatch.choose(op, impl, x, grad=grad)
-    settings = (frames, norm == "rms", eps, impl)
+    host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table), gate=(gate, gate_table))
+    impl = _choose(op, impl, x, grad, host)
+    settings = (frames, norm == "rms", eps, host, impl)
     if grad:
         return apply(_GateResidualNormModulate, *tensors, settings)
     return _gate_residual_norm_modulate(*tensors, *settings, out)
@@ -161,6 +171,25 @@ def _check_vectors(op, x, **vectors: Tensor | None) -> None:
             _check.same_device(op, x, {name: t})
 
 
+def _host(op, rounding, x, norm=None, gate=None) -> int:
+    """What a host rounds besides the result, as `reference` numbers it: PyTorch gives an operation the widest dtype of
+    its operands, so beside rows or tables in fp32 only the norm is rounded."""
+    if rounding == "once":
+        return 0
+    _check.choice(op, "rounding", rounding, ("once", "host"))
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return 0
+    of_x = [rows is not None and all([t is None or t.dtype == x.dtype for t in rows]) for rows in (norm, gate)]
+    return (norm is not None) + 2 * of_x[0] + 4 * of_x[1]
+
+
+def _choose(op, impl, x, grad, host) -> str:
+    def limits(name: str) -> str | None:
+        return f"{name} rounds once, at the store" if name in ("cpu", "cuda") else None
+
+    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host else None)
+
+
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: tuple[Tensor, ...] = ()) -> bool:
     """The first result may be written over those of `over`."""
     if out is None:
@@ -183,15 +212,15 @@ def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: t
 
 # norm_modulate
 
-def _norm_modulate_formula(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps) -> Tensor:
-    tables = dict(shift_table=shift_table, scale_table=scale_table)
-    return reference.norm_modulate(x, shift, scale, norm=NORMS[rms], weight=weight, bias=bias, eps=eps, **tables)
+def _norm_modulate_formula(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, host) -> Tensor:
+    kwargs = dict(norm=NORMS[rms], weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
+    return reference.norm_modulate(x, shift, scale, **kwargs, eps=eps, host=host)
 
 
 _library.define(
     "norm_modulate_fwd",
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? shift_table, Tensor? scale_table, "
-    "bool rms, float eps, Tensor(a!) out) -> ()",
+    "bool rms, float eps, int host, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_norm_modulate_formula(*args[:-1])),
     impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
 )  # fmt: skip
@@ -228,12 +257,12 @@ _library.define(
 
 
 def _norm_modulate(
-    x, shift, scale, weight, bias, shift_table, scale_table, frames, rms, eps, impl, out=None
+    x, shift, scale, weight, bias, shift_table, scale_table, frames, rms, eps, host, impl, out=None
 ) -> Tensor:
     out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
         dense(x), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
-        table(shift_table, x), table(scale_table, x), rms, eps, out,
+        table(shift_table, x), table(scale_table, x), rms, eps, host, out,
     )  # fmt: skip
     return out
 
@@ -241,8 +270,8 @@ def _norm_modulate(
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def formula(*args):
-        *tensors, (_, rms, eps, _) = args
-        return _norm_modulate_formula(*tensors, rms, eps)
+        *tensors, (_, *settings, _) = args
+        return _norm_modulate_formula(*tensors, *settings)
 
     @staticmethod
     def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, settings):
@@ -254,7 +283,7 @@ class _NormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, shift, scale, weight, bias, shift_table, scale_table = ctx.saved_tensors
-        frames, rms, eps, impl = ctx.settings
+        frames, rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx = like(x, need[0])
         dshift = _rows.like(shift, need[1], x, frames)
@@ -273,9 +302,9 @@ class _NormModulate(torch.autograd.Function):
 
 _library.define(
     "gate_residual_fwd",
-    "(Tensor x, Tensor y, Tensor gate, Tensor? gate_table, Tensor(a!) out) -> ()",
-    reference=lambda x, y, gate, gate_table, out: out.copy_(
-        reference.gate_residual(x, y, gate, gate_table=gate_table)
+    "(Tensor x, Tensor y, Tensor gate, Tensor? gate_table, int host, Tensor(a!) out) -> ()",
+    reference=lambda x, y, gate, gate_table, host, out: out.copy_(
+        reference.gate_residual(x, y, gate, gate_table=gate_table, host=host)
     ),
     impls={"triton": "sora_kernels.modulation.kernels:gate_residual_fwd", "cpu": None},
 )
@@ -293,17 +322,17 @@ _library.define(
 )
 
 
-def _gate_residual(x, y, gate, gate_table, frames, impl, out=None) -> Tensor:
+def _gate_residual(x, y, gate, gate_table, frames, host, impl, out=None) -> Tensor:
     out = like(x) if out is None else out
     gate = _rows.operand(gate, x, frames)
-    _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), out)
+    _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), host, out)
     return out
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def formula(x, y, gate, gate_table, settings):
-        return reference.gate_residual(x, y, gate, gate_table=gate_table)
+        return reference.gate_residual(x, y, gate, gate_table=gate_table, host=settings[1])
 
     @staticmethod
     def forward(ctx, x, y, gate, gate_table, settings):
@@ -318,7 +347,7 @@ class _GateResidual(torch.autograd.Function):
         need = ctx.needs_input_grad
         if not any(need[1:4]):
             return dout, None, None, None, None
-        frames, impl = ctx.settings
+        frames, _, impl = ctx.settings
         dy, dgate = like(y, need[1]), _rows.like(gate, need[2], y, frames)
         dgate_table = like(gate_table, need[3])
         _library.call("gate_residual_bwd", impl)(
@@ -330,10 +359,11 @@ class _GateResidual(torch.autograd.Function):
 # gate_residual_norm_modulate
 
 def _gate_residual_norm_modulate_formula(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, host
 ) -> tuple[Tensor, Tensor]:
     kwargs = dict(weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
-    return reference.gate_residual_norm_modulate(x, y, gate, shift, scale, norm=NORMS[rms], eps=eps, **kwargs)
+    kwargs |= dict(norm=NORMS[rms], eps=eps, host=host)
+    return reference.gate_residual_norm_modulate(x, y, gate, shift, scale, **kwargs)
 
 
 def _gate_residual_norm_modulate_fwd(*args):
@@ -371,7 +401,7 @@ def _gate_residual_norm_modulate_bwd(
 _library.define(
     "gate_residual_norm_modulate_fwd",
     "(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
-    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, bool rms, float eps, "
+    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, bool rms, float eps, int host, "
     "Tensor(a!) x_new, Tensor(b!) out) -> ()",
     reference=_gate_residual_norm_modulate_fwd,
     impls={"triton": "sora_kernels.modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
@@ -388,13 +418,13 @@ _library.define(
 
 
 def _gate_residual_norm_modulate(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, frames, rms, eps, impl, out=None
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, frames, rms, eps, host, impl, out=None
 ) -> tuple[Tensor, Tensor]:
     x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
         dense(x), dense(y), _rows.operand(gate, x, frames), _rows.operand(shift, x, frames),
         _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
-        table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, x_new, out,
+        table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, host, x_new, out,
     )  # fmt: skip
     return x_new, out
 
@@ -402,8 +432,8 @@ def _gate_residual_norm_modulate(
 class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
     def formula(*args):
-        *tensors, (_, rms, eps, _) = args
-        return _gate_residual_norm_modulate_formula(*tensors, rms, eps)
+        *tensors, (_, *settings, _) = args
+        return _gate_residual_norm_modulate_formula(*tensors, *settings)
 
     @staticmethod
     def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, settings):
@@ -418,7 +448,7 @@ class _GateResidualNormModulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dx_new, dout):
         x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table = ctx.saved_tensors
-        frames, rms, eps, impl = ctx.settings
+        frames, rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows.like(gate, need[2], x_new, frames)
         dshift = _rows.like(shift, need[3], x_new, frames)

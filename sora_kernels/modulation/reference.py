@@ -33,21 +33,28 @@ def normalize(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, 
     return x if bias is None else x + accumulate(bias)
 
 
+def rounded(t: Tensor | float, x: Tensor, host: int) -> Tensor | float:
+    """t as it is after a store in x's dtype, where the host makes one."""
+    return accumulate(t.to(x.dtype)) if host and isinstance(t, Tensor) else t
+
+
 def norm_modulate(
-    x, shift, scale, *, norm="layer", weight=None, bias=None, shift_table=None, scale_table=None, eps=1e-6
+    x, shift, scale, *, norm="layer", weight=None, bias=None, shift_table=None, scale_table=None, eps=1e-6, host=0
 ) -> Tensor:
-    n = normalize(x, norm, weight, bias, eps)
-    return (n * (1 + rows(scale, scale_table, x)) + rows(shift, shift_table, x)).to(x.dtype)
+    """host: bit 0, the norm is rounded; bit 1, so are 1 + scale and its product; bit 2, so is gate · y below."""
+    n = rounded(normalize(x, norm, weight, bias, eps), x, host & 1)
+    n = rounded(n * rounded(1 + rows(scale, scale_table, x), x, host & 2), x, host & 2)
+    return (n + rows(shift, shift_table, x)).to(x.dtype)
 
 
-def gate_residual(x, y, gate, *, gate_table=None) -> Tensor:
-    return (accumulate(x) + rows(gate, gate_table, x) * accumulate(y)).to(x.dtype)
+def gate_residual(x, y, gate, *, gate_table=None, host=0) -> Tensor:
+    return (accumulate(x) + rounded(rows(gate, gate_table, x) * accumulate(y), x, host & 4)).to(x.dtype)
 
 
 def gate_residual_norm_modulate(
     x, y, gate, shift, scale, *, norm="layer", weight=None, bias=None,
-    gate_table=None, shift_table=None, scale_table=None, eps=1e-6,
+    gate_table=None, shift_table=None, scale_table=None, eps=1e-6, host=0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x = gate_residual(x, y, gate, gate_table=gate_table)
-    kwargs = dict(weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table, eps=eps)
+    x = gate_residual(x, y, gate, gate_table=gate_table, host=host)
+    kwargs = dict(weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table, eps=eps, host=host)
     return x, norm_modulate(x, shift, scale, norm=norm, **kwargs)
