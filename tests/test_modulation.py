@@ -363,7 +363,7 @@ def test_an_explicit_implementation_never_falls_back(function):
         function(**tensors, impl="cuda")
     with pytest.raises(Unavailable, match="has no cudnn implementation"):
         function(**tensors, impl="cudnn")
-    with pytest.raises(ValueError, match="one of auto, reference, cpu, triton, cudnn, cuda; got 'trition'"):
+    with pytest.raises(ValueError, match="one of auto, reference, cpu, triton, cudnn, sdpa, cuda; got 'trition'"):
         function(**tensors, impl="trition")
 
 
