@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Integral, Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED = torch.strided
+_SDPA = torch._C._nn.scaled_dot_product_attention
 
 
 def shape_of(t: Tensor) -> str:
@@ -188,3 +191,21 @@ def triple(op: str, name: str, value: object, *, least: int = 1) -> tuple[int, i
     if min(value) < least:
         raise ValueError(f"{op}: every entry of {name} must be at least {least}; got {tuple(value)}")
     return tuple([v if isinstance(v, torch.SymInt) else int(v) for v in value])
+
+
+def in_context_parallel() -> bool:
+    """Whether torch's `context_parallel()` is on. It replaces F.scaled_dot_product_attention, as others do too."""
+    if F.scaled_dot_product_attention is _SDPA:
+        return False
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    return F.scaled_dot_product_attention in getattr(module, "_replaced_functions", ())
+
+
+def alone(op: str) -> None:
+    """No `context_parallel()` of torch's is on: an attention it does not know would see one rank's tokens only."""
+    if in_context_parallel():
+        raise RuntimeError(
+            f"{op}: called inside torch's context_parallel(), which distributes F.scaled_dot_product_attention only: "
+            "each rank's tokens would see that rank's alone. Call F.scaled_dot_product_attention there, or, outside of "
+            "it, join the ranks' parts with attention_forward and merge_attention"
+        )

@@ -99,23 +99,32 @@ class DiTConfig:
 
     @classmethod
     def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
-        """From the config of a diffusers WanTransformer3DModel. ValueError for another, or one that wants an image."""
+        """From the config of a diffusers WanTransformer3DModel.
+
+        ValueError for that of another class, one with a field that is not known here, or one that wants an image.
+        """
         names = {"num_attention_heads": "heads", "num_layers": "layers", "patch_size": "patch"}
         if missing := [name for name in (*names, "attention_head_dim", "ffn_dim") if name not in config]:
             raise ValueError(f"not the config of a WanTransformer3DModel: it lacks {', '.join(missing)}")
+        known = {field.name for field in dataclasses.fields(cls)} - {"attention"}
+        named = known - {"dim", *names.values()} | {"attention_head_dim", "qk_norm", *names, *_NO_IMAGE, *_UNUSED}
+        checks.only(config, "WanTransformer3DModel", named)
         for name in ("num_attention_heads", "attention_head_dim"):
             _check_size(name, config[name], 2**20)
-        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+        for name in _NO_IMAGE:
             if config.get(name) is not None:
                 raise ValueError(f"{name}={config[name]}: only text-to-video Wan models are supported")
         if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', Wan's own; got {config['qk_norm']!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
         sizes = {names.get(name, name): value for name, value in config.items()}
         sizes["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
         if config.get("out_channels") is None:
             sizes["out_channels"] = config.get("in_channels", cls.in_channels)
         return cls(**{name: value for name, value in sizes.items() if name in known})
+
+
+_NO_IMAGE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+_UNUSED = ("rope_max_seq_len",)  # how long diffusers makes its tables of angles; ours are computed on the way
 
 
 class Attention(nn.Module):
@@ -320,7 +329,7 @@ class SoraDiT(nn.Module):
 
         The weights are copied, in the dtypes they have, or in `dtype` save those that Wan keeps in fp32.
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for a model that
-        wants an image.
+        wants an image, and for another class, however much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
         """
         # the model itself needs no safetensors
         from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_wan_directory
@@ -328,7 +337,10 @@ class SoraDiT(nn.Module):
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
         is_module = isinstance(source, nn.Module)
-        sizes, state = (source.config, source.state_dict()) if is_module else read_wan_directory(source)
+        if is_module:
+            sizes, state = checks.config_of(source, "WanTransformer3DModel", "forward"), source.state_dict()
+        else:
+            sizes, state = read_wan_directory(source)
         config, where = DiTConfig.from_wan(sizes), type(source).__name__ if is_module else str(source)
         given = {_name_from_wan(name): value.detach() for name, value in state.items()}
         check_dtypes({name: value.dtype for name, value in given.items()}, where)

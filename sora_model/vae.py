@@ -432,8 +432,11 @@ class CausalVAE(nn.Module):
         from . import checkpoint  # needs safetensors, which a model alone does not
 
         if isinstance(source, nn.Module):
-            config, state, where = getattr(source, "config", {}), source.state_dict(), type(source).__name__
-            config = {"_class_name": where, **config}
+            where, state = type(source).__name__, source.state_dict()
+            try:
+                config = checks.config_of(source, _WAN, "_encode", "_decode")
+            except ValueError as error:
+                raise checkpoint.CheckpointError(f"CausalVAE.from_wan: source {error}") from error
         else:
             config, state = checkpoint.read_wan_directory(source)
             where = os.fspath(source)
@@ -508,6 +511,8 @@ class CausalVAE(nn.Module):
 # a norm is its weight; the convolution of a Sequential, and the one entry of a list, stand for themselves
 _WAN_NAMES = ((".gamma", ""), ("resample.1", "resample"), ("upsamplers.0", "upsampler"), ("attentions.0", "attention"))
 _WAN_RENAMED = {"temperal_downsample": "temporal_downsample"}
+_WAN = "AutoencoderKLWan"
+_WAN_UNUSED = ("scale_factor_temporal", "scale_factor_spatial")  # what follows from the other fields
 _WAN_FIXED = {"attn_scales": (), "dropout": 0.0, "is_residual": False, "patch_size": None}  # so in Wan 2.1
 
 
@@ -515,15 +520,20 @@ def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a VAEConfig from those of an AutoencoderKLWan."""
     from . import checkpoint
 
-    if (kind := config.get("_class_name")) != "AutoencoderKLWan":
-        raise checkpoint.CheckpointError(f"{where} is a {kind}; CausalVAE.from_wan takes an AutoencoderKLWan")
+    if (kind := config.get("_class_name")) != _WAN:
+        raise checkpoint.CheckpointError(f"{where} is a {kind}; CausalVAE.from_wan takes an {_WAN}")
     config = {_WAN_RENAMED.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     for name, value in _WAN_FIXED.items():
         if config.get(name, value) != value:
             raise checkpoint.CheckpointError(
                 f"{where} has {name}={config[name]!r}; CausalVAE is Wan 2.1's VAE, where it is {value!r}"
             )
-    return {f.name: config[f.name] for f in fields(VAEConfig) if f.name in config}
+    names = [f.name for f in fields(VAEConfig)]
+    try:
+        checks.only(config, _WAN, [*names, *_WAN_FIXED, *_WAN_UNUSED])
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{where}: {error}") from error
+    return {name: config[name] for name in names if name in config}
 
 
 def own_name(name: str) -> str:

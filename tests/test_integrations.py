@@ -265,6 +265,54 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(grad, eager[name], rtol=0, atol=1e-5 * eager[name].abs().max().item())
 
 
+@pytest.mark.parametrize("host", ["transformer", "autoencoder"])
+def test_exports(host):
+    model = wan(num_layers=1) if host == "transformer" else vae()
+    batch = inputs(model) if host == "transformer" else (torch.rand(1, 3, 5, 8, 12),)
+    patch_model(model)
+    eager = output(model, *batch)
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), batch, {"return_dict": False})
+        assert torch.equal(program.module()(*batch, return_dict=False)[0], eager)
+    names = {str(node.target) for node in program.graph.nodes}
+    wanted = OPS if host == "transformer" else ["norm_silu"]
+    assert all(any(f"sora_kernels._{op}_fwd" in name for name in names) for op in wanted)
+
+
+def test_repeated_blocks_compile_once():
+    model = wan(num_layers=3)
+    batch = inputs(model)
+    patch_model(model)
+    eager = output(model, *batch)
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            torch.testing.assert_close(output(model, *batch), eager, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_compiles_with_an_attention_backend_of_the_context(backend):
+    model = wan(num_layers=1)
+    batch = inputs(model)
+    plain = output(model, *batch)
+    patch_model(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with diffusers.attention_backend(backend):
+        torch.testing.assert_close(output(compiled, *batch), plain, rtol=0, atol=1e-5)
+
+
+def test_a_projection_with_quantized_weights_is_called():
+    from torch.testing._internal.two_tensor import TwoTensor  # a tensor subclass, as quantized weights are
+
+    model = wan()
+    batch = inputs(model)
+    plain = output(model, *batch)
+    patch_model(model)
+    model.proj_out.weight = nn.Parameter(TwoTensor(model.proj_out.weight.data, 2 * model.proj_out.weight.data))
+    torch.testing.assert_close(output(model, *batch).a, plain, rtol=0, atol=1e-5)
+
+
 def test_fused_projections():
     model = wan()
     batch = inputs(model)
@@ -333,6 +381,12 @@ def own_forward(model):
     block.__class__ = type("OwnBlock", (type(block),), {"forward": lambda self, x, *rest: x})
 
 
+def own_attention(model):
+    attn = model.blocks[1].attn2
+    base = type(attn)
+    attn.__class__ = type("OwnAttention", (base,), {"forward": lambda self, *args: base.forward(self, *args)})
+
+
 CHANGES = {  # what another library did to the model before; where a step is left, and why
     "hook on a norm": (
         lambda m: m.blocks[0].norm1.register_forward_hook(lambda *_: None), "blocks.0", "norm1 has hooks"
@@ -344,6 +398,7 @@ CHANGES = {  # what another library did to the model before; where a step is lef
         lambda m: setattr(m.blocks[1], "forward", partial(m.blocks[1].forward)), "blocks.1", "is already replaced"
     ),
     "another processor": (custom_processor, "blocks.1.attn1", "its processor is a function"),
+    "another attention": (own_attention, "blocks.1.attn2", "OwnAttention has a forward of its own"),
     "another class": (own_forward, "blocks.0", "OwnBlock has a forward of its own"),
     "another norm": (lambda m: setattr(m.blocks[0], "norm3", nn.LayerNorm(48)), "blocks.0", "norm3 is a LayerNorm"),
     "another eps": (lambda m: setattr(m.blocks[0].attn1.norm_q, "eps", 1e-2), "blocks.0.attn1", "differ in eps"),
@@ -397,7 +452,7 @@ def test_attention_to_an_image_is_left_to_diffusers():
 
 
 def test_an_implementation_that_does_not_exist_leaves_its_steps(monkeypatch):
-    monkeypatch.setitem(patch._library._overloads, "final_layer_fwd", {"reference": None})
+    monkeypatch.setitem(patch._library._impls, "final_layer_fwd", ("reference",))
     model = wan()
     report = patch_model(model, "cpu")
     left = {step.where: step.reason for step in report.left}
@@ -424,6 +479,7 @@ def test_verification_passes_and_restores_the_modes():
     modes = [module.training for module in model.modules()]
     verification = verify_patch(model, *inputs(model))
     assert verification.ok and "output.sample: max error" in str(verification) and "within" in str(verification)
+    assert 130 < verification.psnr < math.inf and f"PSNR {verification.psnr:.1f} dB" in str(verification)
     assert 0 < verification.checks[0].error <= verification.checks[0].bound < 1e-4
     assert [module.training for module in model.modules()] == modes
     unpatch_model(model)
@@ -438,6 +494,35 @@ def test_verification_finds_a_wrong_operation(monkeypatch):
     patch_model(model)
     verification = verify_patch(model, *inputs(model))
     assert not verification.ok and "EXCEEDED" in str(verification)
+    assert verification.psnr < 120
+
+
+@pytest.mark.parametrize(
+    "make",
+    [wan, vae, lambda: vae(**WAN22), lambda: wan(image_dim=8, added_kv_proj_dim=48, num_layers=1),
+     lambda: wan(in_channels=9, num_layers=1), lambda: wan(out_channels=6, num_layers=1)],
+    ids=["Wan", "VAE", "Wan 2.2's VAE", "image to video", "condition in channels", "more channels out than in"],
+)  # fmt: skip
+def test_verification_makes_its_own_inputs(make):
+    model = make()
+    patch_model(model)
+    verification = verify_patch(model)
+    assert verification.ok, verification
+    samples = hasattr(model.config, "in_channels") and hasattr(model, "blocks") and model.config.out_channels != 6
+    assert verification.psnr > 100 if samples else verification.psnr is None
+
+
+def test_the_run_of_verification_is_eulers(monkeypatch):
+    model = wan(num_layers=1)
+    batch = inputs(model)
+    patch_model(model)
+    x = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(0))
+    for i in range(8):
+        x = x - output(model, x, torch.full((2,), 1000 - 125.0 * i), batch[2]) / 8
+    ends = []
+    monkeypatch.setattr(verify, "_psnr", lambda actual, expected: ends.append(actual) or 1.0)
+    verify_patch(model, hidden_states=batch[0], timestep=batch[1].long(), encoder_hidden_states=batch[2])
+    torch.testing.assert_close(ends[0], x, rtol=0, atol=1e-4)
 
 
 def test_verification_restores_the_patch_after_an_error():
@@ -500,6 +585,18 @@ def test_patching_twice():
         unpatch_model(model)
     with pytest.raises(ValueError, match="verify_patch: this WanTransformer3DModel is not patched"):
         verify_patch(model, *inputs(model))
+
+
+LOOK_ALIKES = ("SkyReelsV2", "ChronoEdit", "WanVACE", "WanAnimate", "Helios")
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_models_that_resemble_wan_are_refused(name):
+    cls = getattr(diffusers, f"{name}Transformer3DModel", None)
+    if cls is None:
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    with pytest.raises(TypeError, match=f"got {name}Transformer3DModel"):
+        patch_model(cls.__new__(cls))
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "wan"])

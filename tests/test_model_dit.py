@@ -393,11 +393,51 @@ def test_bad_config(change, message):
         ({"patch_size": None}, "patch must be"),
         ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number"),
         ({"attention_head_dim": None}, "attention_head_dim must be a whole number"),
+        ({"num_frame_per_block": 2}, "num_frame_per_block=2 is no field of a WanTransformer3DModel"),
+        ({"rope_temporal_skip_len": 8}, "rope_temporal_skip_len=8 is no field"),
+        ({"dim": 96}, "dim=96 is no field"),
+        ({"attention": {"window": [1, 2, 3]}}, "attention=.* is no field"),
+        ({"_class_name": "ChronoEditTransformer3DModel"}, "but of a ChronoEditTransformer3DModel"),
     ],
 )
 def test_wan_configs_that_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DiTConfig.from_wan(TINY | change)
+
+
+class OwnWan(diffusers.WanTransformer3DModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class PlainWan(diffusers.WanTransformer3DModel):
+    pass
+
+
+LOOK_ALIKES = {  # same names and shapes of weights as Wan
+    "SkyReelsV2Transformer3DModel": {}, "SkyReelsV2Transformer3DModel causal": {"num_frame_per_block": 2},
+    "ChronoEditTransformer3DModel": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_models_that_resemble_wan_are_refused_as_modules_and_as_directories(name, tmp_path):
+    kind = name.split()[0]
+    theirs = getattr(diffusers, kind)(**TINY | LOOK_ALIKES[name])
+    assert theirs.state_dict().keys() == wan().state_dict().keys()
+    with pytest.raises(ValueError, match=f"is a {kind}, not a WanTransformer3DModel"):
+        SoraDiT.from_wan(theirs)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"not the config of a WanTransformer3DModel, but of a {kind}"):
+        SoraDiT.from_wan(tmp_path)
+
+
+def test_subclasses_of_wan_are_taken_unless_they_compute_something_else():
+    assert SoraDiT.from_wan(PlainWan(**TINY)).config == DiTConfig.from_wan(TINY)
+    with pytest.raises(ValueError, match="is a OwnWan, which has a forward of its own"):
+        SoraDiT.from_wan(OwnWan(**TINY))
+    with pytest.raises(ValueError, match="is a Linear, not a WanTransformer3DModel"):
+        SoraDiT.from_wan(torch.nn.Linear(2, 2))
 
 
 def test_foreign_configs_and_weights_are_refused(tmp_path):

@@ -379,6 +379,7 @@ def test_checkpoints_of_something_else(tmp_path):
         ("patches", {"patch_size": 2}, "patch_size=2"),
         ("attention", {"attn_scales": [0.5]}, "attn_scales"),
         ("other", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL; .* takes an AutoencoderKLWan"),
+        ("unknown", {"clip_output": True}, "clip_output=True is no field of a AutoencoderKLWan"),
         ("wider", {"base_dim": 8}, "should have the shape"),
         ("deeper", {"num_res_blocks": 2}, "lacks .* of the"),
         ("nonsense", {"dim_mult": "wide"}, "does not describe a VAEConfig"),
@@ -394,5 +395,9 @@ def test_checkpoints_of_something_else(tmp_path):
         CausalVAE.from_wan(tmp_path / "Wan2.1_VAE.pth")
     with pytest.raises(CheckpointError, match="is not a folder"):
         CausalVAE.from_wan(tmp_path / "missing")
+    own = type("OwnVAE", (type(theirs),), {"_decode": lambda self, z, return_dict=True: z})
+    theirs.__class__ = own
+    with pytest.raises(CheckpointError, match="is a OwnVAE, which has a _decode of its own"):
+        CausalVAE.from_wan(theirs)
     with pytest.raises(CheckpointError, match="is a Linear"):
         CausalVAE.from_wan(torch.nn.Linear(2, 2))

@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,7 +21,6 @@ from .mode import resolve
 from .plan import seen_pairs
 
 MAX_WIDTH = 256  # of a head, in the registers of a Triton program
-_SDPA = torch._C._nn.scaled_dot_product_attention
 
 
 def spacetime_attention(
@@ -86,12 +83,7 @@ def spacetime_attention(
     arXiv 2309.17453.
     """
     op = "spacetime_attention"
-    if in_context_parallel():
-        raise RuntimeError(
-            f"{op}: called inside torch's context_parallel(), which distributes F.scaled_dot_product_attention only: "
-            "each rank's tokens would see that rank's alone. Call F.scaled_dot_product_attention there, or, outside of "
-            "it, join the ranks' parts with attention_forward and merge_attention"
-        )
+    _check.alone(op)
     rules = grid, grids, window, stride, causal, sink, text_len, text_at
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     _check.choice(op, "deterministic", deterministic, (None, True, False))
@@ -209,14 +201,6 @@ def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple
 
 
 # Validation and choice
-
-
-def in_context_parallel() -> bool:
-    """Whether torch's `context_parallel()` is on. It replaces F.scaled_dot_product_attention, as others do too."""
-    if F.scaled_dot_product_attention is _SDPA:
-        return False
-    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
-    return F.scaled_dot_product_attention in getattr(module, "_replaced_functions", ())
 
 
 def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:

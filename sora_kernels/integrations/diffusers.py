@@ -22,10 +22,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import layers
+from .._check import in_context_parallel
 from ..attention import spacetime_attention
-from ..attention.op import in_context_parallel
 from ..modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ..patchify import final_layer
 from ..qknorm_rope import qk_norm_rope
@@ -90,19 +91,18 @@ def _step(where: str, ops: tuple[str, ...], reason: str | None, *swaps: Swap) ->
     return Plan(Step(where, ops, reason), () if reason else swaps)
 
 
-# Parameters of these children are read and they not called, so where a call would do more, the host's own step runs.
-# The reasons hold for each call anew: hooks, offloading, FSDP or a wrapper may have come after the patch.
+def _why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str | None:
+    """None where nothing would be missed if the parameters of these children were read and they not called.
 
-
-def _bypassed(owner: nn.Module, *names: str) -> str | None:
-    hooked = [name for name in names if is_hooked(getattr(owner, name))]
-    return f"{', '.join(hooked)} has hooks, which a fused operation would not run" if hooked else None
-
-
-def _unlike(owner: nn.Module, **expected: tuple[type[nn.Module], ...]) -> str | None:
-    for name, types in expected.items():
-        if type(child := getattr(owner, name)) not in types:
+    Asked again at each call: hooks, offloading, FSDP or a wrapper may have come after the patch. Then the host's own
+    step runs.
+    """
+    for name, types in kinds.items():
+        child = owner._modules[name]
+        if type(child) not in types:
             return f"{name} is a {type(child).__name__}, not {' or '.join(t.__name__ for t in types)}"
+        if is_hooked(child):
+            return f"{name} has hooks, which a fused operation would not run"
     return None
 
 
@@ -120,7 +120,9 @@ def _transformer(model: nn.Module, impl: str) -> Iterator[Plan]:
             yield _step(name, _BLOCK, reason, bind(module, _block_forward, impl))
         elif isinstance(module, WanAttention):
             reason = None
-            if type(module.processor) is not WanAttnProcessor:
+            if type(module).forward is not WanAttention.forward:
+                reason = f"{type(module).__name__} has a forward of its own, not that of WanAttention"
+            elif type(module.processor) is not WanAttnProcessor:
                 reason = f"its processor is a {type(module.processor).__name__}, set by someone else"
             processor = Swap(module, WanProcessor(impl, module.processor), processor=True)
             ops = ("qk_norm_rope", "spacetime_attention")
@@ -131,20 +133,22 @@ def _transformer(model: nn.Module, impl: str) -> Iterator[Plan]:
 
 
 def _why_not_block(block: nn.Module) -> str | None:
-    kinds = _unlike(block, norm1=_NORM, norm2=(FP32LayerNorm, nn.Identity), norm3=_NORM)
-    return kinds or _bypassed(block, "norm1", "norm2", "norm3")
+    return _why_not_read(block, norm1=_NORM, norm2=(FP32LayerNorm, nn.Identity), norm3=_NORM)
 
 
 def _why_not_attention(attn: nn.Module) -> str | None:
     if attn.add_k_proj is not None:
         return "it attends to an image as well, in a second attention of its own"
-    if reason := _unlike(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)) or _bypassed(attn, "norm_q", "norm_k"):
+    if reason := _why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
         return reason
     return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
 
 
 def _why_not_final(model: nn.Module) -> str | None:
-    return _unlike(model, norm_out=_NORM, proj_out=(nn.Linear,)) or _bypassed(model, "norm_out", "proj_out")
+    if reason := _why_not_read(model, norm_out=_NORM, proj_out=(nn.Linear,)):
+        return reason
+    weight = model.proj_out.weight
+    return f"the weight of proj_out is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
 
 
 def _embed(embedding: nn.Module, impl: str, x: Tensor) -> Tensor:
@@ -314,7 +318,7 @@ def _why_not_pair(module: nn.Module, cls: type, norms: tuple[str, ...]) -> str |
     if type(module).forward is not cls.forward:
         return f"{type(module).__name__} has a forward of its own, not that of {cls.__name__}"
     kinds = {name: autoencoder.WanRMS_norm for name in norms} | {"nonlinearity": nn.SiLU}
-    if reason := _unlike(module, **{name: (kind,) for name, kind in kinds.items()}) or _bypassed(module, *kinds):
+    if reason := _why_not_read(module, **{name: (kind,) for name, kind in kinds.items()}):
         return reason
     reasons = [reason for name, kind in kinds.items() if (reason := why_not_rebind(getattr(module, name), kind))]
     return reasons[0] if reasons else None
