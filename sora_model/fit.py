@@ -183,7 +183,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             rows.append({key: float(row[key]) for key in ("loss", "seconds")} | row | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
     return rows
 

@@ -274,9 +274,7 @@ class Sora:
         self.vae.impl = impl
         done = 0
         for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False, tile=plan.tile):
-            if not torch.isfinite(video).all():
-                raise FloatingPointError("the VAE gives NaN or infinite pixels: its weights are damaged")
-            pixels = video_to_uint8(video, impl=impl)[0].cpu().numpy()[: plan.frames - done]
+            pixels = to_pixels(video, impl)[: plan.frames - done]
             done += len(pixels)
             if progress is not None:
                 progress("decode", done, plan.frames)
@@ -396,6 +394,13 @@ class Sora:
         if shorter is not None:
             offers.append(f"{shorter + 1} frames at this size")
         return f"{' or '.join(offers)} would fit" if offers else "ask for a smaller and shorter clip"
+
+
+def to_pixels(video: Tensor, impl: str) -> np.ndarray:
+    """A decoded clip `[1, 3, T, H, W]` as uint8 `[T, H, W, 3]`; FloatingPointError where it is not finite."""
+    if not torch.isfinite(video).all():
+        raise FloatingPointError("the VAE gives NaN or infinite pixels: its weights are damaged, or what it was given")
+    return video_to_uint8(video, impl=impl)[0].cpu().numpy()
 
 
 @dataclasses.dataclass(frozen=True)

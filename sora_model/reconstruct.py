@@ -19,12 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sora_kernels import video_to_uint8
-
 from . import machine, media
 from .checkpoint import CheckpointError, read_json, read_part
 from .machine import TooLargeError, choose_device, gib
-from .pipeline import TOY
+from .pipeline import TOY, to_pixels
 from .tiling import Tile
 from .train import to_video
 from .vae import CausalVAE, VAEConfig
@@ -113,7 +111,7 @@ def reconstruct(
         nonlocal done, error
         latents = _means(vae, _pieces(vae, source, kept(), "pad"), 1, encode)
         for video in vae.decode_stream(latents, clamp=False, tile=decode):
-            for frame in video_to_uint8(video, impl=vae.impl)[0].cpu().numpy()[: len(original)]:
+            for frame in to_pixels(video, vae.impl)[: len(original)]:
                 error += int(np.square(frame.astype(np.int32) - original.popleft()).sum())
                 done += 1
                 yield frame

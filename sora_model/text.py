@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .checkpoint import CheckpointError, check_finite, read_json, read_shapes, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_shapes, read_json, read_shapes, wan_weights
 
 MAX_CHARACTERS = 4096
 
@@ -118,9 +118,9 @@ class WordTextEncoder(nn.Module):
     def forget(self, ids: Tensor, *, words: float, prompts: float, generator: torch.Generator) -> Tensor:
         """Training noise: each word becomes <unk> with chance `words`, each whole prompt the empty one with chance
         `prompts`."""
-        lost = torch.rand(ids.shape, generator=generator) < words
+        lost = torch.rand(ids.shape, generator=generator, dtype=torch.float32) < words
         ids = torch.where(lost & (ids >= len(_SPECIALS)), _UNKNOWN, ids)
-        dropped = torch.rand(len(ids), generator=generator) < prompts
+        dropped = torch.rand(len(ids), generator=generator, dtype=torch.float32) < prompts
         empty = torch.full_like(ids, _PAD)
         empty[:, 0] = _NULL
         return torch.where(dropped[:, None], empty, ids)
@@ -164,7 +164,7 @@ class UMT5TextEncoder:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is missing: a Wan checkpoint keeps its {name.replace('_', ' ')} there")
         where = folders["text_encoder"]
-        _check_layers(where)
+        _check_sizes(where)
         with _damaged(path):
             model, info = UMT5EncoderModel.from_pretrained(
                 where, local_files_only=True, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
@@ -214,10 +214,18 @@ def _damaged(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"the text encoder in {path} cannot be read: {error}") from error
 
 
-def _check_layers(folder: Path) -> None:
-    """Raises `CheckpointError` unless a config has as many layers as its weights: transformers builds them first."""
-    asked = read_json(folder / "config.json").get("num_layers")
-    names = (name.split(".") for file in wan_weights(folder) for name in read_shapes(file))
+def _check_sizes(folder: Path) -> None:
+    """Raises `CheckpointError` unless a config's sizes are those of its weights: transformers allocates them first."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    asked, found = read_json(folder / "config.json").get("num_layers"), {}
+    for file in wan_weights(folder):
+        found |= read_shapes(file)
+    names = (name.split(".") for name in found)
     held = len({name[2] for name in names if name[:2] == ["encoder", "block"] and len(name) > 2})
     if type(asked) is not int or asked != held:
         raise CheckpointError(f"{folder / 'config.json'}: num_layers must be {held}, as in the weights; got {asked!r}")
+    with _damaged(folder.parent), torch.device("meta"):
+        wanted = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True)).state_dict()
+    both = wanted.keys() & found.keys()  # of tied weights one is kept
+    check_shapes({name: wanted[name].shape for name in both}, {name: found[name] for name in both}, str(folder))

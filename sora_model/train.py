@@ -65,7 +65,7 @@ def vae_batch(settings: Settings, step: int) -> Tensor:
     turn.
     """
     generator = generator_of(settings.seed, step)
-    draw = torch.rand(1, generator=generator).item()
+    draw = torch.rand(1, generator=generator, dtype=torch.float32).item()
     last = step >= settings.steps - settings.steps // 5
     whole = last and draw < 0.5
     half = max(1, settings.batch // 2)
@@ -140,7 +140,7 @@ def train_vae(
     """
     device = choose_device(device)
     torch.manual_seed(settings.seed)
-    vae = CausalVAE(config or VAEConfig(**TOY_VAE), impl=impl).to(device)
+    vae = CausalVAE(config or VAEConfig(**TOY_VAE), impl=impl).to(device, torch.float32)
     start_direct(vae)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
@@ -181,7 +181,11 @@ def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress
     chunks = [seeds[i : i + 8] for i in range(0, len(seeds), 8)]
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     with Progress(disable=not progress) as bar, torch_threads(1), ThreadPoolExecutor(workers) as pool:
-        return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
+        try:
+            return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the end of the pool waits for every clip
+            raise
 
 
 def _latents(run: Path, vae: CausalVAE, seeds: range, made_of: dict[str, str]) -> Tensor:
@@ -240,7 +244,7 @@ def train_dit(
     for embedding in (model["dit"].text_embedding, model["dit"].time_embedding):
         for layer in (embedding[0], embedding[2]):
             nn.init.xavier_uniform_(layer.weight)
-    model.to(device)
+    model.to(device, torch.float32)
     captions = [_captions(seed) for seed in seeds]
 
     def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -154,6 +154,18 @@ def test_the_layers_of_a_wan_text_encoder_are_those_of_its_weights(wan, tmp_path
         Sora.from_pretrained(folder, device="cpu")
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": 2**31}, {"d_ff": 2**24}, {"relative_attention_num_buckets": 2**20}])
+def test_the_sizes_of_a_wan_text_encoder_are_those_of_its_weights(wan, tmp_path, monkeypatch, change):
+    transformers = pytest.importorskip("transformers")
+    folder = shutil.copytree(wan, tmp_path / "wan")
+    change_config(folder / "text_encoder", **change)
+    monkeypatch.setattr(
+        transformers.UMT5EncoderModel, "from_pretrained", lambda *args, **options: pytest.fail("it was allocated")
+    )
+    with pytest.raises(CheckpointError, match="text_encoder: tensor .* should have the shape"):
+        Sora.from_pretrained(folder, device="cpu")
+
+
 # --- dtypes ---
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import resource
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_cli import sora  # noqa: F401
 from test_model_pipeline import make_wan_directory
 
 from sora_kernels._dispatch import Unavailable
@@ -50,6 +50,12 @@ def mutations(folder: Path) -> Iterator[tuple[Path, tuple, object]]:
                     yield file, path, value
 
 
+def mutated(tree: object, path: tuple, value: object) -> None:
+    for key in path[:-1]:
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
 def run(folder: Path) -> str:
     """What came of it: "ran", or a clear error in one line; anything else goes on as it is."""
     try:
@@ -83,11 +89,8 @@ def check(folder: Path, chosen: list[tuple[Path, tuple, object]]) -> dict[str, i
     try:
         for file, path, value in chosen:
             before = file.read_text()
-            tree = copy.deepcopy(json.loads(before))
-            inner = tree
-            for key in path[:-1]:
-                inner = inner[key]
-            inner[path[-1]] = value
+            tree = json.loads(before)
+            mutated(tree, path, value)
             file.write_text(json.dumps(tree))
             signal.alarm(SECONDS)
             try:
@@ -116,6 +119,22 @@ def own(tiny_checkpoint, tmp_path):
 def test_hostile_values_in_a_checkpoint_are_refused_or_run(own):
     told = check(own, list(mutations(own))[::23])
     assert told["refused"] > 50 and told["ran"] > 1
+
+
+def test_the_command_makes_one_line_of_each(sora, own):  # noqa: F811
+    tried = set()
+    for file, path, value in list(mutations(own))[::197]:
+        before = file.read_text()
+        tree = json.loads(before)
+        mutated(tree, path, value)
+        file.write_text(json.dumps(tree))
+        code, out, err = sora("generate", "a ring", "--weights", own, "--out", "a.mp4", "--steps", 1, "--seconds", 0.1)
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert (code, len(lines), Path("a.mp4").exists()) in ((0, 0, True), (1, 1, False)), (path, value, err)
+        tried.add(code)
+        Path("a.mp4").unlink(missing_ok=True)
+        file.write_text(before)
+    assert 1 in tried
 
 
 @pytest.mark.slow

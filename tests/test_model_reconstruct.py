@@ -104,6 +104,14 @@ def test_a_reconstruction_is_encode_then_decode_of_as_many_frames(vae, tmp_path,
     assert (info.frames, info.fps, info.width, info.height) == (frames, 10, 24, 16)
 
 
+def test_a_vae_that_gives_nan_is_an_error_not_a_black_clip(tiny_checkpoint, tmp_path):
+    path, vae = file_of(tmp_path, 5), load_vae(tiny_checkpoint, device="cpu")
+    vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="VAE gives NaN or infinite pixels"):
+        reconstruct.reconstruct(vae, path, tmp_path / "out.mp4")
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
 def test_no_more_than_a_few_frames_live_at_once(vae, tmp_path, monkeypatch):
     """Of the frames read, those of two chunks; of the chunks written, two and the first, which the writer keeps."""
     source, write, read = file_of(tmp_path, 41), media.write_video, media.read_video

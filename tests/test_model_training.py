@@ -11,9 +11,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sora_model import fit, train, world
-from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_tensors
+from sora_model.checkpoint import CheckpointError, read_json, write_tensors
 from sora_model.files import WriteError
 
 TINY_VAE = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
@@ -43,7 +44,7 @@ def ramp(size: int = 4):
 
 
 def saved_step(run) -> int:
-    return int(read_tensors(run / "state.safetensors")["step"])
+    return int(load_file(run / "state.safetensors")["step"])
 
 
 def losses(run) -> list[float]:
@@ -77,7 +78,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeypatc
         else:
             dit, text = train.train_dit(tmp_path / name, vae, settings, TINY_DIT, clips=8)
             weights = dit.state_dict() | {f"text.{key}": value for key, value in text.state_dict().items()}
-        return weights | read_tensors(tmp_path / name / "state.safetensors")
+        return weights | load_file(tmp_path / name / "state.safetensors")
 
     whole = run("whole")
     stop_at |= {1, 3}
@@ -124,7 +125,7 @@ def test_a_signal_inside_the_optimiser_waits_for_the_end_of_the_step(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         fit.fit(*ramp(), settings, tmp_path / "parts", label="test")
     assert saved_step(tmp_path / "parts") == 4
-    state = read_tensors(tmp_path / "parts" / "state.safetensors")
+    state = load_file(tmp_path / "parts" / "state.safetensors")
     assert state["adam.step.weight"] == 4
     parts = fit.fit(*ramp(), settings, tmp_path / "parts", label="test")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -224,11 +225,9 @@ def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
 def test_a_state_that_does_not_fit_is_refused(tmp_path, change, said):
     settings = tiny(fit.Settings(steps=2, batch=4, lr=1e-2))
     fit.fit(*ramp(), settings, tmp_path, label="test")
-    state = read_tensors(tmp_path / "state.safetensors")
+    state = load_file(tmp_path / "state.safetensors")
     change(state)
-    import safetensors.torch
-
-    safetensors.torch.save_file(state, tmp_path / "state.safetensors")
+    save_file(state, tmp_path / "state.safetensors")
     with pytest.raises(CheckpointError, match=said):
         fit.fit(*ramp(), dataclasses.replace(settings, steps=4), tmp_path, label="test")
 
@@ -289,6 +288,21 @@ def test_latents_of_another_seed_number_or_vae_are_refused(tmp_path, vae, monkey
     ):
         with pytest.raises(CheckpointError, match=f"latents.safetensors was made with {said}"):
             train.train_dit(tmp_path, coder, changed, TINY_DIT, clips=clips)
+
+
+def test_ctrl_c_while_clips_are_encoded_does_not_wait_for_all_of_them(vae, monkeypatch):
+    encoded = []
+
+    def encode(video):
+        encoded.append(1)
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(1, 1), None
+
+    monkeypatch.setattr(vae, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        train.encode_clips(vae, range(400), frames=1, progress=False)
+    assert len(encoded) < 25  # of 50 chunks, several at once
 
 
 # --- what is not finite ---
@@ -387,15 +401,15 @@ def test_vae_training_learns_and_measures_its_latents(tmp_path):
     [
         ({"steps": 0}, "steps must be a whole number from 1"),
         ({"steps": 2.0}, "steps"),
-        ({"batch": True}, "batch must be a whole number from 1 to 4096, got True"),
+        ({"batch": True}, "batch must be a whole number from 1 to 4096; got True"),
         ({"batch": 10**9}, "batch"),
-        ({"lr": float("nan")}, "lr must lie between 0 and"),
-        ({"lr": float("inf")}, "lr must lie between 0 and"),
-        ({"lr": "1"}, "lr must lie between 0 and"),
+        ({"lr": float("nan")}, "lr must be a number from 0"),
+        ({"lr": float("inf")}, "lr must be a number from 0"),
+        ({"lr": "1"}, "lr must be a number from 0"),
         ({"clip": float("inf")}, "clip"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"betas": (0.9, 2)}, "betas must lie between 0 and 1, got 2"),
-        ({"ema": 1.5}, "ema must lie between 0 and 1, got 1.5"),
+        ({"betas": (0.9, 2)}, "betas must be a number from 0 to 1; got 2"),
+        ({"ema": 1.5}, "ema must be a number from 0 to 1; got 1.5"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**31}, "seed must be a whole number from 0 to 2147483647"),
     ],
