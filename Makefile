@@ -1,6 +1,6 @@
 # make demo [PROMPT="..."]   a sentence in, a clip in out/ and a table of the operations out
 # make test                  ruff and the tests
-# make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan13b"
+# make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan1.3b-480p"
 # make lint                  ruff only
 # make build                 the compiled libraries: C++, and CUDA where nvcc is found
 # make gpu [OUT=dir] [MINUTES=8]   on a bare GPU machine: build, GPU tests, benchmarks; no network, no .venv

@@ -17,11 +17,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from sora_kernels._dispatch import WITH_TRITON
+from sora_kernels.info import end_with_the_reader
 from sora_model.machine import available
 
 from . import machine, peers, shapes, suite, targets, timing
@@ -296,9 +296,13 @@ def _sink(path: str | None):
     if path is None:
         return None
     try:
-        return Path(path).open("a", encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"--json {path}: cannot write there: {error.strerror}") from error
+        # O_NONBLOCK: a named pipe without a reader is refused, instead of waited for
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        handle = os.open(path, flags, 0o666)
+        os.set_blocking(handle, True)
+        return os.fdopen(handle, "w", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"--json {path}: cannot write there: {getattr(error, 'strerror', error)}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -327,4 +331,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     sys.exit(main())

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from sora_kernels.info import end_with_the_reader
+
 from . import machine, report
 
 CODERS = ("ours", "diffusers")
@@ -156,4 +158,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     raise SystemExit(main())

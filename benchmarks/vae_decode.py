@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sora_kernels import testing
+from sora_kernels.info import end_with_the_reader
 from sora_model.stream import Pass
 from sora_model.vae import CausalVAE, VAEConfig, own_name
 
@@ -168,4 +169,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     sys.exit(main())

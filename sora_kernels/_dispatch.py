@@ -45,7 +45,8 @@ def choose(
         impl = FORCED
     if not isinstance(impl, str) or impl != "auto":
         if not isinstance(impl, str) or impl not in IMPLS:
-            raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+            source = " from SORA_KERNELS_IMPL" if impl is FORCED else ""
+            raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}; got {impl!r}{source}")
         reason = why_not(op, impl, device, x.dtype, grad) or (limits and limits(impl))
         if reason:
             raise Unavailable(_explain(op, impl, reason, x, grad, limits))
@@ -73,6 +74,8 @@ why_not._dynamo_marked_constant = _candidates._dynamo_marked_constant = True
 
 @functools.cache
 def _able(op: str, device: str, dtype: torch.dtype, grad: bool) -> tuple[str, ...]:
+    if device == "cpu" and (error := _library.setting_error()):  # a wish that cannot be granted is not passed over
+        raise Unavailable(f"{op}: {error}")
     able = [impl for impl in _library.impls(f"{op}_fwd") if _why_not(op, impl, device, dtype, grad) is None]
     # the interpreter is a test tool: right, and thousands of times too slow to be chosen
     return tuple(impl for impl in able if not (impl in WITH_TRITON and device == "cpu"))

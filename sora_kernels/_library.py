@@ -8,9 +8,11 @@ destinations, and `out=` costs nothing extra. `op.py` of each family allocates.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -112,7 +114,21 @@ def load_error(name: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    return None
+    return setting_error() if name == "cpu" else None
+
+
+@functools.cache
+def setting_error() -> str | None:
+    """Why the CPU library cannot run with SORA_KERNELS_CPU_ISA as it is; None where it can, or is not there."""
+    path = pathlib.Path(__file__).with_name("_cpu.so")
+    if not os.environ.get("SORA_KERNELS_CPU_ISA") or not path.exists():
+        return None
+    try:
+        why = ctypes.CDLL(str(path)).sora_kernels_cpu_error
+    except (OSError, AttributeError):  # load_error has the first; a library older than this code the second
+        return None
+    why.restype = ctypes.c_char_p
+    return why().decode(errors="replace") or None
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 from pathlib import Path
 
 import torch
@@ -136,7 +137,9 @@ def _cpu() -> dict[str, object]:
     module = _module()
     features = sorted(name for name, present in module.cpu_features().items() if present) if module else None
     state: dict[str, object] = {"features": features}
-    if _library.load_error("cpu") is None:
+    if error := _library.setting_error():
+        state["kernels_use"] = f"nothing: {error}"
+    elif _library.load_error("cpu") is None:
         state["kernels_use"] = _call(_path("cpu"), "sora_kernels_cpu_isa")
     return state
 
@@ -217,5 +220,12 @@ def main(argv: list[str] | None = None) -> None:
         _print_text(state)
 
 
+def end_with_the_reader() -> None:
+    """For programs: end without a word, as others do, when what reads the output (head, a pager) has ended."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 if __name__ == "__main__":
+    end_with_the_reader()
     main()

@@ -248,4 +248,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    info.end_with_the_reader()
     sys.exit(main())

@@ -1,24 +1,24 @@
-"""The `sora` command: info, generate, reconstruct, train, eval, bench. A mistake is one line and an exit code of 1."""
+"""The `sora` command: info, generate, reconstruct, train, eval, bench. A mistake is one line and an exit code of 1.
+
+Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
+import importlib
+import json
+import os
 import re
 import signal
-import subprocess
 import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
 
 app = typer.Typer(
     help="Text to video through the project's own kernels.", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -27,19 +27,20 @@ app = typer.Typer(
 training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
 app.add_typer(training, name="train")
 
-out = Console()
-err = Console(stderr=True)
+out = console()
+err = console(stderr=True)
 
 Weights = Annotated[
     str, typer.Option(help="Checkpoint folder (own, or Wan 2.1's in the diffusers layout), or 'toy'.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
+TrainDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same weights.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of training.")]
 Batch = Annotated[int | None, typer.Option(help="Clips in a step.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
 Run = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")]
-Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu, triton or cuda.")]
+Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
 
 
 @app.command()
@@ -51,20 +52,20 @@ def info(weights: Weights = "toy") -> None:
 
     kernels.main([])
     sora = Sora.from_pretrained(weights)
-    table = Table(title=f"checkpoint {weights}")
+    table = Table(title=plain(f"checkpoint {weights}"))
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("")
     text = getattr(sora.text, "model", sora.text)
-    for name, module, note in (
+    for name, module, about in (
         ("transformer", sora.dit, f"{sora.dit.config.layers} layers of width {sora.dit.config.dim}"),
         ("VAE", sora.vae, f"{sora.vae.config.z_dim} latent channels"),
         ("text encoder", text, f"width {sora.text.dim}, up to {sora.text.max_tokens} tokens"),
     ):
-        table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,}", note)
+        table.add_row(name, f"{sum(p.numel() for p in module.parameters()):,}", about)
     out.print(table)
     height, width = sora.defaults.size
-    out.print(f"made for {width}x{height}, {sora.defaults.frames} frames at {sora.defaults.fps:g} per second")
+    say(out, f"made for {width}x{height}, {sora.defaults.frames} frames at {sora.defaults.fps:g} per second")
 
 
 @app.command()
@@ -85,30 +86,23 @@ def generate(
     device: Device = None,
 ) -> None:
     """Make a clip of what PROMPT says."""
+    from .machine import check_impl
+    from .media import check_target
     from .pipeline import Sora
     from .text import check_prompt
 
     check_prompt(prompt)
     options: dict[str, Any] = dict(seconds=seconds, fps=fps, seed=seed, steps=steps, guidance=guidance, impl=impl)
     options |= {"size": None if size is None else _size(size), "attention": attention}
+    check_impl(impl)
     if to == Path("out/clip.mp4"):
         to.parent.mkdir(exist_ok=True)
+    check_target(to)
     with err.status("loading the checkpoint"):
         sora = Sora.from_pretrained(weights, device=device)
-    with _bars() as bar, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
+    with notes(err), bars(err) as progress:
         path = sora.generate_to(to, prompt, progress=progress, **options)
-    for warning in caught:
-        if warning.category is UserWarning:
-            err.print(f"[yellow]note:[/] {escape(str(warning.message))}", highlight=False)
-    out.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    say(out, f"wrote {path}")
 
 
 @app.command()
@@ -120,20 +114,22 @@ def reconstruct(
     device: Device = None,
 ) -> None:
     """Send a video through a checkpoint's VAE and back, and say what that loses."""
+    from .machine import check_impl
+    from .media import check_target
     from .reconstruct import load_vae
     from .reconstruct import reconstruct as run
 
+    check_impl(impl)
     if to == Path("out/reconstruction.mp4"):
         to.parent.mkdir(exist_ok=True)
+    check_target(to)
     vae = load_vae(weights, device=device)
     vae.impl = impl
-    with _bars() as bar:
-        task = bar.add_task("frames", total=None)
-        result = run(vae, source, to, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    with bars(err) as progress:
+        result = run(vae, source, to, progress=lambda done, total: progress("frames", done, total))
     if result.left_out:
-        err.print(f"[yellow]note:[/] not in it: {', '.join(result.left_out)}", highlight=False, soft_wrap=True)
-    told = f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB"
-    out.print(told, highlight=False, soft_wrap=True)
+        note(err, f"not in it: {', '.join(result.left_out)}")
+    say(out, f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB")
 
 
 @training.command("vae")
@@ -144,14 +140,16 @@ def train_vae(
     lr: Rate = None,
     seed: Seed = None,
     impl: Impl = "auto",
-    device: Device = None,
+    device: TrainDevice = "cpu",
 ) -> None:
     """Train the VAE on clips of the procedural world."""
     from . import train
+    from .machine import check_impl
 
+    check_impl(impl)
     settings = _changed(train.VAE_SETTINGS, steps=steps, batch=batch, lr=lr, seed=seed)
-    train.train_vae(run, settings, device=device or "cpu", impl=impl)
-    out.print(f"wrote {run / 'model.safetensors'}", highlight=False)
+    train.train_vae(run, settings, device=device, impl=impl)
+    say(out, f"wrote {run / 'model.safetensors'}")
 
 
 @training.command("dit")
@@ -165,13 +163,15 @@ def train_dit(
     seed: Seed = None,
     clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 5000,
     impl: Impl = "auto",
-    device: Device = None,
+    device: TrainDevice = "cpu",
 ) -> None:
     """Train the transformer and its text encoder on the VAE's latents, and write a checkpoint."""
     from . import train
     from .files import naming
+    from .machine import check_impl
     from .pipeline import Sora
 
+    check_impl(impl)
     settings = _changed(train.DIT_SETTINGS, steps=steps, batch=batch, lr=lr, seed=seed)
     coder = train.load_vae(vae)
     with naming(checkpoint):
@@ -181,8 +181,8 @@ def train_dit(
         Sora(dit, coder.cpu(), text, train.TOY_DEFAULTS).save_pretrained(checkpoint)
         train.write_record(checkpoint, vae=vae, dit=run, command=["sora", *sys.argv[1:]], step=step)
 
-    train.train_dit(run, coder, settings, clips=clips, device=device or "cpu", impl=impl, on_save=save)
-    out.print(f"wrote {checkpoint}", highlight=False)
+    train.train_dit(run, coder, settings, clips=clips, device=device, impl=impl, on_save=save)
+    say(out, f"wrote {checkpoint}")
 
 
 @app.command("eval")
@@ -197,17 +197,22 @@ def evaluate(
 ) -> None:
     """Score a checkpoint: do clips of prompts it never saw show what they say?"""
     from . import evaluate as measure
-    from .checkpoint import write_json
+    from .files import naming, write_atomically
+    from .machine import check_impl
     from .pipeline import Sora
 
-    sora = Sora.from_pretrained(weights, device=device)
-    with _bars() as bar:
-        task = bar.add_task("clips", total=None)
-        result = measure.evaluate(
-            sora, seed=seed, steps=steps, guidance=guidance, impl=impl,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
-    write_json(to, result)
+    check_impl(impl)
+    if to == Path("out/eval.json"):
+        to.parent.mkdir(exist_ok=True)
+    with write_atomically(to) as part:
+        sora = Sora.from_pretrained(weights, device=device)
+        with bars(err) as progress:
+            result = measure.evaluate(
+                sora, seed=seed, steps=steps, guidance=guidance, impl=impl,
+                progress=lambda done, total: progress("clips", done, total),
+            )  # fmt: skip
+        with naming(to):
+            part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     table = Table(title=f"{result['prompts']} prompts never trained on, seed {seed}")
     for column in ("", *measure.QUESTIONS):
         table.add_column(column, justify="left" if not column else "right")
@@ -221,17 +226,20 @@ def evaluate(
             name, *("-" if (share := result[key][q]) is None else f"{share:.0%}" for q in measure.QUESTIONS)
         )
     out.print(table)
-    out.print(f"VAE: {result['vae']['psnr']} dB; wrote {to}", highlight=False)
+    say(out, f"VAE: {result['vae']['psnr']} dB; wrote {to}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
     """Measure the kernels; arguments are those of `python -m benchmarks.run` (try --help)."""
-    if importlib.util.find_spec("benchmarks") is None:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "run.py").is_file():
         raise FileNotFoundError(
-            "the benchmarks are not part of the installed package; run this in a checkout of the project"
+            f"the benchmarks are no part of the package installed in {root}; get a copy of the project, which holds "
+            "them, and run `make bench` there, or `sora bench` after `pip install -e .` there"
         )
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *context.args], check=False).returncode)
+    sys.path.insert(0, str(root))
+    raise typer.Exit(importlib.import_module("benchmarks.run").main(context.args))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -242,14 +250,6 @@ def _size(text: str) -> tuple[int, int]:
 
 def _changed(settings: Any, **changes: Any) -> Any:
     return dataclasses.replace(settings, **{name: value for name, value in changes.items() if value is not None})
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err
-    ) as bar:
-        yield bar
 
 
 def _end(number: int, frame: Any) -> None:
@@ -266,11 +266,17 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # under nohup, say, SIGHUP is ignored
             signal.signal(number, _end)
+    forgive_encodings()
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError, Unavailable) as error:
-        message = escape(" ".join(str(error).split()))
-        err.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (ValueError, OSError, FloatingPointError, Unavailable) as failure:
+        error(err, failure)
         sys.exit(1)
 
 

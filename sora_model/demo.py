@@ -12,7 +12,6 @@ import re
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 import sora_kernels
 from sora_kernels import _dispatch
+from sora_kernels._dispatch import Unavailable
 from sora_kernels.qknorm_rope import reference as qknorm_rope
 from sora_kernels.testing import error_bound, max_error, poison_empty
 
 from .pipeline import Sora
+from .terminal import bars, console, error, forgive_encodings, notes, say
 
 PROMPT = "a red ball bounces around"
 SECONDS_PER_OP, COMPILE_BUDGET_S = 0.6, 60.0
@@ -119,44 +120,29 @@ def cases(device: torch.device) -> dict[str, Case]:
 
 def main() -> None:
     """Makes the clip, prints the table. Exit code 1 with one line for a bad prompt, 2 if an operation is wrong."""
-    console = Console()
-    prompt = os.environ.get("PROMPT", "").strip() or PROMPT
+    forgive_encodings()
+    prompt, out = os.environ.get("PROMPT", "").strip() or PROMPT, console()
     try:
-        generate(prompt, console)
-    except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        generate(prompt, out)
+    except (ValueError, OSError, Unavailable) as failure:
+        error(console(stderr=True), failure)
         sys.exit(1)
-    sys.exit(2 if table(console) else 0)
+    sys.exit(2 if table(out) else 0)
 
 
-def generate(prompt: str, console: Console) -> None:
+def generate(prompt: str, out: Console) -> None:
     started = time.perf_counter()
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "clip"
     path = Path("out") / f"{name}.mp4"
     path.parent.mkdir(exist_ok=True)
     sora = Sora.from_pretrained()
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
-    )
-    with bars, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
+    with notes(out), bars(out, transient=True) as progress:
         sora.generate_to(path, prompt, progress=progress)
-    for warning in caught:
-        console.print(f"[yellow]note:[/] {escape(str(warning.message))}", highlight=False)
     took = time.perf_counter() - started
-    console.print(
-        f"“{escape(prompt)}” → [bold]{path}[/] in {took:.1f} s, on {sora.device}", highlight=False, soft_wrap=True
-    )
+    say(out, f"“{prompt}” → ", Text(str(path), "bold"), f" in {took:.1f} s, on {sora.device}")
 
 
-def table(console: Console) -> list[str]:
+def table(out: Console) -> list[str]:
     """Prints the table and returns the names of operations whose error exceeds its bound."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
@@ -164,13 +150,13 @@ def table(console: Console) -> list[str]:
     for column in ("operation", "auto is", "error", "bound", "ms", "eager", "compile"):
         result.add_column(column, justify="left" if column in ("operation", "auto is") else "right", no_wrap=True)
     wrong, began, every = [], time.perf_counter(), cases(device)
-    bars = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+    drawn = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=out, transient=True
     )
-    with bars, torch.no_grad():
-        task = bars.add_task("checking and timing", total=len(every))
+    with drawn, torch.no_grad():
+        task = drawn.add_task("checking and timing", total=len(every))
         for op, (arguments, eager) in every.items():
-            bars.update(task, description=f"checking and timing {op}")
+            drawn.update(task, description=f"checking and timing {op}")
             first = next(value for value in arguments.values() if isinstance(value, Tensor))
             function = getattr(sora_kernels, op)
             wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -178,8 +164,8 @@ def table(console: Console) -> list[str]:
             with poison_empty():
                 actual = function(**arguments)
             terms = arguments["weight"][0].numel() if op.endswith("conv3d") else 1
-            error, bound = judge(actual, exact, eager(**arguments), terms)
-            if not error <= bound:
+            off, bound = judge(actual, exact, eager(**arguments), terms)
+            if not off <= bound:
                 wrong.append(op)
             candidates = {
                 "ours": lambda f=function, a=arguments: f(**a),
@@ -192,20 +178,19 @@ def table(console: Console) -> list[str]:
             ms = interleaved(candidates, device)
             result.add_row(
                 op, _dispatch.choose(op, "auto", first),
-                f"{error:.1e}", f"[{'red' if op in wrong else 'green'}]{bound:.1e}[/]",
+                f"{off:.1e}", Text(f"{bound:.1e}", "red" if op in wrong else "green"),
                 f"{ms['ours']:.3g}",
                 *(f"{ms[name] / ms['ours']:.2f}x" if name in ms else "-" for name in ("eager", "compile")),
             )  # fmt: skip
-            bars.advance(task)
-    console.print(result)
-    console.print(
+            drawn.advance(task)
+    out.print(result)
+    out.print(
         f"\nForward, fp32, {device.type}{threads}; {B} x {S} tokens of width {D}; video {list(VIDEO)}.\n"
         "error: the largest, against fp64; bound: 2 x that of eager PyTorch + rounding.\n"
-        "eager, compile: their time over ours; 2x means that ours takes half of it.",
-        highlight=False,
+        "eager, compile: their time over ours; 2x means that ours takes half of it."
     )
     if wrong:
-        console.print(f"[bold red]beyond its bound:[/] {', '.join(wrong)}")
+        say(out, Text("beyond its bound: ", "bold red"), ", ".join(wrong))
     return wrong
 
 

@@ -16,7 +16,7 @@ import torch
 
 from sora_kernels import video_to_uint8
 
-from . import world
+from . import machine, world
 from .pipeline import Sora
 from .train import to_video
 
@@ -49,12 +49,13 @@ def evaluate(
         )
         if progress is not None:
             progress(done, len(prompts))
-    true, coded = _true_clips(sora, true_clips)
+    with machine.own_dtypes(sora.device):
+        true, coded = _true_clips(sora, true_clips)
     return {
         "prompts": len(rows),
-        "seed": seed,
-        "steps": options.get("steps") or sora.defaults.steps,
-        "guidance": sora.defaults.guidance if options.get("guidance") is None else options["guidance"],
+        "seed": int(seed),
+        "steps": int(options.get("steps") or sora.defaults.steps),
+        "guidance": float(sora.defaults.guidance if options.get("guidance") is None else options["guidance"]),
         "score": _shares(rows),
         "held_out": _shares([row for row in rows if row["expected"].get("held_out")]),
         "floor": true,

@@ -26,6 +26,10 @@ class WriteError(OSError):
     """A file that cannot be written; the message says which, why and what to do."""
 
 
+class _Enough(Exception):
+    pass
+
+
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields the path of an empty file that takes the place of `path` when the block ends well, and vanishes otherwise.
@@ -53,6 +57,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises what `write_atomically` would at once: for the time before there is anything to write."""
+    with suppress(_Enough), write_atomically(path):
+        raise _Enough
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
+
+from sora_kernels import _dispatch, _library
+
+_ROOT = Path("/")
 
 
 class TooLargeError(ValueError):
@@ -23,17 +28,62 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+def check_impl(impl: str) -> None:
+    """ValueError for the name of an implementation that a whole model cannot run with, as not every op has it."""
+    ops = [op for op in _library.ops() if op.endswith("_fwd")]
+    known = [name for name in _dispatch.IMPLS if name == "auto" or all(name in _library.impls(op) for op in ops)]
+    if impl not in known:
+        raise ValueError(f"impl must be one of {', '.join(known)}, which every operation of a model has; got {impl!r}")
+
+
+def own_dtypes(device: torch.device) -> torch.autocast:
+    """Without a surrounding `torch.autocast`: a model knows by itself what it computes in which dtype."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def available(device: torch.device) -> int:
-    """Bytes of memory that are free on a device."""
+    """Bytes of memory that are free on a device; of a CPU's, those that the process's control groups leave it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    return min([_free(), *_left_by_groups()])
+
+
+def _free() -> int:
+    for line in _read("proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
+
+
+def _left_by_groups() -> Iterator[int]:
+    """What each control group that the process is in, and each above it, leaves of its limit: version 2, then 1.
+
+    In a container the path of a group may be that of the host, which is not there: then the root is the group.
+    """
+    for line in _read("proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, usage, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, cache = "sys/fs/cgroup/memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = PurePosixPath("/") / path
+        for folder in dict.fromkeys((group, *group.parents)):
+            base = f"{top}{folder if folder != PurePosixPath('/') else ''}"
+            most, used = _read(f"{base}/{limit}").strip(), _read(f"{base}/{usage}").strip()
+            if most.isdigit() and used.isdigit():
+                stat = dict(line.split() for line in _read(f"{base}/memory.stat").splitlines() if line.count(" ") == 1)
+                # the kernel gives back what it only keeps for reading again
+                yield max(0, int(most) - int(used) + int(stat.get(cache, 0)))
+
+
+def _read(name: str) -> str:
+    try:
+        return (_ROOT / name).read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def gib(size: int) -> str:

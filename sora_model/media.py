@@ -22,10 +22,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from .files import write_atomically
+from .files import check_writable, write_atomically
 from .reader import MAX_FRAMES, MAX_PIXELS, SIZE_TAG, MediaError, VideoInfo, as_media_error, probe, read_video, show
 
-__all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "probe", "read_video", "write_video"]
+__all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "check_target", "probe", "read_video", "write_video"]
 
 _MAX_SIDE = 16384
 # x264's output depends on its number of threads, which by default is that of the machine.
@@ -66,9 +66,8 @@ def write_video(
     rate, aspect = _rate(fps), _aspect(pixel_aspect)
     if isinstance(crf, bool) or not isinstance(crf, Integral) or not 0 <= crf <= 51:
         raise ValueError(f"crf must be a whole number from 0 to 51, got {crf!r}")
+    check_target(path)
     with write_atomically(path) as part:
-        if part.suffix.lower() != ".mp4":
-            raise MediaError(f"cannot write {show(path)}: the name must end in .mp4")
         source = iter(frames)
         first = next(source, None)
         if first is None:
@@ -76,6 +75,13 @@ def write_video(
         images = itertools.chain([first], source)
         _encode(path, part, _frame(first, None, 0).shape, images, _stamps(rate, times), rate, crf, aspect)
     return Path(path)
+
+
+def check_target(path: str | os.PathLike) -> None:
+    """Raises what `write_video` does for a path that it cannot write, before there are frames."""
+    check_writable(path)
+    if not os.fsdecode(path).lower().endswith(".mp4"):
+        raise MediaError(f"cannot write {show(path)}: the name must end in .mp4")
 
 
 def _encode(path, part: Path, shape, images, stamps, rate: Fraction, crf: int, aspect: Fraction) -> None:

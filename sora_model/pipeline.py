@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 from sora_kernels import video_to_uint8
-from sora_kernels._dispatch import IMPLS
 
 from . import checks, flow, machine, media
 from .attention import AttentionMode
@@ -214,18 +214,20 @@ class Sora:
         steps      of the Euler sampler; more is slower and finer
         guidance   how strongly to follow the prompt; 1 is not at all beyond the training data
         attention  mode of self-attention: an `AttentionMode`, or text such as "window=3x4x4" or "causal=frame"
-        impl       of every kernel: "auto", "reference", "cpu", "triton" or "cuda"
+        impl       of every kernel: "auto", "reference", "cpu" or "triton"
 
         What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
-        another `impl` gives it up to rounding, as do the tiles in which frames too large for the memory are decoded.
+        another `impl` gives it up to rounding, as do the tiles in which frames too large for the memory are decoded; a
+        surrounding `torch.autocast` has no effect.
         Raises ValueError or TypeError that names the argument, `TooLargeError` before anything is allocated.
         """
         plan = self._plan(
             prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance,
             attention=attention, impl=impl,
         )  # fmt: skip
-        frames = np.concatenate(list(self._frames(plan, impl, progress)))
-        return Clip(frames, plan.fps, prompt, seed, plan.steps, plan.guidance)
+        with machine.own_dtypes(self.device):
+            frames = np.concatenate(list(self._frames(plan, impl, progress)))
+        return Clip(frames, plan.fps, prompt, plan.seed, plan.steps, plan.guidance)
 
     def generate_to(self, path: str | os.PathLike[str], prompt: str, **options: Any) -> Path:
         """`generate(prompt, **options)` straight into an MP4: written as it is decoded, whole or not at all.
@@ -241,7 +243,8 @@ class Sora:
             )
         plan = self._plan(prompt, **options, impl=impl, held=False)
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
-        return media.write_video(path, frames, plan.fps)
+        with machine.own_dtypes(self.device):
+            return media.write_video(path, frames, plan.fps)
 
     @torch.no_grad()
     def _frames(self, plan: _Plan, impl: str, progress: Progress | None) -> Iterator[np.ndarray]:
@@ -297,8 +300,7 @@ class Sora:
     ) -> _Plan:
         defaults, vae = self.defaults, self.vae.config
         check_prompt(prompt)
-        if impl not in IMPLS:
-            raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
+        machine.check_impl(impl)
         fps = _number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
         seconds = _number("seconds", defaults.frames / fps if seconds is None else seconds, 0, 86_400)
         if not (frames := round(seconds * fps)):
@@ -346,14 +348,15 @@ class Sora:
             ("width", width, self.dit.config.patch[2]),
         ):
             unit = self.vae.config.spatial_factor * patch
-            if isinstance(side, bool) or not isinstance(side, int) or not unit <= side <= _MAX_SIDE:
+            whole = isinstance(side, Integral) and not isinstance(side, bool)
+            if not whole or not unit <= side <= _MAX_SIDE:
                 raise ValueError(f"size: the {name} must be a whole number from {unit} to {_MAX_SIDE}, got {side!r}")
             if side % unit:
                 below = side // unit * unit
                 raise ValueError(
                     f"size: the {name} must be a multiple of {unit}, got {side}; {below} or {below + unit} would fit"
                 )
-        return height, width
+        return int(height), int(width)
 
     def _memory(
         self, frames: int, height: int, width: int, impl: str, held: bool, free: int
@@ -439,7 +442,7 @@ def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch
 
 
 def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not least <= value <= most or (name == "seconds" and value == 0):
         raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
@@ -447,11 +450,11 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
     if not least <= value <= most:
         raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
-    return value
+    return int(value)
 
 
 def _halving(n: int, unit: int) -> Iterator[int]:

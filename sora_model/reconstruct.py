@@ -119,7 +119,8 @@ def reconstruct(
                 progress(done, info.frames)
 
     shown = iter(times.popleft, None)
-    path = media.write_video(target, decoded(), info.fps or 24, times=shown, pixel_aspect=info.pixel_aspect)
+    with machine.own_dtypes(vae.quant_conv.weight.device):
+        path = media.write_video(target, decoded(), info.fps or 24, times=shown, pixel_aspect=info.pixel_aspect)
     mean = error / (done * info.height * info.width * 3)
     psnr = 10 * math.log10(255**2 / mean) if mean else math.inf
     return Reconstruction(path, done, psnr, info.left_out)
@@ -127,8 +128,13 @@ def reconstruct(
 
 @torch.no_grad()
 def _means(vae: CausalVAE, pieces: Iterator[Tensor], chunk: int, tile: Tile) -> Iterator[Tensor]:
-    for mean, _ in vae.encode_stream(pieces, chunk=chunk, tile=tile):
-        yield mean
+    means = vae.encode_stream(pieces, chunk=chunk, tile=tile)
+    while True:
+        with machine.own_dtypes(vae.quant_conv.weight.device):
+            mean = next(means, None)
+        if mean is None:
+            return
+        yield mean[0]
 
 
 def _pieces(

@@ -7,8 +7,10 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,13 @@ import torch
 from test_model_pipeline import make_wan_directory
 
 import sora_kernels
-from sora_model import cli, demo, evaluate, media, train, world
+from benchmarks import shapes
+from sora_kernels import _library
+from sora_model import cli, demo, evaluate, media, reconstruct, train, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -33,7 +39,7 @@ def sora(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["sora", *map(str, arguments)])
         # the consoles of the module were bound to the streams of another test
         for name, stderr in (("out", False), ("err", True)):
-            monkeypatch.setattr(cli, name, cli.Console(stderr=stderr, width=200))
+            monkeypatch.setattr(cli, name, cli.console(stderr=stderr, width=200))
         try:
             cli.main()
             code = 0
@@ -113,7 +119,7 @@ def test_generate_makes_the_default_folder(sora, tiny_checkpoint, tmp_path):
         (["a ring", "--impl", "cuda", "--steps", "1", "--device", "cpu"], "cuda"),
         (["a ring", "--out", "nowhere/a.mp4"], "no folder 'nowhere'"),
         (["a ring", "--out", "a.avi"], "must end in .mp4"),
-        (["a ring", "--out", "folder.mp4"], "not a regular file"),
+        (["a ring", "--out", "folder.mp4"], "what is there is a folder"),
         (["a ring", "--weights", "none"], "there is no checkpoint at none"),
         (["a ring", "--weights", "model.ckpt"], "is a pickle, which can run code"),
         (["a ring", "--device", "abacus"], "device must be 'cpu' or 'cuda', got 'abacus'"),
@@ -249,19 +255,132 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
     assert evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1)["score"]["colour"] == 0.0
 
 
-def test_bench_passes_its_arguments_on_or_says_what_is_missing(sora, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
-    code, _, err = sora("bench", "--op", "norm_modulate")
-    assert code == 1 and "run this in a checkout" in err
+def test_bench_runs_in_a_checkout_from_any_folder_and_says_what_is_missing_elsewhere(sora, monkeypatch, tmp_path):
+    from benchmarks import run
+
     called = []
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(
-        cli.subprocess,
-        "run",
-        lambda command, check: called.append(command) or subprocess.CompletedProcess(command, 3),
-    )
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
+    monkeypatch.setattr(run, "main", lambda arguments: called.append(arguments) or 3)
     assert sora("bench", "--op", "norm_modulate", "--help")[0] == 3
-    assert called == [[sys.executable, "-m", "benchmarks.run", "--op", "norm_modulate", "--help"]]
+    assert called == [["--op", "norm_modulate", "--help"]]
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "sora_model" / "cli.py"))
+    code, _, err = sora("bench", "--op", "norm_modulate")
+    assert code == 1 and "get a copy of the project" in err and len(err.splitlines()) == 1
+
+
+ODD = ["clip[v2].mp4", ":smile:.mp4", "[bold]x.mp4", "tab\tline\nx.mp4", "\x1b[31mred.mp4", "\udcff.mp4"]
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_text_of_the_user_is_printed_as_it_is(sora, tiny_checkpoint, tmp_path, name):
+    weights = ("--weights", tiny_checkpoint, "--steps", 1, "--seconds", 0.1)
+    code, out, err = sora("generate", "a ring, [/b] :smile: [red]elephant", *weights, "--out", name)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    assert code == 0 and out == f"wrote {shown}\n" and (tmp_path / name).exists(), err
+    assert "does not know: " in err and "[red]" not in err.replace("[red]elephant", "")
+    for arguments in (("generate", "a ring", *weights, "--out", f"{name}/x.mp4"), ("reconstruct", f"no{name}")):
+        code, out, err = sora(*arguments)
+        assert code == 1 and not out and err.count("error:") == 1 and "Traceback" not in err
+        assert "\x1b" not in err and len(err.splitlines()) == 1
+    code, _, err = sora("info", "--weights", f"[/b]{name}")
+    assert code == 1 and "[/b]" in err and "Traceback" not in err
+
+
+def test_a_terminal_without_unicode_is_no_error(tiny_checkpoint, tmp_path):
+    command = [sys.executable, "-m", "sora_model.cli", "generate", "a ring", "--weights", str(tiny_checkpoint)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    arguments = [*command, "--steps", "1", "--seconds", "0.1", "--out", "é.mp4"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, rb"wrote \xe9.mp4" + b"\n"), done.stderr
+
+
+def test_reasons_are_printed_one_a_line(sora, tiny_checkpoint, monkeypatch):
+    def unavailable(*args, **options):
+        sora_kernels.norm_modulate(torch.ones(1, 2, 8), None, None, impl="cuda")
+
+    monkeypatch.setattr(Sora, "generate_to", unavailable)
+    code, _, err = sora("generate", "a ring", "--weights", tiny_checkpoint)
+    lines = err.splitlines()
+    assert code == 1 and lines[0].startswith("error: norm_modulate: impl='cuda' cannot run: "), err
+    assert lines[-1] == "  reference: usable" and sum(line.startswith("  cuda: ") for line in lines) == 1, err
+
+
+@pytest.mark.parametrize("command", [["generate", "a ring"], ["reconstruct", "a.mp4"], ["eval"], ["train", "vae"]])
+def test_only_what_can_run_a_whole_model_is_offered(sora, tmp_path, command):
+    for impl in ("cuda", "cudnn", "warp"):
+        code, _, err = sora(*command, "--impl", impl)
+        assert code == 1 and "impl must be one of auto, reference, cpu, triton" in err and f"got '{impl}'" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_promises_what_is_there(sora):
+    for command, said in ((("train", "vae"), "[default: cpu]"), (("train", "dit"), "[default: cpu]")):
+        out = sora(*command, "--help")[1]
+        device = out[out.index("--device") :].split("--")[1]
+        assert said in " ".join(device.split()) and "GPU" not in device
+    makefile = (ROOT / "Makefile").read_text()
+    shapes_named = re.findall(r"--shape ([\w.-]+)", makefile)
+    ops_named = re.findall(r"--op ([\w.-]+)", makefile)
+    assert shapes_named and set(shapes_named) <= set(shapes.SHAPES) and set(ops_named) <= {*sora_kernels.__all__, "all"}
+
+
+def test_outputs_are_tried_before_any_work(sora, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the checkpoint was loaded before the output was tried")
+
+    monkeypatch.setattr(Sora, "from_pretrained", never)
+    monkeypatch.setattr(reconstruct, "load_vae", never)
+    (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "device.mp4").symlink_to("/dev/null")
+    before = sorted(tmp_path.iterdir())
+    for name in ("folder.mp4", "pipe.mp4", "device.mp4", "none/x.mp4", "/dev/null", "x" * 300 + ".mp4"):
+        for command in (("generate", "a ring"), ("reconstruct", "a.mp4"), ("eval",)):
+            code, out, err = sora(*command, "--out", name)
+            assert code == 1 and not out and err.startswith("error: cannot write") and len(err.splitlines()) == 1, err
+    assert sorted(tmp_path.iterdir()) == before and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_what_is_replaced_keeps_its_permissions_and_its_link(sora, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "eval_prompts", lambda: PROMPTS[:1])
+    (tmp_path / "secret").write_text("old")
+    (tmp_path / "secret").chmod(0o600)
+    (tmp_path / "link").symlink_to("secret")
+    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: (dict.fromkeys(evaluate.QUESTIONS),
+                        dict.fromkeys(evaluate.QUESTIONS) | {"psnr": 1.0}))  # fmt: skip
+    code, _, err = sora("eval", "--weights", tiny_checkpoint, "--steps", 1, "--out", "link")
+    assert code == 0, err
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "secret").read_text())["prompts"] == 1
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("command", [["sora_kernels.info"], ["sora_model.cli", "info"], ["sora_model.cli", "--help"]])
+def test_a_reader_that_ends_early_is_no_error(command):
+    """`| head -1`, of a command that writes without a buffer."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
+                          env=environment, timeout=120)  # fmt: skip
+    os.close(writing)
+    assert done.returncode and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("impl", ["auto", "cpu"])
+def test_an_instruction_set_that_is_not_there_is_one_error(sora, tiny_checkpoint, tmp_path, impl):
+    if not (Path(_library.__file__).parent / "_cpu.so").exists():
+        pytest.skip("the compiled library _cpu.so is not built")
+    command = [sys.executable, "-m", "sora_model.cli", "generate", "a ring", "--weights", str(tiny_checkpoint)]
+    environment = os.environ | {"SORA_KERNELS_CPU_ISA": "bogus"}
+    done = subprocess.run([*command, "--out", str(tmp_path / "a.mp4"), "--impl", impl], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 1 and not done.stdout and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert "SORA_KERNELS_CPU_ISA=bogus: expected baseline, avx2 or avx512" in done.stderr.splitlines()[0]
+    if impl == "cpu":
+        told = subprocess.run([sys.executable, "-m", "sora_kernels.info"], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert told.returncode == 0 and "not loaded: SORA_KERNELS_CPU_ISA=bogus" in told.stdout
 
 
 def test_the_module_runs_as_a_program(tiny_checkpoint, tmp_path):
@@ -286,7 +405,7 @@ def test_the_demo_makes_the_clip_and_tells_a_wrong_operation_from_a_right_one(tm
 
     for name in ("gate_residual", "norm_silu"):
         monkeypatch.setattr(sora_kernels, name, functools.partial(slightly_wrong, getattr(sora_kernels, name)))
-    console = cli.Console(record=True, width=100, file=io.StringIO())
+    console = cli.console(record=True, width=100, file=io.StringIO())
     assert demo.table(console) == ["gate_residual", "norm_silu"]
     printed = console.export_text()
     assert "beyond its bound: gate_residual, norm_silu" in printed

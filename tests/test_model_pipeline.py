@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import machine, media, world
+from sora_model import machine, media, reconstruct, world
 from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
 from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -483,3 +483,33 @@ def test_a_prompt_of_too_many_words_and_a_path_that_cannot_be_written_leave_noth
     with pytest.raises(RuntimeError, match="interrupted"):
         sora.generate_to(tmp_path / "a.mp4", "a red circle", steps=1, seconds=0.1, progress=fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numpy_numbers_are_numbers(tiny_checkpoint):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    options = dict(seconds=0.5, size=(32, 48), fps=10, seed=4, steps=2, guidance=1.5)
+    plain = sora.generate("a red circle", **options)
+    of_numpy = dict(
+        seconds=np.float32(0.5), size=(np.int64(32), np.int16(48)), fps=np.float64(10), seed=np.int64(4),
+        steps=np.uint8(2), guidance=np.float16(1.5),
+    )  # fmt: skip
+    clip = sora.generate("a red circle", **of_numpy)
+    assert np.array_equal(clip.frames, plain.frames) and type(clip.seed) is int and type(clip.fps) is float
+    for wrong in (dict(seed=np.float32(1)), dict(steps=np.bool_(True)), dict(size=(32.0, 48)), dict(fps="8")):
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}.* must be"):
+            sora.generate("a red circle", **wrong)
+
+
+def test_a_surrounding_autocast_changes_nothing(tiny_checkpoint, tmp_path):
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    options = dict(seconds=0.5, size=(32, 48), fps=10, steps=2)
+    plain = sora.generate("a red circle", **options)
+    path = plain.save(tmp_path / "clip.mp4")
+    psnr = reconstruct.reconstruct(sora.vae, path, tmp_path / "a.mp4").psnr
+    means = torch.cat(list(reconstruct.encode_file(sora.vae, path, extra="pad")), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert np.array_equal(sora.generate("a red circle", **options).frames, plain.frames)
+        assert media.probe(sora.generate_to(tmp_path / "b.mp4", "a red circle", **options)).frames == 5
+        assert reconstruct.reconstruct(sora.vae, path, tmp_path / "c.mp4").psnr == psnr
+        assert torch.equal(torch.cat(list(reconstruct.encode_file(sora.vae, path, extra="pad")), 2), means)
+        assert torch.is_autocast_enabled("cpu")

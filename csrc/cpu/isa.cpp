@@ -26,24 +26,32 @@ Isa best_supported() {
 #endif
 }
 
-Isa choose() {
-  const Isa best = best_supported();
-  const char* requested = std::getenv("SORA_KERNELS_CPU_ISA");
-  if (!requested || !*requested) return best;
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-    if (std::string(requested) != names[static_cast<int>(isa)]) continue;
-    STD_TORCH_CHECK(isa <= best, "SORA_KERNELS_CPU_ISA=", requested, ": this CPU supports no more than ",
-                    names[static_cast<int>(best)]);
-    return isa;
-  }
-  STD_TORCH_CHECK(false, "SORA_KERNELS_CPU_ISA=", requested, ": expected baseline, avx2 or avx512");
+struct Choice {
+  Isa isa;
+  std::string error;  // why SORA_KERNELS_CPU_ISA cannot be followed; empty where it can
+};
+
+const Choice& choice() {
+  static const Choice chosen = [] {
+    const Isa best = best_supported();
+    const char* requested = std::getenv("SORA_KERNELS_CPU_ISA");
+    if (!requested || !*requested) return Choice{best, ""};
+    const std::string setting = "SORA_KERNELS_CPU_ISA=" + std::string(requested) + ": ";
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+      if (std::string(requested) != names[static_cast<int>(isa)]) continue;
+      if (isa <= best) return Choice{isa, ""};
+      return Choice{best, setting + "this CPU supports no more than " + names[static_cast<int>(best)]};
+    }
+    return Choice{best, setting + "expected baseline, avx2 or avx512"};
+  }();
+  return chosen;
 }
 
 }  // namespace
 
 Isa isa() {
-  static const Isa chosen = choose();
-  return chosen;
+  STD_TORCH_CHECK(choice().error.empty(), choice().error);
+  return choice().isa;
 }
 
 bool has_bf16_products() {
@@ -59,9 +67,10 @@ bool has_bf16_products() {
 }  // namespace sora
 
 extern "C" __attribute__((visibility("default"))) const char* sora_kernels_cpu_isa() {
-  try {
-    return sora::names[static_cast<int>(sora::isa())];
-  } catch (const std::exception&) {
-    return "invalid SORA_KERNELS_CPU_ISA";
-  }
+  return sora::names[static_cast<int>(sora::choice().isa)];
+}
+
+// Empty, or why no kernel of this library can run.
+extern "C" __attribute__((visibility("default"))) const char* sora_kernels_cpu_error() {
+  return sora::choice().error.c_str();
 }
