@@ -10,6 +10,7 @@ for by name and cannot run here, 2 for a bad request.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -50,11 +51,15 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     if args.threads is not None:
-        if args.threads < 1:
-            raise BadRequest(f"--threads: expected at least 1, got {args.threads}")
+        if not 1 <= args.threads <= 1024:
+            raise BadRequest(f"--threads: expected 1 to 1024, got {args.threads}")
         torch.set_num_threads(args.threads)
     if not args.budget > 0:
         raise BadRequest(f"--budget: expected seconds > 0, got {args.budget}")
+    if args.stop_after is not None and not args.stop_after > 0:
+        raise BadRequest(f"--stop-after: expected seconds > 0, got {args.stop_after}")
+    if not 0 <= args.seed < 2**63:
+        raise BadRequest(f"--seed: expected 0 to {2**63 - 1}, got {args.seed}")
     if args.graph and device.type != "cuda":
         raise BadRequest("--graph: CUDA graphs need a CUDA device")
     benchmarks = suite.discover()
@@ -90,8 +95,7 @@ def _run(args: argparse.Namespace) -> int:
             for result in results:
                 rows.append(make_row(benchmark, shape, result, dtype, ceilings, facts, device, args.graph))
                 if sink:
-                    sink.write(json.dumps(rows[-1]) + "\n")
-                    sink.flush()
+                    _append(sink, args.json, rows[-1])
         except suite.DeviceLost as error:
             lost = error
             break
@@ -303,6 +307,16 @@ def _sink(path: str | None):
         return os.fdopen(handle, "w", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BadRequest(f"--json {path}: cannot write there: {getattr(error, 'strerror', error)}") from error
+
+
+def _append(sink, path: str, row: dict[str, object]) -> None:
+    try:
+        sink.write(json.dumps(row) + "\n")
+        sink.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sink.close()  # which tries once more
+        raise BadRequest(f"--json {path}: cannot write there: {error.strerror}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

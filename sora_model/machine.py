@@ -18,14 +18,19 @@ class TooLargeError(ValueError):
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; for None a GPU where there is one. ValueError for what is not there."""
     cuda = torch.cuda.is_available()
     try:
-        device = torch.device(device or ("cuda" if cuda else "cpu"))
-    except RuntimeError as error:
+        chosen = torch.device(("cuda" if cuda else "cpu") if device is None else device)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
-    if device.type == "cuda" and not cuda:
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+    if chosen.type == "cuda" and not cuda:
         raise ValueError("device is 'cuda', but torch finds no GPU here; use 'cpu'")
-    return device
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is '{chosen}', and the last GPU here is 'cuda:{torch.cuda.device_count() - 1}'")
+    return chosen
 
 
 def check_impl(impl: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_eager_and_reference_agree_in_every_row_layout(op, shape):
     assert not [r for r in results if r.status == "failed"]
 
 
+def test_a_pipe_that_nobody_reads_is_refused_and_a_full_disk_named(tmp_path, capsys, quick_ceilings):
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in ((tmp_path / "pipe", "No such device"), ("/dev/full", "No space left")):
+        arguments = ["--op", OP, "--shape", "toy", "--impl", "reference", "--mode", "fwd", "--budget", "0.01"]
+        assert run.main([*arguments, "--json", str(path)]) == 2
+        assert f"--json {path}: cannot write there: {reason}" in capsys.readouterr().err
+
+
 def wrong(error):
     """The public function with its result spoiled."""
     function = getattr(sora_kernels, OP)
@@ -252,10 +261,14 @@ def test_an_implementation_named_but_unavailable_gives_its_reason(tmp_path, caps
         (["--op", "norm_modulat"], "unknown op 'norm_modulat'; there are: .*norm_modulate"),
         (["--shape", "sora"], "unknown shape 'sora'; there are: .*wan14b-720p.*toy"),
         (["--op", OP, "--impl", "rocm"], "unknown impl of norm_modulate 'rocm'; .*cudnn, sdpa, cuda"),
-        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--threads", "0"], "--threads: expected 1 to 1024, got 0"),
+        (["--threads", "99999999999"], "--threads: expected 1 to 1024"),
+        (["--seed", "99999999999999999999"], "--seed: expected 0 to 9223372036854775807, got 99999999999999999999"),
+        (["--stop-after", "nan"], "--stop-after: expected seconds > 0, got nan"),
         (["--budget", "-1"], "--budget: expected seconds > 0, got -1"),
         (["--graph"], "--graph: CUDA graphs need a CUDA device"),
         (["--json", "/proc/nowhere/rows.jsonl"], "--json /proc/nowhere/rows.jsonl: cannot write there"),
+        (["--json", "a\0b"], "--json .*: cannot write there"),
     ],
 )
 def test_a_bad_request_says_what_exists(capsys, arguments, said):

@@ -123,6 +123,9 @@ def test_generate_makes_the_default_folder(sora, tiny_checkpoint, tmp_path):
         (["a ring", "--weights", "none"], "there is no checkpoint at none"),
         (["a ring", "--weights", "model.ckpt"], "is a pickle, which can run code"),
         (["a ring", "--device", "abacus"], "device must be 'cpu' or 'cuda', got 'abacus'"),
+        (["a ring", "--device", "meta"], "device must be 'cpu' or 'cuda', got 'meta'"),
+        (["a ring", "--device", "mps"], "device must be 'cpu' or 'cuda', got 'mps'"),
+        (["a ring", "--device", ""], "device must be 'cpu' or 'cuda', got ''"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code_and_leaves_nothing(sora, tiny_checkpoint, tmp_path, arguments, said):
