@@ -65,6 +65,22 @@ def test_sums_over_many_tokens_keep_their_precision():
 
 
 @cpu_library
+def test_gradients_of_16_bit_rows_are_stored_wherever_they_and_the_scratch_memory_lie():
+    """A row is stored unless it was computed in its place, which an address alone does not say: 16-bit rows of 16
+    columns, counted as if they were fp32, met every cache line of the heap behind them."""
+    dout, kept = torch.randn(1, 2000, 16).half(), []
+    x, scale = torch.randn(2, 1, 2000, 16).half()
+    for S in torch.randint(200, 2000, (100,)).tolist():
+        dscale = torch.full((1, S, 16), float("nan"), dtype=torch.float16)
+        kept.append(torch.empty(S))  # so that the heap grows, and scratch memory lies elsewhere
+        dx, backward = torch.empty(1, S, 16).half(), _library.call("norm_modulate_bwd", "cpu")
+        backward(dout[:, :S], x[:, :S], scale[:, :S], *[None] * 3, False, 1e-6, dx, None, dscale, *[None] * 4)
+        assert dscale.isfinite().all(), S
+        if S % 2:
+            kept.append(dscale)
+
+
+@cpu_library
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_every_16_bit_value_survives_widening_and_rounding(dtype):
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, 256, 256)

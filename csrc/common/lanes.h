@@ -11,6 +11,8 @@
 
 namespace sora {
 
+// The unaligned types must be named where memory is read or written: `auto` drops their attributes, and the compiler then
+// takes the address for one of a whole vector's alignment.
 template <int V>
 struct Lanes {
   typedef float Type __attribute__((vector_size(V * sizeof(float))));
@@ -39,7 +41,7 @@ using Floats = typename Lanes<V>::Type;
 // V 16-bit words, each in 32 bits. In assembly, because GCC 12 makes five instructions of the conversion.
 template <int V>
 SORA_INLINE typename Lanes<V>::Bits widen(const void* from) {
-  const auto& words = *static_cast<const typename Lanes<V>::UnalignedWords*>(from);
+  const typename Lanes<V>::UnalignedWords& words = *static_cast<const typename Lanes<V>::UnalignedWords*>(from);
 #if SORA_ASSEMBLY
   if constexpr (V > 4) {
     typename Lanes<V>::Bits bits;
@@ -83,9 +85,8 @@ struct Halves;
 template <int V, class T>
 SORA_INLINE Floats<V> fetch(const T* from) {
   using Lane = Lanes<V>;
-  const auto* words = reinterpret_cast<const typename Lane::UnalignedWords*>(from);
   if constexpr (sizeof(T) == 4) return *reinterpret_cast<const typename Lane::Unaligned*>(from);
-  else if constexpr (has_conversion<V, T>) return Halves<V>::decode(*words);
+  else if constexpr (has_conversion<V, T>) return Halves<V>::decode(*reinterpret_cast<const typename Lane::UnalignedWords*>(from));
   else return decode<Floats<V>>(T{}, widen<V>(from));
 }
 

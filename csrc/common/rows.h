@@ -78,9 +78,9 @@ inline void store(const float* values, const Vector& to, int64_t d, int64_t n) {
 }
 
 inline void store(const float* values, const Rows& to, int64_t b, int64_t f, int64_t d, int64_t n) {
-  const int64_t offset = b * to.stride_b + f * to.stride_f + d;
-  if (values == static_cast<float*>(to.data) + offset) return;
-  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, offset}, n);
+  const float* row = in_place(to, nullptr, b, f);
+  if (row && values == row + d) return;
+  with_span<Store>({const_cast<float*>(values), to.data, to.dtype, b * to.stride_b + f * to.stride_f + d}, n);
 }
 
 // ---- statistics of one row
