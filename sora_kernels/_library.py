@@ -56,8 +56,8 @@ def _register(name: str, schema: str, provider: Callable[..., None] | str | None
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args, **kwargs: None, lib=_library)
     if provider is not None:
         kernel = _returns_nothing(provider)
-        for key in ("CPU", "CUDA"):
-            _library.impl(name, kernel, key)
+        _library.impl(name, kernel, "CPU")
+        _library.impl(name, _on_its_device(kernel), "CUDA")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -74,6 +74,19 @@ def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., Non
             function()(*args)
 
     return kernel
+
+
+def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` while the GPU of its tensors is current: Triton launches on the current one, wherever they lie."""
+
+    def run(*args) -> None:
+        device = next(a for a in args if isinstance(a, Tensor)).device
+        if device.index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(device):
+            kernel(*args)
+
+    return run
 
 
 def ops() -> dict[str, tuple[str, ...]]:
@@ -173,17 +186,6 @@ def vjp(
         )
     for name, grad in zip(wanted, grads, strict=True):
         destinations[name].copy_(grad)
-
-
-def may_keep(device: torch.device) -> bool:
-    """Whether a tensor made now may enter a cache: it has values, and they outlive what is going on.
-
-    Not so in a FakeTensorMode or another dispatch mode, in a transform of torch.func, and while a CUDA graph, whose
-    memory is not ours to keep, is captured.
-    """
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active() or device.type == "meta":
-        return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""Triton primitives shared by the families. Everything is fp32 between the load and the store."""
+"""Triton primitives shared by the families. Everything is fp32 between the load and the store.
+
+Grids have one axis, which may be 2^31 - 1 programs long; the others end at 65535. What is counted along several axes is
+divided out of the program's number, and what is multiplied by a stride that may be long is widened to 64 bits first.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._library import may_keep as may_keep
+from ._kept import kept as kept
 
 
 @triton.jit
@@ -62,11 +66,12 @@ def sum_partials_kernel(
     partial_ptr, out_ptr, stride_out, stride_row, stride_count, count, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out[row, :] = Σ_k partial[row, k, :] in a fixed order: the end of every reduction over tokens."""
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(D, BLOCK_D)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_N):
-        k = start + tl.arange(0, BLOCK_N)
+        k = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = (k < count)[:, None] & (cols < D)[None, :]
         total += tl.sum(load_rows(partial_ptr, row * stride_row + k * stride_count, cols, mask), 0)
     tl.store(out_ptr + row * stride_out + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
@@ -76,7 +81,7 @@ def sum_partials(partial, out) -> None:
     """Reduce fp32 `partial` [rows, count, D] over count into `out` [rows, D] of any float dtype."""
     rows, count, D = partial.shape
     block_d = min(128, triton.next_power_of_2(D))
-    sum_partials_kernel[(rows, triton.cdiv(D, block_d))](
+    sum_partials_kernel[(rows * triton.cdiv(D, block_d),)](
         partial, out, out.stride(0), partial.stride(0), partial.stride(1), count, D,
         BLOCK_N=min(64, triton.next_power_of_2(count)), BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip

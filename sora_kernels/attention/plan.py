@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from .. import _check, _library
+from .. import _check
+from .._kept import kept
 from .config import choose_boxes
 from .mode import Box, Mode, by_head, is_list, mode_of, resolve
 from .reference import FAR, reach
@@ -26,7 +27,6 @@ from .reference import FAR, reach
 if TYPE_CHECKING:
     import numpy as np
 
-T = TypeVar("T")
 COLUMNS = ("begin", "masked", "end", "origin", "own_start", "own_end", "start", "visit_end", "stop", "H", "W")
 
 
@@ -154,24 +154,6 @@ def head_table(heads: tuple[int, ...], total: int, device: torch.device) -> Tens
     return None if len(heads) == total else _heads(heads, device)
 
 
-def _cached(build: Callable[..., T]) -> Callable[..., T]:
-    """`build(*key, device)` from a cache; what it gives belongs to the stream that it was built on."""
-
-    @functools.lru_cache(maxsize=64)
-    def cache(stream, *key) -> T:
-        with torch.inference_mode(False):  # whose tensors no later backward could keep
-            return build(*key)
-
-    @functools.wraps(build)
-    def get(*key) -> T:
-        device = key[-1]
-        if not _library.may_keep(device):
-            return build(*key)
-        return cache(torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0, *key)
-
-    return get
-
-
 def seen_pairs(q_len: int, k_len: int, form: Sequence, heads: int) -> int:
     """The (query, key) pairs that so many heads see, from the axes alone: neither a plan nor a device is asked."""
     rules = by_head(form, heads)
@@ -190,7 +172,7 @@ def _seen_pairs(mode: Mode) -> int:
     return total
 
 
-@_cached
+@kept
 def _heads(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """Made on the device: a copy from the host would wait, and no graph could capture it."""
     return torch.cat([torch.full((1,), h, dtype=torch.int32, device=device) for h in heads])
@@ -269,7 +251,7 @@ class Clip:
         return torch.stack((*bounds, spread(self.lead, self.kept))).int()
 
 
-@_cached
+@kept
 def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
     with unset_fake_temporarily():  # sizes are numbers even where the plan's own tensors are not
         on_host = [Clip(mode, size, "cpu", transposed) for size in mode.clips]

@@ -12,14 +12,13 @@ where an angle does, so their precision does not depend on the position, and no 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .._triton import may_keep, rounded, sum_partials
+from .._triton import kept, rounded, sum_partials
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -276,22 +275,12 @@ def tile(H: int, E: int, width: bool) -> dict[str, int]:
     return dict(HEADS=heads, PAIRS=block // 2, num_warps=min(max(heads * block // 512, 1), 16))
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return _steps(split, theta, device)
-
-
-def _steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
+@kept
+def steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.Tensor:
     """theta^(-j/n) / 2π of the n pairs of each axis, as int64 in units of 2^-64 of a turn."""
     exponents = [-torch.arange(n, dtype=torch.float64, device=device) / max(n, 1) for n in split]
     turns = theta ** torch.cat(exponents) / (2 * math.pi)
     return ((turns - turns.round()).clamp(max=0.5 - 2.0**-53) * 2.0**64).to(torch.int64)
-
-
-def steps(split: list[int], theta: float, device: torch.device) -> torch.Tensor:
-    """Computed on the device and kept."""
-    return (_cached_steps if may_keep(device) else _steps)(tuple(split), theta, device)
 
 
 def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, tuple, dict]:
@@ -299,7 +288,7 @@ def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, tuple, dict]
     T, H, W, *split, origin_t, origin_h, origin_w = axes or (0, 1, 1, 0, 0, 0, 0, 0, 0)
     pairs = sum(split) if cos is None else cos.shape[-1]
     tokens = T * H * W if cos is None else cos.shape[0]
-    table = steps(split, theta, x.device) if pairs and cos is None else None
+    table = steps(tuple(split), theta, x.device) if pairs and cos is None else None
     by_head = 0 if cos is None or cos.ndim == 2 else cos.shape[1]
     rotary = dict(N=pairs, BY_HEAD=by_head, SPLIT_T=split[0], SPLIT_H=split[1])
     return (cos, sin, table), (first, tokens, H, W, origin_t, origin_h, origin_w, eps), rotary
