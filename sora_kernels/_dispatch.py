@@ -58,6 +58,14 @@ def choose(
     return "reference"
 
 
+def within(most: int, count: int, what: str) -> Callable[[str], str | None] | None:
+    """`limits` of an op whose Triton programs hold `count` values of what is normalised at once: none up to `most`."""
+    if count <= most:
+        return None
+    reason = f"holds {what} of up to {most} values in a program's registers; got {count}"
+    return lambda impl: f"{impl} {reason}" if impl in WITH_TRITON else None
+
+
 def why_not(op: str, impl: str, device: str, dtype: torch.dtype = torch.float32, grad: bool = False) -> str | None:
     """None where `impl` runs `op` on this device type and dtype, else the reason why not."""
     return _why_not(op, impl, device, dtype, grad)

@@ -67,13 +67,12 @@ class Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def record(call: Callable[[], None], *modules) -> list:
+def record(call: Callable[[], None], *modules, recorder: type[Recorder] = Recorder) -> list:
     """The kernel launches that `call` makes from these modules."""
     launches: list = []
-    patched = [(m, n, k) for m in modules for n, k in vars(m).items() if isinstance(k, triton.JITFunction)]
-    patched = [(m, n, k) for m, n, k in patched if n.endswith("_kernel")]
+    patched = [(m, n, k) for m in modules for n, k in vars(m).items() if n.endswith("_kernel")]
     for module, name, kernel in patched:
-        setattr(module, name, Recorder(kernel, launches))
+        setattr(module, name, recorder(kernel, launches))
     try:
         call()
     finally:

@@ -534,7 +534,7 @@ def test_too_wide_for_triton(require):
     require("qk_norm_rope", "triton")
     x = torch.zeros(1, 1, 9, 2048)
     qk_norm_rope(x, x, impl="reference")
-    with pytest.raises(Unavailable, match="16384 normalised channels in registers; got 18432"):
+    with pytest.raises(Unavailable, match="norms of up to 16384 values in a program.s registers; got 18432"):
         qk_norm_rope(x, x, across="width", impl="triton")
 
 

@@ -55,6 +55,14 @@ def channels(block, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def place(tiles, C, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of a program: which of a clip's `tiles` (or parts), its first block of channels, and the clip, in 64 bits."""
+    rest = tl.program_id(0) // tiles
+    blocks = tl.cdiv(C, CHUNKS * BLOCK_C)
+    return tl.program_id(0) % tiles, rest % blocks * CHUNKS, (rest // blocks).to(tl.int64)
+
+
+@triton.jit
 def load_clip(ptr, b, c, C, default: tl.constexpr):
     """Row b of an fp32 [B, C]; `default` everywhere if it is absent."""
     if ptr is None:
@@ -69,9 +77,8 @@ def norm_silu_fwd_kernel(
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """out = SiLU(x̂·weight + bias). Without statistics of each channel, x̂ is RMS-normed over the channels of a pixel."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_S
-    block = tl.program_id(1) * CHUNKS
-    b = tl.program_id(2).to(tl.int64)
+    index, block, b = place(tl.cdiv(S, BLOCK_S), C, CHUNKS, BLOCK_C)
+    first = index.to(tl.int64) * BLOCK_S
     xs = ()
     squares = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for k in tl.static_range(CHUNKS):
@@ -108,9 +115,9 @@ def moments_kernel(
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Mean and Σ(x − mean)² of each channel over one part of a clip, of x minus a value of its group."""
-    part = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = tl.program_id(2).to(tl.int64)
+    parts = tl.cdiv(tl.cdiv(S, BLOCK_S), part_tiles)
+    part, block, b = place(parts, C, CHUNKS, BLOCK_C)
+    c = channels(block, BLOCK_C)
     begin = part.to(tl.int64) * part_tiles * BLOCK_S
     origin = (c // width * width).to(tl.int64) * stride_c
     centre = middle(x_ptr + b * stride_b + origin, c < C, at0, at1, at2)
@@ -127,7 +134,7 @@ def moments_kernel(
     count = (tl.maximum(pixels - tl.arange(0, BLOCK_S) + BLOCK_S - 1, 0) // BLOCK_S).to(tl.float32)[None, :]
     merged = tl.sum(mean * count, 1) / pixels
     m2 += count * (mean - merged[:, None]) * (mean - merged[:, None])
-    row = (b * tl.num_programs(0) + part) * C + c
+    row = (b * parts + part) * C + c
     tl.store(mean_ptr + row, merged, mask=c < C)
     tl.store(m2_ptr + row, tl.sum(m2, 1), mask=c < C)
 
@@ -138,8 +145,9 @@ def statistics_kernel(
     C, S, width, parts, part_pixels, eps, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1/σ of one group of a clip, written for each of its channels: merges its parts and channels."""
-    group = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    groups = C // width
+    group = tl.program_id(0) % groups
+    b = (tl.program_id(0) // groups).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     row = b * parts * C + group * width + c[None, :]
     size = S * 1.0 * width
@@ -176,9 +184,8 @@ def norm_silu_bwd_kernel(
     dx = (dy − mean(dy) − x̂·mean(dy·x̂)) / σ, the means over the group, or over the channels of a pixel without mean(dy);
     Σ dz and Σ dz·x̂ of each channel, where they are wanted.
     """
-    part = tl.program_id(0)
-    block = tl.program_id(1) * CHUNKS
-    b = tl.program_id(2).to(tl.int64)
+    parts = tl.cdiv(tl.cdiv(S, BLOCK_S), part_tiles)
+    part, block, b = place(parts, C, CHUNKS, BLOCK_C)
     begin = part.to(tl.int64) * part_tiles * BLOCK_S
     zeros = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     sums = (zeros,) * (2 * CHUNKS)
@@ -227,7 +234,7 @@ def norm_silu_bwd_kernel(
     if sum_dz_ptr is not None:
         for k in tl.static_range(CHUNKS):
             c = channels(block + k, BLOCK_C)
-            row = (b * tl.num_programs(0) + part) * C + c
+            row = (b * parts + part) * C + c
             tl.store(sum_dz_ptr + row, tl.sum(sums[2 * k], 1), mask=c < C)
             tl.store(sum_dz_xhat_ptr + row, tl.sum(sums[2 * k + 1], 1), mask=c < C)
 
@@ -304,13 +311,20 @@ def blocks(x: torch.Tensor, whole: bool, elements: int, per_thread: int = 32, ch
     return dict(CHUNKS=chunks, BLOCK_C=block_c, BLOCK_S=block_s, num_warps=1 << (warps.bit_length() - 1))
 
 
-def _parts(x: torch.Tensor, config: dict[str, int]) -> tuple[tuple[int, int, int], int]:
-    """(grid, tiles of a part): each clip's pixels in parts, so many that PROGRAMS programs remain."""
+def programs(x: torch.Tensor, config: dict[str, int], per_clip: int | None = None) -> tuple[int]:
+    """The grid of `per_clip` programs for each clip and block of channels: by default as many as tiles of pixels."""
+    B, C, S = sizes(x)
+    per_clip = triton.cdiv(S, config["BLOCK_S"]) if per_clip is None else per_clip
+    return (per_clip * triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"]) * B,)
+
+
+def _parts(x: torch.Tensor, config: dict[str, int]) -> tuple[int, int]:
+    """(parts, tiles of a part) that each clip's pixels are cut into, so many that PROGRAMS programs remain."""
     B, C, S = sizes(x)
     channel_blocks = triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"])
     tiles = triton.cdiv(S, config["BLOCK_S"])
     part_tiles = triton.cdiv(tiles, max(1, PROGRAMS // (B * channel_blocks)))
-    return (triton.cdiv(tiles, part_tiles), channel_blocks, B), part_tiles
+    return triton.cdiv(tiles, part_tiles), part_tiles
 
 
 def _pair(*shape: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,14 +337,14 @@ def _statistics(x, groups, eps) -> tuple[torch.Tensor | None, torch.Tensor | Non
         return None, None
     B, C, S = sizes(x)
     config = blocks(x, False, 2048)
-    grid, part_tiles = _parts(x, config)
-    part_moments, statistics = _pair(B, grid[0], C, like=x), _pair(B, C, like=x)
+    parts, part_tiles = _parts(x, config)
+    part_moments, statistics = _pair(B, parts, C, like=x), _pair(B, C, like=x)
     strides, width = pixel_strides(x), C // groups
     sampled = [pixel * strides[2] for pixel in (S // 3, S * 3 // 7, S * 5 // 8)]
-    moments_kernel[grid](x, *part_moments, *strides, *sampled, C, S, width, part_tiles, **config)
-    statistics_kernel[(groups, B)](
+    moments_kernel[programs(x, config, parts)](x, *part_moments, *strides, *sampled, C, S, width, part_tiles, **config)
+    statistics_kernel[(groups * B,)](
         x, *part_moments, *statistics, *strides[:2], *sampled,
-        C, S, width, grid[0], part_tiles * config["BLOCK_S"], eps, **_columns(width, grid[0]),
+        C, S, width, parts, part_tiles * config["BLOCK_S"], eps, **_columns(width, parts),
     )  # fmt: skip
     return statistics
 
@@ -346,11 +360,12 @@ def _columns(width: int, parts: int) -> dict[str, int]:
 def norm_silu_fwd(x, weight, bias, groups, eps, out):
     if x.numel() == 0:
         return
-    B, C, S = sizes(x)
+    _, C, S = sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 4096)
-    grid = triton.cdiv(S, config["BLOCK_S"]), triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"]), B
-    norm_silu_fwd_kernel[grid](x, weight, bias, mean, rstd, out, *pixel_strides(x), C, S, eps, **config)
+    norm_silu_fwd_kernel[programs(x, config)](
+        x, weight, bias, mean, rstd, out, *pixel_strides(x), C, S, eps, **config
+    )
 
 
 def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
@@ -364,12 +379,12 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     config = blocks(x, not groups, 2048, per_thread=16, chunks=3)
     if config["CHUNKS"] > 1 and _is_last(x):
         config["maxnreg"] = 200  # enough, and five programs of two warps fit an SM instead of four
-    grid, part_tiles = _parts(x, config)
+    parts, part_tiles = _parts(x, config)
     means = _pair(B, C, like=x) if groups and dx is not None else (None, None)
-    sums = _pair(B, grid[0], C, like=x) if parameters or groups else (None, None)
+    sums = _pair(B, parts, C, like=x) if parameters or groups else (None, None)
 
     def launch(means, dx, sums) -> None:
-        norm_silu_bwd_kernel[grid](
+        norm_silu_bwd_kernel[programs(x, config, parts)](
             dout, x, weight, bias, mean, rstd, *means, dx, *sums, *pixel_strides(x), C, S, part_tiles, eps, **config
         )
 
@@ -377,7 +392,7 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     if sums[0] is not None:
         width = C // groups if groups else min(C, 16)
         sums_kernel[(triton.cdiv(C, width),)](
-            *sums, weight, *means, dweight, dbias, B, C, S, width, grid[0], **_columns(width, grid[0])
+            *sums, weight, *means, dweight, dbias, B, C, S, width, parts, **_columns(width, parts)
         )
     if groups and dx is not None:
         launch(means, dx, (None, None))

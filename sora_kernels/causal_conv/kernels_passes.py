@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .._triton import load_vector
-from .kernels_norm import blocks, channels, pixel_strides, sigmoid, sizes, tile
+from .kernels_norm import blocks, channels, pixel_strides, place, programs, sigmoid, sizes, tile
 
 LAST = torch.channels_last_3d
 
@@ -23,8 +23,9 @@ def pack_kernel(
     T, H, past, top, frames, height, begin, end, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of out, `width` values: from `begin` to `end` those of a row of x or cache, zeros around them."""
-    row = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, BLOCK)
+    row = tl.program_id(0) // blocks
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     h = row % height - top
     t = row // height % frames - past
     b = (row // height // frames).to(tl.int64)
@@ -47,9 +48,8 @@ def epilogue_kernel(
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """y = h + bias + residual; raw = y; out = y or, with a norm, SiLU(y / rms(y) · norm_weight) over a pixel."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK_S
-    block = tl.program_id(1) * CHUNKS
-    b = tl.program_id(2).to(tl.int64)
+    index, block, b = place(tl.cdiv(S, BLOCK_S), C, CHUNKS, BLOCK_C)
+    first = index.to(tl.int64) * BLOCK_S
     ys = ()
     squares = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
     for k in tl.static_range(CHUNKS):
@@ -98,7 +98,7 @@ def pack(x, cache, front, back=(0, 0)) -> torch.Tensor:
     x, cache = _rows(x), cache if cache is None else _rows(cache)
     places = [0 if v is None else v.stride(axis) for v in (x, cache) for axis in (0, 2, 3)]
     block = min(4096, triton.next_power_of_2(width * C))
-    pack_kernel[(B * frames * height, triton.cdiv(width * C, block))](
+    pack_kernel[(B * frames * height * triton.cdiv(width * C, block),)](
         x, cache, out, *places, T, H, past, top, frames, height, left * C, (left + W) * C, width * C,
         BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -110,9 +110,9 @@ def epilogue(h, out, bias=None, residual=None, norm_weight=None, eps=0.0, raw=No
 
     h [B, O, T, H, W]  channels last, each clip dense. out, residual, in either memory format, dense; raw like out.
     """
-    B, C, S = sizes(h)
+    _, C, S = sizes(h)
     config = blocks(h, norm_weight is not None, 4096)
-    epilogue_kernel[(triton.cdiv(S, config["BLOCK_S"]), triton.cdiv(C, config["CHUNKS"] * config["BLOCK_C"]), B)](
+    epilogue_kernel[programs(h, config)](
         h, bias, residual, norm_weight, out, raw, h.stride(0),
         *((0, 0, 0) if residual is None else pixel_strides(residual)), *pixel_strides(out), C, S, eps, **config,
     )  # fmt: skip

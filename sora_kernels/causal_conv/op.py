@@ -13,6 +13,7 @@ from .._operands import empty_video, like, narrow, parameter, video_format, zero
 from . import config, reference
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
+MAX_CHANNELS = 65536  # of a pixel that is normalised, in the registers of a Triton program
 
 
 def norm_silu(
@@ -54,7 +55,8 @@ def norm_silu(
     tensors = narrow(x, (x, weight, bias))
     grad, groups = needs_grad(tensors), int(groups) if norm == "group" else 0
     run = partial(apply, _NormSilu) if grad else _NormSilu.run
-    return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad))
+    limits = _dispatch.within(MAX_CHANNELS, x.shape[1], "pixels")
+    return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad, limits=limits))
 
 
 def causal_conv3d(
@@ -117,7 +119,7 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    settings = stride, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad)
+    settings = stride, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad, norm_weight)
     y = apply(_CausalConv3d, *tensors, *settings) if grad else _CausalConv3d.run(*tensors, *settings)
     if cache is None:
         return y
@@ -193,9 +195,10 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
     return y if cache is None else (y, _next_cache(x, cache))
 
 
-def _choose(op, impl, x, weight, grad):
-    fastest = config.fastest(op, x, weight, grad)
-    return _dispatch.choose(op, impl, x, grad=grad, limits=_LIMITS.get, fastest=fastest)
+def _choose(op, impl, x, weight, grad, norm_weight=None):
+    wide = None if norm_weight is None else _dispatch.within(MAX_CHANNELS, weight.shape[0], "pixels")
+    limits = _LIMITS.get if wide is None else lambda name: _LIMITS.get(name) or wide(name)
+    return _dispatch.choose(op, impl, x, grad=grad, limits=limits, fastest=config.fastest(op, x, weight, grad))
 
 
 def _next_cache(x: Tensor, cache: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def modulation_fwd_kernel(
 
     Bits of HOST: the norm is rounded; 1 + scale and its product; gate·y.
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     mask = (row < total_rows)[:, None] & (cols < D)[None, :]
     b = row // S

@@ -11,6 +11,7 @@ from .._operands import dense, like, narrow, parameter, table
 from . import reference
 
 NORMS = ("layer", "rms")
+MAX_WIDTH = 65536  # of a row, in the registers of a Triton program
 
 
 def norm_modulate(
@@ -147,7 +148,7 @@ def gate_residual_norm_modulate(
     return _gate_residual_norm_modulate(*tensors, *settings, out)
 
 
-# Validation
+# Validation and choice
 
 
 def _check_norm(op, x, norm, eps) -> float:
@@ -184,10 +185,14 @@ def _host(op, rounding, x, norm=None, gate=None) -> int:
 
 
 def _choose(op, impl, x, grad, host) -> str:
-    def limits(name: str) -> str | None:
-        return f"{name} rounds once, at the store" if name in ("cpu", "cuda") else None
+    wide = _dispatch.within(MAX_WIDTH, x.shape[2], "rows")
 
-    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host else None)
+    def limits(name: str) -> str | None:
+        if host and name in ("cpu", "cuda"):
+            return f"{name} rounds once, at the store"
+        return wide and wide(name)
+
+    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host or wide else None)
 
 
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: tuple[Tensor, ...] = ()) -> bool:

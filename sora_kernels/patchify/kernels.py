@@ -61,9 +61,11 @@ def unpatchify3d_kernel(
     Channels are neighbours in a token and columns are in the video: each side is read or written in its own order,
     and the tile turns in shared memory between them. ALIGN divides the width and every stride but that of x.
     """
-    line = tl.program_id(0)
-    x = tl.program_id(1) * BLOCK_X + tl.arange(0, BLOCK_X)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    blocks_x = tl.cdiv(columns * ALIGN, BLOCK_X)
+    c = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    x = tl.program_id(0) // BLOCKS_C % blocks_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    line = tl.program_id(0) // BLOCKS_C // blocks_x
     mask = (c < C)[:, None] & (x < columns * ALIGN)[None, :]
     y, t, b = line % height, line // height % frames, (line // height // frames).to(tl.int64)
     s = (t // PT * grid_h + y // PH) * grid_w + x // PW
@@ -87,8 +89,8 @@ def _move(tokens, video, grid, inverse) -> None:
     block_c = min(triton.next_power_of_2(channels), 64)
     block_x = min(triton.next_power_of_2(width), max(2048 // block_c, 32))
     align = math.gcd(16, width, *video.stride()[:4])
-    blocks = B * frames * height, triton.cdiv(width, block_x), triton.cdiv(channels, block_c)
-    unpatchify3d_kernel[blocks](
+    programs = B * frames * height * triton.cdiv(width, block_x) * triton.cdiv(channels, block_c)
+    unpatchify3d_kernel[(programs,)](
         tokens, video, *tokens.stride(), *video.stride(), frames, height, width // align, grid[1], grid[2],
         C=channels, PT=pt, PH=ph, PW=pw, INVERSE=inverse, ALIGN=align,
         BLOCK_C=block_c, BLOCK_X=block_x, num_warps=4,

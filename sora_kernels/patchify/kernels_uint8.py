@@ -20,9 +20,10 @@ def video_to_uint8_kernel(
     The sum with 2^23 rounds to even and leaves the integer in the last bits; the minimum before it also keeps it from
     being fused with the product, which must be rounded first. Maximum and minimum of a NaN are the other operand.
     """
-    line = tl.program_id(0)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    f = tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
+    blocks_w, blocks_f = tl.cdiv(W, BLOCK_W), tl.cdiv(FEATURES, BLOCK_F)
+    w = tl.program_id(0) % blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    f = tl.program_id(0) // blocks_w % blocks_f * BLOCK_F + tl.arange(0, BLOCK_F)
+    line = tl.program_id(0) // blocks_w // blocks_f
     mask = (f < FEATURES)[:, None] & (w < W)[None, :]
     h, t, b = line % H, line // H % T, (line // H // T).to(tl.int64)
     start = b * stride_b + t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h
@@ -50,7 +51,7 @@ def video_to_uint8_fwd(video, patch, out):
         features, W, stride_f, stride_w = 1, W * features, 0, 1
     block_f = min(triton.next_power_of_2(features), 64)
     block_w = min(triton.next_power_of_2(W), 2048 // block_f)
-    video_to_uint8_kernel[(B * T * H, triton.cdiv(W, block_w), triton.cdiv(features, block_f))](
+    video_to_uint8_kernel[(B * T * H * triton.cdiv(W, block_w) * triton.cdiv(features, block_f),)](
         video, out, stride_b, stride_f, stride_t, stride_h, stride_w, T, H, W, features // math.prod(patch), features,
         PT=patch[0], PH=patch[1], PW=patch[2], FLAT=flat, ALIGN=math.gcd(16, W) if flat else 1,
         BLOCK_F=block_f, BLOCK_W=block_w, num_warps=4,

@@ -99,7 +99,8 @@ def qk_norm_rope(
     width = across == "width"
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
     grad = needs_grad(tensors)
-    impl = _dispatch.choose(op, impl, q, grad=grad, limits=lambda name: _limits(name, q, k, width))
+    channels = q.shape[3] * (max(q.shape[2], k.shape[2]) if width else 1)
+    impl = _dispatch.choose(op, impl, q, grad=grad, limits=_dispatch.within(MAX_CHANNELS, channels, "norms"))
     host = rounding == "host" and norm is not None
     settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, host, impl)
     if grad:
@@ -214,14 +215,6 @@ def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{op}: freqs have angles of each head: k must have q's {heads} heads; got {k.shape[2]}")
     _check.same_device(op, q, {"freqs[0]": freqs[0], "freqs[1]": freqs[1]}, "q")
     return tuple(freqs)
-
-
-def _limits(impl: str, q: Tensor, k: Tensor, width: bool) -> str | None:
-    if impl == "triton":
-        channels = q.shape[3] * (max(q.shape[2], k.shape[2]) if width else 1)
-        if channels > MAX_CHANNELS:
-            return f"triton holds up to {MAX_CHANNELS} normalised channels in registers; got {channels}"
-    return None
 
 
 # The private ops
