@@ -78,17 +78,20 @@ class Tally:
         if self.frames != stream.frames:
             self._seconds = _edit(handle, end, stream)
 
-    def add(self, packet) -> None:
-        """One packet of the stream, in the order of the file. Raises DamagedError for one that is not whole."""
+    def add(self, packet) -> bool:
+        """One packet of the stream, in the order of the file: whether it is to bring a picture.
+
+        Raises DamagedError for one that is not whole.
+        """
         if packet.size == 0:
-            return
+            return False
         self._packets += 1
         if packet.is_corrupt:
             raise DamagedError(f"cut short or damaged in packet {self._packets - 1}")
         if packet.dts is not None:
             self._last = packet.dts
         if packet.is_discard:
-            return
+            return False
         if packet.duration:
             self._shown += packet.duration
             self._shortest = min(self._shortest, packet.duration)
@@ -98,8 +101,9 @@ class Tally:
         # Before the first key frame, in either order, there is nothing to decode from: players begin there too.
         if self._key is None and packet.is_keyframe:
             self._key = packet.pts or 0
-        if self._key is not None and (packet.pts is None or packet.pts >= self._key) and not self._repeats(packet):
-            self._due += 1
+        due = self._key is not None and (packet.pts is None or packet.pts >= self._key) and not self._repeats(packet)
+        self._due += due
+        return due
 
     def _repeats(self, packet) -> bool:
         """Whether the packet brings no picture by right: VP8's hidden reference, MPEG-4's frame that was not coded."""

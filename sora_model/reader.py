@@ -171,8 +171,7 @@ class _Source:
                 packet = next(packets, None)
                 if packet is None:
                     break
-                self.tally.add(packet)
-                if packet.size and packet.dts is not None:
+                if self.tally.add(packet) and self.untimed and packet.dts is not None:
                     self.times.append(packet.dts)
                 pictures = packet.decode()
             for picture in pictures:

@@ -66,8 +66,9 @@ def encode_file(
 
     extra  what becomes of frames beyond 4n+1: "refuse" the file, "pad" it with its last frame, or "trim" it
 
-    Each frame is read as it is needed and forgotten; frames too large for the memory are encoded in tiles. The size
-    and, where the header has it, the number of frames are checked at the call. Raises `media.MediaError` for a damaged
+    Latents have no times: `media.read_video(path, times=True)` tells those of the frames. Each frame is read as it is
+    needed and forgotten; frames too large for the memory are encoded in tiles. The size and, where the file has it, the
+    number of frames are checked at the call. Raises `media.MediaError` for a damaged
     file, ValueError for one that does not fit, with the sizes or counts that would, `TooLargeError` for want of memory.
     """
     if extra not in EXTRA:
