@@ -5,7 +5,7 @@ error. So the structure is walked here, headers only, and the stream counted:
 
 mp4   boxes must end in the file; the sample tables' counts; where an edit list hides samples, the time it promises
 mkv   elements must tile the segment and be ones that Matroska has; the blocks of the stream's track
-avi   the RIFF must end in the file; the entries of its index, and the frames that the header counts, dropped ones too
+avi   each RIFF must end in the file; the entries of its index
 
 A file that promises nothing (a recording of a stream: no count, no index, sizes unknown) is taken as it is.
 """
@@ -44,8 +44,8 @@ class Tally:
     """
 
     def __init__(self, handle: int, kind: str, container, stream) -> None:
-        self._kind, self._stream, self._codec = kind, stream, stream.codec_context.name
-        self._packets = self._due = self._last = self._shown = self._promised = self._end = 0
+        self._stream, self._codec = stream, stream.codec_context.name
+        self._packets = self._due = self._shown = self._promised = 0
         self._first: int | None = None
         self._key: int | None = None
         self._shortest, self._longest = 1 << 62, 0
@@ -56,14 +56,9 @@ class Tally:
             self._promised = _blocks(handle, end, videos.index(stream.index), len(videos))
             return
         if kind == "avi":
-            size = struct.unpack("<I", os.pread(handle, 4, 4))[0]
-            # some writers count the eight bytes of the RIFF's own header
-            if size in (0, 2**32 - 1):  # written as a stream
-                return
-            if size > end:
-                raise DamagedError(f"cut short, {end} bytes of {size + 8}")
-            self._promised, self._end = len(entries), stream.frames
-            self.frames = self._promised or self._end or None
+            if _riffs_end(handle, end):
+                self._promised = len(entries)  # what it dropped has no entry
+                self.frames = len(entries) or stream.frames or None
             return
         fragments = [(a, b) for name, a, b in _boxes(handle, 0, end) if name == b"moof"]
         if any(entry.pos + entry.size > end for entry in entries):
@@ -88,8 +83,6 @@ class Tally:
         self._packets += 1
         if packet.is_corrupt:
             raise DamagedError(f"cut short or damaged in packet {self._packets - 1}")
-        if packet.dts is not None:
-            self._last = packet.dts
         if packet.is_discard:
             return False
         if packet.duration:
@@ -115,15 +108,28 @@ class Tally:
         """At the end of the stream: DamagedError where fewer `pictures` came than there were to be."""
         due = (self._due + 1) // 2 if interlaced else self._due  # a packet may hold one field
         missing = max(self._promised - self._packets, due - pictures)
-        if self._kind == "avi":
-            missing = max(missing, self._end - self._last - 1)
-        elif self._seconds is not None and self._shortest <= self._longest:
+        if self._seconds is not None and self._shortest <= self._longest:
             delay, promised = (round(value / self._stream.time_base) for value in self._seconds)
             late = (self._first or 0) - delay  # the edit may begin within a picture, which is then not shown
             if late >= self._longest or self._shown + late < promised - self._shortest / 2:
                 missing = max(missing, 1)
         if missing > 0:
             raise DamagedError(f"cut short or damaged, {missing} or more of its frames are missing")
+
+
+def _riffs_end(handle: int, end: int) -> bool:
+    """Whether an AVI says where it ends (one that was written as a stream does not): there or before `end`."""
+    at = 0
+    while at + 8 <= end:
+        tag, size = struct.unpack("<4sI", os.pread(handle, 8, at))
+        if tag != b"RIFF":
+            break
+        if size in (0, 2**32 - 1):
+            return False
+        if at + size > end:  # some writers count the eight bytes of the RIFF's own header
+            raise DamagedError(f"cut short, {end} bytes of {at + size + 8}")
+        at += 8 + size + size % 2
+    return True
 
 
 def _boxes(handle: int, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
