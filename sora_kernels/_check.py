@@ -146,15 +146,15 @@ def flag(op: str, name: str, value: object) -> bool:
 
 def number(op: str, name: str, value: object) -> float:
     """A real number, NumPy's as well, as a float."""
-    if isinstance(value, float | int) and not isinstance(value, bool):
-        return float(value)
+    if type(value) is float:
+        return value
     if not isinstance(value, Real | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__} {value!r}")
     return float(value)
 
 
 def positive(op: str, name: str, value: object) -> float:
-    value = value if type(value) is float else number(op, name, value)
+    value = number(op, name, value)
     if not value > 0:
         raise ValueError(f"{op}: {name} must be positive; got {value}")
     return value

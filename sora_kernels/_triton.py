@@ -42,11 +42,20 @@ def load_vector(ptr, cols, D, default: tl.constexpr):
 
 @triton.jit
 def standardize(x, mask, D, eps, RMS: tl.constexpr):
-    """(x̂, 1/σ) of each row of x [rows, cols], masked columns being 0. Two passes over registers: no E[x²] − mean²."""
+    """(x̂, 1/σ) of each row of x [rows, cols], masked columns being 0. Two passes over registers: no E[x²] − mean².
+
+    The second also sums what rounding left of the mean: of a row far from zero that is more than its spread.
+    """
+    left = 0.0
     if not RMS:
         mean = tl.sum(x, 1) / D
         x = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / D + eps)
+        left = tl.sum(x, 1) / D
+    variance = tl.sum(x * x, 1) / D
+    if not RMS:
+        variance = tl.maximum(variance - left * left, 0.0)
+        x = tl.where(mask, x - left[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
     return x * rstd[:, None], rstd
 
 

@@ -66,21 +66,31 @@ def outputs_and_grads(
     return results | {f"grad {name}": g for name, g in zip(given, grads, strict=True)}
 
 
-LAYOUTS = ("contiguous", "sliced", "transposed", "expanded")
+LAYOUTS = ("contiguous", "sliced", "strided", "offset", "transposed", "expanded", "constant")
 
 
 def arrange(t: Tensor, layout: str) -> Tensor:
-    """The values of t (for "expanded": of its first row) in an awkward memory layout, whose neighbours are NaN."""
-    if layout == "contiguous" or t.ndim < 2:
+    """The values of t (for "expanded" of its first row, for "constant" its first) in an awkward memory layout.
+
+    What lies between and around them is NaN, or the largest integer.
+    """
+    if layout == "contiguous" or (layout == "transposed" and t.ndim < 2):
         return t
-    if layout == "sliced":  # inside a larger tensor of NaN
-        big = t.new_full([n + 2 for n in t.shape], float("nan"))
-        view = big[tuple(slice(1, n + 1) for n in t.shape)]
-        return view.copy_(t)
+    nothing = float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+    if layout == "sliced":  # inside a larger tensor
+        big = t.new_full([n + 2 for n in t.shape], nothing)
+        return big[tuple(slice(1, n + 1) for n in t.shape)].copy_(t)
+    if layout == "strided":  # every second element of each axis
+        big = t.new_full([2 * n for n in t.shape], nothing)
+        return big[(slice(None, None, 2),) * t.ndim].copy_(t)
+    if layout == "offset":  # dense, from the second element of its memory on: no vector of it is aligned
+        return t.new_full((t.numel() + 1,), nothing)[1:].view(t.shape).copy_(t)
     if layout == "transposed":  # the last two axes swapped in memory
         return t.mT.contiguous().mT
-    if layout == "expanded":  # stride 0 in every axis but the last
-        return t[(0,) * (t.ndim - 1)].expand(t.shape)
+    if layout == "expanded":  # stride 0 in every axis but the last, or in the only one
+        return t[(slice(1),) * max(t.ndim - 1, 1)].expand(t.shape)
+    if layout == "constant":  # stride 0 in every axis, as the gradient of a sum has
+        return t[(slice(1),) * t.ndim].expand(t.shape)
     raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
 
 

@@ -28,19 +28,22 @@ def calls() -> dict[str, dict]:
     return {
         "norm_modulate": dict(
             x=randn(2, 6, 8), shift=randn(2, 3, 8), scale=randn(2, 1, 8), norm="layer", eps=1e-6, out=randn(2, 6, 8),
+            rounding="once",
             **vectors,
         ),
         "gate_residual": dict(
-            x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(2, 3, 8), gate_table=randn(8), out=randn(2, 6, 8)
+            x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(2, 3, 8), gate_table=randn(8), out=randn(2, 6, 8),
+            rounding="once",
         ),
         "gate_residual_norm_modulate": dict(
             x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(2, 3, 8), shift=randn(2, 3, 8), scale=randn(2, 1, 8),
-            norm="layer", gate_table=randn(8), eps=1e-6, out=(randn(2, 6, 8), randn(2, 6, 8)), **vectors,
+            norm="layer", gate_table=randn(8), eps=1e-6, out=(randn(2, 6, 8), randn(2, 6, 8)), rounding="once",
+            **vectors,
         ),
         "qk_norm_rope": dict(
             q=heads["q"], k=heads["k"], q_weight=randn(8), k_weight=randn(8), q_bias=randn(8), k_bias=randn(8),
             norm="layer", across="head", grid=(2, 2, 2), split=(1, 1, 1), theta=1e4, interleaved=True, rotary_dim=6,
-            origin=(0, 0, 0), text_len=1, text_at="end", eps=1e-6,
+            origin=(0, 0, 0), text_len=1, text_at="end", eps=1e-6, rounding="host",
         ),
         "qk_norm_rope with freqs": dict(q=heads["q"], k=heads["k"], freqs=(randn(8, 3), randn(8, 3)), rotary_dim=6,
                                         text_len=1),

@@ -42,7 +42,7 @@ inline void check_kind(const char* name, const Tensor& t, const Tensor& like, co
 
 inline void check_common(const char* name, const Tensor& t, const Tensor& like) {
   check_kind(name, t, like);
-  SORA_CHECK(t.dim() > 0 && (t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1), name,
+  SORA_CHECK(t.dim() > 0 && (t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 || t.numel() == 0), name,
              ": expected a last stride of 1, got ", describe(t));
 }
 
@@ -100,7 +100,7 @@ inline Rows rows(const char* name, const OptionalTensor& t, const Tensor& x, Sha
   const int64_t dim = t->dim(), F = dim == 3 ? t->size(1) : 1;
   SORA_CHECK(dim <= 3 && (dim == 1 || t->size(0) == shape.B) && t->size(dim - 1) == shape.D, name,
              ": expected (D,), (B, D) or (B, F, D) with B = ", shape.B, " and D = ", shape.D, ", got ", describe(*t));
-  SORA_CHECK(F > 0 && shape.S % F == 0, name, ": expected a number of rows per clip that divides S = ", shape.S,
+  SORA_CHECK(F > 0 ? shape.S % F == 0 : shape.S == 0, name, ": expected a number of rows per clip that divides S = ", shape.S,
              ", got ", describe(*t));
   SORA_CHECK(F == 1 || shape.F == 0 || F == shape.F, name, ": expected F = ", shape.F,
              " as in the other modulation, got ", describe(*t));
@@ -110,7 +110,7 @@ inline Rows rows(const char* name, const OptionalTensor& t, const Tensor& x, Sha
 
 // The gradient of rows, (B, F, D), of the F that the call has.
 inline Rows row_gradients(const char* name, const OptionalTensor& t, const Tensor& x, Shape& shape) {
-  if (!t) return {};
+  if (!t || t->numel() == 0) return {};
   const Rows found = rows(name, t, x, shape);
   if (shape.F == 0) shape.F = 1;
   SORA_CHECK(t->dim() == 3 && t->size(1) == shape.F, name, ": expected (B, F, D) = (", shape.B, ", ", shape.F, ", ",

@@ -25,7 +25,7 @@ struct Heads {
 // t in the shape and dtype of x; `dense`: also without gaps.
 inline Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
   if (!t) return {};
-  if (t->numel() > 0) check_common(name, *t, x);  // an empty tensor counts as contiguous with any strides
+  check_common(name, *t, x);
   bool same = t->dim() == 4 && t->scalar_type() == x.scalar_type();
   for (int64_t i = 0; same && i < 4; ++i) same = t->size(i) == x.size(i);
   SORA_CHECK(same, name, ": expected (B, S, H, E) in the shape and dtype of ", describe(x), ", got ", describe(*t));

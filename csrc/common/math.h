@@ -48,14 +48,15 @@ SORA_INLINE F at_most(float bound, F x) {
   return x > bound ? F{} + bound : x;
 }
 
-// Below -88 silu and its derivative vanish: x is clipped there, so that no large x meets what is left of e^x. NaN stays.
+// As in plain PyTorch, e^-x overflows below -88: what is finite becomes 0, -infinity NaN. Squared, because `exponential`
+// does not reach so far.
 template <class F>
 SORA_INLINE F silu(F x) {
-  const F v = at_least(-88.0f, x);
-  return v / (1.0f + exponential(-at_most(87.3f, v)));
+  const F root = exponential(at_least(-87.0f, at_most(88.0f, x * -0.5f)));
+  return x / (1.0f + root * root);
 }
 
-// The derivative of silu.
+// The derivative of silu, which vanishes below -88: x is clipped there. NaN stays.
 template <class F>
 SORA_INLINE F silu_slope(F x) {
   const F v = at_most(87.3f, at_least(-88.0f, x));

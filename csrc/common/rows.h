@@ -95,14 +95,14 @@ struct Statistics {
 template <int V, class First>
 SORA_INLINE Statistics statistics(const First& first, const float* v, int64_t D, bool rms, float eps) {
   const float n = static_cast<float>(D);
-  float mean = 0, squares;
-  if (rms) {
-    squares = first([](auto x) SORA_LAMBDA { return x * x; });
-  } else {
-    mean = first([](auto x) SORA_LAMBDA { return x; }) / n;
-    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
-  }
-  return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
+  if (rms) return {v, 0.0f, 1.0f / std::sqrt(first([](auto x) SORA_LAMBDA { return x * x; }) / n + eps)};
+  const float mean = first([](auto x) SORA_LAMBDA { return x; }) / n;
+  const auto totals = sums<V, 2, 4>(D, [=](auto at, auto& s) SORA_LAMBDA {
+    const auto d = at(v) - mean;
+    s[0] += d, s[1] += d * d;
+  });
+  const float left = totals.of[0] / n;  // what rounding left of the mean: of a row far from zero, more than its spread
+  return {v, mean + left, 1.0f / std::sqrt(std::max(totals.of[1] / n - left * left, 0.0f) + eps)};
 }
 
 // A row that is not fp32 is widened into `copy`.

@@ -48,14 +48,14 @@ struct Forward {
       const int64_t b = task / count / some, h = rule.heads[task / count % some];
       w.enter(rule.tiles, tiles[task % count], b);
       w.load_rows(p.q, b, h, rows);
-      w.transpose(rows, panels);
+      w.transpose(rows, panels, p.scale);
       std::fill_n(top, kQueries, -kInfinity), std::fill_n(total, kQueries, 0.0f);
       std::fill_n(sum_pv, (w.lanes + 8) * w.width, 0.0f);
       w.rewind();
       while (const int64_t n = w.load_block(b, h / p.group())) {
         w.multiply_keys(w.k, panels, n, w.s);
         w.mask();
-        for (int64_t l = 0; l < w.lanes; l += V) softmax(w.s + l, n, w.lanes, p.scale, top + l, total + l, shrink + l);
+        for (int64_t l = 0; l < w.lanes; l += V) softmax(w.s + l, n, w.lanes, top + l, total + l, shrink + l);
         for (int64_t m = 0; m < w.count; ++m) {
           float* row = sum_pv + m * w.width;
           const float factor = shrink[m];
@@ -66,27 +66,26 @@ struct Forward {
       }
       for (int64_t m = 0; m < w.count; ++m) {
         T* out = p.out.at<T>(b, w.token[m], h);
-        const float sum = total[m] > 0 ? total[m] : 1.0f, *row = sum_pv + m * w.width;
+        const float sum = total[m] == 0 ? 1.0f : total[m], *row = sum_pv + m * w.width;
 #pragma omp simd
         for (int64_t e = 0; e < w.E; ++e) out[e] = from_float<T>(row[e] / sum);
-        p.lse[(b * p.H + h) * p.Sq + w.token[m]] = total[m] > 0 ? top[m] + std::log(total[m]) : -kInfinity;
+        p.lse[(b * p.H + h) * p.Sq + w.token[m]] = total[m] == 0 ? -kInfinity : top[m] + std::log(total[m]);
       }
     }
   }
 
   // V queries' scores with n keys become weights relative to the new maximum; what came before shrinks by `shrink`.
-  static SORA_INLINE void softmax(float* scores, int64_t n, int64_t stride, float scale, float* top, float* total,
-                                  float* shrink) {
+  static SORA_INLINE void softmax(float* scores, int64_t n, int64_t stride, float* top, float* total, float* shrink) {
     const Vector before = fetch<V>(top);
     Vector highest = before;
     for (int64_t i = 0; i < n; ++i) {
-      const Vector x = fetch<V>(scores + i * stride) * scale;
+      const Vector x = fetch<V>(scores + i * stride);
       highest = x > highest ? x : highest;
     }
     const Vector finite = highest > -kInfinity ? highest : Vector{};
     Vector sum{};
     for (int64_t i = 0; i < n; ++i) {
-      const Vector weight = exp_of_negative(fetch<V>(scores + i * stride) * scale - finite);
+      const Vector weight = exp_of_negative(fetch<V>(scores + i * stride) - finite);
       put<V>(scores + i * stride, weight);
       sum += weight;
     }
@@ -125,14 +124,14 @@ struct Backward {
     float *q = w.queries.row(0), *q_panels = w.queries.row(1), *dout = w.queries.row(2), *dout_panels = w.queries.row(3);
     float *dq = w.queries.row(4), *out = w.queries.row(5), *out_panels = w.queries.row(6);
     alignas(64) float lse[kQueries], dlse[kQueries], centre[kQueries];  // centre = rowsum(dO * O)
-    w.load_rows(p.q, b, h, q), w.transpose(q, q_panels);
-    w.load_rows(p.dout, b, h, dout), w.transpose(dout, dout_panels);
-    w.load_rows(p.out, b, h, out), w.transpose(out, out_panels);
+    w.load_rows(p.q, b, h, q), w.transpose(q, q_panels, p.scale);
+    w.load_rows(p.dout, b, h, dout), w.transpose(dout, dout_panels, 1.0f);
+    w.load_rows(p.out, b, h, out), w.transpose(out, out_panels, 1.0f);
     row_sums(out_panels, dout_panels, w.E, w.lanes, centre);
     for (int64_t m = 0; m < w.lanes; ++m) {
       const int64_t row = (b * p.H + h) * p.Sq + w.token[std::min(m, w.count - 1)];
       // no weight: neither for lanes without a query nor for queries without a key
-      lse[m] = m < w.count && p.lse[row] > -kInfinity ? p.lse[row] : kInfinity;
+      lse[m] = m < w.count && p.lse[row] != -kInfinity ? p.lse[row] : kInfinity;
       dlse[m] = p.dlse ? p.dlse[row] : 0.0f;
     }
     std::fill_n(dq, (w.lanes + 8) * w.width, 0.0f);
@@ -145,7 +144,7 @@ struct Backward {
       for (int64_t l = 0; l < w.lanes; l += V) {
         const Vector sum = fetch<V>(lse + l), mean = fetch<V>(centre + l), extra = fetch<V>(dlse + l);
         for (int64_t i = l; i < n * w.lanes; i += w.lanes) {
-          const Vector weight = exp_of_negative(fetch<V>(w.s + i) * p.scale - sum);
+          const Vector weight = exp_of_negative(fetch<V>(w.s + i) - sum);
           put<V>(w.s + i, weight);
           put<V>(w.d + i, weight * (fetch<V>(w.d + i) - mean + extra) * p.scale);
         }

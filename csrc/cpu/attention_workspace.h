@@ -53,11 +53,11 @@ struct Params {
   int64_t head_of(int64_t part, int64_t b, int64_t h) const { return (part * B + b) * Hk + h; }
 };
 
-// e^x for x <= 0; 0 below -87, where it leaves the normal numbers. NaN and -infinity give 0 and 0.
+// e^x for x <= 0; 0 below -87, where it leaves the normal numbers. NaN stays.
 template <class F>
 SORA_INLINE F exp_of_negative(F x) {
   const F value = exponential(at_least(-87.0f, x));
-  return x > -87.0f ? value : F{};
+  return x < -87.0f ? F{} : value;
 }
 
 // One thread's view of a tile and the memory it works in. Rows are padded to whole vectors, and products write whole
@@ -111,11 +111,12 @@ struct Workspace {
     for (int64_t e = 0; e < E; ++e) to[e] = to_float(from[e]);
   }
 
-  // Rows [lanes, width] as the panels [lanes / 2V, E, 2V] of their transpose.
-  SORA_INLINE void transpose(const float* rows, float* panels) const {
+  // Rows [lanes, width] as the panels [lanes / 2V, E, 2V] of their transpose, times `scale`: that of the scores is taken
+  // here, for of a hidden key's -infinity a scale below zero would make +infinity.
+  SORA_INLINE void transpose(const float* rows, float* panels, float scale) const {
     for (int64_t m = 0; m < lanes; ++m) {
       float* to = panels + m / (2 * V) * (2 * V) * E + m % (2 * V);
-      for (int64_t e = 0; e < E; ++e) to[e * 2 * V] = rows[m * width + e];
+      for (int64_t e = 0; e < E; ++e) to[e * 2 * V] = rows[m * width + e] * scale;
     }
   }
 

@@ -86,6 +86,16 @@ SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
   for (int64_t i = 0; i < heads; ++i) sums[i] *= share;
 }
 
+// What rounding left of the mean joins it; mean squares about the old one become those about the new.
+SORA_INLINE void correct(const Params& p, float* left, float* mean, float* squares, int64_t heads) {
+  average(p, left, heads);
+#pragma omp simd
+  for (int64_t i = 0; i < heads; ++i) {
+    mean[i] += left[i];
+    squares[i] = std::max(squares[i] - left[i] * left[i], 0.0f);
+  }
+}
+
 // Mean squares become 1/sigma.
 SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
 #pragma omp simd
@@ -96,14 +106,15 @@ SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
 
 template <int V, class T>
 struct Forward {
-  // Of a step of heads: channels; per head, mean and 1/sigma. Of a group, or 1 where a channel `exists`.
+  // Of a step of heads: channels; per head, mean, 1/sigma and `left` of `correct`. Of a group, or 1 where a channel `exists`.
   struct Rows {
-    float *v, *mean, *rstd, *weight, *bias, *exists;
+    float *v, *mean, *rstd, *left, *weight, *bias, *exists;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const Scratch rows(1, p.step() * p.order.width), sums(2, p.step()), parameters(3, p.span());
-    const Rows r{rows.row(0), sums.row(0), sums.row(1), parameters.row(0), parameters.row(1), parameters.row(2)};
+    const Scratch rows(1, p.step() * p.order.width), sums(3, p.step()), parameters(3, p.span());
+    const Rows r{rows.row(0), sums.row(0), sums.row(1), sums.row(2), parameters.row(0), parameters.row(1),
+                 parameters.row(2)};
     load_parameter(p, p.weight, 1.0f, r.weight);
     load_parameter(p, p.bias, 0.0f, r.bias);
     mark_channels(p.order, r.exists);
@@ -135,15 +146,16 @@ struct Forward {
       for (int64_t i = 0; i < n; ++i) {
         const float* v = r.v + i * order.width;
         const float mean = r.rstd[i];
-        Floats<V> total = {};
+        Floats<V> squares = {}, left = {};
         for (int64_t at = 0; at < order.width; at += V) {
           const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at);
-          total += c * c;
+          squares += c * c, left += c;
         }
-        r.rstd[i] = sum<V>(total), r.mean[i] = mean;
+        r.rstd[i] = sum<V>(squares), r.left[i] = sum<V>(left), r.mean[i] = mean;
       }
     }
     average(p, r.rstd, n);
+    if (layer) correct(p, r.left, r.mean, r.rstd, n);
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) {
       const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
@@ -175,13 +187,13 @@ template <int V, class T>
 struct Backward {
   // Of a step of heads: gradients turned back and channels; per head, sums. Of a group, or 1 where a channel `exists`.
   struct Rows {
-    float *g, *v, *mean, *rstd, *along, *shift, *weight, *exists, *dweight, *dbias;
+    float *g, *v, *mean, *rstd, *along, *shift, *left, *weight, *exists, *dweight, *dbias;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const int64_t span = p.span(), gradients = p.gradients();
-    const Scratch rows(2, p.step() * p.order.width), sums(4, p.step()), parameters(4, span);
-    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
+    const Scratch rows(2, p.step() * p.order.width), sums(5, p.step()), parameters(4, span);
+    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3), sums.row(4),
                  parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
     load_parameter(p, p.weight, 1.0f, r.weight);
     mark_channels(p.order, r.exists);
@@ -269,14 +281,18 @@ struct Backward {
     for (int64_t i = 0; i < (layer ? n : 0); ++i) {
       const float *g = r.g + i * order.width, *v = r.v + i * order.width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
-      Floats<V> squares = {}, along = {}, shift = {};
+      Floats<V> squares = {}, along = {}, shift = {}, left = {};
       for (int64_t at = 0; at < order.width; at += V) {
         const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at), dy = fetch<V>(weight + at) * fetch<V>(g + at);
-        squares += c * c, along += c * dy, shift += dy;
+        squares += c * c, along += c * dy, shift += dy, left += c;
       }
-      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift);
+      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift), r.left[i] = sum<V>(left);
     }
     for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
+    if (layer) {
+      correct(p, r.left, r.mean, r.rstd, n);
+      for (int64_t i = 0; i < n; ++i) r.along[i] -= r.left[i] * r.shift[i];
+    }
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
   }
@@ -353,7 +369,7 @@ const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
   check_common(name, *t, x);
   bool dense = t->scalar_type() == ScalarType::Float && (t->dim() == 2 || t->dim() == 3);
   for (int64_t i = t->dim() - 2, row = t->size(t->dim() - 1); dense && i >= 0; row *= t->size(i--)) {
-    dense = t->stride(i) == row || t->size(i) <= 1;
+    dense = t->stride(i) == row || t->size(i) <= 1 || t->numel() == 0;
   }
   SORA_CHECK(dense, name, ": expected a contiguous float32 (tokens, pairs) or (tokens, H, pairs), got ", describe(*t));
   return static_cast<const float*>(t->data_ptr());

@@ -95,6 +95,21 @@ __device__ __forceinline__ void modulate(const NormModulateParams& p, int64_t b,
   add_any(p.shift_table.data, p.shift_table.dtype, d, values);
 }
 
+// 1/sigma from a thread's sums of deviations and their squares. What rounding left of the mean joins it: of a row far from
+// zero that is more than its spread.
+template <int kWarps>
+__device__ __forceinline__ float corrected(float left, float squares, float* shared, const NormModulateParams& p,
+                                           float& mean) {
+  const float D = static_cast<float>(p.shape.D);
+  float variance = row_sum<kWarps>(squares, shared) / D;
+  if (!p.rms) {
+    left = row_sum<kWarps>(left, shared) / D;
+    mean += left;
+    variance = fmaxf(variance - left * left, 0.0f);
+  }
+  return 1.0f / sqrtf(variance + p.eps);
+}
+
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_modulate_kernel(
     const __grid_constant__ NormModulateParams p) {
@@ -126,16 +141,19 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sum += values[v][i];
   }
-  const float mean = p.rms ? 0.0f : row_sum<Traits::kWarps>(sum, shared) / D;
+  float mean = p.rms ? 0.0f : row_sum<Traits::kWarps>(sum, shared) / D;
 
-  float squares = 0.0f;
+  float squares = 0.0f, left = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (column(v) >= D) continue;  // beyond the row the zeros are not deviations
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) squares += (values[v][i] - mean) * (values[v][i] - mean);
+    for (int i = 0; i < kVec; ++i) {
+      const float deviation = values[v][i] - mean;
+      left += deviation, squares += deviation * deviation;
+    }
   }
-  const float rstd = 1.0f / sqrtf(row_sum<Traits::kWarps>(squares, shared) / D + p.eps);
+  const float rstd = corrected<Traits::kWarps>(left, squares, shared, p, mean);
 
   const int64_t f = s / p.shape.rows_per_modulation();
 #pragma unroll
@@ -163,11 +181,14 @@ __global__ __launch_bounds__(kLoopWarps* kWarp) void norm_modulate_loop_kernel(
   const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride_b + s * p.x.stride_s;
   T* out = static_cast<T*>(p.out.data) + b * p.out.stride_b + s * p.out.stride_s;
 
-  float sum = 0.0f, squares = 0.0f;
+  float sum = 0.0f, squares = 0.0f, left = 0.0f;
   for (int64_t d = threadIdx.x; d < D; d += blockDim.x) sum += to_float(x[d]);
-  const float mean = p.rms ? 0.0f : row_sum<kLoopWarps>(sum, shared) / D;
-  for (int64_t d = threadIdx.x; d < D; d += blockDim.x) squares += (to_float(x[d]) - mean) * (to_float(x[d]) - mean);
-  const float rstd = 1.0f / sqrtf(row_sum<kLoopWarps>(squares, shared) / D + p.eps);
+  float mean = p.rms ? 0.0f : row_sum<kLoopWarps>(sum, shared) / D;
+  for (int64_t d = threadIdx.x; d < D; d += blockDim.x) {
+    const float deviation = to_float(x[d]) - mean;
+    left += deviation, squares += deviation * deviation;
+  }
+  const float rstd = corrected<kLoopWarps>(left, squares, shared, p, mean);
 
   const auto load_row = [&](const Rows& row, int64_t d) {
     return row ? load_any(row.data, row.dtype, b * row.stride_b + f * row.stride_f + d) : 0.0f;

@@ -61,16 +61,18 @@ def spacetime_attention(
     text_len text tokens after (text_at="end") or before ("start") the video: they see and are seen by everything
     kv_lens  [B] int32 or int64: only the first kv_lens[b] keys are real. The others are never read as numbers: they
              may hold NaN, and their gradients are 0. Values are checked on the CPU only (no host synchronisation)
-    scale    None: E**−0.5
+    scale    any finite number; None: E**−0.5
     return_lse     also return the natural log of Σ exp(scale · q kᵀ) over the keys seen; differentiable
     deterministic  None or True: two runs agree bit for bit. False allows an implementation to trade that for speed:
              `sdpa` does, in its backward on a GPU
 
     Returns [B, Sq, H, E] in q's dtype, dense (and LSE [B, H, Sq] in fp32; fp64 for fp64). A query that sees nothing
     gives 0 and LSE −inf, and no gradient. Scores, softmax and sums are fp32, rounded once at the store; error against
-    fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding, for the output and every gradient. No
-    atomics. Forward mode, torch.func and, under it, higher orders: by the reference's formula (README, Derivatives),
-    which computes the scores of all keys, a chunk of queries at a time, and keeps them where autograd records it.
+    fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding, for the output and every gradient. A NaN
+    of q, or of a key and value that a query sees, reaches that query's result; whether one of a value it does not see
+    does, depends on how tiles lie. No atomics. Forward mode, torch.func and, under it, higher orders: by the
+    reference's formula (README, Derivatives), which computes the scores of all keys, a chunk of queries at a time, and
+    keeps them where autograd records it.
 
     Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `triton`
     runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
@@ -162,6 +164,8 @@ def attention_backward(
     if dlse is not None:
         _check.exact(op, "dlse", dlse, (B, H, Sq), "[B, H, Sq] of q")
     _check.same_device(op, q, {"lse": lse, "dlse": dlse}, "q")
+    sums = torch.promote_types(q.dtype, torch.float32)
+    lse, dlse = (t if t is None else t.to(sums) for t in (lse, dlse))
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.choice(op, "impl", impl, _dispatch.IMPLS)
     args = dout, dlse, q, k, v, out, lse, *mode, deterministic is not False, _choose(impl, q, k, mode, True)

@@ -175,7 +175,7 @@ def _check_vectors(op, x, **vectors: Tensor | None) -> None:
 def _host(op, rounding, x, norm=None, gate=None) -> int:
     """What a host rounds besides the result, as `reference` numbers it: PyTorch gives an operation the widest dtype of
     its operands, so beside rows or tables in fp32 only the norm is rounded."""
-    if rounding == "once":
+    if isinstance(rounding, str) and rounding == "once":
         return 0
     _check.choice(op, "rounding", rounding, ("once", "host"))
     if x.dtype not in (torch.bfloat16, torch.float16):

@@ -56,6 +56,12 @@ def rows(t: Tensor | None, x: Tensor) -> Tensor | float:
     return t if t.ndim == 1 else t.repeat_interleave(x.shape[1] // max(t.shape[1], 1), 1)
 
 
+def centred(x: Tensor) -> Tensor:
+    """x minus its mean, twice: what rounding leaves of the mean of a row far from zero is more than its spread."""
+    x = x - x.mean(-1, keepdim=True)
+    return x - x.mean(-1, keepdim=True)
+
+
 def final_layer(
     x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor | None = None, *,
     grid: Sequence[int], patch: Sequence[int], norm: str = "layer", eps: float = 1e-6,
@@ -63,7 +69,7 @@ def final_layer(
     """`unpatchify(linear(norm(x) * (1 + scale) + shift))`, rounded once, at the end."""
     h = accumulate(x)
     if norm == "layer":
-        h = h - h.mean(-1, keepdim=True)
+        h = centred(h)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     h = h * (1 + rows(scale, x)) + rows(shift, x)
     y = h @ accumulate(weight).T

@@ -96,7 +96,7 @@ def rotation(
     s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
     SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """cos and sin of token s, given or from its coordinates; 1 and 0 where nothing turns, as in text.
+    """cos and sin of token s, given or from its coordinates, and which pairs turn: none of text.
 
     `[1, PAIRS]`, or, given for each of BY_HEAD heads, `[heads, PAIRS]`.
     """
@@ -106,7 +106,7 @@ def rotation(
     if BY_HEAD:
         at = (s.to(tl.int64) * BY_HEAD + heads)[:, None] * N + j[None, :]
         live = live[None, :] & (heads < BY_HEAD)[:, None]
-        return tl.load(cos_ptr + at, live, 1.0), tl.load(sin_ptr + at, live, 0.0)
+        return tl.load(cos_ptr + at, live, 1.0), tl.load(sin_ptr + at, live, 0.0), live
     else:
         if cos_ptr is not None:
             cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
@@ -115,7 +115,13 @@ def rotation(
             t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
             position = tl.where(j < SPLIT_T, t, tl.where(j < SPLIT_T + SPLIT_H, h, w)).to(tl.int64)
             cos, sin = cos_sin(position, tl.load(steps_ptr + j, live, 0))
-        return cos[None, :], sin[None, :]
+        return cos[None, :], sin[None, :], live[None, :]
+
+
+@triton.jit
+def turn(x, y, cos, sin, turns):
+    """What does not turn keeps its value, and to itself: as a product it would share a NaN with its partner."""
+    return tl.where(turns, x * cos - y * sin, x), tl.where(turns, x * sin + y * cos, y)
 
 
 @triton.jit
@@ -131,7 +137,10 @@ def mean(x, count, WIDTH: tl.constexpr):
 @triton.jit
 def standardize_pairs(a, b, live, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
                       N: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
-    """(x̂, 1/σ) by two passes over registers, channels and heads that do not exist being 0."""
+    """(x̂, 1/σ) by two passes over registers, channels and heads that do not exist being 0.
+
+    The second also sums what rounding left of the mean: of values far from zero that is more than their spread.
+    """
     count: tl.constexpr = H * E if WIDTH else E
     if NORM == 2:
         PAIRS: tl.constexpr = a.shape[1]
@@ -140,10 +149,15 @@ def standardize_pairs(a, b, live, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, 
             is_a, is_b = 2 * j < E, 2 * j + 1 < E
         else:
             _, _, is_a, is_b = channel_pairs(E, N, PAIRS)
+        is_a, is_b = live[:, None] & is_a[None, :], live[:, None] & is_b[None, :]
         centre = mean(a + b, count, WIDTH)
-        a = tl.where(live[:, None] & is_a[None, :], a - centre, 0.0)
-        b = tl.where(live[:, None] & is_b[None, :], b - centre, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(mean(a * a + b * b, count, WIDTH) + eps)
+        a, b = tl.where(is_a, a - centre, 0.0), tl.where(is_b, b - centre, 0.0)
+        left = mean(a + b, count, WIDTH)
+        variance = tl.maximum(mean(a * a + b * b, count, WIDTH) - left * left, 0.0)
+        a, b = tl.where(is_a, a - left, 0.0), tl.where(is_b, b - left, 0.0)
+    else:
+        variance = mean(a * a + b * b, count, WIDTH)
+    rstd = 1.0 / tl.sqrt_rn(variance + eps)
     return a * rstd, b * rstd, rstd
 
 
@@ -185,11 +199,11 @@ def qk_norm_rope_fwd_kernel(
         if HOST:
             x, y = rounded(x, out_ptr), rounded(y, out_ptr)
     if N:
-        cos, sin = rotation(
+        cos, sin, turns = rotation(
             s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
             SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
         )  # fmt: skip
-        x, y = x * cos - y * sin, x * sin + y * cos
+        x, y = turn(x, y, cos, sin, turns)
     store_pairs(out_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
 
@@ -236,11 +250,11 @@ def qk_norm_rope_bwd_kernel(
         offsets = row_offsets(b, s, heads, dout_stride_b, dout_stride_s, dout_stride_h, E)
         x, y = load_pairs(dout_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
         if N:
-            cos, sin = rotation(
+            cos, sin, turns = rotation(
                 s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
                 SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
             )  # fmt: skip
-            x, y = x * cos + y * sin, y * cos - x * sin
+            x, y = turn(x, y, cos, -sin, turns)
         if NORM:
             offsets = row_offsets(b, s, heads, x_stride_b, x_stride_s, x_stride_h, E)
             x_hat, y_hat = load_pairs(x_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)

@@ -33,6 +33,7 @@ def normalise(
     dims = (-1,) if across == "head" else (-2, -1)
     if norm == "layer":
         x = x - x.mean(dims, keepdim=True)
+        x = x - x.mean(dims, keepdim=True)  # of values far from zero rounding leaves more of the mean than their spread
     x = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
     weight, bias = (t if t is None or across == "head" else t.view(x.shape[-2:]) for t in (weight, bias))
     x = x if weight is None else x * weight.to(x.dtype)
