@@ -250,6 +250,10 @@ Params params(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalT
   return p;
 }
 
+// none rather than empty: programs compiled ahead of time lose a list that is empty
+using OptionalList = std::optional<std::vector<int64_t>>;
+const std::vector<int64_t> kNone;
+
 // window and stride are of all heads, or of one after another.
 std::vector<Rule> rules(const Params& p, const std::vector<int64_t>& grids, const std::vector<int64_t>& window,
                         const std::vector<int64_t>& stride, int64_t chunk, int64_t sink, int64_t text_len,
@@ -303,12 +307,12 @@ void torchs_flash(const Tensor& q, const Tensor& k, const Tensor& v, double scal
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_lens,
-                   std::vector<int64_t> grids, std::vector<int64_t> window, std::vector<int64_t> stride, int64_t chunk,
+                   OptionalList grids, OptionalList window, std::vector<int64_t> stride, int64_t chunk,
                    int64_t sink, int64_t text_len, bool text_first, double scale, const Tensor& out,
                    const Tensor& lse) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  p.rules = rules(p, grids, window, stride, chunk, sink, text_len, text_first);
-  if (is_torchs(p, q, grids.empty())) return torchs_flash(q, k, v, scale, out, lse);
+  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, chunk, sink, text_len, text_first);
+  if (is_torchs(p, q, !grids)) return torchs_flash(q, k, v, scale, out, lse);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   with_dtype(q.scalar_type(), [&](auto t) {
     for (const Rule& rule : p.rules) {
@@ -322,12 +326,12 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 }
 
 void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& out, const Tensor& lse, const OptionalTensor& kv_lens, std::vector<int64_t> grids,
-                   std::vector<int64_t> window, std::vector<int64_t> stride, int64_t chunk, int64_t sink,
+                   const Tensor& out, const Tensor& lse, const OptionalTensor& kv_lens, OptionalList grids,
+                   OptionalList window, std::vector<int64_t> stride, int64_t chunk, int64_t sink,
                    int64_t text_len, bool text_first, double scale, bool /*deterministic: as it always is*/,
                    const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dv) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  p.rules = rules(p, grids, window, stride, chunk, sink, text_len, text_first);
+  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, chunk, sink, text_len, text_first);
   p.dout = heads("dout", dout, q), p.dq = heads("dq", dq, q);
   p.dk = heads("dk", dk, k), p.dv = heads("dv", dv, k);
   p.dlse = log_sums("dlse", dlse, p);

@@ -395,9 +395,12 @@ const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, doub
   return steps;
 }
 
-// axes: of t, h and w the size, then the pairs, then the origin; or empty.
+// none rather than empty: programs compiled ahead of time lose a list that is empty
+using OptionalList = std::optional<std::vector<int64_t>>;
+
+// axes: of t, h and w the size, then the pairs, then the origin; or none.
 Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
-                  const std::vector<int64_t>& axes, double theta, int64_t first) {
+                  const OptionalList& given, double theta, int64_t first) {
   Rotation r;
   r.first = first;
   r.cos = table("cos", cos, q), r.sin = table("sin", sin, q);
@@ -410,7 +413,8 @@ Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTens
     r.heads = cos->dim() == 3 ? cos->size(1) : 0;
     return r;
   }
-  if (axes.empty()) return r;
+  if (!given) return r;
+  const std::vector<int64_t>& axes = *given;
   SORA_CHECK(axes.size() == 9, "axes: expected the sizes, pairs and origins of three axes, got ", axes.size(), " integers");
   std::copy_n(axes.begin(), 3, r.grid);
   std::copy_n(axes.begin() + 3, 3, r.split);
@@ -442,7 +446,7 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
 
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                       const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
-                      const OptionalTensor& sin, int64_t norm, bool width, std::vector<int64_t> axes, double theta,
+                      const OptionalTensor& sin, int64_t norm, bool width, OptionalList axes, double theta,
                       int64_t first, bool interleaved, double eps, bool host, const Tensor& q_out,
                       const Tensor& k_out) {
   const Rotation r = rotation(q, cos, sin, axes, theta, first);
@@ -458,7 +462,7 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                       const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
                       const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm,
-                      bool width, std::vector<int64_t> axes, double theta, int64_t first, bool interleaved, double eps,
+                      bool width, OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
                       const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
                       const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
   const Rotation r = rotation(q, cos, sin, axes, theta, first);

@@ -1,7 +1,8 @@
 """What a call asks for, checked and in one form, and what becomes of it where heads keep rules of their own.
 
-The form the private ops take: (grids flat, window, stride, chunk, sink, text_len, text_first). `window` is empty for
-none; `window` and `stride` are one triple, or one after another for every query head.
+The form the private ops take: (grids flat, window, stride, chunk, sink, text_len, text_first). `grids` and `window` are
+None for none, never empty: programs that torch compiles ahead of time lose an empty list. `window` and `stride` are one
+triple, or one after another for every query head.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Mode:
 
 
 def mode_of(q_len: int, k_len: int, grids, window, stride, chunk, sink, text_len, text_first) -> Mode:
-    clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids), 3))
-    return Mode(q_len, k_len, clips, tuple(window), tuple(stride), chunk, sink, text_len, bool(text_first))
+    clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids or ()), 3))
+    return Mode(q_len, k_len, clips, tuple(window or ()), tuple(stride), chunk, sink, text_len, bool(text_first))
 
 
 def resolve(
@@ -106,7 +107,7 @@ _resolved = functools.lru_cache(maxsize=1024, typed=True)(_resolve)
 def by_head(form: Sequence, heads: int) -> list[tuple[tuple[int, ...], Form]]:
     """The distinct rules of a form, each with the heads that keep it, in the order of their first heads."""
     grids, window, stride, *rest = form
-    if len(window) <= 3:
+    if len(window or ()) <= 3:
         return [(tuple(range(heads)), tuple(form))]
     clips = [grids[i : i + 3] for i in range(0, len(grids), 3)]
     rules: dict[tuple, list[int]] = {}
@@ -168,7 +169,7 @@ def _reduced(clips, window, stride, chunk: int, sink: int, text_len: int, text_f
     if len(clips) < 2 and not window and not chunk:
         clips = []
     stride, sink = (stride, sink) if window else ((1, 1, 1), 0)
-    return _flat(clips), tuple(window), tuple(stride), chunk, sink, text_len, text_first
+    return _flat(clips) or None, tuple(window) or None, tuple(stride), chunk, sink, text_len, text_first
 
 
 def _flat(triples: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -285,11 +285,10 @@ def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
 # The private ops
 
 _MODE = (
-    "Tensor? kv_lens, SymInt[] grids, SymInt[] window, SymInt[] stride, SymInt chunk, SymInt sink, "
+    "Tensor? kv_lens, SymInt[]? grids, SymInt[]? window, SymInt[] stride, SymInt chunk, SymInt sink, "
     "SymInt text_len, bool text_first, float scale"
 )
-_KERNELS = "sora_kernels.attention.kernels"
-_FWD, _BWD = "spacetime_attention_fwd", "spacetime_attention_bwd"
+_FWD, _BWD, _KERNELS = "spacetime_attention_fwd", "spacetime_attention_bwd", "sora_kernels.attention.kernels"
 
 
 def _forward(q, k, v, *args) -> None:

@@ -75,13 +75,14 @@ def visible(
 
 
 def masks(
-    q: Tensor, k: Tensor, kv_lens: Tensor | None, grids: Sequence[int], window: Sequence[int],
+    q: Tensor, k: Tensor, kv_lens: Tensor | None, grids: Sequence[int] | None, window: Sequence[int] | None,
     stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool,
 ) -> Iterator[tuple[slice, Tensor | None]]:  # fmt: skip
     """Chunks of query rows and their masks, broadcastable to `[B, H, rows, Sk]`; None sees everything.
 
-    `window` and `stride` are empty, of all heads, or of one head after another.
+    `window` and `stride` are of all heads, or of one head after another; `window` may be None, and `grids`.
     """
+    grids, window = grids or (), window or ()
     B, Sq, H, _ = q.shape
     Sk = k.shape[1]
     rows = max(1, min(Sq, SCORES // max(B * H * Sk, 1)))
@@ -122,12 +123,12 @@ def widen(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> tuple[Tens
 
 
 def spacetime_attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, grids: Sequence[int], window: Sequence[int],
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, grids: Sequence[int] | None, window: Sequence[int] | None,
     stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output in q's dtype and the natural log-sum-exp of the scaled scores in fp32 (fp64 for fp64).
 
-    `grids` is flat, (T, H, W) after (T, H, W); empty means plain attention. So are `window` and `stride`, either of
+    `grids` is flat, (T, H, W) after (T, H, W); None means plain attention. So are `window` and `stride`, either of
     all heads or of one head after another.
     """
     Q, K, V = widen(q, k, v, kv_lens)

@@ -143,14 +143,14 @@ def _check_affine(op, x, H, E, norm, across, **parameters: Tensor | None) -> Non
 
 
 def _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len):
-    """(cos, sin, axes) as the op takes them, where None or empty means that nothing is rotated."""
+    """(cos, sin, axes) as the op takes them, where None means that nothing is rotated."""
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
-        return None, None, ()
+        return None, None, None
     if k.shape[1] != S:
         raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
     if freqs is None:
@@ -168,7 +168,7 @@ def _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len):
         _check_rotary_dim(op, rotary_dim, E)
     cos, sin = _freqs(op, freqs, q, k, rotary_dim, text_len)
     _check_rotary_dim(op, 2 * cos.shape[-1], E)
-    return cos, sin, ()
+    return cos, sin, None
 
 
 def _check_rotary_dim(op, rotary_dim, E) -> None:
@@ -221,7 +221,7 @@ def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
-    "int norm, bool width, SymInt[] axes, float theta, SymInt first, bool interleaved, float eps"
+    "int norm, bool width, SymInt[]? axes, float theta, SymInt first, bool interleaved, float eps"
 )
 
 
@@ -233,7 +233,8 @@ _LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
 def _keywords(cos, sin, norm, width, axes, theta, first, interleaved, eps, host=False) -> dict:
-    """axes: of t, h and w the size, then the pairs, then the origin; or empty."""
+    """axes: of t, h and w the size, then the pairs, then the origin; or None."""
+    axes = axes or ()
     return dict(
         norm=NORMS[norm], across="width" if width else "head", grid=axes[:3] or None, split=axes[3:6], theta=theta,
         freqs=None if cos is None else (cos, sin), origin=axes[6:], text_len=first, text_at="start",
