@@ -256,11 +256,23 @@ def _end(number: int, frame: Any) -> None:
     sys.exit(128 + number)
 
 
+def wait_politely() -> None:
+    """Let threads that wait for each other sleep, unless the user's environment says otherwise.
+
+    By default libgomp lets them spin for milliseconds after each loop. Beside another busy process the thread that is
+    waited for is then the one without a processor, and two threads took three times as long as one. To be called before
+    torch is imported, with which libgomp reads this.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def main() -> None:
     """The entry point: runs the app; expected errors become one line and exit code 1.
 
     SIGTERM and SIGHUP end it as an exception does, so that no half-written file stays behind.
     """
+    wait_politely()
     from sora_kernels._dispatch import Unavailable
 
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -416,3 +416,30 @@ def test_the_demo_makes_the_clip_and_tells_a_wrong_operation_from_a_right_one(tm
     with pytest.raises(SystemExit) as done:
         demo.main()
     assert done.value.code == 1
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_waiting_threads_sleep_before_torch_is_imported_unless_told_otherwise(given, found):
+    """libgomp reads how long they spin when torch loads it: beside a busy process that takes several times the time."""
+    code = """
+import os, sys, sora_model.cli as cli
+def told():
+    return {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(told(), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+cli.main()
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | given, capture_output=True, text=True)
+    assert done.stdout.strip() == str(found), done.stderr
