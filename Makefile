@@ -3,6 +3,7 @@
 # make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan1.3b-480p"
 # make lint                  ruff only
 # make build                 the compiled libraries: C++, and CUDA where nvcc is found
+# make sanitize              the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make gpu [OUT=dir] [MINUTES=8]   on a bare GPU machine: build, GPU tests, benchmarks; no network, no .venv
 #
 # The first use creates .venv; TORCH="torch==2.12.0" chooses another torch, PYTHON another interpreter.
@@ -32,7 +33,7 @@ SOURCES := setup.py $(shell find csrc -type f)
 say = printf '==> %s\n' $(1)
 failed = { printf '\n%s\n    %s\n' $(1) $(2) >&2; exit 1; }
 
-.PHONY: help demo test lint bench build gpu check-machine FORCE
+.PHONY: help demo test lint bench build sanitize gpu check-machine FORCE
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -57,6 +58,9 @@ gpu:
 	@$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --minutes "$(MINUTES)"
 
 build: .venv/.built
+
+sanitize: .venv/.installed
+	@$(PY) tests/sanitize.py
 
 .venv/.built: .venv/.installed $(SOURCES)
 	@$(call say,'building csrc/ for $(TARGETS)')

@@ -7,8 +7,8 @@
 The operations use the LibTorch Stable ABI only, so one build serves every torch >= 2.11, and _cuda.so compiles against
 any torch wheel, a CPU-only one included: it needs nvcc, not a GPU. Nothing here guesses and nothing downloads.
 
-Environment: SORA_KERNELS_BUILD (cpu, cuda or both, comma separated), CXX (g++), CUDA_HOME (else nvcc from PATH or
-/usr/local/cuda), MAX_JOBS (parallel compiler calls; ninja's own default otherwise).
+Environment: SORA_KERNELS_BUILD (cpu, cuda or both, comma separated), CXX (g++), CXXFLAGS (they follow ours), CUDA_HOME
+(else nvcc from PATH or /usr/local/cuda), MAX_JOBS (parallel compiler calls; ninja's own default otherwise).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"
 # No -ffast-math: NaN and infinity keep their meaning. Reductions are vectorised by `omp simd` where the source says so.
 # -Wno-psabi: vectors are passed to inlined functions only, never by a calling convention.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-             "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-missing-field-initializers"]
+             "-fopenmp-simd", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-missing-field-initializers",
+             *shlex.split(os.environ.get("CXXFLAGS", ""))]
 # sm_80 also carries PTX, for devices newer than this list.
 CUDA_ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a",
                       "arch=compute_100,code=sm_100"]
