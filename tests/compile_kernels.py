@@ -7,18 +7,20 @@ Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kern
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 
+import hazards
 import pytest
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,7 +32,6 @@ POINTERS = {
     torch.uint8: "*u8",
 }  # fmt: skip
 FORMATS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
-TOOLS = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def specialise(kernel: triton.JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
@@ -91,25 +92,30 @@ def distinct(launches: list) -> list:
     return list(found.values())
 
 
+def compile_for(capability: int, source: ASTSource, options: dict) -> tuple:
+    """The compiled kernel, and what ptxas said of it."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled, said.getvalue()
+
+
 def measure(kernel, args, kwargs, capability: int) -> dict:
-    source, options = specialise(kernel, args, dict(kwargs))
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = compiled.asm["ptx"]
-    return dict(
-        kernel=kernel.__name__, registers=found["REG"], stack=found["STACK"], local=found["LOCAL"],
-        shared=compiled.metadata.shared, num_warps=compiled.metadata.num_warps,
+    compiled, said = compile_for(capability, *specialise(kernel, args, dict(kwargs)))
+    found, ptx = sass.resources(compiled.asm["cubin"]), compiled.asm["ptx"]
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    row = dict(
+        kernel=kernel.__name__, **found, shared=shared, num_warps=warps,
+        occupancy=sass.occupancy(capability, found["registers"], shared, warps),
         loads=ptx.count("ld.global"), vector_loads=len(re.findall(r"ld\.global\S*\.(?:v4\.[bu]32|v2\.b64)", ptx)),
         copies=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
         vector_copies=len(re.findall(r"cp\.async\.c[ag]\.[^;]*\], 0x10,", ptx)),
         boxes=ptx.count("cp.async.bulk.tensor"), wgmma=ptx.count("wgmma.mma_async"), tcgen05=ptx.count("tcgen05.mma"),
     )  # fmt: skip
+    if row["wgmma"]:
+        row |= sass.wgmma(compiled.asm["cubin"])
+        row |= dict(serialized="are serialized" in said, overwritten=hazards.overwritten(compiled.asm["ttgir"]))
+    return row
 
 
 def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
@@ -188,7 +194,10 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 
 
 def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
-    """Both ends of Wan 14B with a row per frame, Wan 5B with 48 channels and a row per token, Wan 1.3B; odd sizes."""
+    """Both ends of Wan 14B with a row per frame, Wan 5B with 48 channels and a row per token, Wan 1.3B; odd sizes.
+
+    The last layer also with a row per frame of Wan 5B, of fp16 and of 4 channels.
+    """
     from sora_kernels import _triton
     from sora_kernels.patchify import kernels, kernels_embed, kernels_final, kernels_uint8
 
@@ -200,7 +209,12 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         (16, (21, 30, 52), (1, 2, 2), 1536, fp32, fp32, 1),
         (3, (3, 5, 7), (2, 3, 5), 33, bf16, fp32, 3),
     ]
-    for C, grid, patch, D, dtype, weight_dtype, frames in cases:
+    last = [
+        (48, (31, 22, 40), (1, 2, 2), 3072, bf16, bf16, 31),
+        (16, (21, 45, 80), (1, 2, 2), 5120, torch.float16, torch.float16, 21),
+        (4, (16, 32, 32), (1, 2, 2), 1152, bf16, bf16, 1),
+    ]
+    for C, grid, patch, D, dtype, weight_dtype, frames in cases + last:
         S, K = grid[0] * grid[1] * grid[2], C * patch[0] * patch[1] * patch[2]
 
         def empty(*shape, dtype=dtype):
@@ -226,8 +240,12 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
                 kernels_final.final_layer_bwd(*a)
             ),
         }
+        only_last = (C, grid, patch, D, dtype, weight_dtype, frames) in last
         for name, call in calls.items():
-            yield f"{name} C={C} D={D}", call, modules
+            if not only_last:
+                yield f"{name} C={C} D={D}", call, modules
+            elif name.startswith("final"):
+                yield f"{name} C={C} D={D} {str(dtype).removeprefix('torch.')} {frames} rows", call, modules
     frames = [  # of Wan 2.1's decoder at 480p and of Wan 2.2's at 704p
         ("pixels", 3, (4, 480, 832), (1, 1, 1)), ("patches", 12, (4, 352, 640), (1, 2, 2)),
     ]  # fmt: skip
@@ -299,8 +317,20 @@ def attention(
 
         forward = functools.partial(on_this_gpu, kernels_forward.spacetime_attention_fwd, q, k, v, *mode, out, lse)
         backward = functools.partial(
-            on_this_gpu, kernels_backward.spacetime_attention_bwd,
-            dout, None, q, k, v, out, lse, *mode, True, dq, dk, dv,
+            on_this_gpu,
+            kernels_backward.spacetime_attention_bwd,
+            dout,
+            None,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *mode,
+            True,
+            dq,
+            dk,
+            dv,
         )
         kind = "time alone" if rule.get("window") == (30, 1, 1) else "window" if rule else "dense"
         kind += " and text" if "text_len" in rule else ""
@@ -461,6 +491,7 @@ SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {
 
 
 def main() -> None:
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True  # a cached kernel says nothing
     capabilities = [int(sm.removeprefix("sm_")) for sm in sys.argv[1].split(",")]
     for name in sys.argv[2:] or FAMILIES:
         family = name.removesuffix("_everywhere")

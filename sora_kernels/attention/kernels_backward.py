@@ -100,25 +100,27 @@ def attention_bwd_dq_kernel(
     delta = tl.load(delta_ptr + row, valid, 0.0)[:, None]
     dq = zeros(QUERIES, PARTS)
 
-    for e in range(begin, masked):
-        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
-        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
-        p = tl.exp2(dot_t(q, k) * scale_2 - base)
-        dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
+    if begin < masked:  # as around the loops of the forward
+        for e in range(begin, masked):
+            origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
+            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
+            p = tl.exp2(dot_t(q, k) * scale_2 - base)
+            dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
     reach = None
     if PLANNED:
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
-    for e in range(masked, end):
-        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        real = key < key_end
-        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
-        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
-        p = tl.exp2(dot_t(q, k) * scale_2 - base)
-        see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
-        p = tl.where(see, p, 0.0)
-        dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
+    if masked < end:
+        for e in range(masked, end):
+            origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            real = key < key_end
+            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
+            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
+            p = tl.exp2(dot_t(q, k) * scale_2 - base)
+            see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
+            p = tl.where(see, p, 0.0)
+            dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
     # dq is dense [B, Sq, H, E]
     store_tile(dq_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, scaled(dq, scale), E)
@@ -164,30 +166,24 @@ def attention_bwd_dkdv_kernel(
         base_head = base_ptr + (b * heads + head) * Sq
         delta_head = delta_ptr + (b * heads + head) * Sq
 
-        for e in range(begin, masked):
-            origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-            q = load_rows(q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, None, E, PARTS, UNIT, VISIT)
-            dout = load_rows(
-                dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, None, E, PARTS, UNIT, VISIT
-            )
-            p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token)[None, :])
-            dv = add_dot(dv, p, dout)
-            ds = p * (dot_t(v, dout) - tl.load(delta_head + token)[None, :])
-            dk = add_dot(dk, ds, q)
-
-        for e in range(masked, end):
-            origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-            there = token < Sq
-            q = load_rows(q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, there, E, PARTS, UNIT, VISIT)
-            dout = load_rows(
-                dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, there, E, PARTS, UNIT, VISIT
-            )
-            p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
-            see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
-            p = tl.where(see, p, 0.0)
-            dv = add_dot(dv, p, dout)
-            ds = p * (dot_t(v, dout) - tl.load(delta_head + token, there, 0.0)[None, :])
-            dk = add_dot(dk, ds, q)
+        if begin < end:  # as around the loops of the forward
+            for e in range(begin, end):
+                origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+                there = token < Sq
+                q = load_rows(
+                    q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, there, E, PARTS, UNIT, VISIT
+                )
+                dout = load_rows(
+                    dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, there,
+                    E, PARTS, UNIT, VISIT,
+                )  # fmt: skip
+                p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
+                if e >= masked:
+                    see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
+                    p = tl.where(see, p, 0.0)
+                dv = add_dot(dv, p, dout)
+                ds = p * (dot_t(v, dout) - tl.load(delta_head + token, there, 0.0)[None, :])
+                dk = add_dot(dk, ds, q)
 
     dk = scaled(dk, scale)
     if kv_lens_ptr is not None:  # padding may have met anything; its gradient is 0

@@ -271,24 +271,28 @@ def attention_fwd_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     sums = zeros(QUERIES, PARTS)
 
-    for e in range(begin, masked):
-        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
-        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
-        sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
+    # The branches around the loops: where a loop may be skipped, the zeros that go past it would meet the sums still in
+    # flight before these are waited for, and ptxas then waits after every single wgmma.
+    if begin < masked:
+        for e in range(begin, masked):
+            origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
+            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
+            sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
 
     reach = None
     if PLANNED:
         reach = load_reach(reach_ptr, token[:, None], valid[:, None], Sq)
-    for e in range(masked, end):
-        origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
-        real = key < key_end
-        k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
-        v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
-        scores = dot_t(q, k)
-        see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
-        scores = tl.where(see, scores, float("-inf"))
-        sums, top, total = online_softmax(sums, top, total, scores, v, scale, True)
+    if masked < end:
+        for e in range(masked, end):
+            origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            real = key < key_end
+            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
+            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
+            scores = dot_t(q, k)
+            see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
+            scores = tl.where(see, scores, float("-inf"))
+            sums, top, total = online_softmax(sums, top, total, scores, v, scale, True)
 
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)

@@ -26,6 +26,7 @@ from .._triton import frames_of, load_rows, load_vector, row_strides, store_rows
 from .kernels import dot, feature_offsets, token_offsets, unpatchify3d_bwd
 from .reference import patch_of
 
+MOD_ROWS = tl.constexpr(16)  # half of scale, half of shift: the narrowest operand of every tensor core
 PROGRAMS = 256  # of the backward: two per SM of a large GPU, and the bound of the fp32 partials where it can be kept
 
 
@@ -36,6 +37,15 @@ def load_weight(ptr, n, cols, N: tl.constexpr, D):
 
 
 @triton.jit
+def folded(x, COLUMNS: tl.constexpr):
+    """Sums of columns side by side: [rows, COLUMNS]."""
+    if x.shape[1] == COLUMNS:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [x.shape[0], COLUMNS, x.shape[1] // COLUMNS]), 2)
+
+
+@triton.jit
 def final_layer_fwd_kernel(
     x_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr, out_ptr, dy_ptr, mean_ptr, rstd_ptr, centre_ptr, along_ptr,
     x_stride_b, x_stride_s, shift_stride_b, shift_stride_f, scale_stride_b, scale_stride_f,
@@ -43,23 +53,26 @@ def final_layer_fwd_kernel(
     S, grid_h, grid_w, tokens_per_frame, tokens_per_group, tiles, D, eps,
     N: tl.constexpr, C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     RMS: tl.constexpr, PER_TOKEN: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """out = unpatchify(z + shift·Wᵀ + bias); or, given dy, the statistics of each token for the backward:
     mean and 1/σ of x, centre = dy·((1 + scale)Wᵀ) / D and along = dy·z / D, which are the means of dx̂ and of dx̂·x̂.
 
-    A program has BLOCK_S tokens of one group. A group is a frame, whose tokens share a row of scale and shift (its
-    product with the weight is a tile of 16 equal rows, the fewest that a tensor core takes), or, PER_TOKEN, the batch.
+    A program has BLOCK_S tokens of one group. A group is a frame, whose tokens share a row of scale and shift (their
+    product with the weight is one tile of MOD_ROWS, half of them scale, half shift), or, PER_TOKEN, the batch.
     """
     group = tl.program_id(0) // tiles
     t = tl.program_id(0) % tiles * BLOCK_S + tl.arange(0, BLOCK_S)
     live = t < tokens_per_group
     row = group * tokens_per_group + t
     x_row = (row // S).to(tl.int64) * x_stride_b + (row % S).to(tl.int64) * x_stride_s
-    MOD_ROWS: tl.constexpr = BLOCK_S if PER_TOKEN else 16
     TOKENS: tl.constexpr = x_ptr.dtype.element_ty
     SAME: tl.constexpr = TOKENS == tl.bfloat16 and weight_ptr.dtype.element_ty == tl.bfloat16
     OPERAND: tl.constexpr = tl.bfloat16 if SAME else tl.float32
+    # Where wgmma reads the weight's tile for the tokens it must for these rows too, with 64 rows on the left: beside a
+    # copy of the tile in registers Triton counts a buffer too few, and prefetches into what wgmma still reads.
+    WEIGHT_FIRST: tl.constexpr = SAME and BLOCK_S >= 64
+    SHIFTED: tl.constexpr = shift_ptr is not None and out_ptr is not None
     if PER_TOKEN:
         mod_row, mod_live = row, live
     else:
@@ -69,6 +82,7 @@ def final_layer_fwd_kernel(
     shift_row = video * shift_stride_b + frame * shift_stride_f
     scale_row = video * scale_stride_b + frame * scale_stride_f
     lanes = tl.arange(0, BLOCK_D)
+    copies = tl.arange(0, MOD_ROWS)
     width = tl.maximum(D, 1)  # of x without any width the bias is left
     pivot = tl.zeros([BLOCK_S], tl.float32)
     if not RMS:
@@ -79,34 +93,48 @@ def final_layer_fwd_kernel(
 
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        x_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-        x_square = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+        x_sum = tl.zeros([BLOCK_S, SUMS], tl.float32)
+        x_square = tl.zeros([BLOCK_S, SUMS], tl.float32)
         z = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
-        from_scale = tl.zeros([MOD_ROWS, BLOCK_N], tl.float32)
-        from_shift = tl.zeros([MOD_ROWS, BLOCK_N], tl.float32)
-        for start in range(0, D, BLOCK_D):
-            cols = start + lanes
-            mask = live[:, None] & (cols < D)[None, :]
-            mod_mask = mod_live[:, None] & (cols < D)[None, :]
-            x = load_rows(x_ptr, x_row, cols, mask)
-            w = load_weight(weight_ptr, n, cols, N, D)
-            if not RMS:
-                x = tl.where(mask, x - pivot[:, None], 0.0)
-                x_sum += x
-            x_square += x * x
-            scale = tl.full([1, 1], 1.0, tl.float32)
-            if scale_ptr is not None:
-                scale += load_rows(scale_ptr, scale_row, cols, mod_mask)
-            z = dot((x * scale).to(OPERAND), w, z, TOKENS)
-            if not RMS:
-                scale = tl.broadcast_to(scale.to(OPERAND), [MOD_ROWS, BLOCK_D])
-                from_scale = dot(scale, w, from_scale, TOKENS)
-            if shift_ptr is not None and out_ptr is not None:
-                shift = load_rows(shift_ptr, shift_row, cols, mod_mask).to(OPERAND)
-                from_shift = dot(tl.broadcast_to(shift, [MOD_ROWS, BLOCK_D]), w, from_shift, TOKENS)
+        from_rows = tl.zeros([BLOCK_N, MOD_ROWS] if WEIGHT_FIRST else [MOD_ROWS, BLOCK_N], tl.float32)
+        from_scale = tl.zeros([BLOCK_S if PER_TOKEN else 1, BLOCK_N], tl.float32)
+        from_shift = from_scale
+        if D > 0:  # else zeros that go past the loop meet sums in flight, and ptxas waits after every single wgmma
+            for start in range(0, D, BLOCK_D):
+                cols = start + lanes
+                mask = live[:, None] & (cols < D)[None, :]
+                mod_mask = mod_live[:, None] & (cols < D)[None, :]
+                x = load_rows(x_ptr, x_row, cols, mask)
+                w = load_weight(weight_ptr, n, cols, N, D)
+                if not RMS:
+                    x = tl.where(mask, x - pivot[:, None], 0.0)
+                    x_sum += folded(x, SUMS)
+                x_square += folded(x * x, SUMS)
+                scale = tl.full([1, 1], 1.0, tl.float32)
+                if scale_ptr is not None:
+                    scale += load_rows(scale_ptr, scale_row, cols, mod_mask)
+                z = dot((x * scale).to(OPERAND), w, z, TOKENS)
+                if PER_TOKEN and not RMS:
+                    of_scale = tl.broadcast_to(scale.to(OPERAND), [BLOCK_S, BLOCK_D])
+                    from_scale = dot(of_scale, w, from_scale, TOKENS)
+                shift = tl.zeros([1, 1], tl.float32)
+                if SHIFTED:
+                    shift = load_rows(shift_ptr, shift_row, cols, mod_mask)
+                if PER_TOKEN and SHIFTED:
+                    from_shift = dot(shift.to(OPERAND), w, from_shift, TOKENS)
+                if not PER_TOKEN and (SHIFTED or not RMS):
+                    rows = tl.where((copies < MOD_ROWS // 2)[:, None], scale, shift).to(OPERAND)
+                    rows = tl.broadcast_to(rows, [MOD_ROWS, BLOCK_D])
+                    if WEIGHT_FIRST:
+                        from_rows = dot(tl.trans(w), tl.trans(rows), from_rows, TOKENS)
+                    else:
+                        from_rows = dot(rows, w, from_rows, TOKENS)
 
         if not PER_TOKEN:
-            from_scale, from_shift = tl.max(from_scale, 0)[None, :], tl.max(from_shift, 0)[None, :]
+            if not WEIGHT_FIRST:
+                from_rows = tl.trans(from_rows)
+            from_scale = tl.sum(tl.where((copies == 0)[None, :], from_rows, 0.0), 1)[None, :]
+            from_shift = tl.sum(tl.where((copies == MOD_ROWS - 1)[None, :], from_rows, 0.0), 1)[None, :]
         mean = tl.sum(x_sum, 1) / width
         rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(x_square, 1) / width - mean * mean, 0.0) + eps)
         z = (z - mean[:, None] * from_scale) * rstd[:, None]
@@ -235,15 +263,19 @@ def final_layer_bwd_kernel(
 
 
 def tile(N: int, dtype: torch.dtype, split: bool, per_token: bool) -> dict[str, int]:
-    """Constexprs of the forward: as many tokens share a tile of the weight as the registers hold sums for."""
+    """Constexprs of the forward: as many tokens share a tile of the weight as the registers hold sums for.
+
+    SUMS columns hold those of x: the 8 that a thread loads at once are added first where a thread has several such.
+    """
     block = min(max(triton.next_power_of_2(N), 16), 256)
     if dtype == torch.float32:
-        return dict(BLOCK_S=64, BLOCK_D=16, BLOCK_N=min(block, 64), num_warps=8)
+        return dict(BLOCK_S=64, BLOCK_D=16, BLOCK_N=min(block, 64), SUMS=16, num_warps=8)
     if block > 64:
-        return dict(BLOCK_S=32, BLOCK_D=32 if split else 64, BLOCK_N=min(block, 128) if split else block, num_warps=8)
+        wide, block = (32, min(block, 128)) if split else (64, block)
+        return dict(BLOCK_S=32, BLOCK_D=wide, BLOCK_N=block, SUMS=wide, num_warps=8)
     if split or per_token:
-        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=block, num_warps=8)
-    return dict(BLOCK_S=128, BLOCK_D=64, BLOCK_N=block, num_warps=8, num_stages=4)
+        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=block, SUMS=32, num_warps=8)
+    return dict(BLOCK_S=128, BLOCK_D=64, BLOCK_N=64, SUMS=8, num_warps=8, num_stages=4)
 
 
 def backward_tile(N: int, dtype: torch.dtype, split: bool) -> dict[str, int]:
