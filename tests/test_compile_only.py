@@ -94,6 +94,7 @@ def test_every_global_load_of_a_dense_row_is_16_bytes_wide(rows):
     checked = [r for r in checked if r["kernel"] != "sum_partials_kernel" or r["family"] != "patchify"]
     checked = [r for r in checked if r["kernel"] not in GATHERS | PARTIALS and not r["case"].endswith(ODD)]
     checked = [r for r in checked if not r["case"].startswith((ODD_CHANNELS, STRIDED))]
+    checked = [r for r in checked if r["kernel"] != "unpatchify3d_kernel" or " C=4 " not in r["case"]]  # 8 bytes a row
     narrow = [r for r in checked if r["vector_loads"] < r["loads"] - NARROW.get(r["kernel"], 0)]
     assert checked and not narrow, narrow
 
