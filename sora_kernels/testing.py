@@ -96,13 +96,18 @@ def arrange(t: Tensor, layout: str) -> Tensor:
 
 @contextlib.contextmanager
 def poison_empty() -> Iterator[None]:
-    """Fill everything that torch.empty and torch.empty_like give with NaN: an element nobody wrote shows."""
+    """Fill everything that torch.empty and torch.empty_like give with NaN: an element nobody wrote shows.
+
+    Every bit of it is set, as in no NaN that arithmetic gives: who executes kernels can tell it from a result.
+    """
     originals = torch.empty, torch.empty_like
 
     def poisoned(original):
         def allocate(*args, **kwargs):
             t = original(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() else t
+            if t.is_floating_point():
+                t.view(getattr(torch, f"int{8 * t.element_size()}")).fill_(-1)
+            return t
 
         return allocate
 

@@ -15,7 +15,7 @@ if reason := _dispatch.why_not("norm_silu", "triton", "cuda" if torch.cuda.is_av
     pytest.skip(reason, allow_module_level=True)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not _dispatch.INTERPRET)
 FORMATS = {"last": torch.channels_last_3d, "first": torch.contiguous_format}
 NORMS = {"rms": dict(norm="rms"), "group": dict(norm="group", groups=3)}
 FORMAT, NORM = pytest.mark.parametrize("order", FORMATS), pytest.mark.parametrize("norm", NORMS)

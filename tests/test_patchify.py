@@ -28,7 +28,7 @@ def on(require):
     def check(op, impl, device="cpu", dtype=torch.float32):
         require(op, impl, device, dtype, grad=True)
         if impl == "triton" and device == "cpu" and dtype == torch.bfloat16 and _dispatch.INTERPRET:
-            pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested on a GPU")
+            pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested as compiled code")
 
     return check
 

@@ -40,7 +40,7 @@ def on(require):
         impl, device = where
         require("video_to_uint8", impl, device, dtype)
         if impl == "triton" and device == "cpu" and dtype == torch.bfloat16 and _dispatch.INTERPRET:
-            pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested on a GPU")
+            pytest.skip("the Triton interpreter computes bf16 on raw bits; bf16 is tested as compiled code")
         return dict(impl=impl)
 
     return check

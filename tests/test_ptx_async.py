@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import ptx
 import pytest
 import torch
 from ptx.snippets import THREAD, run
@@ -136,14 +137,8 @@ def arranged(matrix: torch.Tensor, bits: int, transposed: bool) -> tuple[torch.T
     return flat, leading, 128 if not bits else stride
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name, bits, transposed, from_registers", [
-    ("bf16", 3, False, False), ("bf16", 2, False, False), ("bf16", 1, False, False), ("bf16", 0, False, False),
-    ("bf16", 3, True, False), ("f16", 2, True, True), ("f16", 1, True, False), ("bf16", 3, False, True),
-    ("tf32", 3, False, False), ("tf32", 1, False, True),
-])  # fmt: skip
-def test_wgmma(name, bits, transposed, from_registers, seed):
-    """64 x 32 x 16: a from shared memory or registers, both operands in one layout."""
+def product(name: str, bits: int, transposed: bool, from_registers: bool):
+    """The body of a kernel of 64 x 32 x 16 (a from shared memory or registers), its arguments, and what comes out."""
     N, K = 32, 8 if name == "tf32" else 16
     a, b = torch.randn(64, K).to(DTYPES[name]), torch.randn(N, K).to(DTYPES[name])
     if name == "tf32":
@@ -189,5 +184,220 @@ def test_wgmma(name, bits, transposed, from_registers, seed):
     wgmma.wait_group.sync.aligned 0;
     {each(N // 2, "st.global.b32 [%d6+{1}], %r{0};", 20, 512)}"""
     )
-    run(body, [image, registers, out], ".u64 image, .u64 a, .u64 out", 128, 32768, schedule=seed)
-    torch.testing.assert_close(accumulators(out).double(), 1 + a.double() @ b.double().T, rtol=1e-6, atol=1e-6)
+    arguments = [image, registers, out]
+    return body, arguments, lambda: accumulators(out).double(), 1 + a.double() @ b.double().T
+
+
+PRODUCT = ".u64 image, .u64 a, .u64 out"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name, bits, transposed, from_registers", [
+    ("bf16", 3, False, False), ("bf16", 2, False, False), ("bf16", 1, False, False), ("bf16", 0, False, False),
+    ("bf16", 3, True, False), ("f16", 2, True, True), ("f16", 1, True, False), ("bf16", 3, False, True),
+    ("tf32", 3, False, False), ("tf32", 1, False, True),
+])  # fmt: skip
+def test_wgmma(name, bits, transposed, from_registers, seed):
+    body, arguments, result, expected = product(name, bits, transposed, from_registers)
+    run(body, arguments, PRODUCT, 128, 32768, schedule=seed)
+    torch.testing.assert_close(result(), expected, rtol=1e-6, atol=1e-6)
+
+
+def faults(body: str, *arguments, kinds: tuple[str, ...], seeds: int = 4, **options) -> set[str]:
+    """The kinds of fault, one of `kinds` under every schedule, and the messages."""
+    messages = set()
+    for seed in range(seeds):
+        with pytest.raises(ptx.Fault) as fault:
+            run(body, *arguments, schedule=seed, **options)
+        assert fault.value.kind in kinds, str(fault.value)
+        messages.add(str(fault.value))
+    return messages
+
+
+@pytest.mark.parametrize("line, says", [
+    ("wgmma.wait_group.sync.aligned 0;", "before wgmma.wait_group"),
+    ("wgmma.fence.sync.aligned;", "written since the last wgmma.fence"),
+    ("fence.proxy.async.shared::cta;", "no fence.proxy.async between"),
+])  # fmt: skip
+@pytest.mark.parametrize("from_registers", [False, True])
+def test_what_a_wgmma_must_wait_for(line, says, from_registers):
+    body, arguments, *_ = product("bf16", 3, False, from_registers)
+    found = faults(body.replace(line, ""), arguments, PRODUCT, 128, 32768, kinds=("asynchrony",))
+    assert all(says in message for message in found), found
+
+
+def test_a_wgmma_reads_its_operands_until_its_wait():
+    body, arguments, *_ = product("bf16", 3, False, True)
+    commit = "wgmma.commit_group.sync.aligned;"
+    written = body.replace(commit, commit + "\nst.shared.b32 [%r3+16384], %r1;")
+    assert "may still read" in faults(written, arguments, PRODUCT, 128, 32768, kinds=("asynchrony", "race")).pop()
+    overwritten = body.replace(commit, commit + "\nmov.b32 %r10, 0;")
+    assert "overwrites an operand" in faults(overwritten, arguments, PRODUCT, 128, 32768, kinds=("asynchrony",)).pop()
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+
+COPY = (
+    THREAD
+    + """ld.param.u64 %d1, [x];
+mad.wide.s32 %d2, %r1, 16, %d1;
+mad.lo.s32 %r4, %r1, 16, %r3;
+mov.b32 %r5, 12;
+cp.async.cg.shared.global [%r4], [%d2], 16, %r5;
+cp.async.commit_group;
+cp.async.wait_group 0;
+bar.sync 0;
+xor.b32 %r6, %r1, 32;
+mad.lo.s32 %r7, %r6, 16, %r3;
+ld.shared.v4.b32 {%r8, %r9, %r10, %r11}, [%r7];
+st.global.v4.b32 [%d2], {%r8, %r9, %r10, %r11};"""
+)
+
+
+def test_a_copy_fills_with_zeros_and_lands_by_its_wait():
+    for seed in range(4):
+        x = torch.arange(256, dtype=torch.int32) + 1
+        want = x.view(64, 4).roll(32, 0).clone()
+        want[:, 3] = 0
+        run(COPY, [x], ".u64 x", 64, schedule=seed)
+        assert torch.equal(x.view(64, 4), want)
+
+
+@pytest.mark.parametrize("line, kinds", [
+    ("cp.async.wait_group 0;", ("asynchrony", "race", "uninitialised")),
+    ("cp.async.commit_group;", ("asynchrony", "race", "uninitialised")),
+    ("bar.sync 0;", ("race", "asynchrony", "uninitialised")),
+])  # fmt: skip
+def test_what_a_copy_must_wait_for(line, kinds):
+    faults(COPY.replace(line, "", 1), [torch.zeros(256)], ".u64 x", 64, kinds=kinds)
+
+
+BOX = (
+    THREAD
+    + """setp.eq.s32 %p1, %r1, 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r3], 1;
+bar.sync 0;
+mov.b64 %d1, m;
+cvta.param.u64 %d2, %d1;
+mov.b64 %d3, n;
+mov.b32 %r10, -8;
+mov.b32 %r11, 8;
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 512;
+@%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r3+1024], [%d2, {%r10, %r11}], [%r3];
+mov.b32 %r4, 0;
+again:
+mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], %r4;
+@!%p2 bra again;
+ld.param.u64 %d4, [out];
+and.b32 %r5, %r1, 31;
+mad.wide.s32 %d5, %r5, 16, %d4;
+mad.lo.s32 %r6, %r5, 16, %r3;
+ld.shared.v4.b32 {%r20, %r21, %r22, %r23}, [%r6+1024];
+st.global.v4.b32 [%d5], {%r20, %r21, %r22, %r23};
+bar.sync 0;
+st.shared.v4.b32 [%r6+1024], {%r20, %r21, %r22, %r23};
+fence.proxy.async.shared::cta;
+bar.sync 0;
+@%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d3, {%r10, %r11}], [%r3+1024];
+cp.async.bulk.commit_group;
+cp.async.bulk.wait_group.read 0;"""
+)
+BOXES = ".align 64 .b8 m[128], .align 64 .b8 n[128], .u64 out"
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3])
+def test_boxes_there_and_back(bits):
+    """A box [4, 64] at (8, -8) of [10, 40]: zeros outside, 16-byte pieces swizzled, stored as loaded."""
+    for seed in range(3):
+        x, back = torch.randn(10, 40).bfloat16(), torch.zeros(10, 40).bfloat16()
+        out = torch.zeros(256, dtype=torch.bfloat16)
+        arguments = [ptx.Box(x, (4, 64), bits), ptx.Box(back, (4, 64), bits), out]
+        counters = run(BOX, arguments, BOXES, 64, 2048, schedule=seed)
+        padded = torch.zeros(4, 64).bfloat16()
+        padded[:2, 8:48] = x[8:]
+        want = torch.empty(256, dtype=torch.bfloat16)
+        for piece in range(32):
+            at = swizzle(0x800 + 16 * piece, bits) - 0x800 >> 1
+            want[at : at + 8] = padded.view(32, 8)[piece]
+        assert torch.equal(out, want)
+        assert torch.equal(back[8:], x[8:]) and (back[:8] == 0).all()
+        traffic = counters.traffic()["cp.async.bulk"]
+        assert (traffic["requests"], traffic["bytes"]) == (2, 2 * 40 * 2 + 512)
+
+
+WAIT = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], %r4;\n@!%p2 bra again;"
+
+
+@pytest.mark.parametrize("line, kinds", [
+    (WAIT, ("race", "asynchrony", "uninitialised")), ("fence.proxy.async.shared::cta;", ("asynchrony",)),
+    ("cp.async.bulk.wait_group.read 0;", ("asynchrony",)), ("bar.sync 0;", ("race", "asynchrony", "uninitialised")),
+    ("@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 512;", ("deadlock",)),
+])  # fmt: skip
+def test_what_boxes_must_wait_for(line, kinds):
+    x, out = torch.zeros(10, 40).bfloat16(), torch.zeros(256).bfloat16()
+    arguments = [ptx.Box(x, (4, 64)), ptx.Box(torch.zeros(10, 40).bfloat16(), (4, 64)), out]
+    faults(BOX.replace(line, ""), arguments, BOXES, 64, 2048, kinds=kinds, seeds=8)
+
+
+# ---- barriers and races --------------------------------------------------------------------------------------------
+
+EXCHANGE = (
+    THREAD
+    + """mad.lo.s32 %r4, %r1, 4, %r3;
+st.shared.b32 [%r4], %r1;
+bar.sync 0;
+xor.b32 %r5, %r4, 128;
+ld.shared.b32 %r6, [%r5];
+bar.sync 0;
+st.shared.b32 [%r4], %r6;"""
+)
+
+
+def test_barriers_order_warps():
+    run(EXCHANGE, [1], ".u32 x", 64)
+    first, second = EXCHANGE.replace("bar.sync 0;", "", 1), EXCHANGE[::-1].replace(";0 cnys.rab", "", 1)[::-1]
+    faults(first, [1], ".u32 x", 64, kinds=("race", "uninitialised"))
+    found = faults(second, [1], ".u32 x", 64, kinds=("race",), seeds=64)
+    assert any("read, with no barrier between" in message for message in found)
+    assert any("wrote, with no barrier between" in message for message in found)
+
+
+def test_the_same_value_written_twice_is_no_race():
+    write = THREAD + "shr.u32 %r5, %r1, {};\nst.shared.b32 [%r3], %r5;"
+    run(write.format(6), [1], ".u32 x", 64)
+    faults(write.format(5), [1], ".u32 x", 64, kinds=("race",))
+
+
+def test_named_barriers():
+    """Warp 0 writes and arrives; warp 1 waits for it, and no other."""
+    body = (
+        THREAD
+        + """setp.lt.s32 %p1, %r1, 32;
+    @%p1 st.shared.b32 [%r3], %r3;
+    @%p1 bar.arrive 1, 64;
+    @!%p1 bar.sync 1, 64;
+    @!%p1 ld.shared.b32 %r4, [%r3];"""
+    )
+    for seed in range(4):
+        run(body, [1], ".u32 x", 64, schedule=seed)
+    faults(body.replace("bar.arrive 1, 64", "bar.arrive 2, 64"), [1], ".u32 x", 64, kinds=("deadlock",))
+
+
+def test_a_deadlock_says_where_each_warp_stands():
+    body = THREAD + "setp.lt.s32 %p1, %r1, 32;\n@%p1 bra out;\nbar.sync 0;\nout:"
+    message = faults(body, [1], ".u32 x", 96, kinds=("deadlock",)).pop()
+    assert "warps 1, 2: ?: bar.sync 0;" in message and "warps 0: left" in message
+
+
+def test_a_barrier_in_a_part_of_a_warp():
+    body = THREAD + "setp.lt.s32 %p1, %r1, 16;\n@%p1 bar.sync 0;"
+    assert "lanes 0000ffff of ffffffff" in faults(body, [1], ".u32 x", 32, kinds=("barrier",)).pop()
+    shuffle = THREAD + "setp.lt.s32 %p1, %r1, 16;\n@%p1 shfl.sync.bfly.b32 %r4, %r1, 1, 31, -1;"
+    assert "elsewhere" in faults(shuffle, [1], ".u32 x", 32, kinds=("barrier",)).pop()
+
+
+def test_no_end():
+    body = THREAD + "again:\nadd.s32 %r1, %r1, 1;\nbra again;"
+    for threads in (32, 64):
+        message = faults(body, [1], ".u32 x", threads, kinds=("endless",), budget=1000, seeds=1).pop()
+        assert "warps 0" in message and "bra again" in message or "add.s32" in message

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import ptx
 import pytest
 import torch
-from ptx.snippets import THREAD, per_element, run
+from ptx.snippets import THREAD, module, per_element, run
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -408,3 +410,40 @@ def test_tensors_beyond_32_bits_take_no_memory():
     assert counters.written == 4
     with pytest.raises(ptx.Fault, match="writes 4 bytes at byte -2147483648 of argument 0"):
         run(body.format(offset="mov.b32 %r8, 0x80000000;\ncvt.s64.s32 %d3, %r8;"), [x], ".u64 x")
+
+
+# ---- what cannot run -----------------------------------------------------------------------------------------------
+
+TEXT = module("mov.u32 %r1, %tid.x;", ".u64 x, .u32 n", shared=".extern .shared .align 16 .b8 s[];")
+
+
+@pytest.mark.parametrize("change, says", [
+    (("8.4", "12.1"), "PTX of version 12.1; versions 6.0 to 9.4 are known"),
+    ((".version 8.4", ""), "this is no PTX: it has no .version"),
+    (("mov.u32 %r1, %tid.x;", ".loc 1 1\ntcgen05.ld %r1;"), "the instruction tcgen05.ld is not modelled"),
+    (("mov.u32 %r1, %tid.x;", "add.rz.f32 %r1, %r1, %r1;"), "the instruction add.rz.f32 is not modelled"),
+    (("mov.u32 %r1, %tid.x;", "ld.local.b32 %r1, [%r2];"), "generic or local memory are not modelled"),
+    (("mov.u32 %r1, %tid.x;", "add.s32 %r1, %h1, %r1;"), "%h1 has 16 bits where 32 are wanted"),
+    (("mov.u32 %r1, %tid.x;", "bra nowhere;"), "no label nowhere"),
+    (("mov.u32 %r1, %tid.x;", "mov.u32 %r1, %clock;"), "%clock is not modelled"),
+    (("ret;\n}", "ret;"), "cut off"),
+    ((".entry k(", ".entry other("), "there is no kernel 'k' in this PTX; it has other"),
+    (("sm_90a", "sm_100a"), "is for sm_100; sm_80"),
+])  # fmt: skip
+def test_ptx_that_is_not_known(change, says):
+    with pytest.raises(ptx.Unsupported, match=re.escape(says)):
+        ptx.run(TEXT.replace(*change), (1,), [None, 1], name="k")
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(grid=(0,)), "the grid of k is (0, 1, 1)"), (dict(grid=(1, 70000)), "the grid of k is (1, 70000, 1)"),
+    (dict(block=(2048,)), "has (2048, 1, 1) threads"), (dict(block=(64,)), "compiled for blocks of (32, 1, 1)"),
+    (dict(shared=1 << 20), "takes 1048576 bytes of shared memory; a block on sm_90 has 232448"),
+    (dict(arguments=[None, 1, 2]), "k has 2 parameters; 3 arguments were given"),
+    (dict(arguments=[None, 2**40]), "argument 1 is 1099511627776, which 4 bytes do not hold"),
+    (dict(arguments=[None, torch.zeros(2)]), "argument 1 of k has 4 bytes"),
+    (dict(checks=["speed"]), "checks names ['speed']; there are alignment, initialised, races, async"),
+])  # fmt: skip
+def test_launches_that_do_not_fit(given, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ptx.run(TEXT, **(dict(grid=(1,), arguments=[None, 1]) | given))

@@ -166,18 +166,28 @@ class Decoder:
         return Program(records, np.array(self.pool or [0], np.int32), registers, self.origin, self.shared_bytes)
 
     def watch(self, records: np.ndarray) -> None:
-        """Mark what writes the registers of a wgmma: wgmma.fence must come between."""
+        """Mark what writes the registers of a wgmma: wgmma.fence must come between. Copies of registers, which ptxas
+        makes into names, only pass on what they copy."""
         used: set[int] = set()
         for record in records[records["wgmma"] == 2]:
             used.update(self.pool[record["first"] : record["first"] + record["count"] - 2])
-        for record in records[records["wgmma"] == 0] if used else ():
-            if used.intersection(self.pool[record["first"] : record["first"] + record["destinations"]]):
-                record["wgmma"] = 1
+        moves = {self.operations[f"mov.{kind}32"] for kind in "busf"}
+        copies = [record for record in records if record["operation"] in moves] if used else []
+        pairs = [self.pool[c["first"] : c["first"] + 2] for c in copies]
+        while more := {of for to, of in pairs if to in used and of not in self.constants} - used:
+            used |= more
+        for record in records if used else ():
+            to = self.pool[record["first"] : record["first"] + record["destinations"]]
+            if not record["wgmma"] and used.intersection(to):
+                of = self.pool[record["first"] + 1]
+                record["wgmma"] = 3 if record["operation"] in moves and of not in self.constants else 1
 
     # ---- by opcode ---------------------------------------------------------------------------------------------------
 
     def arithmetic(self, parts: list[str], operands: list) -> None:
         """An operation of the core under its own name, its operands as wide as its type."""
+        if not re.match(r"[busf]\d+|bf16|pred$", parts[-1]):
+            raise self.fail(f"the instruction {self.current.opcode} is not modelled")
         base, width = parts[0], bits(parts[-1])
         name = ".".join(p for p in parts if not (p == "rn" and base in NEAREST))
         result = 2 * width if "wide" in parts else 32 if base in COUNTS else width

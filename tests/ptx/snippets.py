@@ -13,7 +13,7 @@ KINDS = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
 
 def module(body: str, parameters: str, threads: int = 32, sm: str = "sm_90a", shared: str = "") -> str:
     """A kernel named k around the body."""
-    declared = ",\n".join(f".param {p.split()[0]} {p.split()[1]}" for p in parameters.split(", "))
+    declared = ",\n".join(f".param {p}" for p in parameters.split(", "))
     registers = "\n".join(f".reg .{kind} %{name}<64>;" for kind, name in (
         ("pred", "p"), ("b16", "h"), ("b32", "r"), ("b64", "d")))  # fmt: skip
     return (

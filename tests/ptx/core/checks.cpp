@@ -142,10 +142,15 @@ void Warp::check_registers(const Instruction& i) const {
 }
 
 void Warp::note_registers(const Instruction& i) {
+  const bool fenced = i.wgmma == 3 && !(in_flight[i.operand[1] / 4] & kUnfenced);
   for (int n = 0; n < i.destinations; ++n) {
     u8& state = in_flight[i.operand[n] / 4];
-    if (!(state & kUnfenced)) unfenced.push_back(i.operand[n]);
-    state |= kUnfenced;
+    if (fenced) {
+      state &= ~kUnfenced;
+    } else if (!(state & kUnfenced)) {
+      state |= kUnfenced;
+      unfenced.push_back(i.operand[n]);
+    }
   }
 }
 

@@ -108,7 +108,7 @@ void Warp::run(i64 instructions) {
     ++machine.launch.executed[pc];
     ++executed;
     if (!products.empty() && i.wgmma != 2) check_registers(i);
-    if (i.wgmma == 1 && mask) note_registers(i);
+    if (i.wgmma & 1 && mask) note_registers(i);
     Flow flow = i.run(*this, i, mask);
     if (flow == Flow::next) {
       if (++pc < join) continue;
@@ -159,7 +159,7 @@ void Machine::run(i64 index) {
     }
     Warp& w = *ready[random() % ready.size()];
     i64 before = w.executed;
-    w.run(warps.size() == 1 ? launch.budget + 1 : 1 + random() % 1024);
+    w.run(warps.size() == 1 ? launch.budget + 1 : 1 + random() % (u64{1} << random() % 11));
     executed += w.executed - before;
     if (executed > launch.budget)
       fault(Kind::endless, 0, "%lld warp instructions of this CTA and no end", (long long)executed);

@@ -121,7 +121,7 @@ struct Instruction {
   const i32* operand;
   i32 count, destinations;
   i32 guard, negate;
-  i32 wgmma;  // 1: it writes a register that some wgmma uses, 2: it is one
+  i32 wgmma;  // 1: it writes a register that some wgmma uses, 2: it is one, 3: as 1, but a mere copy
   i64 immediate[4];
 };
 
