@@ -21,6 +21,7 @@ SMALL = {  # name -> capability, file, what of it, how many tests at least
     "patchify": (90, "test_patchify.py", "error_rule and triton-cpu and dtype1 and case0", 2),
     "attention, wgmma": (90, "test_attention_triton.py", "bfloat16 and (cross-64 or causal_window_sink-64)", 2),
     "attention, mma": (80, "test_attention_triton.py", "bfloat16 and window_text_end-64", 1),
+    "real sizes": (90, "ptx/cases_sizes.py", "", 8),
     "convolution": (90, "test_causal_conv_triton.py", "half_precision and bfloat16 and triton and everything", 1),
 }
 # Left out: bits that are the same for every memory layout. The interpreter keeps that; the compiler orders sums anew
@@ -40,7 +41,7 @@ def execute(sm: int, file: str, chosen: str, least: int, schedule: int = 0) -> N
     environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     options = ["-q", "-p", "ptx.plugin", "-p", "no:cacheprovider", f"--ptx={sm}", f"--ptx-schedule={schedule}"]
-    command = [sys.executable, "-m", "pytest", *options, str(TESTS / file), "-k", chosen]
+    command = [sys.executable, "-m", "pytest", *options, str(TESTS / file), *(["-k", chosen] if chosen else [])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -71,15 +71,32 @@ def arguments(found: CompiledKernel, values: dict) -> tuple[list, list[str]]:
     return listed, names
 
 
-def launch(kernel: JITFunction, sm: int, grid: tuple | Callable, args: tuple, kwargs: dict, **options) -> Counters:
-    """`kernel[grid](*args, **kwargs)` as sm_N would run it. options: of device.run."""
+Rewrite = Callable[[str, str], str]
+
+
+def launch(
+    kernel: JITFunction,
+    sm: int,
+    grid: tuple | Callable,
+    args: tuple,
+    kwargs: dict,
+    rewrite: Rewrite | None = None,
+    **options,
+) -> Counters:
+    """`kernel[grid](*args, **kwargs)` as sm_N would run it. options: of device.run.
+
+    rewrite(name, ptx) gives the PTX to execute in place of what was compiled.
+    """
     values = {p.name: p.default for p in kernel.params if p.has_default}
     values |= dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     grid = grid(values) if callable(grid) else grid
     found = compiled(kernel, sm, args, kwargs)
     listed, names = arguments(found, values)
+    text = found.asm["ptx"]
+    if rewrite:
+        text = rewrite(found.metadata.name, text)
     return device.run(
-        found.asm["ptx"], grid, listed, name=found.metadata.name, names=names, shared=found.metadata.shared, **options
+        text, grid, listed, name=found.metadata.name, names=names, shared=found.metadata.shared, **options
     )
 
 
@@ -90,7 +107,7 @@ Observer = Callable[[JITFunction, Counters], None]
 def triton_on(sm: int, observe: Observer | None = None, **options) -> Iterator[None]:
     """Within it `impl="triton"` takes CPU tensors, and every launch is executed as sm_N would.
 
-    observe is called after each launch with the kernel and its counters. options: of device.run.
+    observe is called after each launch with the kernel and its counters. options: of launch and of device.run.
     """
 
     def run(self: JITFunction, *args, grid, warmup, **kwargs) -> None:

@@ -23,14 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LAUNCHES: collections.Counter = collections.Counter()
 
 
+def count(kernel, counters) -> None:
+    LAUNCHES[kernel.__name__] += 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Before collection: test modules ask at import whether Triton runs here."""
     from .launcher import triton_on
 
-    def observe(kernel, counters) -> None:
-        LAUNCHES[kernel.__name__] += 1
-
-    device = triton_on(config.getoption("--ptx"), observe, schedule=config.getoption("--ptx-schedule"))
+    device = triton_on(config.getoption("--ptx"), count, schedule=config.getoption("--ptx-schedule"))
     device.__enter__()
     config.add_cleanup(lambda: device.__exit__(None, None, None))
 
