@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import math
 import sys
 import time
@@ -20,8 +21,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-import sora_kernels as sk
 
 from . import _dispatch, _library, info
 from .attention import reference as attention
@@ -121,7 +120,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> fl
         name: (torch.randn(shape, generator=generator) * _spread(name, shape)).to(dtype).to(device)
         for name, shape in case.shapes.items()
     }
-    function = functools.partial(getattr(sk, case.op), **case.arguments)
+    function = functools.partial(getattr(importlib.import_module(__package__), case.op), **case.arguments)
     if case.op == "video_to_uint8":
         return 0.0 if torch.equal(function(**inputs, impl=impl), function(**inputs, impl="reference")) else math.inf
     double = {name: t.double() for name, t in inputs.items()}
@@ -210,7 +209,7 @@ def _why_not(op: str, impl: str, device: str, dtype: torch.dtype) -> str | None:
 def _add(row: Row, name: str, case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> None:
     try:
         share = check(case, impl, dtype, device)
-    except sk.Unavailable:
+    except _dispatch.Unavailable:
         return  # these arguments are none of its own
     except Exception as error:
         share, said = math.inf, str(error).strip().partition("\n")[0]
