@@ -135,6 +135,44 @@ def spy(monkeypatch, counts):
 # The transformer
 
 
+@pytest.mark.parametrize("rounding", ["host", "once"])
+def test_without_gradients_queries_and_keys_are_rounded_as_the_host_rounds_them(rounding, monkeypatch):
+    import diffusers.models.transformers.transformer_wan as theirs
+
+    import sora_kernels.integrations.diffusers as host
+
+    model = wan(num_layers=1)
+    rope, _ = copy.deepcopy(model.rope), model.bfloat16()
+    model.rope = rope  # in fp32, as a pipeline loads it
+    batch = [t.bfloat16() for t in inputs(model)]
+    seen = []
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def watched(q, k, *args, **kwargs):
+            seen.append(torch.cat([q.flatten(), k.flatten()]))
+            return original(q, k, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(theirs, "dispatch_attention_fn")
+    watch(host, "spacetime_attention")
+    output(model, *batch)
+    report = patch_model(model, rounding=rounding)
+    output(model, *batch)
+    expected, actual = seen[0], seen[2]
+    differing = (actual != expected).float().mean().item()
+    assert (differing < 0.01) if rounding == "host" else (differing > 0.05), differing
+    assert f"rounding='{rounding}'" in str(report)
+    with torch.enable_grad():
+        model(*batch)
+    once = seen[4]
+    assert torch.equal(once, actual) == (rounding == "once"), "while a gradient is recorded values are rounded once"
+    with pytest.raises(ValueError, match="already patched with impl='auto', rounding="):
+        patch_model(model, rounding={"host": "once", "once": "host"}[rounding])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_output_and_gradients(case):
     changes, sizes, per, length = CASES[case]
@@ -370,7 +408,7 @@ def test_a_masked_attention_is_that_of_diffusers():
     with torch.no_grad():
         exact = copy.deepcopy(attn).double()(x.double(), text.double(), mask)
         plain = attn(x, text, mask)
-        attn.set_processor(sora_kernels.integrations.diffusers.WanProcessor("auto", attn.processor))
+        attn.set_processor(sora_kernels.integrations.diffusers.WanProcessor("auto", "host", attn.processor))
         assert_matches_oracle(attn(x, text, mask), exact, plain)
         assert not torch.allclose(attn(x, text), plain)
 
@@ -484,7 +522,8 @@ def test_the_report_reads_well():
     assert "  blocks.* ×12        now norm_modulate, gate_residual, gate_residual_norm_modulate" in lines
     assert "  blocks.*.attn1 ×12  now qk_norm_rope, spacetime_attention" in lines
     assert lines[-1].startswith("  kept: projections")
-    assert len(lines) == 7
+    assert lines[-2] == "  rounding='host': where the host rounds, while no gradient is recorded"
+    assert len(lines) == 8
 
 
 # Verification
@@ -596,7 +635,7 @@ def test_patching_twice():
     forwards = [vars(module).get("forward") for module in model.modules()]
     assert patch_model(model) == first
     assert [vars(module).get("forward") for module in model.modules()] == forwards
-    with pytest.raises(ValueError, match="already patched with impl='auto'; call unpatch_model first"):
+    with pytest.raises(ValueError, match="already patched with impl='auto', rounding='host'; call unpatch"):
         patch_model(model, "reference")
     unpatch_model(model)
     with pytest.raises(ValueError, match="unpatch_model: this WanTransformer3DModel is not patched"):

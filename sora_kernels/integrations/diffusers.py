@@ -36,11 +36,11 @@ _BLOCK = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 _NORM = (FP32LayerNorm,)
 
 
-def plan(model: nn.Module, impl: str) -> tuple[list[Plan], tuple[str, ...]]:
+def plan(model: nn.Module, impl: str, rounding: str) -> tuple[list[Plan], tuple[str, ...]]:
     """The steps of a WanTransformer3DModel or an AutoencoderKLWan, and what of it is never replaced."""
     if isinstance(model, WanTransformer3DModel):
         kept = "projections, feed-forward and embeddings: matrix products, PyTorch's own"
-        return list(_transformer(model, impl)), (kept,)
+        return list(_transformer(model, impl, rounding)), (kept,)
     kept = "convolutions and resampling: their caches between chunks are diffusers' own"
     return list(_autoencoder(model, impl)), (kept, "attention of a single head over a frame: PyTorch's own")
 
@@ -109,7 +109,7 @@ def _why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str
 # WanTransformer3DModel
 
 
-def _transformer(model: nn.Module, impl: str) -> Iterator[Plan]:
+def _transformer(model: nn.Module, impl: str, rounding: str) -> Iterator[Plan]:
     embedding = model.patch_embedding
     reason = why_not_rebind(embedding, nn.Conv3d) or layers.why_not_embed(embedding)
     yield _step("patch_embedding", ("patch_embed3d",), reason, bind(embedding, _embed, impl))
@@ -124,7 +124,7 @@ def _transformer(model: nn.Module, impl: str) -> Iterator[Plan]:
                 reason = f"{type(module).__name__} has a forward of its own, not that of WanAttention"
             elif type(module.processor) is not WanAttnProcessor:
                 reason = f"its processor is a {type(module.processor).__name__}, set by someone else"
-            processor = Swap(module, WanProcessor(impl, module.processor), processor=True)
+            processor = Swap(module, WanProcessor(impl, rounding, module.processor), processor=True)
             ops = ("qk_norm_rope", "spacetime_attention")
             yield _step(name, ops, reason or _why_not_attention(module), processor)
 
@@ -196,8 +196,9 @@ class WanProcessor:
     the norm and the rotation before it stay ours. Where the norms must be called, the processor that was replaced runs.
     """
 
-    def __init__(self, impl: str, replaced: WanAttnProcessor) -> None:
+    def __init__(self, impl: str, rounding: str, replaced: WanAttnProcessor) -> None:
         self.impl = impl
+        self.rounding = rounding  # where no gradient is recorded
         self.replaced = replaced
 
     @property
@@ -231,6 +232,7 @@ class WanProcessor:
         if rotary_emb is not None:  # [1, S, 1, E], each angle twice
             cos, sin = (t[0, :, 0, ::2] for t in rotary_emb)
             norms["freqs"] = cos, sin
+        norms["rounding"] = "once" if torch.is_grad_enabled() else self.rounding
         q, k = qk_norm_rope(q, k, **norms, eps=attn.norm_q.eps, impl=self.impl)              # [B, S, H, E]
         backend, parallel = self._attention_backend, self._parallel_config
         if attention_mask is None and parallel is None and _is_default(backend) and not in_context_parallel():

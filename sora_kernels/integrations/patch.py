@@ -44,6 +44,7 @@ class Report:
 
     model: str
     impl: str
+    rounding: str
     steps: tuple[Step, ...]
     kept: tuple[str, ...]
 
@@ -57,6 +58,7 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.model}, impl={self.impl!r}: {len(self.replaced)} of {len(self.steps)} steps replaced"
+        rounded = "where the host rounds, while no gradient is recorded" if self.rounding == "host" else "once"
         groups: dict[tuple[str, ...], int] = {}
         for step in self.steps:
             where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", step.where) or "the model"
@@ -64,7 +66,8 @@ class Report:
             groups[where, outcome] = groups.get((where, outcome), 0) + 1
         rows = [(f"{where} ×{count}" if count > 1 else where, outcome) for (where, outcome), count in groups.items()]
         width = max((len(where) for where, _ in rows), default=0)
-        return "\n".join([title, *(f"  {w:<{width}}  {o}" for w, o in rows), *(f"  kept: {k}" for k in self.kept)])
+        lines = [title, *(f"  {w:<{width}}  {o}" for w, o in rows), f"  rounding={self.rounding!r}: {rounded}"]
+        return "\n".join([*lines, *(f"  kept: {k}" for k in self.kept)])
 
 
 # What a host library's file makes, and a patched model remembers
@@ -152,12 +155,15 @@ def _is_replaced(module: nn.Module) -> bool:
 # The public functions
 
 
-def patch_model(model: nn.Module, impl: str = "auto", *, strict: bool = False) -> Report:
+def patch_model(model: nn.Module, impl: str = "auto", *, rounding: str = "host", strict: bool = False) -> Report:
     """Let sora_kernels run the hot steps of `model`, in place; say what was replaced, what not, and why.
 
     model   a diffusers WanTransformer3DModel (adaLN norms, gated residuals, QK-norm + rotary embedding + attention,
             patch embedding, final layer) or AutoencoderKLWan (norm + SiLU)
     impl    handed to every operation. A step whose operations lack an explicitly named one is left to the host
+    rounding  "host": in 16 bits, values after the norm of q and k are rounded as the host rounds them, as long as no
+            gradient is recorded. Over the steps of a sampler the host's own roundings are part of what it shows.
+            "once": nearer to fp64, and always so in training
     strict  raise `Unavailable`, and change nothing, where a step would be left
 
     The same arithmetic as the host's, upcasts included, with fewer roundings: outputs and gradients agree within the
@@ -165,23 +171,25 @@ def patch_model(model: nn.Module, impl: str = "auto", *, strict: bool = False) -
     their scale, gradient checkpointing and an attention backend chosen in diffusers keep working. Copies, pickles and
     replicas of a patched model are patched. Where the weights of a module are read instead of its being called, and a
     call would do more (hooks, offloading, FSDP, a wrapper, whenever it came), the host's own step runs. Wrap and
-    compile afterwards. Patching again with the same impl changes nothing.
+    compile afterwards. Patching again with the same impl and rounding changes nothing.
 
     Raises TypeError for a model no class of which is known (the message lists those that are), ValueError for an
-    unknown impl, a model patched with another impl or already compiled.
+    unknown impl or rounding, a model patched with others or already compiled.
     """
     host = host_of(model)
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
+    _check.choice("patch_model", "rounding", rounding, ("host", "once"))
     if (record := vars(model).get(_RECORD)) is not None:
         report: Report = record[0]
-        if report.impl != impl:
-            raise ValueError(f"patch_model: already patched with impl={report.impl!r}; call unpatch_model first")
+        if (report.impl, report.rounding) != (impl, rounding):
+            was = f"impl={report.impl!r}, rounding={report.rounding!r}"
+            raise ValueError(f"patch_model: already patched with {was}; call unpatch_model first")
         return report
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError("patch_model: the model is compiled already; patch it first, then compile")
-    plans, kept = host.plan(model, impl)
+    plans, kept = host.plan(model, impl, rounding)
     plans = [_without_missing(plan, _dispatch.FORCED if impl == "auto" else impl) for plan in plans]
-    report = Report(type(model).__name__, impl, tuple(plan.step for plan in plans), kept)
+    report = Report(type(model).__name__, impl, rounding, tuple(plan.step for plan in plans), kept)
     if strict and report.left:
         raise _dispatch.Unavailable(f"patch_model: strict=True, and some steps would be left to the host.\n{report}")
     swaps = [swap for plan in plans for swap in plan.swaps]
