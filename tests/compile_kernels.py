@@ -500,7 +500,8 @@ def main() -> None:
             for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
                 for capability in targets:
                     row = measure(kernel, args, kwargs, capability)
-                    print(json.dumps(dict(family=family, case=case, sm=capability, **row)), flush=True)
+                    row = dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
+                    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

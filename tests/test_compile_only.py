@@ -6,6 +6,7 @@ here is slow everywhere.
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import os
@@ -139,6 +140,25 @@ def test_attention_loads_boxes_through_the_tma(rows):
     loops = {"attention_bwd_dkdv_kernel": 1}  # of two boxes each, before it and in it
     assert all(row["boxes"] >= 4 * loops.get(row["kernel"], 2) and not row["vector_copies"] for row in rows), rows
     assert all(row["copies"] <= 12 for row in rows), "what is left are words: the plan's, delta and LSE"
+
+
+# Written by: python tests/compile_kernels.py sm_80,sm_90,sm_100,sm_120 attention causal_conv patchify > (this file)
+TABLE = pathlib.Path(__file__).parent.parent / "benchmarks/compiled/sass.jsonl"
+
+
+def test_the_table_of_what_ptxas_made_of_the_products_is_that_of_this_tree(rows):
+    """Registers, stack, shared memory, occupancy, groups of wgmma: what a change costs shows in that file."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    table = [json.loads(line) for line in TABLE.read_text().splitlines()]
+    if (installed := importlib.metadata.version("triton")) != table[0]["triton"]:
+        pytest.skip(f"the table is of triton {table[0]['triton']}, here is {installed}")
+    families = {row["family"] for row in table}
+    assert families == {"attention", "causal_conv", "patchify"}
+    compiled_now = [row for row in rows if row["family"] in families]
+    key = ("family", "case", "sm", "kernel")
+    changed = [row for row in compiled_now if row not in table]
+    assert not changed, [tuple(row[name] for name in key) for row in changed]
+    assert len(table) == len(compiled_now), "rows of kernels that are gone"
 
 
 PRODUCTS = {  # kernels of matrix products on wgmma
