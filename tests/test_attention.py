@@ -23,7 +23,7 @@ def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 8, 4, 8), torch.randn(2, 14, 2, 8), torch.randn(2, 14, 2, 8)
     lens = torch.tensor([14, 3])
-    dense = ([], [], [1, 1, 1], 0, 0, 0, False, 0.3)
+    dense = (None, None, [1, 1, 1], 0, 0, 0, False, 0.3)
     windowed = ([2, 2, 3], [1, 2, 2], [1, 2, 1], 1, 1, 2, True, 0.3)
     samples = []
     by_head = ([2, 2, 3], [1, 2, 2, 2, 2, 3] * 2, [1, 2, 1, 1, 1, 1] * 2, 0, 0, 2, True, 0.3)

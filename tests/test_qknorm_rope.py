@@ -27,9 +27,9 @@ def op_samples() -> list[tuple[str, tuple]]:
     q, k = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 1, 8)
     affine, none = tuple(torch.randn(4, 8)), (None,) * 4
     on_the_fly = (None, None, 2, False, [1, 2, 3, 2, 1, 1, 0, 5, 0], 1e4, 1, True, 1e-6)
-    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, [], 1e4, 0, False, 1e-6)
-    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), 1, False, [], 1e4, 1, False, 1e-6)
-    plain = (None, None, 0, False, [], 1e4, 0, True, 1e-6)
+    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, None, 1e4, 0, False, 1e-6)
+    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), 1, False, None, 1e4, 1, False, 1e-6)
+    plain = (None, None, 0, False, None, 1e4, 0, True, 1e-6)
     empty = torch.empty_like
     return [
         ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, False, empty(q), empty(k))),
