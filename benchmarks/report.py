@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import machine, verified
+from . import compiled_report, machine, verified
 
 README = machine.ROOT / "README.md"
 ALL = "benchmarks/results/README.md"
@@ -33,7 +33,7 @@ def load_rows(results: Path = machine.RESULTS) -> list[Row]:
     """Every row of `results/<device>/*.jsonl`; of rows that measure the same thing, the newest."""
     newest: dict[tuple, Row] = {}
     for path in sorted(results.glob("*/*.jsonl")):
-        for row in read_jsonl(path):
+        for row in [] if path.parent.name == compiled_report.FOLDER else read_jsonl(path):  # counts, not times
             key = *_machine(row), *(row[f] for f in ("op", "shape", "dtype", "mode", "impl"))
             if key not in newest or row["date"] >= newest[key]["date"]:
                 newest[key] = row
@@ -231,10 +231,14 @@ def replace_block(text: str, name: str, body: str) -> str:
 
 
 def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> bool:
-    """Regenerate the blocks `figures` and, where the README has them, `verified` and `toy`; whether any changed."""
+    """Regenerate the block `figures` and, where they are, `verified`, `compiled` and `toy`; whether any changed."""
     before = readme.read_text(encoding="utf-8")
     after = replace_block(before, "figures", figures(load_rows(results)))
-    for name, block in (("verified", lambda: verification(results)), ("toy", toy)):
+    for name, block in (
+        ("verified", lambda: verification(results)),
+        ("compiled", lambda: compiled_report.headline(results)),
+        ("toy", toy),
+    ):
         if f"<!-- {name}:begin -->" in after:
             after = replace_block(after, name, block())
     if after != before:

@@ -143,7 +143,7 @@ def test_attention_loads_boxes_through_the_tma(rows):
 
 
 # Written by: python tests/compile_kernels.py sm_80,sm_90,sm_100,sm_120 attention causal_conv patchify > (this file)
-TABLE = pathlib.Path(__file__).parent.parent / "benchmarks/compiled/sass.jsonl"
+TABLE = pathlib.Path(__file__).parent.parent / "benchmarks/results/compiled/sass.jsonl"
 
 
 def test_the_table_of_what_ptxas_made_of_the_products_is_that_of_this_tree(rows):

@@ -78,6 +78,7 @@ class Counters:
 
     `read` and `written`: the distinct 32-byte sectors of global memory that the launch touched. Of traffic: `sectors`
     of each request, `wavefronts` of shared memory, and how many they would be were the lanes' bytes side by side.
+    `tensors`: those it was given, by the names of the parameters.
     """
 
     program: decoder.Program
@@ -85,6 +86,7 @@ class Counters:
     memory: np.ndarray
     read: int
     written: int
+    tensors: dict[str, torch.Tensor]
 
     def instructions(self) -> collections.Counter:
         """Warp instructions by class: the opcode, with the space for accesses."""
@@ -151,6 +153,7 @@ class Memory:
     def __init__(self) -> None:
         self.buffers: list[_Buffer] = []
         self.names: list[str] = []
+        self.tensors: dict[str, torch.Tensor] = {}
         self.alive: list[object] = []
 
     def address(self, tensor: torch.Tensor, name: str) -> int:
@@ -169,7 +172,8 @@ class Memory:
                 holes.as_strided(tensor.shape, tensor.stride()).fill_(1)
         else:
             raise ValueError(f"{name} is on {tensor.device}; the executor takes tensors of the CPU and the meta device")
-        self.alive += [tensor, holes]
+        self.alive.append(holes)
+        self.tensors[name] = tensor
         poisoned = tensor.is_floating_point() and size in (2, 4, 8) and tensor.device.type == "cpu"
         mask = None if holes is None else holes.data_ptr()
         self.buffers.append(_Buffer(low, low + extent * size, host, mask, size, poisoned))
@@ -239,7 +243,7 @@ def run(
     )  # fmt: skip
     if build.core().ptx_launch(ctypes.byref(launch)):
         raise _fault(kernel, program, launch.failure, memory)
-    return Counters(program, executed, traffic, *launch.unique_sectors)
+    return Counters(program, executed, traffic, *launch.unique_sectors, memory.tensors)
 
 
 def _fits(kernel: parser.Kernel, grid: tuple, block: tuple, shared: int) -> None:

@@ -1,0 +1,234 @@
+"""The calls whose compiled kernels `benchmarks.compiled` executes: the widths of public models, a few programs each.
+
+A reduction of a whole clip leaves a bounded number of fp32 partials. So that a small clip shows the share they have of
+a large one, `bounds` cuts that number as far as the clip was cut: each program gathers as much as at full size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import sora_kernels
+
+BF16, FP32, LAST = torch.bfloat16, torch.float32, torch.channels_last_3d
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, forward and, where an input wants a gradient, backward.
+
+    call      takes the inputs by name and returns its results
+    inputs    the tensors; those of floats want gradients, save `constant`
+    products  bound by the tensor cores: its bytes are told and not judged
+    bounds    module.NAME of a bound of programs -> what it is here
+    """
+
+    name: str
+    call: Callable[..., Tensor | tuple[Tensor, ...] | None]
+    inputs: Callable[[], dict[str, Tensor]]
+    constant: tuple[str, ...] = ()
+    products: bool = False
+    bounds: Mapping[str, int] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def bounded(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for place, bound in self.bounds.items():
+                module, name = f"sora_kernels.{place}".rsplit(".", 1)
+                stack.enter_context(mock.patch.object(importlib.import_module(module), name, bound))
+            yield
+
+
+def op(name: str, **settings) -> Callable:
+    return partial(getattr(sora_kernels, name), impl="triton", **settings)
+
+
+def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, dtype=FP32).to(dtype)
+
+
+def video(*shape: int) -> Tensor:
+    return draw(*shape).to(memory_format=LAST)
+
+
+def modulation() -> Iterator[Case]:
+    """Wan 1.3B (D=1536) and 14B (5120); 64 tokens a program of the backward, as of 32,760 over 512."""
+    small = {"modulation.kernels.PROGRAMS": 4}
+    for D in (1536, 5120):
+        yield Case(
+            f"norm_modulate D={D} per clip", op("norm_modulate"),
+            lambda D=D: dict(x=draw(1, 256, D), shift=draw(1, 1, D), scale=draw(1, 1, D)), bounds=small,
+        )  # fmt: skip
+    yield Case(
+        "norm_modulate D=1536 tables", op("norm_modulate"),
+        lambda: dict(x=draw(1, 256, 1536), shift=draw(1, 1, 1536), scale=draw(1, 1, 1536),
+                     shift_table=draw(1536, dtype=FP32), scale_table=draw(1536, dtype=FP32)), bounds=small,
+    )  # fmt: skip
+    yield Case(
+        "norm_modulate D=3072 per token", op("norm_modulate"),
+        lambda: dict(x=draw(1, 256, 3072), shift=draw(1, 256, 3072), scale=draw(1, 256, 3072)), bounds=small,
+    )  # fmt: skip
+    yield Case(
+        "gate_residual D=1536 per clip", op("gate_residual"),
+        lambda: dict(x=draw(1, 256, 1536), y=draw(1, 256, 1536), gate=draw(1, 1, 1536)), bounds=small,
+    )  # fmt: skip
+    yield Case(
+        "gate_residual_norm_modulate D=5120 per clip", op("gate_residual_norm_modulate"),
+        lambda: dict(x=draw(1, 256, 5120), y=draw(1, 256, 5120), gate=draw(1, 1, 5120), shift=draw(1, 1, 5120),
+                     scale=draw(1, 1, 5120)), bounds=small,
+    )  # fmt: skip
+
+
+def reduction() -> Iterator[Case]:
+    """The end of a reduction over 512 programs, as at full size."""
+
+    def total(partials):
+        from sora_kernels import _triton
+
+        out = torch.empty(1, partials.shape[2], dtype=BF16)
+        _triton.sum_partials(partials, out)
+        return out
+
+    partials = partial(draw, 1, 512, 1536, dtype=FP32)
+    yield Case("sum of 512 partials D=1536", total, lambda: dict(partials=partials()), ("partials",))
+
+
+def qknorm_rope() -> Iterator[Case]:
+    """Wan 1.3B and 14B across the width, HunyuanVideo by head; 32 tokens a program of the backward."""
+    for H, across, bound in ((12, "width", 4), (40, "width", 4), (24, "head", 12)):
+        weights = H * 128 if across == "width" else 128
+        yield Case(
+            f"qk_norm_rope {H}x128 across the {across}", op("qk_norm_rope", across=across, grid=(2, 8, 8)),
+            lambda H=H, n=weights: dict(q=draw(1, 128, H, 128), k=draw(1, 128, H, 128), q_weight=draw(n),
+                                        k_weight=draw(n)), bounds={"qknorm_rope.kernels.PROGRAMS": bound},
+        )  # fmt: skip
+
+
+def patchify() -> Iterator[Case]:
+    """Both ends of Wan 1.3B, one frame of 480p; lines of the frames of Wan 2.1's decoder and of Wan 2.2's."""
+    grid, patch = (1, 30, 52), (1, 2, 2)
+    yield Case(
+        "patch_embed3d C=16 D=1536", op("patch_embed3d"),
+        lambda: dict(video=draw(1, 16, 1, 60, 104), weight=draw(1536, 16, 1, 2, 2) / 8, bias=draw(1536)),
+        bounds={"patchify.kernels_embed.PROGRAMS": 52, "patchify.kernels_embed.REDUCERS": 12},
+    )  # fmt: skip
+    yield Case(
+        "unpatchify3d C=16", op("unpatchify3d", grid=grid, patch=patch, channels=16),
+        lambda: dict(tokens=draw(1, 1560, 64)),
+    )  # fmt: skip
+    yield Case(
+        "final_layer C=16 D=1536", op("final_layer", grid=grid, patch=patch),
+        lambda: dict(x=draw(1, 1560, 1536), shift=draw(1, 1, 1536), scale=draw(1, 1, 1536), weight=draw(64, 1536) / 40,
+                     bias=draw(64)), bounds={"patchify.kernels_final.PROGRAMS": 12},
+    )  # fmt: skip
+    pixels = op("video_to_uint8")
+    yield Case("video_to_uint8 C=3 channels last", pixels, lambda: dict(video=video(1, 3, 2, 16, 832)), ("video",))
+    yield Case("video_to_uint8 C=3 channels first", pixels, lambda: dict(video=draw(1, 3, 2, 16, 832)), ("video",))
+    yield Case(
+        "video_to_uint8 C=12 patches channels last", op("video_to_uint8", patch=(1, 2, 2)),
+        lambda: dict(video=video(1, 12, 1, 16, 640)), ("video",),
+    )  # fmt: skip
+
+
+def norms() -> Iterator[Case]:
+    """RMS norms of Wan 2.1's decoder, group norms of HunyuanVideo's; 1,560 pixels a program of the backward."""
+    for C, groups in ((96, 0), (192, 0), (128, 32)):
+        for order, make in (("last", video), ("first", draw)):
+            kind = dict(norm="group", groups=groups) if groups else dict(norm="rms")
+            yield Case(
+                f"norm_silu {kind['norm']} C={C} channels {order}", op("norm_silu", **kind),
+                lambda C=C, make=make: dict(x=make(1, C, 2, 30, 104), weight=draw(C), bias=draw(C)),
+                bounds={"causal_conv.kernels_norm.PROGRAMS": 4},
+            )  # fmt: skip
+
+
+def passes() -> Iterator[Case]:
+    """What stands around cuDNN's convolution."""
+    from sora_kernels.causal_conv import kernels_passes
+
+    def packed(x, cache):
+        return kernels_passes.pack(x, cache, (2, 0, 0))
+
+    def finished(h, bias, residual, norm_weight):
+        out, raw = torch.empty_like(h), torch.empty_like(h)
+        kernels_passes.epilogue(h, out, bias, residual, norm_weight, 1e-6, raw)
+        return out, raw
+
+    yield Case(
+        "pack C=96 after a cache", packed, lambda: dict(x=video(1, 96, 4, 8, 104), cache=video(1, 96, 2, 8, 104)),
+        ("x", "cache"),
+    )  # fmt: skip
+    yield Case(
+        "epilogue C=96 residual and norm", finished,
+        lambda: dict(h=video(1, 96, 2, 16, 104), bias=draw(96), residual=video(1, 96, 2, 16, 104),
+                     norm_weight=draw(96)), ("h", "bias", "residual", "norm_weight"),
+    )  # fmt: skip
+
+
+def convolutions() -> Iterator[Case]:
+    """Layers of Wan 2.1's decoder and encoder, a corner of a frame each."""
+    bounds = {"causal_conv.kernels_dweight.PROGRAMS": 27}
+
+    def layer(C, O, *taps):  # noqa: E741
+        weight = video(O, C, *taps) / (C * 9) ** 0.5
+        return dict(weight=weight.to(memory_format=LAST), bias=draw(O))
+
+    yield Case(
+        "causal_conv3d 96 to 96", op("causal_conv3d"),
+        lambda: dict(x=video(1, 96, 2, 16, 32), **layer(96, 96, 3, 3, 3), residual=video(1, 96, 2, 16, 32),
+                     norm_weight=draw(96)), products=True, bounds=bounds,
+    )  # fmt: skip
+    yield Case(
+        "upsample_conv3d 384 to 192", op("upsample_conv3d"),
+        lambda: dict(x=video(1, 384, 1, 8, 16), **layer(384, 192, 1, 3, 3)), products=True, bounds=bounds,
+    )  # fmt: skip
+    yield Case(
+        "downsample_conv3d 192 to 192", op("downsample_conv3d"),
+        lambda: dict(x=video(1, 192, 1, 16, 32), **layer(192, 192, 1, 3, 3)), products=True, bounds=bounds,
+    )  # fmt: skip
+
+
+def attention() -> Iterator[Case]:
+    """Heads of 128: dense, and in tiles of a window with text."""
+
+    def heads(tokens, count):
+        return lambda: {name: draw(1, tokens, count, 128) for name in "qkv"}
+
+    yield Case("spacetime_attention dense", op("spacetime_attention"), heads(512, 2), products=True)
+    yield Case(
+        "spacetime_attention window and text",
+        op("spacetime_attention", grid=(4, 8, 16), window=(2, 8, 8), stride=(2, 4, 8), text_len=32),
+        heads(544, 1), products=True,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    families = modulation, reduction, qknorm_rope, patchify, norms, passes, convolutions, attention
+    return [case for family in families for case in family()]
+
+
+# kernel -> why it misses a goal of its accesses, on one GPU or both
+NOTES = {
+    "sum_partials_kernel": "of few partials 4 bytes a lane; lanes that hold one sum all store it: no bank conflicts",
+    "qk_norm_rope_fwd_kernel": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
+    "qk_norm_rope_bwd_kernel": "as forward; heads of a token exchange sums that several lanes hold: no bank conflicts",
+    "patch_embed3d_fwd_kernel": "patches are runs of 2 pixels, gathered 2 bytes a lane",
+    "patch_embed3d_dvideo_kernel": "patches are runs of 2 pixels, written 2 bytes a lane",
+    "patch_embed3d_dweight_kernel": "patches are runs of 2 pixels, gathered 2 bytes a lane for each block of D",
+    "unpatchify3d_kernel": "lines of 208 bytes end within a sector",
+    "final_layer_fwd_kernel": "patches are runs of 2 pixels; on sm_90 ldmatrix of x has bank conflicts",
+    "final_layer_bwd_kernel": "statistics, 4 bytes a lane, from L1; ldmatrix of x has bank conflicts",
+    "video_to_uint8_kernel": "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; "
+    "else: written by single bytes, 3 apart",
+    "norm_silu_fwd_kernel": "channels' parameters a few bytes a lane, from L1; lanes that hold one sum all store it",
+    "norm_silu_bwd_kernel": "channels' parameters a few bytes a lane, from L1; lanes that hold one sum all store it",
+    "moments_kernel": "the middle of three values of each channel, once a program",
+}
