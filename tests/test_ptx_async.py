@@ -307,22 +307,32 @@ BOXES = ".align 64 .b8 m[128], .align 64 .b8 n[128], .u64 out"
 
 @pytest.mark.parametrize("bits", [0, 1, 2, 3])
 def test_boxes_there_and_back(bits):
-    """A box [4, 64] at (8, -8) of [10, 40]: zeros outside, 16-byte pieces swizzled, stored as loaded."""
+    """A box of 512 bytes at (8, -8) of [10, 40]: zeros outside, 16-byte pieces swizzled, stored as loaded."""
+    width = 8 << bits if bits else 64
+    box, inside = (256 // width, width), min(width, 48) - 8
     for seed in range(3):
         x, back = torch.randn(10, 40).bfloat16(), torch.zeros(10, 40).bfloat16()
         out = torch.zeros(256, dtype=torch.bfloat16)
-        arguments = [ptx.Box(x, (4, 64), bits), ptx.Box(back, (4, 64), bits), out]
-        counters = run(BOX, arguments, BOXES, 64, 2048, schedule=seed)
-        padded = torch.zeros(4, 64).bfloat16()
-        padded[:2, 8:48] = x[8:]
+        counters = run(BOX, [ptx.Box(x, box, bits), ptx.Box(back, box, bits), out], BOXES, 64, 2048, schedule=seed)
+        padded = torch.zeros(box).bfloat16()
+        padded[:2, 8 : 8 + inside] = x[8:, :inside]
         want = torch.empty(256, dtype=torch.bfloat16)
         for piece in range(32):
             at = swizzle(0x800 + 16 * piece, bits) - 0x800 >> 1
             want[at : at + 8] = padded.view(32, 8)[piece]
         assert torch.equal(out, want)
-        assert torch.equal(back[8:], x[8:]) and (back[:8] == 0).all()
+        assert (
+            torch.equal(back[8:, :inside], x[8:, :inside]) and (back[:8] == 0).all() and (back[8:, inside:] == 0).all()
+        )
         traffic = counters.traffic()["cp.async.bulk"]
-        assert (traffic["requests"], traffic["bytes"]) == (2, 2 * 40 * 2 + 512)
+        assert (traffic["requests"], traffic["bytes"]) == (2, 2 * inside * 2 + 512)
+
+
+def test_boxes_that_no_descriptor_takes():
+    x, out = torch.zeros(10, 40).bfloat16(), torch.zeros(256).bfloat16()
+    for box in (ptx.Box(x, (4, 64), 1), ptx.Box(x[:, 1:], (4, 64)), ptx.Box(x.T, (4, 64)), ptx.Box(x, (300, 8))):
+        with pytest.raises(ValueError, match="argument 0"):
+            run(BOX, [box, ptx.Box(x, (4, 64)), out], BOXES, 64, 2048)
 
 
 WAIT = "mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], %r4;\n@!%p2 bra again;"

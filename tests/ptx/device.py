@@ -310,6 +310,11 @@ def _tensor_map(address: int, value: Box, label: str, memory: Memory) -> _Tensor
             f"dense, 1 to 5 dimensions, a box of at most 256; got shape {tuple(tensor.shape)}, strides "
             f"{tensor.stride()}, box {value.box}"
         )
+    row = value.box[-1] * size
+    if row % 16 or value.swizzle and row != 16 << value.swizzle:
+        raise ValueError(
+            f"{label}: a row of the box has {row} bytes; swizzle {value.swizzle} takes {16 << value.swizzle}"
+        )
     sizes = [(ctypes.c_int64 * 5)(*xs, *[1] * (5 - len(xs))) for xs in (tensor.shape[::-1], strides, value.box[::-1])]
     return _TensorMap(address, base, tensor.dim(), size, value.swizzle, *sizes)
 

@@ -37,7 +37,7 @@ static const std::vector<std::pair<std::string, Handler>>& operation_list() {
 
 Machine::Machine(Launch& l)
     : launch(l),
-      shared(kShared + l.shared_bytes + 16),
+      shared(kShared + l.shared_bytes + 128),
       shadow(kShared + l.shared_bytes + 16, int(l.block[0] * l.block[1] * l.block[2] + kLanes - 1) / kLanes + 1),
       random(l.seed),
       warp_count(int(l.block[0] * l.block[1] * l.block[2] + kLanes - 1) / kLanes),
