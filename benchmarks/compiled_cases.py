@@ -224,7 +224,7 @@ NOTES = {
     "patch_embed3d_dvideo_kernel": "patches are runs of 2 pixels, written 2 bytes a lane",
     "patch_embed3d_dweight_kernel": "patches are runs of 2 pixels, gathered 2 bytes a lane for each block of D",
     "unpatchify3d_kernel": "lines of 208 bytes end within a sector",
-    "final_layer_fwd_kernel": "patches are runs of 2 pixels; on sm_90 ldmatrix of x has bank conflicts",
+    "final_layer_fwd_kernel": "patches are runs of 2 pixels, written 2 bytes a lane; so are scale and shift read",
     "final_layer_bwd_kernel": "statistics, 4 bytes a lane, from L1; ldmatrix of x has bank conflicts",
     "video_to_uint8_kernel": "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; "
     "else: written by single bytes, 3 apart",

@@ -178,14 +178,15 @@ def tile(D: int, rows: int) -> dict[str, int]:
 
 
 def forward_tile(D: int, rows: int) -> dict[str, int]:
-    """Constexprs of the forward: 32 elements a thread.
+    """Constexprs of the forward: 32 elements of a long row a thread.
 
     With 8, divisions, reductions and roots were most of what a thread does: 60 instructions of SASS an element at
     D = 1536 on sm_90, where an H200 can issue about 28 while it copies one; with 32 they are 26. D is known to the
     compiler, which leaves out the parts of BLOCK_D beyond it.
     """
-    config = tile(D, rows)
-    return config | dict(num_warps=min(max(config["BLOCK_D"] // 1024, 2), 16), D=D)
+    config = tile(D, rows) | dict(D=D)
+    warps = min(max(config["BLOCK_D"] // 1024, 2), 16)
+    return config | (dict(num_warps=warps) if config["BLOCK_D"] >= 1024 else {})  # shorter: tables in 16 bytes a lane
 
 
 def _forward(
