@@ -22,6 +22,9 @@ FAMILIES = sorted({p.parent.name for p in SOURCES if "@triton.jit" in p.read_tex
 TARGETS = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may use
 # Rows of 5120 fill the register file: 8 live arrays x 8192 padded columns. A few words then go through L1.
 STACK_BYTES = {"D=5120 backward per clip": 64, "D=5120 backward per token": 256}
+# The sum of fp32 partials of 64 columns into fp32: ptxas settles for 48 registers on sm_90.
+STACK_BYTES |= {"D=64 backward per clip": 8, "D=64 backward per token": 8}
+STACK_BYTES |= {"48x64 biased 64 turn pairs backward": 8}
 # Nothing is aligned and the weight is of another dtype: an address for every element, and three products for one.
 STACK_BYTES |= {"embed forward C=3 D=33": 104, "embed backward C=3 D=33": 16, "final forward C=3 D=33": 16}
 STACK_BYTES |= {"odd 33 forward": 8}
