@@ -214,7 +214,7 @@ def test_rotary_steps_are_kept_only_if_plain(context):
     theta = 77.0 + list(contexts()).index(context)  # as above
 
     def build() -> torch.Tensor:
-        return kernels.steps([2, 1, 1], theta, torch.device("cpu"))
+        return kernels.steps((2, 1, 1), theta, torch.device("cpu"))
 
     contexts()[context](build)
     first = build()
