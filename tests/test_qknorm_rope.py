@@ -339,6 +339,15 @@ def test_error_rule_on_gpu(case, dtype, impl):
     check(case, dtype, impl, "cuda")
 
 
+@pytest.mark.parametrize("E", [14, 56, 120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_centres_constant_heads_exactly(dtype, E, require):
+    """Of these widths 1/E in fp32 times the sum of E equal numbers is often not that number."""
+    require("qk_norm_rope", "cpu")
+    x = torch.arange(900, 2000).to(dtype).view(1, -1, 1, 1).expand(-1, -1, -1, E)
+    assert not torch.cat(qk_norm_rope(x, x, norm="layer", impl="cpu")).any()
+
+
 @IMPLS
 def test_angles_are_exact_far_from_the_origin(impl, require):
     """At position 100,000 an angle in fp32 has lost every digit that matters; at 2^30 even its turns."""

@@ -83,8 +83,9 @@ struct Totals {
 
 // N sums over a row, in an order that depends on n and V only: f(at, sums) adds to sums[0], ..., sums[N - 1]. Several
 // vectors of each: they are bound by loads instead of the latency of one addition, and the rounding error shrinks.
-template <int V, int N, int kWays = N == 1 ? 4 : 2, class F>
+template <int V, int N, class F>
 SORA_INLINE Totals<N> sums(int64_t n, const F& f) {
+  constexpr int kWays = N == 1 ? 4 : 2;
   Floats<V> s[kWays][N] = {};
   float rest[N] = {};
   int64_t i = 0;
@@ -98,7 +99,7 @@ SORA_INLINE Totals<N> sums(int64_t n, const F& f) {
   Totals<N> totals;
   for (int k = 0; k < N; ++k) {
     const Floats<V> first = s[0][k] + s[1][k];
-    totals.of[k] = sum<V>(kWays == 4 ? first + (s[kWays - 2][k] + s[kWays - 1][k]) : first) + rest[k];
+    totals.of[k] = sum<V>(N == 1 ? first + (s[kWays - 2][k] + s[kWays - 1][k]) : first) + rest[k];
   }
   return totals;
 }

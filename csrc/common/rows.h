@@ -91,18 +91,26 @@ struct Statistics {
   float mean, rstd;
 };
 
-// first(term) is the sum of term(x) over the row, which it leaves in v.
+// first(term) is the sum of term(x) over the row, which it leaves in v. `pivot` is some value of the row: the mean of what
+// differs from it is exact also of a row far from zero, where rounding in the sum of x leaves more than the row's spread.
 template <int V, class First>
-SORA_INLINE Statistics statistics(const First& first, const float* v, int64_t D, bool rms, float eps) {
+SORA_INLINE Statistics statistics(const First& first, float pivot, const float* v, int64_t D, bool rms, float eps) {
   const float n = static_cast<float>(D);
-  if (rms) return {v, 0.0f, 1.0f / std::sqrt(first([](auto x) SORA_LAMBDA { return x * x; }) / n + eps)};
-  const float mean = first([](auto x) SORA_LAMBDA { return x; }) / n;
-  const auto totals = sums<V, 2, 4>(D, [=](auto at, auto& s) SORA_LAMBDA {
-    const auto d = at(v) - mean;
-    s[0] += d, s[1] += d * d;
-  });
-  const float left = totals.of[0] / n;  // what rounding left of the mean: of a row far from zero, more than its spread
-  return {v, mean + left, 1.0f / std::sqrt(std::max(totals.of[1] / n - left * left, 0.0f) + eps)};
+  float mean = 0, squares;
+  if (rms) {
+    squares = first([](auto x) SORA_LAMBDA { return x * x; });
+  } else {
+    mean = pivot + first([=](auto x) SORA_LAMBDA { return x - pivot; }) / n;
+    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
+  }
+  return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
+}
+
+// Of 16-bit values that are close to each other the sum is exact: those need no pivot.
+template <class T, class Row>
+SORA_INLINE float pivot(const Row& row, int64_t D) {
+  if (std::is_same_v<T, float> && D > 0) return row(At<1>{0});
+  return 0;
 }
 
 // A row that is not fp32 is widened into `copy`.
@@ -117,7 +125,7 @@ SORA_INLINE Statistics statistics(const T* from, float* copy, int64_t D, bool rm
       return term(x);
     });
   };
-  return statistics<V>(widen, v, D, rms, eps);
+  return statistics<V>(widen, pivot<T>([=](auto at) SORA_LAMBDA { return at(from); }, D), v, D, rms, eps);
 }
 
 // ---- chunks of tokens for a backward

@@ -75,8 +75,9 @@ struct Forward {
     } else {
       T* x_new = row_of<T>(p.x_new, b, s);
       if constexpr (std::is_same_v<T, float>) copy = x_new;
-      const auto write = [=, &p](auto term) SORA_LAMBDA { return map_sum<V>(D, x_new, copy, gated(p, m, b, s), term); };
-      return statistics<V>(write, copy, D, p.rms, p.eps);
+      const auto row = gated(p, m, b, s);
+      const auto write = [=](auto term) SORA_LAMBDA { return map_sum<V>(D, x_new, copy, row, term); };
+      return statistics<V>(write, pivot<T>(row, D), copy, D, p.rms, p.eps);
     }
   }
 };

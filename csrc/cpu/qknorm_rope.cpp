@@ -74,26 +74,16 @@ void mark_channels(const Order& order, float* exists) {
 // What follows from a head's sums - two sums across a vector, two divisions, a root - takes longer than its other
 // arithmetic, so several heads go through each pass before the next: their chains overlap.
 
-// Sums of single heads become means over all that share a norm.
+// Sums of single heads become means over all that share a norm, correctly rounded: of equal channels to their value.
 SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
-  const float share = 1.0f / static_cast<float>(p.group() * p.E);
+  const double share = 1.0 / static_cast<double>(p.group() * p.E);
   if (p.width) {
     float total = 0;
     for (int64_t i = 0; i < heads; ++i) total += sums[i];
     std::fill_n(sums, heads, total);
   }
 #pragma omp simd
-  for (int64_t i = 0; i < heads; ++i) sums[i] *= share;
-}
-
-// What rounding left of the mean joins it; mean squares about the old one become those about the new.
-SORA_INLINE void correct(const Params& p, float* left, float* mean, float* squares, int64_t heads) {
-  average(p, left, heads);
-#pragma omp simd
-  for (int64_t i = 0; i < heads; ++i) {
-    mean[i] += left[i];
-    squares[i] = std::max(squares[i] - left[i] * left[i], 0.0f);
-  }
+  for (int64_t i = 0; i < heads; ++i) sums[i] = static_cast<float>(sums[i] * share);
 }
 
 // Mean squares become 1/sigma.
@@ -102,19 +92,38 @@ SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
   for (int64_t i = 0; i < heads; ++i) squares[i] = 1.0f / std::sqrt(squares[i] + p.eps);
 }
 
+// x - value, and 0 still in what fills up the last vectors, where no channel `exists`.
+template <int V>
+SORA_INLINE Floats<V> less(const Order& order, const float* exists, int64_t at, const Floats<V>& x, float value) {
+  return order.width == order.E ? x - value : x - value * fetch<V>(exists + at);
+}
+
+// sink(place, vector) for each vector of a head, for a layer norm in fp32 less the first channel of all that share it: the
+// mean of differences is exact where rounding in a sum of channels far from zero leaves more than their spread. Of 16-bit
+// channels that are close to each other the sum is exact.
+template <int V, class T, class Sink>
+SORA_INLINE void load_channels(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h, const float* exists,
+                               const Sink& sink) {
+  const T* x = p.x.at<const T>(b, s, h);
+  if (!std::is_same_v<T, float> || p.norm != kLayer) return load<V>(x, order, {}, sink);
+  const float pivot = to_float(*p.x.at<const T>(b, s, p.width ? 0 : h));
+  load<V>(x, order, {}, [&](int64_t at, const Floats<V>& channels) SORA_LAMBDA {
+    sink(at, less<V>(order, exists, at, channels, pivot));
+  });
+}
+
 // ---- forward
 
 template <int V, class T>
 struct Forward {
-  // Of a step of heads: channels; per head, mean, 1/sigma and `left` of `correct`. Of a group, or 1 where a channel `exists`.
+  // Of a step of heads: channels; per head, mean and 1/sigma. Of a group, or 1 where a channel `exists`.
   struct Rows {
-    float *v, *mean, *rstd, *left, *weight, *bias, *exists;
+    float *v, *mean, *rstd, *weight, *bias, *exists;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    const Scratch rows(1, p.step() * p.order.width), sums(3, p.step()), parameters(3, p.span());
-    const Rows r{rows.row(0), sums.row(0), sums.row(1), sums.row(2), parameters.row(0), parameters.row(1),
-                 parameters.row(2)};
+    const Scratch rows(1, p.step() * p.order.width), sums(2, p.step()), parameters(3, p.span());
+    const Rows r{rows.row(0), sums.row(0), sums.row(1), parameters.row(0), parameters.row(1), parameters.row(2)};
     load_parameter(p, p.weight, 1.0f, r.weight);
     load_parameter(p, p.bias, 0.0f, r.bias);
     mark_channels(p.order, r.exists);
@@ -135,7 +144,7 @@ struct Forward {
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * order.width;
       Floats<V> total = {};
-      load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
+      load_channels<V, T>(p, order, b, s, h + i, r.exists, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
         put<V>(v + at, x);
         total += layer ? x : x * x;
       });
@@ -146,16 +155,15 @@ struct Forward {
       for (int64_t i = 0; i < n; ++i) {
         const float* v = r.v + i * order.width;
         const float mean = r.rstd[i];
-        Floats<V> squares = {}, left = {};
+        Floats<V> total = {};
         for (int64_t at = 0; at < order.width; at += V) {
-          const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at);
-          squares += c * c, left += c;
+          const Floats<V> c = less<V>(order, r.exists, at, fetch<V>(v + at), mean);
+          total += c * c;
         }
-        r.rstd[i] = sum<V>(squares), r.left[i] = sum<V>(left), r.mean[i] = mean;
+        r.rstd[i] = sum<V>(total), r.mean[i] = mean;
       }
     }
     average(p, r.rstd, n);
-    if (layer) correct(p, r.left, r.mean, r.rstd, n);
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) {
       const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
@@ -187,13 +195,13 @@ template <int V, class T>
 struct Backward {
   // Of a step of heads: gradients turned back and channels; per head, sums. Of a group, or 1 where a channel `exists`.
   struct Rows {
-    float *g, *v, *mean, *rstd, *along, *shift, *left, *weight, *exists, *dweight, *dbias;
+    float *g, *v, *mean, *rstd, *along, *shift, *weight, *exists, *dweight, *dbias;
   };
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const int64_t span = p.span(), gradients = p.gradients();
-    const Scratch rows(2, p.step() * p.order.width), sums(5, p.step()), parameters(4, span);
-    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3), sums.row(4),
+    const Scratch rows(2, p.step() * p.order.width), sums(4, p.step()), parameters(4, span);
+    const Rows r{rows.row(0), rows.row(1), sums.row(0), sums.row(1), sums.row(2), sums.row(3),
                  parameters.row(0), parameters.row(1), parameters.row(2), parameters.row(3)};
     load_parameter(p, p.weight, 1.0f, r.weight);
     mark_channels(p.order, r.exists);
@@ -264,7 +272,7 @@ struct Backward {
     float* v = r.v + i * order.width;
     const bool layer = p.norm == kLayer;
     Floats<V> squares = {}, along = {};
-    load<V>(p.x.at<const T>(b, s, h + i), order, {}, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
+    load_channels<V, T>(p, order, b, s, h + i, r.exists, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
       __builtin_prefetch(next_x + at, 0), __builtin_prefetch(next_dout + at, 0);
       put<V>(v + at, x);
       squares += layer ? x : x * x;
@@ -281,18 +289,15 @@ struct Backward {
     for (int64_t i = 0; i < (layer ? n : 0); ++i) {
       const float *g = r.g + i * order.width, *v = r.v + i * order.width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
-      Floats<V> squares = {}, along = {}, shift = {}, left = {};
+      Floats<V> squares = {}, along = {}, shift = {};
       for (int64_t at = 0; at < order.width; at += V) {
-        const Floats<V> c = fetch<V>(v + at) - mean * fetch<V>(r.exists + at), dy = fetch<V>(weight + at) * fetch<V>(g + at);
-        squares += c * c, along += c * dy, shift += dy, left += c;
+        const Floats<V> c = less<V>(order, r.exists, at, fetch<V>(v + at), mean);
+        const Floats<V> dy = fetch<V>(weight + at) * fetch<V>(g + at);
+        squares += c * c, along += c * dy, shift += dy;
       }
-      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift), r.left[i] = sum<V>(left);
+      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift);
     }
     for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
-    if (layer) {
-      correct(p, r.left, r.mean, r.rstd, n);
-      for (int64_t i = 0; i < n; ++i) r.along[i] -= r.left[i] * r.shift[i];
-    }
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
   }
