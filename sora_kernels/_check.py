@@ -63,26 +63,28 @@ def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     same_device(op, x, {name: t}, x_name)
 
 
-def destinations(
-    op: str, outs: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], over: tuple[Tensor, ...] = ()
-) -> None:
-    """The elements of `outs` lie apart from each other and from those of `inputs`; the first may be one of `over`."""
+def destinations(op: str, outs: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], over: int = 0) -> None:
+    """The elements of `outs` lie apart from each other and from those of `inputs`; the first may be one of the first
+    `over` inputs itself: another argument that is the same tensor would be read after it was written."""
     for out in outs:
         if not out.is_contiguous():
             _apart(op, out)
         memory = out.untyped_storage()
         start = memory.data_ptr()
         stop = start + memory.nbytes()
-        for t in inputs:
-            if t is None or not start <= t.data_ptr() < stop or not _share(out, t):
+        for i, t in enumerate(inputs):
+            # a storage may begin within another, as those of two windows on one array do
+            if t is None or (place := t.data_ptr()) >= stop or place + t.untyped_storage().nbytes() <= start:
                 continue
-            same = t.data_ptr() == out.data_ptr() and t.shape == out.shape and t.stride() == out.stride()
-            if not (same and any([t is x for x in over])):
+            if not _share(out, t):
+                continue
+            same = place == out.data_ptr() and t.shape == out.shape and t.stride() == out.stride()
+            if not (same and i < over):
                 raise ValueError(
                     f"{op}: out must not share memory with an input or another result; got an overlap of "
                     f"{shape_of(out)} with {shape_of(t)}; pass a buffer of its own{' or x itself' if over else ''}"
                 )
-        inputs, over = (*inputs, out), ()
+        inputs, over = (*inputs, out), 0
 
 
 def _apart(op: str, out: Tensor) -> None:

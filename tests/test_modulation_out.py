@@ -107,6 +107,36 @@ def test_memory_of_an_input_is_refused_in_part(call, which, shift):
     assert torch.equal(memory, before)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("shift", [1, D, -D])
+def test_storages_that_overlap_are_memory_that_is_shared(call, shift):
+    """Windows on one NumPy array have a storage each, and either may begin first."""
+    memory = torch.randn(3 * B * S * D).numpy()
+    given, own = (
+        torch.from_numpy(memory[start : start + B * S * D]).view(B, S, D) for start in (B * S * D, B * S * D + shift)
+    )
+    with pytest.raises(ValueError, match="out must not share memory with an input"):
+        call(given, torch.randn(B, S, D), own)
+    call(given, torch.randn(B, S, D), torch.from_numpy(memory[2 * B * S * D :]).view(B, S, D))
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("rows", ["shift", "scale"])
+def test_rows_that_are_read_after_the_sum_was_written_are_not_written_over(rows, over):
+    x, y = torch.randn(2, B, S, D)
+    kwargs = {"shift": None, "scale": None, rows: (x, y)[over]}
+    with pytest.raises(ValueError, match="out must not share memory with an input"):
+        gate_residual_norm_modulate(x, y, x[0, 0].clone(), **kwargs, out=((x, y)[over], torch.empty_like(x)))
+
+
+@pytest.mark.parametrize("call", [norm_modulate, gate_residual])
+def test_one_result_has_one_buffer(call):
+    x, y, row = torch.randn(B, S, D), torch.randn(B, S, D), torch.randn(D)
+    args = (x, row, row) if call is norm_modulate else (x, y, row)
+    with pytest.raises(TypeError, match="out must be a tensor of the shape of x; got tuple"):
+        call(*args, out=(torch.empty_like(x),))
+
+
 def test_two_results_have_two_buffers():
     x, memory = torch.randn(B, S, D), torch.empty(B * S * D + D)
     one, other = (memory.as_strided((B, S, D), (S * D, D, 1), start) for start in (0, D))

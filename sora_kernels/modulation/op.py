@@ -94,7 +94,7 @@ def gate_residual(
     frames = _rows.check(op, x, gate=gate)
     _check_vectors(op, x, gate_table=gate_table)
     tensors = narrow(x, (x, y, gate, gate_table))
-    grad = _needs_grad(op, tensors, out, over=tensors[:2])
+    grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, gate=(gate, gate_table))
     impl = _choose(op, impl, x, grad, host)
     settings = (frames, host, impl)
@@ -139,7 +139,7 @@ def gate_residual_norm_modulate(
     tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
     if out is not None and not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
-    grad = _needs_grad(op, tensors, out, over=tensors[:2])
+    grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table), gate=(gate, gate_table))
     impl = _choose(op, impl, x, grad, host)
     settings = (frames, norm == "rms", eps, host, impl)
@@ -195,11 +195,11 @@ def _choose(op, impl, x, grad, host) -> str:
     return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host or wide else None)
 
 
-def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: tuple[Tensor, ...] = ()) -> bool:
-    """The first result may be written over those of `over`."""
+def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: int = 0) -> bool:
+    """The first result may be written over one of the first `over` tensors."""
     if out is None:
         return needs_grad(tensors)
-    outs = out if isinstance(out, tuple) else (out,)
+    outs = out if op == "gate_residual_norm_modulate" else (out,)
     for t in outs:
         _check.like(op, "out", t, tensors[0])
         if t.stride(-1) != 1 and t.shape[-1] > 1:
