@@ -96,21 +96,16 @@ struct Statistics {
 template <int V, class First>
 SORA_INLINE Statistics statistics(const First& first, float pivot, const float* v, int64_t D, bool rms, float eps) {
   const float n = static_cast<float>(D);
-  float mean = 0, squares;
-  if (rms) {
-    squares = first([](auto x) SORA_LAMBDA { return x * x; });
-  } else {
-    mean = pivot + first([=](auto x) SORA_LAMBDA { return x - pivot; }) / n;
-    squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
-  }
+  if (rms) return {v, 0.0f, 1.0f / std::sqrt(first([](auto x) SORA_LAMBDA { return x * x; }) / n + eps)};
+  const float mean = pivot + first([=](auto x) SORA_LAMBDA { return x - pivot; }) / n;
+  const float squares = sum<V>(D, [=](auto at) SORA_LAMBDA { return (at(v) - mean) * (at(v) - mean); });
   return {v, mean, 1.0f / std::sqrt(squares / n + eps)};
 }
 
 // Of 16-bit values that are close to each other the sum is exact: those need no pivot.
 template <class T, class Row>
 SORA_INLINE float pivot(const Row& row, int64_t D) {
-  if (std::is_same_v<T, float> && D > 0) return row(At<1>{0});
-  return 0;
+  return std::is_same_v<T, float> && D > 0 ? row(At<1>{0}) : 0.0f;
 }
 
 // A row that is not fp32 is widened into `copy`.
