@@ -215,6 +215,17 @@ def headline(results: Path) -> str:
     return _verdicts(rows) if rows else "Nothing has been recorded yet."
 
 
+def executed(op: str, results: Path) -> str:
+    """Which directions of a function's Triton kernels are among the recorded ones, and on which GPUs; bf16."""
+    rows = [row for row in load(results / FOLDER)[0] if row["case"].split()[0] == op]
+    gpus = {mode: {row["sm"] for row in rows if row["mode"] == mode} for mode in ("fwd", "bwd")}
+    said: dict[str, list[str]] = defaultdict(list)
+    for mode, found in gpus.items():
+        if found:
+            said[", ".join(f"sm_{sm}" for sm in sorted(found))].append(mode)
+    return "; ".join(f"{' + '.join(modes)}: {where}" for where, modes in said.items()) or "–"
+
+
 def update(folder: Path) -> bool:
     """Write the summary beside its rows; whether it changed."""
     text, target = summary(*load(folder)), folder / "README.md"

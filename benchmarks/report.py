@@ -186,7 +186,8 @@ def verification(results: Path = machine.RESULTS) -> str:
     import sora_kernels
     from sora_kernels import _library
 
-    lines = [f"| function | {' | '.join(WITHOUT_A_GPU)} | on a GPU |", "|---" * (len(WITHOUT_A_GPU) + 2) + "|"]
+    columns = ["function", *WITHOUT_A_GPU, "compiled code executed", "on a GPU"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     functions = [getattr(sora_kernels, name) for name in sora_kernels.__all__]
     ops = [(f.__module__.split(".")[1], f.__name__) for f in functions if _library.impls(f"{f.__name__}_fwd")]
     for family, op in sorted(ops):
@@ -198,7 +199,7 @@ def verification(results: Path = machine.RESULTS) -> str:
                 said[verified.verified_on(family, impl, results)].append(impl)
         gpu = "; ".join(f"{', '.join(impls)}: {what}" for what, impls in said.items())
         gpu = "not yet" if set(said) == {verified.NOT_RUN} else gpu
-        lines.append(f"| `{op}` | {' | '.join(cells)} | {gpu} |")
+        lines.append(f"| `{op}` | {' | '.join(cells)} | {compiled_report.executed(op, results)} | {gpu} |")
     how = "; ".join(f"{impl}: {what}" for impl, what in WITHOUT_A_GPU.items())
     return "\n".join([*lines, "", f"What `make test` does without a GPU: {how}."])
 
