@@ -332,5 +332,5 @@ def test_merging_is_differentiable_and_knows_queries_that_see_nothing():
     out, lse = merge_attention((a.detach().index_fill(1, torch.tensor([0]), 0), la), (b.detach() * zero, lb))
     assert not out[:, 0].any() and torch.isneginf(lse[:, :, 0]).all()
     assert torch.equal(out[:, 1], a.detach()[:, 1]) and torch.equal(lse[:, :, 1], la[:, :, 1])
-    with pytest.raises(ValueError, match="the second out must have shape"):
+    with pytest.raises(ValueError, match="the out of b must have shape"):
         merge_attention((a, la), (b[:, :2], lb))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import machine, media, reconstruct, world
+from sora_model import files, machine, media, reconstruct, world
 from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
 from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -472,7 +472,7 @@ def test_a_prompt_of_too_many_words_and_a_path_that_cannot_be_written_leave_noth
     sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.raises(ValueError, match="33 words"):
         sora.generate("red " * 33)
-    with pytest.raises(media.MediaError, match="no folder"):
+    with pytest.raises(files.WriteError, match="there is no folder"):
         sora.generate_to(tmp_path / "none" / "a.mp4", "a red circle", steps=1)
     with pytest.raises(TypeError, match="no argument 'sze'"):
         sora.generate_to(tmp_path / "a.mp4", "a red circle", sze=(64, 64))

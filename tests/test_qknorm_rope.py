@@ -597,7 +597,7 @@ ERRORS = [
     (dict(grid=None, freqs=x), TypeError, "freqs must be a pair"),
     (dict(grid=None, freqs=(torch.ones(5, 4),) * 2), ValueError, r"freqs\[0\] must have shape \[6, 4\]"),
     (dict(grid=None, freqs=(torch.ones(6, 5),) * 2), ValueError, "rotary_dim must be even"),
-    (dict(grid=None, freqs=(torch.ones(6),) * 2), ValueError, r"freqs\[0\] must have shape"),
+    (dict(grid=None, freqs=(torch.ones(6),) * 2), ValueError, r"freqs\[0\] must be \[S - text_len.*got shape \[6\]"),
     (dict(grid=None, freqs=(torch.ones(6, 3, 4),) * 2), ValueError, r"must have shape \[6, 2, 4\].*got \[6, 3, 4\]"),
     (dict(grid=None, freqs=(torch.ones(6, 2, 4),) * 2, k=x[:, :, :1]), ValueError, "k must have q's 2 heads; got 1"),
     (dict(grid=None, freqs=(torch.ones(6, 4, device="meta"),) * 2), ValueError, "must be on q's device cpu; got meta"),
