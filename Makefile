@@ -3,7 +3,8 @@
 # make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan1.3b-480p"
 # make lint                  ruff only
 # make build                 the compiled libraries: C++, and CUDA where nvcc is found
-# make sanitize              the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize [SANITIZER=thread]   the tests of the C++ kernels under AddressSanitizer with UndefinedBehaviorSanitizer
+#                            (SANITIZER=address) and under ThreadSanitizer; one of them by its name
 # make gpu [OUT=dir] [MINUTES=8]   on a bare GPU machine: build, GPU tests, benchmarks; no network, no .venv
 #
 # The first use creates .venv; TORCH="torch==2.12.0" chooses another torch, PYTHON another interpreter.
@@ -60,7 +61,7 @@ gpu:
 build: .venv/.built
 
 sanitize: .venv/.installed
-	@$(PY) tests/sanitize.py
+	@$(PY) tests/sanitize.py $(SANITIZER)
 
 .venv/.built: .venv/.installed $(SOURCES)
 	@$(call say,'building csrc/ for $(TARGETS)')
