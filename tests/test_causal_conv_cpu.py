@@ -167,6 +167,24 @@ def test_odd_memory_formats_of_the_weight_change_nothing(monkeypatch):
             torch.testing.assert_close(function(x, other, impl="cpu"), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "function, shape, kernel, options",
+    [(downsample_conv3d, (1, 1, 2, 2, 3), (1, 1, 2, 2, 3), {"factor": (2, 1, 2)}),
+     (downsample_conv3d, (3, 1, 4, 2, 3), (5, 1, 3, 2, 3), {"factor": (2, 1, 2)}),
+     (causal_conv3d, (3, 1, 1, 2, 2), (2, 1, 1, 5, 3), {"stride": (1, 1, 2)})],
+)  # fmt: skip
+def test_narrow_videos_of_one_channel_in_channels_last(function, shape, kernel, options, impl):
+    """oneDNN reads beyond their rows, where their strides are those of channels last."""
+    x, weight = torch.randn(shape), torch.randn(kernel)
+    _, _, T, H, W = shape
+    last = torch.empty_strided(shape, (T * H * W, 1, H * W, W, 1)).copy_(x)
+    expected = function(x.double(), weight.double(), **options, impl="reference")
+    for given in (x, last):
+        result = function(given, weight, **options, impl=impl)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_auto_takes_the_cpu_implementation(require):
     require("causal_conv3d", "cpu")
     x, weight = torch.randn(1, 4, 2, 3, 3), torch.randn(4, 4, 3, 3, 3)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _dispatch, _library
 from .._operands import bias_gradient, unpack, zero
-from .reference import repeated, upsample_past, upsample_spare
+from .reference import one_channel, repeated, upsample_past, upsample_spare
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
@@ -33,7 +33,7 @@ FEW = 4_000_000  # products that take about as long as a call of oneDNN
 
 def _wide(t: Tensor) -> Tensor:
     """A video in fp32, channels last: itself or a copy."""
-    return t.to(torch.float32, memory_format=LAST).contiguous(memory_format=LAST)
+    return one_channel(t.to(torch.float32, memory_format=LAST).contiguous(memory_format=LAST))
 
 
 def _float(t: Tensor | None) -> Tensor | None:
@@ -45,7 +45,7 @@ def _is_wide(t: Tensor) -> bool:
 
 
 def _empty(shape) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, memory_format=LAST)
+    return one_channel(torch.empty(shape, dtype=torch.float32, memory_format=LAST))
 
 
 def _packed(x: Tensor, cache: Tensor | None, front: tuple[int, int, int], back: tuple[int, int] = (0, 0)) -> Tensor:

@@ -66,8 +66,13 @@ def downsample_conv3d(
 
 
 def conv(padded: Tensor, padding: Triple, weight: Tensor, bias: Tensor | None, stride: Triple = (1, 1, 1)) -> Tensor:
-    x = accumulate(padded)
+    x = one_channel(accumulate(padded))
     return F.conv3d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, padding)
+
+
+def one_channel(t: Tensor) -> Tensor:
+    """Of one channel both formats are one memory; with the strides of channels last oneDNN reads beyond narrow rows."""
+    return t[:, 0].unsqueeze(1) if t.shape[1] == 1 else t
 
 
 def causal_input(x: Tensor, weight: Tensor, cache: Tensor | None) -> tuple[Tensor, Triple]:
