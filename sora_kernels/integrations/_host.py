@@ -1,0 +1,31 @@
+"""What every door into another package shares: that package, or one clear error where it is missing or too old."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import types
+
+
+def release(distribution: str) -> tuple[int, ...]:
+    """The release installed, as numbers: (0, 42, 1) of 0.42.1.dev0+abc. () where there is none to ask."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ()
+    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+
+
+def require(module: str, distribution: str, oldest: str, why: str) -> types.ModuleType:
+    """Import `module` of `distribution`. Raises ImportError naming both releases where it is missing or too old."""
+    needed = f"sora_kernels needs {distribution} >= {oldest} for {why}"
+    found = release(distribution)
+    if found and found < tuple(map(int, oldest.split("."))):
+        got = ".".join(map(str, found))
+        raise ImportError(f"{needed}; found {got}: pip install -U '{distribution}>={oldest}'", name=distribution)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        remedy = f"{module} does not import ({error})" if found else "it is not installed"
+        raise ImportError(f"{needed}; {remedy}: pip install '{distribution}>={oldest}'", name=distribution) from error
