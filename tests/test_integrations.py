@@ -10,18 +10,17 @@ from functools import partial
 
 import pytest
 import torch
+from hosts import assert_rounds_like, assert_unchanged, exactly, output, run, state_of
+from hosts.wan import inputs, vae, wan
 from torch import nn
 
 import sora_kernels
-from sora_kernels.integrations import patch, patch_model, unpatch_model, verify, verify_patch
+from sora_kernels.integrations import patch, patch_model, patched, unpatch_model, verify, verify_patch
 from sora_kernels.testing import assert_matches_oracle
 
+accelerate = pytest.importorskip("accelerate")
 diffusers = pytest.importorskip("diffusers")
 
-TINY = {
-    "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4,
-    "out_channels": 4, "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "rope_max_seq_len": 64,
-}  # fmt: skip
 CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
     "heads of 24, an odd grid": ({}, (3, 6, 10), "clip", 7),
     "a timestep per token, a patch in time, no norm before cross-attention": (
@@ -35,101 +34,18 @@ OPS = (
 )  # fmt: skip
 
 
-def wan(**changes):
-    """A tiny WanTransformer3DModel whose every weight, biases and norms included, is random."""
-    torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(**TINY | changes)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p), alpha=0.2 if p.ndim == 1 or "table" in name else 0.0)
-    return model
-
-
-def vae(**changes):
-    torch.manual_seed(0)
-    config = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
-    model = diffusers.AutoencoderKLWan(**config | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4} | changes)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p), alpha=0.2 if "gamma" in name else 0.0)
-    return model
-
-
-def inputs(model, sizes=(2, 4, 6), per="clip", length=4, batch=2):
-    torch.manual_seed(1)
-    config = model.config
-    tokens = math.prod(n // p for n, p in zip(sizes, config.patch_size, strict=True))
-    times = torch.rand((batch,) if per == "clip" else (batch, tokens)) * 1000
-    return torch.randn(batch, config.in_channels, *sizes), times, torch.randn(batch, length, config.text_dim)
-
-
-def output(model, *args):
-    with torch.no_grad():
-        return model(*args, return_dict=False)[0]
-
-
-def run(model, x, *rest):
-    """Output and gradients of a fixed loss: {"output", "grad x", "<parameter>": its gradient}."""
-    dtype = next(model.parameters()).dtype
-    x, *rest = (t.detach().to(dtype) for t in (x, *rest))
-    x.requires_grad_()
-    out = model(x, *rest, return_dict=False)[0]
-    weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad((out * weights).sum(), (x, *parameters))
-    return {"output": out.detach()} | dict(zip(("x.grad", *names), grads, strict=True))
-
-
-def exactly(model, *args):
-    """`run` of an unpatched model in fp64."""
-    with verify._FloatMeansDouble():
-        exact = run(copy.deepcopy(model).double(), *args)
-    assert all(value.dtype == torch.float64 for value in exact.values())
-    return exact
-
-
-def assert_rounds_like(baseline, actual, oracle):
-    """The project's error rule; for the gradients of a whole model per module, in the Euclidean norm. Lists of runs are
-    taken together.
-
-    After some twenty operations chance decides which program errs more in its worst element, and a bias's
-    gradient, a sum that may cancel, carries the errors of the weight's: they are taken together.
-    """
-    runs = [[r] if isinstance(r, dict) else r for r in (baseline, actual, oracle)]
-    for plain, ours, exact in zip(*runs, strict=True):
-        assert ours.keys() == exact.keys()
-        assert_matches_oracle(ours["output"], exact["output"], plain["output"])
-    modules = {}
-    for name in oracle[0] if isinstance(oracle, list) else oracle:
-        modules.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    for module, names in modules.items():
-        plain, ours, exact = (torch.cat([r[n].double().flatten() for r in rs for n in names]) for rs in runs)
-        error, values = (ours - exact).norm().item(), exact.norm().item()
-        bound = 2 * (plain - exact).norm().item() + torch.finfo(runs[1][0][names[0]].dtype).eps * values
-        assert values > 0 and error <= bound, f"{module}: {error:.3e} exceeds {bound:.3e}, of {values:.3e}"
-
-
-def state_of(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_unchanged(model, state):
-    assert list(model.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
 def spy(monkeypatch, counts):
     """Count the calls of the operations by the patched models."""
-    import sora_kernels.integrations.diffusers as host
+    from sora_kernels.integrations.diffusers import common, wan
 
-    for name in OPS:
-        original = getattr(host, name)
+    for module, name in [(module, name) for module in (common, wan) for name in OPS if hasattr(module, name)]:
+        original = getattr(module, name)
 
         def counted(*args, name=name, original=original, **kwargs):
             counts[name] = counts.get(name, 0) + 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(host, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
 
 # The transformer
@@ -139,7 +55,7 @@ def spy(monkeypatch, counts):
 def test_without_gradients_queries_and_keys_are_rounded_as_the_host_rounds_them(rounding, monkeypatch):
     import diffusers.models.transformers.transformer_wan as theirs
 
-    import sora_kernels.integrations.diffusers as host
+    import sora_kernels.integrations.diffusers.common as host
 
     model = wan(num_layers=1)
     rope, _ = copy.deepcopy(model.rope), model.bfloat16()
@@ -180,8 +96,8 @@ def test_same_output_and_gradients(case):
     batch = inputs(model, sizes, per, length)
     plain, exact = run(model, *batch), exactly(model, *batch)
     for impl in ("auto", "reference"):
-        report = patch_model(model, impl, strict=True)
-        assert not report.left and len(report.replaced) == 2 + 3 * 2
+        report = patch_model(model, impl=impl, strict=True)
+        assert not report.left and len(report.replaced) == 2 + 5 * 2
         actual = run(model, *batch)
         assert_rounds_like(plain, actual, exact)
         assert not torch.equal(actual["output"], plain["output"]), "the patch did nothing"
@@ -221,8 +137,8 @@ def test_training_under_autocast():
     batch = inputs(model)
     exact = exactly(model, *batch)
     results = []
-    for patched in (False, True):
-        if patched:
+    for ours in (False, True):
+        if ours:
             patch_model(model)
         with torch.autocast("cpu", torch.bfloat16):
             results.append(run(model, *batch))
@@ -267,12 +183,12 @@ def test_a_copy_is_patched_and_independent():
     batch = inputs(model)
     plain = output(model, *batch)
     patch_model(model)
-    patched = output(model, *batch)
+    before = output(model, *batch)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    assert torch.equal(output(twin, *batch), patched)
+    assert torch.equal(output(twin, *batch), before)
     unpatch_model(twin)
     assert torch.equal(output(twin, *batch), plain)
     assert torch.count_nonzero(output(model, *batch)) == 0
@@ -402,13 +318,15 @@ def test_an_attention_backend_chosen_in_diffusers_is_kept(monkeypatch, when):
 
 
 def test_a_masked_attention_is_that_of_diffusers():
+    from sora_kernels.integrations.diffusers.wan import WanProcessor
+
     attn = wan().blocks[0].attn2
     x, text = torch.randn(2, 5, 48), torch.randn(2, 7, 48)
     mask = torch.rand(2, 1, 1, 7) > 0.4
     with torch.no_grad():
         exact = copy.deepcopy(attn).double()(x.double(), text.double(), mask)
         plain = attn(x, text, mask)
-        attn.set_processor(sora_kernels.integrations.diffusers.WanProcessor("auto", "host", attn.processor))
+        attn.set_processor(WanProcessor(patch.How("auto", "host"), attn.processor))
         assert_matches_oracle(attn(x, text, mask), exact, plain)
         assert not torch.allclose(attn(x, text), plain)
 
@@ -477,8 +395,8 @@ def test_what_others_changed_is_left_alone_and_reported(change):
         patch_model(model, strict=True)
     assert all(vars(module).keys() == attributes[name].keys() for name, module in model.named_modules())
     report = patch_model(model)
-    assert [step.where for step in report.left] == [where]
-    assert reason in report.left[0].reason and len(report.replaced) == 7
+    assert {step.where for step in report.left} == {where} and len(report.replaced) + len(report.left) == 12
+    assert all(reason in step.reason for step in report.left)
     if exact is not None:
         assert_matches_oracle(output(model, *batch), exact, plain)
     unpatch_model(model)
@@ -500,9 +418,9 @@ def test_attention_to_an_image_is_left_to_diffusers():
     image = torch.randn(1, 257, 8)
     with torch.no_grad():
         report = patch_model(model)
-        assert [(s.where, s.reason) for s in report.left] == [
+        assert {(s.where, s.reason) for s in report.left} == {
             ("blocks.0.attn2", "it attends to an image as well, in a second attention of its own")
-        ]
+        }
         verification = verify_patch(model, latents, times, text, image)
     assert verification.ok, verification
 
@@ -510,7 +428,7 @@ def test_attention_to_an_image_is_left_to_diffusers():
 def test_an_implementation_that_does_not_exist_leaves_its_steps(monkeypatch):
     monkeypatch.setitem(patch._library._impls, "final_layer_fwd", ("reference",))
     model = wan()
-    report = patch_model(model, "cpu")
+    report = patch_model(model, impl="cpu")
     left = {step.where: step.reason for step in report.left}
     assert left["norm_out, proj_out"] == "final_layer: no cpu implementation"
     assert "blocks.0" not in left
@@ -518,12 +436,90 @@ def test_an_implementation_that_does_not_exist_leaves_its_steps(monkeypatch):
 
 def test_the_report_reads_well():
     lines = str(patch_model(wan(num_layers=12))).splitlines()
-    assert lines[0] == "WanTransformer3DModel, impl='auto': 38 of 38 steps replaced"
+    assert lines[0] == "WanTransformer3DModel, impl='auto': 62 of 62 steps replaced"
     assert "  blocks.* ×12        now norm_modulate, gate_residual, gate_residual_norm_modulate" in lines
-    assert "  blocks.*.attn1 ×12  now qk_norm_rope, spacetime_attention" in lines
+    assert "  blocks.*.attn1 ×12  now qk_norm_rope" in lines
+    assert "  blocks.*.attn1 ×12  now spacetime_attention" in lines
     assert lines[-1].startswith("  kept: projections")
     assert lines[-2] == "  rounding='host': where the host rounds, while no gradient is recorded"
-    assert len(lines) == 8
+    assert len(lines) == 10
+
+
+CHOSEN = [("qk_norm_rope",), ("norm_modulate", "gate_residual"), ("final_layer", "norm_silu")]
+
+
+@pytest.mark.parametrize("ops", CHOSEN, ids=str)
+def test_chosen_operations_come_alone_and_a_chain_whole_or_not_at_all(ops, monkeypatch):
+    counts = {}
+    spy(monkeypatch, counts)
+    model = wan()
+    batch = inputs(model)
+    plain, exact = output(model, *batch), exactly(model, *batch)["output"]
+    report = patch_model(model, ops)
+    assert_matches_oracle(output(model, *batch), exact, plain)
+    came = {op for step in report.replaced for op in step.ops}
+    assert counts.keys() == came == set(ops) & {"qk_norm_rope", "final_layer"}
+    assert all(step.reason.endswith("is not among the chosen ops") for step in report.left)
+    with pytest.raises(ValueError, match="already patched with impl='auto', rounding='host' or other ops"):
+        patch_model(model)
+
+
+# Pipelines and a block of code
+
+
+def pipeline():
+    config = {"tokenizer": None, "text_encoder": None, "scheduler": None}
+    return diffusers.WanPipeline(**config, vae=vae(), transformer=wan(), transformer_2=wan(num_layers=1))
+
+
+def test_a_pipeline_is_patched_verified_and_unpatched_in_all_its_parts():
+    pipe = pipeline()
+    report = patch_model(pipe)
+    assert report.model == "WanPipeline" and not report.left
+    owners = {step.where.split(".")[0] for step in report.replaced}
+    assert owners == {"transformer", "transformer_2", "vae"}
+    assert patch_model(pipe) == report and any(line.startswith("vae: convolutions") for line in report.kept)
+    verification = verify_patch(pipe)
+    assert verification.ok, verification
+    named = {check.name.split()[0] for check in verification.outputs}
+    assert named == owners and "gradients within their bounds" in str(verification)
+    unpatch_model(pipe)
+    for part in (pipe.transformer, pipe.transformer_2, pipe.vae):
+        assert all("forward" not in vars(module) for module in part.modules())
+    with pytest.raises(ValueError, match="unpatch_model: this WanPipeline is not patched"):
+        unpatch_model(pipe)
+
+
+def test_a_pipeline_one_part_of_which_cannot_be_patched_stays_whole():
+    pipe = pipeline()
+    pipe.transformer_2.blocks[0].compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled already"):
+        patch_model(pipe)
+    assert "forward" not in vars(pipe.transformer)
+
+
+def test_a_pipeline_without_a_known_part_is_refused():
+    pipe = diffusers.DDPMPipeline(unet=diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)), scheduler=diffusers.DDPMScheduler(),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="or a pipeline that has one; got a DDPMPipeline of .*unet: UNet2DModel"):
+        patch_model(pipe)
+
+
+def test_patched_lasts_for_a_block_of_code():
+    model = wan()
+    batch = inputs(model)
+    plain = output(model, *batch)
+    with pytest.raises(RuntimeError, match="stop"):
+        with patched(model, ("final_layer",), rounding="once") as report:
+            assert {step.ops for step in report.replaced} == {("final_layer",)}
+            assert not torch.equal(output(model, *batch), plain)
+            with patched(model, ("final_layer",), rounding="once"):
+                pass
+            assert not torch.equal(output(model, *batch), plain), "the inner block undid the outer one's"
+            raise RuntimeError("stop")
+    assert torch.equal(output(model, *batch), plain)
 
 
 # Verification
@@ -535,15 +531,15 @@ def test_verification_passes_and_restores_the_modes():
     patch_model(model)
     modes = [module.training for module in model.modules()]
     verification = verify_patch(model, *inputs(model))
-    assert verification.ok and "output.sample: max error" in str(verification) and "within" in str(verification)
+    assert verification.ok and "output.sample: error" in str(verification) and "within" in str(verification)
     assert 130 < verification.psnr < math.inf and f"PSNR {verification.psnr:.1f} dB" in str(verification)
-    assert 0 < verification.checks[0].error <= verification.checks[0].bound < 1e-4
+    assert 0 < verification.outputs[0].error <= verification.outputs[0].bound < 1e-4
     assert [module.training for module in model.modules()] == modes
     unpatch_model(model)
 
 
 def test_verification_finds_a_wrong_operation(monkeypatch):
-    import sora_kernels.integrations.diffusers as host
+    import sora_kernels.integrations.diffusers.wan as host
 
     original = host.gate_residual
     monkeypatch.setattr(host, "gate_residual", lambda *args, **kw: original(*args, **kw) * (1 + 1e-4))
@@ -552,6 +548,38 @@ def test_verification_finds_a_wrong_operation(monkeypatch):
     verification = verify_patch(model, *inputs(model))
     assert not verification.ok and "EXCEEDED" in str(verification)
     assert verification.psnr < 120
+    assert str(verification).endswith("the model is unpatched again") and "forward" not in vars(model)
+
+
+def test_verification_finds_a_wrong_gradient_behind_right_outputs(monkeypatch):
+    import sora_kernels.integrations.diffusers.wan as host
+
+    original = host.norm_modulate
+
+    def detached(x, *args, weight, **kw):
+        return original(x, *args, weight=weight.detach() if weight is not None else None, **kw)
+
+    monkeypatch.setattr(host, "norm_modulate", detached)
+    model = wan()
+    for block in model.blocks:
+        block.norm1 = diffusers.models.normalization.FP32LayerNorm(48, elementwise_affine=True)
+    patch_model(model)
+    assert verify_patch(model, *inputs(model), gradients=False).ok
+    verification = verify_patch(model, *inputs(model))
+    assert not verification.ok and all(check.ok for check in verification.outputs)
+    assert {check.name for check in verification.gradients if not check.ok} == {
+        "gradient of blocks.0.norm1", "gradient of blocks.1.norm1"
+    }  # fmt: skip
+
+
+def test_verification_says_that_gradients_were_not_compared():
+    model = wan()
+    patch_model(model)
+    assert "not compared, as asked" in str(verify_patch(model, *inputs(model), gradients=False))
+    unpatch_model(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    patch_model(model)
+    assert "not compared, parameters are offloaded, sharded or quantized" in str(verify_patch(model, *inputs(model)))
 
 
 @pytest.mark.parametrize(
@@ -585,10 +613,10 @@ def test_the_run_of_verification_is_eulers(monkeypatch):
 def test_verification_restores_the_patch_after_an_error():
     model = wan()
     patch_model(model)
-    patched = output(model, *inputs(model))
+    before = output(model, *inputs(model))
     with pytest.raises(AttributeError):
         verify_patch(model, None, *inputs(model)[1:])
-    assert torch.equal(output(model, *inputs(model)), patched)
+    assert torch.equal(output(model, *inputs(model)), before)
 
 
 # The autoencoder
@@ -635,8 +663,8 @@ def test_patching_twice():
     forwards = [vars(module).get("forward") for module in model.modules()]
     assert patch_model(model) == first
     assert [vars(module).get("forward") for module in model.modules()] == forwards
-    with pytest.raises(ValueError, match="already patched with impl='auto', rounding='host'; call unpatch"):
-        patch_model(model, "reference")
+    with pytest.raises(ValueError, match="already patched with .*'host' or other ops; call unpatch"):
+        patch_model(model, impl="reference")
     unpatch_model(model)
     with pytest.raises(ValueError, match="unpatch_model: this WanTransformer3DModel is not patched"):
         unpatch_model(model)
@@ -658,13 +686,34 @@ def test_models_that_resemble_wan_are_refused(name):
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), None, "wan"])
 def test_unknown_models_are_refused(model):
-    with pytest.raises(TypeError, match="classes of diffusers: AutoencoderKLWan, WanTransformer3DModel; got"):
+    with pytest.raises(TypeError, match="of the classes of diffusers: .*Wan.*, or a pipeline that has one; got"):
         patch_model(model)
 
 
 def test_an_unknown_impl_is_refused():
     with pytest.raises(ValueError, match="impl must be one of 'auto', 'reference'.*; got 'fastest'"):
-        patch_model(wan(), "fastest")
+        patch_model(wan(), impl="fastest")
+
+
+@pytest.mark.parametrize("ops", ["norm_modulate", ("norm",), (3,)], ids=str)
+def test_unknown_ops_are_refused(ops):
+    with pytest.raises(ValueError, match="ops must be 'all' or a tuple of names out of causal_conv3d, .*; got"):
+        patch_model(wan(), ops)
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = wan()
+    with pytest.raises(ValueError, match="weights; scale_shift_table is on the meta device. Load or offload it first"):
+        patch_model(model)
+
+
+def test_weights_in_8_bits_are_refused():
+    model = wan()
+    model.blocks[1].ffn.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="blocks.1.ffn.net.0.proj.weight is torch.float8_e4m3fn: upcast them, or let"):
+        patch_model(model)
+    assert "forward" not in vars(model)
 
 
 def test_a_compiled_model_is_refused():

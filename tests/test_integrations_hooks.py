@@ -10,7 +10,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_integrations import assert_rounds_like, exactly, inputs, output, run, spy, vae, wan
+from hosts import assert_rounds_like, exactly, output, run
+from hosts.wan import clip, inputs, vae, wan
+from test_integrations import spy
 
 import sora_kernels
 from sora_kernels.integrations import patch_model, unpatch_model
@@ -18,11 +20,6 @@ from sora_kernels.testing import assert_matches_oracle
 
 accelerate = pytest.importorskip("accelerate")
 diffusers = pytest.importorskip("diffusers")
-
-
-def clip(model):
-    torch.manual_seed(1)
-    return (torch.rand(1, 3, 5, 8, 12) * 2 - 1,)
 
 
 HOSTS = {"transformer": (wan, inputs), "autoencoder": (vae, clip)}

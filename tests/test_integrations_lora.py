@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_integrations import inputs, wan
+from hosts.wan import inputs, wan
 
 from sora_kernels.integrations import patch_model, unpatch_model, verify
 from sora_kernels.testing import assert_matches_oracle

@@ -2,25 +2,37 @@
 
 Only instances change: a `forward` bound to one module, an attention processor set the way the host offers. Classes,
 parameters and state_dict stay as they are, and importing this changes nothing. What is known of a host library is in
-the file that bears its name; it is imported, and the library with it, when a model of it is patched.
+the folder that bears its name, a file for each family of models; it is imported, and the library with it, when a model
+of it is patched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import _check, _dispatch, _library
 
-HOSTS = {"diffusers": ("AutoencoderKLWan", "WanTransformer3DModel")}  # library and file -> the classes it plans for
-_RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again
+HOSTS = {  # library and folder -> file -> the classes that it plans for
+    "diffusers": {
+        "wan": ("WanTransformer3DModel",),
+        "wan_vae": ("AutoencoderKLWan",),
+    },
+}
+OPS = (
+    "causal_conv3d", "final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "norm_silu",
+    "patch_embed3d", "qk_norm_rope", "spacetime_attention",
+)  # fmt: skip
+RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +82,28 @@ class Report:
         return "\n".join([*lines, *(f"  kept: {k}" for k in self.kept)])
 
 
-# What a host library's file makes, and a patched model remembers
+# What a file for a family of models is told and makes, and a patched model remembers
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What was asked of `patch_model`; `left` says of each operation that stays out why it does."""
+
+    impl: str
+    rounding: str
+    left: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def why_not(self, *ops: str) -> str | None:
+        return next((self.left[op] for op in ops if op in self.left), None)
+
+    def step(self, where: str, ops: tuple[str, ...], reason: str | None, *swaps: Swap) -> Plan:
+        """The step and what brings it about, or the step left to the host. Its operations come all or none."""
+        reason = reason or self.why_not(*ops)
+        return Plan(Step(where, ops, reason), () if reason else swaps)
+
+    def rounding_now(self) -> str:
+        """What `qk_norm_rope` is told: the host's own rounding only where no gradient is recorded."""
+        return "once" if torch.is_grad_enabled() else self.rounding
 
 
 class Bound(functools.partial):
@@ -110,6 +143,15 @@ class Plan:
 
     step: Step
     swaps: tuple[Swap, ...] = ()
+
+
+@dataclasses.dataclass
+class Record:
+    """What a patched model remembers."""
+
+    report: Report
+    how: How
+    swaps: list[Swap]
 
 
 def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swap:
@@ -155,11 +197,19 @@ def _is_replaced(module: nn.Module) -> bool:
 # The public functions
 
 
-def patch_model(model: nn.Module, impl: str = "auto", *, rounding: str = "host", strict: bool = False) -> Report:
+def patch_model(
+    model: Any,
+    ops: str | tuple[str, ...] = "all",
+    impl: str = "auto",
+    *,
+    rounding: str = "host",
+    strict: bool = False,
+) -> Report:
     """Let sora_kernels run the hot steps of `model`, in place; say what was replaced, what not, and why.
 
-    model   a diffusers WanTransformer3DModel (adaLN norms, gated residuals, QK-norm + rotary embedding + attention,
-            patch embedding, final layer) or AutoencoderKLWan (norm + SiLU)
+    model   a model of one of the classes in `HOSTS`, or a diffusers pipeline, whose transformers and VAE are patched
+    ops     "all", or the names of the operations to bring in. What the host does in a chain of them is replaced whole
+            or not at all: where `ops` lacks one of a step's, the step is left
     impl    handed to every operation. A step whose operations lack an explicitly named one is left to the host
     rounding  "host": in 16 bits, values after the norm of q and k are rounded as the host rounds them, as long as no
             gradient is recorded. Over the steps of a sampler the host's own roundings are part of what it shows.
@@ -167,73 +217,158 @@ def patch_model(model: nn.Module, impl: str = "auto", *, rounding: str = "host",
     strict  raise `Unavailable`, and change nothing, where a step would be left
 
     The same arithmetic as the host's, upcasts included, with fewer roundings: outputs and gradients agree within the
-    rule of `sora_kernels.testing`; `verify_patch` checks that on inputs of yours. Weights, state_dict, LoRA layers and
-    their scale, gradient checkpointing and an attention backend chosen in diffusers keep working. Copies, pickles and
-    replicas of a patched model are patched. Where the weights of a module are read instead of its being called, and a
-    call would do more (hooks, offloading, FSDP, a wrapper, whenever it came), the host's own step runs. Wrap and
-    compile afterwards. Patching again with the same impl and rounding changes nothing.
+    rule of `sora_kernels.testing`; `verify_patch` checks that. Weights, state_dict, LoRA layers and their scale,
+    gradient checkpointing and an attention backend chosen in diffusers keep working. Copies, pickles and replicas of a
+    patched model are patched. Where the weights of a module are read instead of its being called, and a call would do
+    more (hooks, offloading, FSDP, a wrapper, whenever it came), the host's own step runs. Wrap and compile afterwards.
+    Patching again in the same way changes nothing.
 
-    Raises TypeError for a model no class of which is known (the message lists those that are), ValueError for an
-    unknown impl or rounding, a model patched with others or already compiled.
+    Raises TypeError for a model or a pipeline no part of which is known (the message lists the classes that are),
+    ValueError for an unknown op, impl or rounding, a model patched otherwise, compiled already, without weights (on the
+    meta device) or with weights in 8 bits that nothing upcasts. The model, and every part of a pipeline, is untouched
+    then.
     """
-    host = host_of(model)
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
     _check.choice("patch_model", "rounding", rounding, ("host", "once"))
-    if (record := vars(model).get(_RECORD)) is not None:
-        report: Report = record[0]
-        if (report.impl, report.rounding) != (impl, rounding):
-            was = f"impl={report.impl!r}, rounding={report.rounding!r}"
-            raise ValueError(f"patch_model: already patched with {was}; call unpatch_model first")
-        return report
-    if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise ValueError("patch_model: the model is compiled already; patch it first, then compile")
-    plans, kept = host.plan(model, impl, rounding)
-    plans = [_without_missing(plan, _dispatch.FORCED if impl == "auto" else impl) for plan in plans]
-    report = Report(type(model).__name__, impl, rounding, tuple(plan.step for plan in plans), kept)
+    how = How(impl, rounding, _left(ops, impl))
+    parts = [(name, part, _plan(part, how)) for name, part in parts_of("patch_model", model).items()]
+    report = _joined(model, how, [(name, report) for name, _, (report, _) in parts])
     if strict and report.left:
         raise _dispatch.Unavailable(f"patch_model: strict=True, and some steps would be left to the host.\n{report}")
-    swaps = [swap for plan in plans for swap in plan.swaps]
-    for swap in swaps:
-        swap.apply()
-    vars(model)[_RECORD] = (report, swaps)
+    for _, part, (part_report, swaps) in parts:
+        if RECORD not in vars(part):
+            for swap in swaps:
+                swap.apply()
+            vars(part)[RECORD] = Record(part_report, how, swaps)
     return report
 
 
-def unpatch_model(model: nn.Module) -> None:
-    """Undo `patch_model`: afterwards the model gives, bit for bit, what it gave before.
+def unpatch_model(model: Any) -> None:
+    """Undo `patch_model`: afterwards the model, or every patched part of the pipeline, gives, bit for bit, what it gave
+    before.
 
-    Raises ValueError for a model that is not patched, or where something was hooked over a replacement since; nothing
-    has changed then. A graph compiled in between belongs to the patched model: compile again.
+    Raises ValueError for one that is not patched, or where something was hooked over a replacement since; nothing has
+    changed then. A graph compiled in between belongs to the patched model: compile again.
     """
-    _, swaps = record_of("unpatch_model", model)
-    check_in_place("unpatch_model", swaps)
-    for swap in swaps:
-        swap.undo()
-    del vars(model)[_RECORD]
+    parts = [part for part in parts_of("unpatch_model", model).values() if RECORD in vars(part)]
+    if not parts:
+        raise ValueError(f"unpatch_model: this {type(model).__name__} is not patched; call patch_model first")
+    for part in parts:
+        check_in_place("unpatch_model", record_of("unpatch_model", part).swaps)
+    for part in parts:
+        for swap in vars(part).pop(RECORD).swaps:
+            swap.undo()
 
 
-def host_of(model: nn.Module) -> types.ModuleType:
-    classes = type(model).__mro__
-    for library, names in HOSTS.items():
-        if any(c.__name__ in names and c.__module__.split(".")[0] == library for c in classes):
-            return importlib.import_module(f".{library}", __package__)
-    known = "; ".join(f"{library}: {', '.join(names)}" for library, names in HOSTS.items())
-    raise TypeError(
-        f"patch_model: model must be one of the classes of {known}; got {type(model).__name__}. "
-        "Of a pipeline pass pipe.transformer or pipe.vae; patch before compiling or wrapping"
+@contextlib.contextmanager
+def patched(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
+    """`with patched(model, ...) as report:` is `patch_model(model, ...)` for the length of a block.
+
+    Parts that were patched before stay so.
+    """
+    before = {id(part) for part in parts_of("patched", model).values() if RECORD in vars(part)}
+    report = patch_model(model, *args, **kwargs)
+    try:
+        yield report
+    finally:
+        for part in parts_of("patched", model).values():
+            if RECORD in vars(part) and id(part) not in before:
+                unpatch_model(part)
+
+
+def parts_of(function: str, model: Any) -> dict[str, nn.Module]:
+    """{"": model}, or the parts of a pipeline that are of a known class, by name."""
+    if isinstance(model, nn.Module):
+        host_of(model, function)
+        return {"": model}
+    components = getattr(model, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(f"{function}: {_expected()}; got {_named(model)}")
+    parts = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _file_of(part)}
+    if not parts:
+        held = ", ".join(f"{name}: {type(part).__name__}" for name, part in components.items())
+        raise TypeError(f"{function}: {_expected()}; got a {type(model).__name__} of {held or 'no parts'}")
+    return parts
+
+
+def host_of(model: nn.Module, function: str = "patch_model") -> types.ModuleType:
+    if (file := _file_of(model)) is None:
+        raise TypeError(
+            f"{function}: {_expected()}; got {_named(model)}. Patch the model itself, before compiling or wrapping it"
+        )
+    return importlib.import_module(file, __package__)
+
+
+def _file_of(model: nn.Module) -> str | None:
+    for cls in type(model).__mro__:
+        library = cls.__module__.split(".")[0]
+        for file, names in HOSTS.get(library, {}).items():
+            if cls.__name__ in names:
+                return f".{library}.{file}"
+    return None
+
+
+def _named(model: Any) -> str:
+    return getattr(type(model), "__name__", str(type(model)))
+
+
+def _expected() -> str:
+    known = (f"{library}: {', '.join(sorted(sum(files.values(), ())))}" for library, files in HOSTS.items())
+    return f"model must be one of the classes of {'; '.join(known)}, or a pipeline that has one"
+
+
+def _left(ops: str | tuple[str, ...], impl: str) -> dict[str, str]:
+    names = OPS if ops == "all" else ops
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not set(names) <= set(OPS):
+        raise ValueError(f"patch_model: ops must be 'all' or a tuple of names out of {', '.join(OPS)}; got {ops!r}")
+    left = {op: f"{op} is not among the chosen ops" for op in OPS if op not in names}
+    impl = _dispatch.FORCED if impl == "auto" else impl
+    missing = [op for op in OPS if impl != "auto" and impl not in _library.impls(f"{op}_fwd")]
+    return {op: f"{op}: no {impl} implementation" for op in missing} | left
+
+
+def _plan(model: nn.Module, how: How) -> tuple[Report, list[Swap]]:
+    if (record := vars(model).get(RECORD)) is not None:
+        if record.how != how:
+            was = f"impl={record.how.impl!r}, rounding={record.how.rounding!r}"
+            raise ValueError(f"patch_model: already patched with {was} or other ops; call unpatch_model first")
+        return record.report, record.swaps
+    if reason := _why_not(model):
+        raise ValueError(f"patch_model: {reason}")
+    plans, kept = host_of(model).plan(model, how)
+    swaps = {id(swap): swap for plan in plans for swap in plan.swaps}
+    return Report(type(model).__name__, how.impl, how.rounding, tuple(p.step for p in plans), kept), [*swaps.values()]
+
+
+def _why_not(model: nn.Module) -> str | None:
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            return "the model is compiled already; patch it first, then compile"
+        if is_hooked(module):
+            continue
+        for key, p in module.named_parameters(name, recurse=False):
+            if p.is_meta:
+                return f"the model must have its weights; {key} is on the meta device. Load or offload it first"
+            if p.dtype.is_floating_point and p.dtype.itemsize == 1:
+                upcast = "upcast them, or let the host do so at each call (enable_layerwise_casting)"
+                return f"the weights must be of 16 bits or more; {key} is {p.dtype}: {upcast}"
+    return None
+
+
+def _joined(model: Any, how: How, reports: list[tuple[str, Report]]) -> Report:
+    if len(reports) == 1 and not reports[0][0]:
+        return reports[0][1]
+    steps = tuple(
+        dataclasses.replace(step, where=f"{name}.{step.where}".rstrip("."))
+        for name, report in reports
+        for step in report.steps
     )
+    kept = tuple(f"{name}: {line}" for name, report in reports for line in report.kept)
+    return Report(type(model).__name__, how.impl, how.rounding, steps, kept)
 
 
-def _without_missing(plan: Plan, impl: str) -> Plan:
-    """The plan, or, where one of its operations has no such implementation at all, the step left to the host."""
-    missing = [op for op in plan.step.ops if impl != "auto" and impl not in _library.impls(f"{op}_fwd")]
-    if plan.step.reason or not missing:
-        return plan
-    return Plan(dataclasses.replace(plan.step, reason=f"{', '.join(missing)}: no {impl} implementation"))
-
-
-def record_of(function: str, model: nn.Module) -> tuple[Report, list[Swap]]:
-    record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
+def record_of(function: str, model: nn.Module) -> Record:
+    record = vars(model).get(RECORD) if isinstance(model, nn.Module) else None
     if record is None:
         raise ValueError(f"{function}: this {type(model).__name__} is not patched; call patch_model first")
     return record

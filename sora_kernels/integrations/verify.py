@@ -1,10 +1,12 @@
-"""Is a patched model still the same? `verify_patch`: one call against fp64, and where a short sampling run ends."""
+"""Is a patched model still the same? `verify_patch`: outputs and gradients against fp64, and where a sampling run ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..testing import error_bound, max_error
-from .patch import Swap, check_in_place, host_of, record_of
+from .patch import RECORD, Swap, check_in_place, host_of, parts_of, record_of, unpatch_model
 
 STEPS = 8  # of the sampling run
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One output tensor: the largest errors against an fp64 run of the host, patched and not, and the bound."""
+    """One output tensor, or the gradients of one module's parameters: the errors against an fp64 run of the host,
+    patched and not, and the bound."""
 
     name: str
     error: float
@@ -31,74 +34,170 @@ class Check:
     def ok(self) -> bool:
         return self.error <= self.bound
 
+    def __str__(self) -> str:
+        found = f"error {self.error:.3e}, the host's own {self.host_error:.3e}, bound {self.bound:.3e}"
+        return f"{self.name}: {found}: {'within' if self.ok else 'EXCEEDED'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify_patch` found; `ok` where every output is within its bound, `str()` for reading.
+    """What `verify_patch` found; `ok` where every output and gradient is within its bound, `str()` for reading.
 
-    psnr  in dB, of the sample at the end of a short run, patched against unpatched: how far roundings carry. The peak
-          is the range of the unpatched one's values; inf where they agree to the bit. None for a model that does not
-          sample, or whose input is not of its output's kind. It has no part in `ok`
+    outputs    the largest error of each output tensor
+    gradients  the Euclidean norm of the error, of each module with parameters and of each input
+    left       why gradients were not compared; None: they were
+    psnr       in dB, of the sample at the end of a short run, patched against unpatched: how far roundings carry. The
+               peak is the range of the unpatched one's values; inf where they agree to the bit. None for a model that
+               does not sample, or whose input is not of its output's kind. It has no part in `ok`
     """
 
-    checks: tuple[Check, ...]
+    outputs: tuple[Check, ...]
+    gradients: tuple[Check, ...] = ()
+    left: str | None = None
     psnr: float | None = None
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+        return all(check.ok for check in self.outputs + self.gradients)
 
     def __str__(self) -> str:
-        lines = [
-            f"{check.name}: max error {check.error:.3e}, the host's own {check.host_error:.3e}, "
-            f"bound {check.bound:.3e}: {'within' if check.ok else 'EXCEEDED'}"
-            for check in self.checks
-        ]
+        lines = [str(check) for check in self.outputs]
+        lines += [str(check) for check in self.gradients if not check.ok]
+        if self.left:
+            lines.append(f"gradients: not compared, {self.left}")
+        elif all(check.ok for check in self.gradients):
+            nearest = max(self.gradients, key=lambda check: check.error / check.bound if check.bound else 0.0)
+            lines.append(f"{len(self.gradients)} gradients within their bounds, nearest to it: {nearest}")
         if self.psnr is not None:
             lines.append(f"after {STEPS} Euler steps from one seed: PSNR {self.psnr:.1f} dB, patched against unpatched")
-        return "\n".join(lines)
+        return "\n".join(lines if self.ok else [*lines, "the model is unpatched again"])
 
 
-def verify_patch(model: nn.Module, *inputs: Any, **kwargs: Any) -> Verification:
-    """Run a patched model, itself unpatched, and an fp64 copy of that on the same inputs, and compare the outputs.
+def verify_patch(model: Any, *inputs: Any, gradients: bool = True, **kwargs: Any) -> Verification:
+    """Run a patched model, itself unpatched, and an fp64 copy of that on the same inputs, and compare outputs and
+    gradients. A model that fails is unpatched.
 
+    model            a patched model, or a pipeline with patched parts, each of which is verified on inputs of its own
     inputs, kwargs   what the model is called with; none: small random ones, made from its config
+    gradients        compare the gradients of all parameters and floating-point inputs as well; where parameters are
+                     not at hand (offloaded, sharded) the result says that they were not compared
 
     An output passes where its largest error against fp64 is at most twice the unpatched model's plus one rounding to
-    the output's dtype (`sora_kernels.testing.error_bound`). A transformer also samples, patched and not: 8 Euler steps
-    of its flow from the noise of one seed, with the same text; the PSNR between the two ends is reported.
-    Runs in eval mode without gradients; then everything, the mode of each module included, is as before. Needs memory
-    for the copy, 8 bytes a parameter, and the time of 18 calls and one in fp64.
+    the output's dtype (`sora_kernels.testing.error_bound`); the gradients of a module's parameters, together, by the
+    same rule in the Euclidean norm, with room for chance where they are few. A transformer also samples, patched and
+    not: 8 Euler steps of its flow from the noise of one seed, with the same text; the PSNR between the two ends is
+    reported. Runs in eval mode; then everything, the mode of each module included, is as before. Needs memory for the
+    copy, 8 bytes a parameter, for three sets of gradients, and the time of 20 calls and one in fp64.
 
     Raises ValueError for a model that is not patched, TypeError where the model's output holds no tensor.
     """
-    _, swaps = record_of("verify_patch", model)
-    check_in_place("verify_patch", swaps)
+    parts = {name: part for name, part in parts_of("verify_patch", model).items() if RECORD in vars(part)}
+    if not parts:
+        raise ValueError(f"verify_patch: this {type(model).__name__} is not patched; call patch_model first")
+    if "" in parts:
+        return _verify(model, inputs, kwargs, gradients)
+    if inputs or kwargs:
+        raise ValueError("verify_patch: inputs go to one model; pass pipe.transformer or pipe.vae, not a pipeline")
+    found = {name: _verify(part, (), {}, gradients) for name, part in parts.items()}
+    return Verification(
+        _named(found, "outputs"),
+        _named(found, "gradients"),
+        "; ".join(f"{name}: {v.left}" for name, v in found.items() if v.left) or None,
+        min((v.psnr for v in found.values() if v.psnr is not None), default=None),
+    )
+
+
+def _named(found: dict[str, Verification], kind: str) -> tuple[Check, ...]:
+    checks = ((name, check) for name, v in found.items() for check in getattr(v, kind))
+    return tuple(dataclasses.replace(check, name=f"{name} {check.name}") for name, check in checks)
+
+
+def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Verification:
+    record = record_of("verify_patch", model)
+    check_in_place("verify_patch", record.swaps)
     host = host_of(model)
     if not inputs and not kwargs:
         inputs = host.example(model)
+    left = None if gradients else "as asked"
+    if any(p.is_meta or type(p) is not nn.Parameter for p in model.parameters()):
+        left = "parameters are offloaded, sharded or quantized"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        ours = _run(model, inputs, kwargs, left is None)
         with torch.no_grad():
-            ours = dict(_tensors(model(*inputs, **kwargs)))
             end = host.sample(model, STEPS, inputs, kwargs)
-            with _undone(swaps):
-                theirs = dict(_tensors(model(*inputs, **kwargs)))
+        with _undone(record.swaps):
+            theirs = _run(model, inputs, kwargs, left is None)
+            with torch.no_grad():
                 their_end = host.sample(model, STEPS, inputs, kwargs)
-                oracle = copy.deepcopy(model).double()
-            with _FloatMeansDouble():
-                exact = dict(_tensors(oracle(*_double(inputs), **_double(kwargs))))
+            exactly = copy.deepcopy(model).double()
+        with _FloatMeansDouble():
+            exact = _run(exactly, _double(inputs), _double(kwargs), left is None)
     finally:
         for module, mode in modes:
             module.training = mode
-    if not ours:
+    if not ours.outputs:
         raise TypeError("verify_patch: the output of the model must hold floating-point tensors; none was found")
-    checks = []
-    for name, output in ours.items():
-        bound = error_bound(exact[name], theirs[name])
-        checks.append(Check(name, max_error(output, exact[name]), max_error(theirs[name], exact[name]), bound))
-    return Verification(tuple(checks), None if end is None else _psnr(end, their_end))
+    outputs = []
+    for name, oracle in exact.outputs.items():
+        a, b = ours.outputs[name], theirs.outputs[name]
+        outputs.append(Check(name, max_error(a, oracle), max_error(b, oracle), error_bound(oracle, b)))
+    checks = tuple(_gradient_checks(ours, theirs, exact))
+    found = Verification(tuple(outputs), checks, left, None if end is None else _psnr(end, their_end))
+    if not found.ok:
+        unpatch_model(model)
+    return found
+
+
+@dataclasses.dataclass
+class _Run:
+    """Outputs without and, apart, gradients with autograd: patched models may round otherwise while it records."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, list[Tensor]]  # of each input, and of the parameters of each module
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> _Run:
+    with torch.no_grad():
+        run = _Run(dict(_tensors(model(*inputs, **kwargs))), {})
+    if not gradients:
+        return run
+    with torch.enable_grad():
+        inputs, kwargs = _leaves(inputs), _leaves(kwargs)
+        wanted = [*_tensors(inputs, "input"), *_tensors(kwargs, "input")]
+        wanted += [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        loss = torch.zeros((), dtype=torch.float64)
+        for _, output in _tensors(model(*inputs, **kwargs)):
+            weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+            loss = loss.to(output.device) + (output * weights.view_as(output)).sum().double()
+        grads = torch.autograd.grad(loss, [tensor for _, tensor in wanted], allow_unused=True)
+    for (name, _), grad in zip(wanted, grads, strict=True):
+        if grad is not None:
+            owner = name if name.startswith("input") else name.rpartition(".")[0] or name
+            run.gradients.setdefault(f"gradient of {owner}", []).append(grad)
+    return run
+
+
+def _gradient_checks(ours: _Run, theirs: _Run, exact: _Run) -> Iterator[Check]:
+    """By the error rule in the Euclidean norm, a module at a time: after some twenty operations chance decides which
+    program errs more in its worst element, and a bias's gradient, a sum that may cancel, errs as the weight's does.
+    Where values are few chance remains, as all carry the errors of what came before: the host's counts as no less,
+    relatively, than it is on the whole, and as known to 16/√n."""
+    found = {}
+    for name, grads in exact.gradients.items():
+        if len(ours.gradients.get(name, ())) == len(theirs.gradients[name]) == len(grads):
+            found[name] = [torch.cat([g.double().flatten() for g in r.gradients[name]]) for r in (ours, theirs, exact)]
+        else:
+            yield Check(name, math.inf, 0.0, 0.0)
+    norm = torch.linalg.vector_norm
+    whole = math.hypot(*(norm(b - x) for _, b, x in found.values()))
+    whole /= math.hypot(*(norm(x) for _, _, x in found.values())) or 1.0
+    for name, (a, b, x) in found.items():
+        host_error, values = norm(b - x).item(), norm(x).item()
+        bound = 2 * (1 + 16 / math.sqrt(x.numel())) * max(host_error, whole * values)
+        eps = torch.finfo(theirs.gradients[name][0].dtype).eps
+        yield Check(name, norm(a - x).item(), host_error, bound + eps * values)
 
 
 def _psnr(actual: Tensor, expected: Tensor) -> float:
@@ -123,6 +222,15 @@ class _FloatMeansDouble(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
+
+
+def _leaves(value: Any) -> Any:
+    """The same with each floating-point tensor a leaf that asks for its gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _leaves(item) for key, item in value.items()}
+    return type(value)(map(_leaves, value)) if type(value) in (list, tuple) else value
 
 
 def _double(value: Any) -> Any:
