@@ -1,4 +1,4 @@
-"""The `sora` command: info, generate, reconstruct, train, eval, bench. A mistake is one line and an exit code of 1.
+"""The `sora` command: info, generate, reconstruct, patch, train, eval, bench. A mistake is one line, an exit code of 1.
 
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
 """
@@ -6,7 +6,7 @@ Where it is to be written is tried before any work, and by `files.write_atomical
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -130,6 +130,25 @@ def reconstruct(
     if result.left_out:
         note(err, f"not in it: {', '.join(result.left_out)}")
     say(out, f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB")
+
+
+@app.command()
+def patch(
+    folder: Annotated[Path, typer.Argument(help="A pipeline or a model in the diffusers layout.")],
+    grid: Annotated[str, typer.Option(help="FRAMESxROWSxCOLUMNS of a transformer's tokens.")] = "21x30x52",
+    verify: Annotated[bool, typer.Option(help="Load the weights and compare with the host, gradients too.")] = False,
+) -> None:
+    """Say what `patch_model` would replace in a diffusers pipeline, and the memory traffic that this saves."""
+    if not (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", grid)) or "0" in match.groups():
+        raise ValueError(f"--grid must be FRAMESxROWSxCOLUMNS of tokens, such as 21x30x52, got {grid!r}")
+    if importlib.util.find_spec("diffusers") is None:
+        raise FileNotFoundError("diffusers is not installed; pip install 'sora-kernels[diffusers]'")
+    from sora_kernels.integrations import directory
+
+    for part in directory.inspect(folder, tuple(map(int, match.groups())), verify=verify):
+        say(out, str(part))
+        if part.verification is not None and not part.verification.ok:
+            raise ValueError(f"{part.name or folder} does not agree with the host; see above")
 
 
 @training.command("vae")

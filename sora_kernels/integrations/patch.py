@@ -308,13 +308,24 @@ def _file_of(model: nn.Module) -> str | None:
     return None
 
 
+def class_of(library: str, name: str) -> type[nn.Module] | None:
+    """The class of that name, if it is a known one of this library."""
+    if any(name in names for names in HOSTS.get(library, {}).values()):
+        return getattr(importlib.import_module(library), name, None)
+    return None
+
+
 def _named(model: Any) -> str:
     return getattr(type(model), "__name__", str(type(model)))
 
 
 def _expected() -> str:
-    known = (f"{library}: {', '.join(sorted(sum(files.values(), ())))}" for library, files in HOSTS.items())
-    return f"model must be one of the classes of {'; '.join(known)}, or a pipeline that has one"
+    return f"model must be one of the {known()}, or a pipeline that has one"
+
+
+def known() -> str:
+    names = (f"{library}: {', '.join(sorted(sum(files.values(), ())))}" for library, files in HOSTS.items())
+    return f"classes of {'; '.join(names)}"
 
 
 def _left(ops: str | tuple[str, ...], impl: str) -> dict[str, str]:

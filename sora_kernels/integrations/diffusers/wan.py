@@ -33,11 +33,11 @@ def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
     return list(_steps(model, how)), (kept,)
 
 
-def example(model: nn.Module) -> tuple[Any, ...]:
-    """Small random inputs that fit the model's config."""
+def example(model: nn.Module, grid: tuple[int, int, int] = (3, 4, 6)) -> tuple[Any, ...]:
+    """Random inputs that fit the model's config, of so many patches."""
     generator, config = torch.Generator().manual_seed(0), model.config
-    pt, ph, pw = config.patch_size
-    latents = draw(model.patch_embedding, 1, config.in_channels, 3 * pt, 4 * ph, 6 * pw, generator=generator)
+    sizes = (n * p for n, p in zip(grid, config.patch_size, strict=True))
+    latents = draw(model.patch_embedding, 1, config.in_channels, *sizes, generator=generator)
     times = torch.tensor([500.0], device=latents.device)
     tokens = 512 if config.added_kv_proj_dim else 16
     text = draw(model.patch_embedding, 1, tokens, config.text_dim, generator=generator)

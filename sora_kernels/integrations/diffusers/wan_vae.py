@@ -30,7 +30,8 @@ def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
     return plans, (kept, "attention of a single head over a frame: PyTorch's own")
 
 
-def example(model: nn.Module) -> tuple[Any, ...]:
+def example(model: nn.Module, grid: tuple[int, int, int] | None = None) -> tuple[Any, ...]:
+    """A small random clip; the grid is that of a transformer's tokens."""
     side = 2 * model.spatial_compression_ratio
     return (draw(model.encoder.conv_in, 1, 3, 5, side, side, generator=torch.Generator().manual_seed(0)).tanh(),)
 
