@@ -98,7 +98,8 @@ def arrange(t: Tensor, layout: str) -> Tensor:
 def poison_empty() -> Iterator[None]:
     """Fill everything that torch.empty and torch.empty_like give with NaN: an element nobody wrote shows.
 
-    Every bit of it is set, as in no NaN that arithmetic gives: who executes kernels can tell it from a result.
+    Every bit of it is set, as in no NaN that arithmetic gives (but PyTorch's conversion to bf16 on a CPU): who executes
+    kernels can tell it from a result.
     """
     originals = torch.empty, torch.empty_like
 

@@ -52,7 +52,8 @@ def draw(shape, dtype=torch.float32, device="cpu"):
     infinity = float("inf")
     special = torch.tensor([float("nan"), infinity, -infinity, 0.0, 1.0, -1.0, 1.5 / 127.5 - 1, 254.5 / 127.5 - 1])
     x.view(-1)[: len(special)] = special.to(device)[: x.numel()]
-    return x.to(dtype)
+    x = x.to(dtype)  # on a CPU a NaN becomes that of all bits, which stands for what nobody wrote
+    return x.masked_fill(x.isnan(), float("nan"))
 
 
 def definition(video, patch):
