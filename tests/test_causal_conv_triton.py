@@ -126,13 +126,18 @@ def test_columns_hold_a_width_in_powers_of_two():
     assert config.parts(96, 256) == (64, 32) and config.parts(384, 256) == (128, 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-def test_the_tiles_that_are_shipped(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
+@pytest.mark.parametrize("channels", [(4, 2), (17, 40)], ids=str)
+def test_the_tiles_that_are_shipped(channels, dtype, monkeypatch):
     monkeypatch.undo()
-    function, tensors, kwargs = draw("causal_conv3d everything", dtype)
-    terms = functools.partial(terms_of_small, kwargs=kwargs)
-    baseline = functools.partial(plain, "causal_conv3d")
-    judged(function, baseline, on_device(tensors), kwargs, terms, impl="triton", runs=1)
+    C, O = channels  # noqa: E741
+    shapes = dict(x=(2, C, 2, 3, 2), weight=(O, C, 3, 3, 1), bias=(O,), cache=(2, C, 2, 3, 2))
+    shapes |= dict(residual=(2, O, 2, 3, 2), norm_weight=(O,))
+    tensors = {n: torch.randn(shape).to(DEVICE, dtype) for n, shape in shapes.items()}
+    baseline, terms = functools.partial(plain, "causal_conv3d"), functools.partial(terms_of_small, kwargs={})
+    judged(causal_conv3d, baseline, tensors, {}, terms, impl="triton", runs=1)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
+from ptx.device import run_again
 from ptx.snippets import THREAD, module, per_element, run
 
 
@@ -312,6 +313,62 @@ def test_vectors_and_narrow_types_and_parameters():
     assert torch.equal(out.view(32, 4), want) and torch.equal(small, want[:, 3].to(torch.int8))
     traffic = counters.traffic()
     assert traffic["ld.global"]["bytes"] == 512 + 32 and counters.read == 16 + 1 and counters.written == 16 + 1
+
+
+def test_a_parameter_chosen_by_its_address():
+    """In 32 bits, as LLVM compiles a choice between two parameters."""
+    out = torch.zeros(32, dtype=torch.int32)
+    body = """setp.lt.u32 %p1, %r1, 11;
+    mov.b32 %r4, n;
+    mov.b32 %r5, m;
+    selp.b32 %r6, %r4, %r5, %p1;
+    ld.param.b32 %r7, [%r6];
+    ld.param.u64 %d1, [out];
+    mad.wide.s32 %d2, %r1, 4, %d1;
+    st.global.b32 [%d2], %r7;"""
+    run(THREAD + body, [3, -4, out], ".u32 n, .u32 m, .u64 out")
+    assert out.tolist() == [3] * 11 + [-4] * 21
+
+
+EACH = """ld.param.u64 %d1, [x];
+    ld.param.u64 %d2, [out];
+    mov.u32 %r2, %ctaid.x;
+    mad.lo.s32 %r4, %r2, 64, %r1;
+    mad.wide.s32 %d3, %r4, 4, %d1;
+    ld.global.b32 %r5, [%d3];
+"""
+BY_ORDER = {  # of 8 programs of two warps, or of the warps of a program
+    "a sum by atomics": "red.global.add.f32 [%d2], %r5;",
+    "the last program to write": "setp.eq.u32 %p1, %r1, 0;\n@%p1 st.global.b32 [%d2], %r5;",
+    "the last warp to write": "mad.wide.s32 %d2, %r2, 4, %d2;\nst.global.b32 [%d2], %r5;",
+}
+
+
+def again(body: str, out: torch.Tensor, schedule: int) -> ptx.Counters:
+    text = module(THREAD + EACH + body, ".u64 x, .u64 out", 64, shared=".extern .shared .align 4 .b8 s[];")
+    x = torch.arange(512).sin()
+    return run_again(text, (8,), [x, out], schedule, names=["x_ptr", "out_ptr"])
+
+
+@pytest.mark.parametrize("name", BY_ORDER)
+def test_bits_that_depend_on_an_order_are_found(name):
+    found = []
+    for schedule in range(1, 9):
+        try:
+            again(BY_ORDER[name], torch.zeros(9)[1:], schedule)
+        except ptx.Fault as fault:
+            found.append(fault)
+            says = rf"k: order: schedules 0 and {schedule} leave .* bytes of out_ptr .* in element \d of its storage"
+            assert re.search(says, str(fault))
+    assert len(found) >= 4 and {fault.kind for fault in found} == {"order"}
+
+
+def test_both_orders_begin_with_the_same_memory():
+    """Each program adds to an element of its own."""
+    out = torch.full((8,), 2.0)
+    own = "mad.wide.s32 %d2, %r2, 4, %d2;\nsetp.eq.u32 %p1, %r1, 5;\n@%p1 red.global.add.f32 [%d2], %r5;"
+    counters = again(own, out, 3)
+    assert torch.equal(out, torch.arange(512).sin()[5::64] + 2) and counters.executed.max() == 16
 
 
 def test_atomics():

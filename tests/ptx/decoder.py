@@ -247,9 +247,12 @@ class Decoder:
         space = next((p.split("::")[0] for p in parts[1:] if p.split("::")[0] in ("global", "shared", "param")), None)
         if space is None:
             raise self.fail("accesses of generic or local memory are not modelled")
-        address_width = 32 if space == "shared" else 64
         memory = next(o for o in operands if isinstance(o, Memory))
-        address = self.source(memory.base, address_width)
+        if space == "param" and isinstance(memory.base, Register) and self.width(memory.base) == 32:
+            address = self.slot(("wide", memory.base.name), 64)
+            self.emit("cvt.u64.u32", [address], [self.source(memory.base, 32)], 8, 4)
+        else:
+            address = self.source(memory.base, 32 if space == "shared" else 64)
         kind, size = parts[-1], bits(parts[-1])
         if parts[0] in ("atom", "red"):
             if "noftz" in parts or "v2" in parts or "v4" in parts:

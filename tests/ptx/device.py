@@ -9,7 +9,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from . import build, decoder, parser
 CHECKS = {"alignment": 1, "initialised": 2, "races": 4, "async": 8}
 KINDS = (
     "none", "out of bounds", "misaligned", "uninitialised", "race", "asynchrony", "deadlock", "barrier", "endless",
-    "unsupported",
+    "unsupported", "order",
 )  # fmt: skip
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 WINDOW, MIDDLE = 40, 1 << 39  # a buffer lies in the middle of its own window of 1 TiB
@@ -214,8 +214,9 @@ def run(
     """Execute PTX; arguments follow the kernel's parameters: tensors, numbers, None, Struct, Box; what is left is zero.
 
     shared: bytes of dynamic shared memory. programs: which of the grid, by their number (x fastest); all if None.
-    schedule: the seed of the order of warps and of when asynchronous copies land. budget: warp instructions that a
-    program may execute. Bounds are always checked; `checks` names the rest.
+    schedule: the seed of the order of warps and of when asynchronous copies land; with 0 programs run in the order
+    given, with 1 in the opposite one, else in one drawn from it. budget: warp instructions that a program may execute.
+    Bounds are always checked; `checks` names the rest.
     """
     kernel, program = load(text, name)
     grid = tuple(grid) + (1,) * (3 - len(grid))
@@ -228,6 +229,8 @@ def run(
     parameters, maps = _lay_out(kernel, arguments, names, memory)
     total = math.prod(grid)
     chosen = np.arange(total) if programs is None else np.array([p % total for p in programs], np.int64)
+    if schedule:
+        chosen = chosen[::-1].copy() if schedule == 1 else np.random.default_rng(schedule).permutation(chosen)
     executed = np.zeros(len(program.records), np.uint64)
     traffic = np.zeros(len(program.records), MEMORY)
     buffers = (_Buffer * max(1, len(memory.buffers)))(*memory.buffers)
@@ -244,6 +247,39 @@ def run(
     if build.core().ptx_launch(ctypes.byref(launch)):
         raise _fault(kernel, program, launch.failure, memory)
     return Counters(program, executed, traffic, *launch.unique_sectors, memory.tensors)
+
+
+def run_again(text: str, grid: Sequence[int], arguments: Sequence, again: int, **options) -> Counters:
+    """`run`, and once more from the same memory under the schedule `again`: a Fault where a bit comes out otherwise.
+
+    Not compared: what lies on the meta device, which begins as zeros in every run.
+    """
+    tensors = {t.untyped_storage().data_ptr(): t for t in _tensors(arguments) if t.device.type == "cpu" and t.numel()}
+    memory = {at: torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for at, t in tensors.items()}
+    before = {at: m.clone() for at, m in memory.items()}
+    counters = run(text, grid, arguments, **options)
+    first = {at: m.clone() for at, m in memory.items()}
+    for at, m in memory.items():
+        m.copy_(before[at])
+    run(text, grid, arguments, **options | {"schedule": again})
+    for at, m in memory.items():
+        if differ := (m != first[at]).nonzero().flatten().tolist():
+            name = next(n for n, t in counters.tensors.items() if t.untyped_storage().data_ptr() == at)
+            kernel, element = load(text, options.get("name"))[0].name, differ[0] // tensors[at].element_size()
+            schedules = f"schedules {options.get('schedule', 0)} and {again}"
+            left = f"leave {len(differ)} bytes of {name} different, the first in element {element} of its storage"
+            raise Fault("order", "", f"{kernel}: order: {schedules} {left}")
+    return counters
+
+
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Box):
+            yield value.tensor
+        elif isinstance(value, Struct):
+            yield from _tensors(value.fields)
 
 
 def _fits(kernel: parser.Kernel, grid: tuple, block: tuple, shared: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import unittest.mock
 from collections.abc import Callable, Iterator
 
 import torch
@@ -60,10 +61,12 @@ def arguments(found: CompiledKernel, values: dict) -> tuple[list, list[str]]:
             continue
         value = values[name]
         if isinstance(value, TensorDescriptor):
-            meta = next(descriptors)
             view = value.base.as_strided(value.shape, value.strides)
-            box = Box(view, tuple(meta["block_size"]), meta["swizzle"])
-            value = [box, *(int(n) for n in value.shape), *(int(n) for n in value.strides)]
+            sizes = [int(n) for n in (*value.shape, *value.strides)]
+            if meta := next(descriptors, None):
+                value = [Box(view, tuple(meta["block_size"]), meta["swizzle"]), *sizes]
+            else:  # without TMA: addresses, and flags for NaN as padding and for rounding to TF32
+                value = [view, *sizes, False, False, *sizes]
         else:
             value = [float(value) if kind.startswith("fp") else value]
         listed += value
@@ -81,11 +84,13 @@ def launch(
     args: tuple,
     kwargs: dict,
     rewrite: Rewrite | None = None,
+    again: int | None = None,
     **options,
 ) -> Counters:
     """`kernel[grid](*args, **kwargs)` as sm_N would run it. options: of device.run.
 
-    rewrite(name, ptx) gives the PTX to execute in place of what was compiled.
+    rewrite(name, ptx) gives the PTX to execute in place of what was compiled. again: the schedule of a second run,
+    which must leave the same bits.
     """
     values = {p.name: p.default for p in kernel.params if p.has_default}
     values |= dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -95,9 +100,10 @@ def launch(
     text = found.asm["ptx"]
     if rewrite:
         text = rewrite(found.metadata.name, text)
-    return device.run(
-        text, grid, listed, name=found.metadata.name, names=names, shared=found.metadata.shared, **options
-    )
+    options |= dict(name=found.metadata.name, names=names, shared=found.metadata.shared)
+    if again is None:
+        return device.run(text, grid, listed, **options)
+    return device.run_again(text, grid, listed, again, **options)
 
 
 Observer = Callable[[JITFunction, Counters], None]
@@ -105,7 +111,7 @@ Observer = Callable[[JITFunction, Counters], None]
 
 @contextlib.contextmanager
 def triton_on(sm: int, observe: Observer | None = None, **options) -> Iterator[None]:
-    """Within it `impl="triton"` takes CPU tensors, and every launch is executed as sm_N would.
+    """Within it `impl="triton"` and "cudnn" take CPU tensors, and every launch is executed as sm_N would.
 
     observe is called after each launch with the kernel and its counters. options: of launch and of device.run.
     """
@@ -117,8 +123,8 @@ def triton_on(sm: int, observe: Observer | None = None, **options) -> Iterator[N
             observe(self, counters)
 
     def why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) -> str | None:
-        stands_for = "cuda" if impl in _dispatch.WITH_TRITON and device == "cpu" else device
-        return original_why_not(op, impl, stands_for, dtype, grad)
+        with unittest.mock.patch.object(_dispatch, "INTERPRET", True):  # which takes tensors of the CPU
+            return original_why_not.__wrapped__(op, impl, device, dtype, grad)
 
     places = [
         (JITFunction, "run", run), (_dispatch, "_why_not", functools.cache(why_not)),
