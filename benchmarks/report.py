@@ -174,7 +174,7 @@ def _cell(text: str) -> str:
 WITHOUT_A_GPU = {
     "reference": "tested",
     "cpu": "tested",
-    "triton": "interpreter fp32, fp16; compiled for sm_80–120; of every family executed in bf16, on sm_80 or 90",
+    "triton": "interpreter fp32, fp16; compiled for sm_80–120; every kernel executed in bf16 on sm_80 and 90",
     "cudnn": "its passes as triton, around convolutions on the CPU",
     "sdpa": "tested on the CPU",
     "cuda": "compiled for sm_80, 90a, 100; PTX of 80 and 90a executed; SASS audited",
