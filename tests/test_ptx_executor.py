@@ -8,7 +8,6 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from ptx.device import run_again
 from ptx.snippets import THREAD, module, per_element, run
 
 
@@ -347,7 +346,7 @@ BY_ORDER = {  # of 8 programs of two warps, or of the warps of a program
 def again(body: str, out: torch.Tensor, schedule: int) -> ptx.Counters:
     text = module(THREAD + EACH + body, ".u64 x, .u64 out", 64, shared=".extern .shared .align 4 .b8 s[];")
     x = torch.arange(512).sin()
-    return run_again(text, (8,), [x, out], schedule, names=["x_ptr", "out_ptr"])
+    return ptx.run_again(text, (8,), [x, out], schedule, names=["x_ptr", "out_ptr"])
 
 
 @pytest.mark.parametrize("name", BY_ORDER)

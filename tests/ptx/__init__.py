@@ -19,15 +19,17 @@ A Fault names the source line, thread, program and buffer of: an access out of b
 never written; a race between warps in shared memory; an operand, accumulator or copy used before its wait, or a fence
 missing; a deadlock; a barrier reached by part of a warp; no end. `schedule` draws the order of programs and warps and
 when asynchronous copies and products take effect. Races through global memory are seen where they change a bit under
-another schedule (`again`). Not seen: the last bits of approximations and of the tensor cores' sums, NaN payloads, time,
-and whatever ptxas does.
+another schedule (`run_again`). Not seen: the last bits of approximations and of the tensor cores' sums, NaN payloads,
+time, and whatever ptxas does.
 
 parser.py text -> instructions; decoder.py -> records; core/ executes them; device.py arguments, faults, counters;
 launcher.py Triton's launches; plugin.py pytest.
 """
 
 from .decoder import Program
-from .device import CHECKS, Box, Counters, Fault, Struct, load, run, unwritten
+from .device import CHECKS, Box, Counters, Fault, Struct, load, run, run_again, unwritten
 from .parser import Unsupported
 
-__all__ = ["CHECKS", "Box", "Counters", "Fault", "Program", "Struct", "Unsupported", "load", "run", "unwritten"]
+__all__ = [
+    "CHECKS", "Box", "Counters", "Fault", "Program", "Struct", "Unsupported", "load", "run", "run_again", "unwritten",
+]  # fmt: skip
