@@ -42,6 +42,9 @@ def _inputs(shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor]) -> In
         _TABLES[shape.grid, split] = tuple(t.float() for t in tables)
         inputs |= {"grid": shape.grid, "split": split, "theta": model.theta, "text_len": size[1] - shape.tokens}
         inputs["text_at"] = "start" if model.qk_norm == "layer" else "end"
+    elif E % 2 == 0:  # LTX-2, Mochi: angles of each head, as LTX-2 keeps them: [B, H, S, E/2]
+        angle = draw(size[0], H, shape.tokens, E // 2).float().transpose(1, 2)
+        inputs |= {"freqs": (angle.cos(), angle.sin()), "text_len": size[1] - shape.tokens, "interleaved": False}
     return inputs
 
 
@@ -56,17 +59,19 @@ def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | N
 
 def _eager(
     q, k, *, norm, across, q_weight=None, k_weight=None, q_bias=None, k_bias=None, grid=None, split=None, theta=None,
-    text_len=0, text_at="end",
+    freqs=None, interleaved=True, text_len=0, text_at="end",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What Wan does in diffusers: a norm of the projection, then even and odd channels turn by tables in fp32."""
+    """What Wan does in diffusers: a norm of the projection, then even and odd channels turn by tables in fp32; and
+    LTX-2: the halves of each head by tables of its own."""
     results = []
     for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
         x = _normed(x, weight, bias, norm, across)
-        if grid is not None:
-            cos, sin = (t[:, None] for t in _TABLES[grid, split])
+        if grid is not None or freqs is not None:
+            cos, sin = freqs or (t[:, None] for t in _TABLES[grid, split])
             before, x, after = _apart(x, text_len, text_at)
-            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
+            pair = a * cos - b * sin, a * sin + b * cos
+            turned = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).type_as(x)
             x = torch.cat((before, turned, after), 1) if text_len else turned
         results.append(x)
     return results[0], results[1]
@@ -102,7 +107,7 @@ def _flops(shape: Shape, mode: str) -> int:
     """Per element of q and k: a norm 4 forward and 9 backward, its weight 1 and 2, a bias 1, a rotation 3."""
     model, elements = shape.model, 2 * math.prod(_size(shape))
     norm = ({"fwd": 5, "bwd": 11}[mode] if model.qk_norm else 0) + (model.qk_norm == "layer")
-    rotation = 3 if model.rope or not model.qk_norm else 0
+    rotation = 3 if model.rope or not model.qk_norm or model.head_width % 2 == 0 else 0
     return elements * (norm + rotation)
 
 

@@ -298,8 +298,11 @@ class _Case:
     def bytes(self, mode: str) -> int:
         """The fewest bytes the op can move: each tensor it needs once, or twice where the benchmark says so."""
         tensors, spec = tensors_of(self.inputs), self.benchmark
+        pairs = [t for pair in self.inputs.values() if isinstance(pair, tuple) for t in pair if isinstance(t, Tensor)]
         again = spec.read_twice(self.inputs, mode)
-        twice = nbytes(*(tensors[n] for n in again if n != "dout"), *(self.grad_outputs if "dout" in again else ()))
+        twice = nbytes(
+            *pairs, *(tensors[n] for n in again if n != "dout"), *(self.grad_outputs if "dout" in again else ())
+        )
         if mode == "fwd":
             return twice + nbytes(*tensors.values(), *self.grad_outputs)  # an incoming gradient: as large as its output
         named = [tensors[n] for n in (*spec.backward_reads, *spec.backward_writes) if n in tensors]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _check
+from ._autograd import needs_grad
+
 
 def narrow(x: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """fp64 tensors beside an x that is not become fp32, differentiably: kernels neither read nor write fp64."""
@@ -35,6 +38,29 @@ def table(t: Tensor | None, x: Tensor) -> Tensor | None:
 def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
     """A contiguous destination of the shape, dtype and device of t, where it is wanted."""
     return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
+
+
+def written(
+    op: str,
+    outs: tuple[Tensor, ...],
+    results: tuple[tuple[str, Tensor], ...],
+    inputs: tuple[Tensor | None, ...],
+    over: int = 0,
+) -> None:
+    """`outs`, which the caller gave for results like these inputs by name, may be written to: nothing is recorded, each
+    element lies apart from the others and from `inputs`; the first may be one of the first `over` inputs itself."""
+    for out, (name, result) in zip(outs, results, strict=True):
+        _check.like(op, "out", out, result, name)
+        if out.stride(-1) != 1 and out.shape[-1] > 1:
+            raise ValueError(f"{op}: out must be dense in its last axis; got strides {out.stride()}")
+    if needs_grad((*inputs, *outs)):
+        raise ValueError(
+            f"{op}: out= is for inference; call it under torch.no_grad() and outside of torch.func and dual levels, "
+            "or drop out="
+        )
+    if not torch.compiler.is_compiling():  # which knows of no memory, and counts the changes itself
+        _check.destinations(op, outs, inputs, over)
+        torch.autograd.graph.increment_version(outs)  # what has saved a buffer for its backward must learn of it
 
 
 def zero(*destinations: Tensor | None) -> None:

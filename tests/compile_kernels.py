@@ -175,7 +175,7 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         rows = (4096, H) if given == "of a head" else (4096,)
         tables = [torch.empty(*rows, n, device="meta") if given else None for _ in range(2)]
         axes = [] if given else [16, 16, 16, n - 2 * (n // 3), n // 3, n // 3, 0, 0, 0]
-        settings = (*tables, norm, width, axes, 1e4, 0, interleaved, 1e-6)
+        settings = (*tables, None, None, norm, width, axes, 1e4, 0, interleaved, 1e-6)
         none = q[:, :0]  # k is launched like q: once is enough
 
         def forward(q=q, none=none, affine=(weight, None, bias, None), settings=settings, out=out):

@@ -44,9 +44,10 @@ def calls() -> dict[str, dict]:
             q=heads["q"], k=heads["k"], q_weight=randn(8), k_weight=randn(8), q_bias=randn(8), k_bias=randn(8),
             norm="layer", across="head", grid=(2, 2, 2), split=(1, 1, 1), theta=1e4, interleaved=True, rotary_dim=6,
             origin=(0, 0, 0), text_len=1, text_at="end", eps=1e-6, rounding="host",
+            out=(randn(2, 9, 2, 8), randn(2, 9, 2, 8)),
         ),
-        "qk_norm_rope with freqs": dict(q=heads["q"], k=heads["k"], freqs=(randn(8, 3), randn(8, 3)), rotary_dim=6,
-                                        text_len=1),
+        "qk_norm_rope with freqs": dict(q=heads["q"], k=heads["k"], freqs=(randn(8, 3), randn(8, 3)),
+                                        k_freqs=(randn(2, 8, 1, 3), randn(2, 8, 1, 3)), rotary_dim=6, text_len=1),
         "patch_embed3d": dict(video=randn(2, 3, 2, 4, 4), weight=randn(5, 3, 1, 2, 2), bias=randn(5), pos=randn(8, 5)),
         "unpatchify3d": dict(tokens=randn(2, 8, 12), grid=(2, 2, 2), patch=(1, 2, 2), channels=3),
         "final_layer": dict(
@@ -158,6 +159,8 @@ def test_what_is_not_a_pair_is_named():
     for freqs in (t, (t,), (t, t, t), (None, t), (torch.tensor(1.0), torch.tensor(1.0)), ("a", "b"), [1, 2]):
         with pytest.raises((TypeError, ValueError), match=r"qk_norm_rope: freqs"):
             sora_kernels.qk_norm_rope(t, t, freqs=freqs)
+        with pytest.raises((TypeError, ValueError), match=r"qk_norm_rope: k_freqs"):
+            sora_kernels.qk_norm_rope(t, t, freqs=(randn(6, 4), randn(6, 4)), k_freqs=freqs)
     for pair in (t, (t,), (t, t), (None, None), [1, 2]):
         with pytest.raises((TypeError, ValueError), match=r"merge_attention: .*\ba\b"):
             sora_kernels.merge_attention(pair, (t, t))

@@ -62,6 +62,13 @@ CALLS = PLAIN | {
         lambda q, k: sk.qk_norm_rope(q, k, norm=None, freqs=(torch.linspace(0, 1, 24).view(6, 4),) * 2),
         lambda n: torch.randn(2, n, 6, 2, 8).unbind(),
     ),
+    "qk_norm_rope freqs of each": (
+        lambda q, k: sk.qk_norm_rope(
+            q, k, freqs=(torch.linspace(0, 1, 24).view(1, 6, 1, 4),) * 2,
+            k_freqs=(torch.linspace(1, 2, 12).view(3, 4),) * 2,
+        ),
+        lambda n: (torch.randn(n, 6, 2, 8), torch.randn(n, 3, 1, 8)),
+    ),
     "patch_embed3d pos": (
         lambda x, w, p: sk.patch_embed3d(x, w, pos=p),
         lambda n: (torch.randn(n, 3, 2, 4, 4), torch.randn(5, 3, 2, 2, 2), torch.randn(4, 5)),

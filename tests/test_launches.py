@@ -59,7 +59,7 @@ def qknorm_rope(B, S, H, E):
     q, out, dout, dq = (empty(B, S, H, E) for _ in range(4))
     none = q[:, :0]
     cos, sin, weight, dweight = empty(S, E // 2), empty(S, E // 2), empty(E), empty(E)
-    settings = (cos, sin, 1, False, [], 1e4, 0, True, 1e-6)
+    settings = (cos, sin, None, None, 1, False, [], 1e4, 0, True, 1e-6)
     kernels.qk_norm_rope_fwd(q, none, weight, None, None, None, *settings, False, out, none)
     grads = dq, none, dweight, None, None, None
     kernels.qk_norm_rope_bwd(dout, none, q, none, weight, None, None, None, *settings, *grads)

@@ -43,7 +43,7 @@ class Case:
 
     def call(self, impl: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         named = dict(tensors)
-        freqs = dict(freqs=(named.pop("cos"), named.pop("sin"))) if "cos" in named else {}
+        freqs = {f"{k}freqs": (named.pop(f"{k}cos"), named.pop(f"{k}sin")) for k in ("", "k_") if f"{k}cos" in named}
         outputs = getattr(sora_kernels, self.function)(**named, **freqs, **self.keywords, impl=impl)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -87,6 +87,10 @@ CASES = {
     ),
     "qk_norm_rope, freqs by head": Case(
         "qk_norm_rope", HEADS | dict(cos=(6, 2, 4), sin=(6, 2, 4)), dict(interleaved=False), ("cos", "sin"),
+    ),
+    "qk_norm_rope, freqs by clip": Case(
+        "qk_norm_rope", dict(q=(2, 4, 2, 8), k=(2, 3, 1, 8), cos=(2, 4, 2, 4), sin=(2, 4, 2, 4),
+                             k_cos=(1, 3, 1, 4), k_sin=(1, 3, 1, 4)), {}, ("cos", "sin", "k_cos", "k_sin"),
     ),
     "patch_embed3d": Case(
         "patch_embed3d", dict(video=(2, 3, 1, 4, 4), weight=(5, 3, 1, 2, 2), bias=(5,), pos=(4, 5))

@@ -26,18 +26,21 @@ def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 1, 8)
     affine, none = tuple(torch.randn(4, 8)), (None,) * 4
-    on_the_fly = (None, None, 2, False, [1, 2, 3, 2, 1, 1, 0, 5, 0], 1e4, 1, True, 1e-6)
-    given = (torch.randn(7, 3), torch.randn(7, 3), 2, False, None, 1e4, 0, False, 1e-6)
-    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), 1, False, None, 1e4, 1, False, 1e-6)
-    plain = (None, None, 0, False, None, 1e4, 0, True, 1e-6)
+    on_the_fly = (None, None, None, None, 2, False, [1, 2, 3, 2, 1, 1, 0, 5, 0], 1e4, 1, True, 1e-6)
+    given = (torch.randn(7, 3), torch.randn(7, 3), None, None, 2, False, None, 1e4, 0, False, 1e-6)
+    by_clip = (*torch.randn(2, 2, 7, 1, 4), *torch.randn(2, 1, 7, 1, 4), 0, False, None, 1e4, 0, False, 1e-6)
+    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), None, None, 1, False, None, 1e4, 1, False, 1e-6)
+    plain = (None, None, None, None, 0, False, None, 1e4, 0, True, 1e-6)
     empty = torch.empty_like
     return [
         ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, False, empty(q), empty(k))),
         ("qk_norm_rope_fwd", (q, k, *none, *given, True, empty(q), empty(k))),
         ("qk_norm_rope_fwd", (q, q, *none, *by_head, False, empty(q), empty(q))),
+        ("qk_norm_rope_fwd", (q, k, *none, *by_clip, False, empty(q), empty(k))),
         ("qk_norm_rope_fwd", (q, k, *none, *plain, False, empty(q), empty(k))),
         ("qk_norm_rope_bwd", (q, k, q, k, *affine, *on_the_fly, *map(empty, (q, k, *affine)))),
         ("qk_norm_rope_bwd", (q, q, q, q, *none, *by_head, *map(empty, (q, q)), *none)),
+        ("qk_norm_rope_bwd", (q, k, q, k, *none, *by_clip, *map(empty, (q, k)), *none)),
         ("qk_norm_rope_bwd", (q, k, q, k, *affine, *given, None, empty(k), None, *map(empty, affine[1:3]), None)),
     ]  # fmt: skip
 
@@ -92,6 +95,8 @@ class Case(NamedTuple):
     across: str = "head"
     interleaved: bool = True
     by_head: bool = False  # other angles for each head, which must be given as freqs
+    by_clip: bool = False  # other angles for each clip, likewise
+    k_tokens: int = 0  # of k, where it has angles of its own, likewise
 
     @property
     def S(self) -> int:
@@ -107,13 +112,14 @@ class Case(NamedTuple):
         return width // 2 - 2 * (width // 6), width // 6, width // 6
 
 
-def plain(q, k, q_weight, k_weight, q_bias, k_bias, angle, case):
+def plain(q, k, q_weight, k_weight, q_bias, k_bias, angle, case, k_angle=None):
     """What a model would write: everything in the dtype of q, without an upcast."""
     results = []
-    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+    for x, weight, bias, turn in ((q, q_weight, q_bias, angle), (k, k_weight, k_bias, k_angle)):
         y = normalised(x, weight, bias, case.norm, case.across)
-        turn = angle if case.by_head else angle[:, None]
-        first, last, pairs = case.first, case.first + angle.shape[0], angle.shape[-1]
+        turn = angle if turn is None else turn
+        turn = turn[:, None] if turn.ndim == 2 else turn
+        first, last, pairs = case.first, case.first + turn.shape[-3], turn.shape[-1]
         cos, sin = turn.cos().to(y.dtype), turn.sin().to(y.dtype)
         head = y[:, first:last, :, : 2 * pairs]
         a, b = head.unflatten(-1, (-1, 2)).unbind(-1) if case.interleaved else head.chunk(2, -1)
@@ -131,8 +137,13 @@ CASES = [
     Case((2, 2, 2), (1, 1), 2, norm=None, interleaved=False),
     Case((1, 1, 1), (5, 5), 18, rotary_dim=14, text=2, text_at="start", norm="layer", across="width"),
 ]
-GIVEN_BY_HEAD = Case((1, 3, 2), (3, 3), 8, rotary_dim=6, text=1, text_at="start", across="width", interleaved=False,
-                     by_head=True)  # fmt: skip
+GIVEN = [
+    Case((1, 3, 2), (3, 3), 8, rotary_dim=6, text=1, text_at="start", across="width", interleaved=False, by_head=True),
+    Case((1, 2, 2), (3, 1), 8, by_clip=True, k_tokens=3),
+    Case((2, 1, 2), (1, 2), 6, rotary_dim=4, text=1, norm="layer", interleaved=False, by_clip=True, by_head=True,
+         k_tokens=5),
+    Case((1, 1, 3), (2, 3), 36, norm=None, by_head=True, k_tokens=2),
+]  # fmt: skip
 
 
 def make(case, dtype=torch.float64, seed=0):
@@ -140,7 +151,8 @@ def make(case, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     heads = dict(q=case.heads[0], k=case.heads[1])
     width = {x: case.E if case.across == "head" else n * case.E for x, n in heads.items()}
-    tensors = dict(q=torch.randn(2, case.S, heads["q"], case.E), k=3 * torch.randn(2, case.S, heads["k"], case.E) + 1)
+    k_len = case.k_tokens + case.text if case.k_tokens else case.S
+    tensors = dict(q=torch.randn(2, case.S, heads["q"], case.E), k=3 * torch.randn(2, k_len, heads["k"], case.E) + 1)
     for x in "qk":
         tensors[f"{x}_weight"] = 1 + 0.3 * torch.randn(width[x]) if case.norm else None
     for x in "qk":
@@ -254,20 +266,37 @@ def test_gradcheck(case):
     )
 
 
+def given_angles(case):
+    """Of q, and of k where it has its own: [tokens, pairs], or by head, or by clip and (head or 1)."""
+    results = []
+    for tokens, heads in ((case.S - case.text, case.heads[0]), (case.k_tokens, case.heads[1])):
+        angle = torch.randn(tokens, 1, sum(case.split), dtype=torch.float64)
+        angle = angle * torch.linspace(-1, 2, heads, dtype=torch.float64)[:, None] if case.by_head else angle
+        angle = angle * torch.tensor([1.0, -3]).view(2, 1, 1, 1) if case.by_clip else angle
+        results.append(angle if case.by_clip or case.by_head else angle[:, 0])
+    return results if case.k_tokens else (results[0], None)
+
+
+def table_of(angle, device="cpu"):
+    return tuple(t.to(device) for t in (angle.cos(), angle.sin()))
+
+
 def check(case, dtype, impl, device="cpu", seed=0, origin=(0, 0, 0)):
     """The error rule on outputs and every gradient, with unwritten memory poisoned."""
     tensors, settings = make(case, dtype, seed)
     tensors = {name: None if t is None else t.to(device) for name, t in tensors.items()}
     grads = [torch.randn(t.shape).to(device, dtype) for t in (tensors["q"], tensors["k"])]
-    angle = angles(case.grid, case.split, origin=origin).to(device)
-    if case.by_head:
-        angle = angle[:, None] * torch.linspace(-1, 2, case.heads[0], device=device, dtype=torch.float64)[:, None]
-        settings |= dict(freqs=(angle.cos(), angle.sin()), grid=None, rotary_dim=None)
+    angle, k_angle = angles(case.grid, case.split, origin=origin), None
+    if case in GIVEN:
+        angle, k_angle = given_angles(case)
+        settings |= dict(freqs=table_of(angle, device), grid=None, rotary_dim=None)
+        settings |= {} if k_angle is None else dict(k_freqs=table_of(k_angle, device))
+    angle, k_angle = (None if t is None else t.to(device) for t in (angle, k_angle))
     with poison_empty():
         ours = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, origin=origin, impl=impl), tensors, grads)
 
     def formula(**kw):
-        return plain(**kw, angle=angle, case=case)
+        return plain(**kw, angle=angle, case=case, k_angle=k_angle)
 
     double = {name: None if t is None else t.double() for name, t in tensors.items()}
     oracle = outputs_and_grads(formula, double, [g.double() for g in grads])
@@ -280,7 +309,7 @@ def check(case, dtype, impl, device="cpu", seed=0, origin=(0, 0, 0)):
 
 @NATIVE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*CASES, GIVEN_BY_HEAD])
+@pytest.mark.parametrize("case", [*CASES, *GIVEN])
 def test_error_rule(case, dtype, impl, require):
     require("qk_norm_rope", impl, dtype=dtype, grad=True)
     check(case, dtype, impl)
@@ -310,7 +339,7 @@ SMALL = [
     Case((1, 3, 1), (5, 2), 6, rotary_dim=4, text=1, across="width"),
     Case((2, 1, 1), (1, 1), 7, rotary_dim=6, text=1, text_at="start", norm="layer", across="width", interleaved=False),
     Case((1, 2, 1), (1, 1), 10, norm=None),
-    GIVEN_BY_HEAD,
+    *GIVEN,
 ]
 
 
@@ -441,6 +470,34 @@ def test_given_freqs_of_any_dtype_and_layout(impl, require):
 
 
 @IMPLS
+@pytest.mark.parametrize("case", GIVEN[2:])
+def test_tables_are_read_where_they_lie(case, impl, require, monkeypatch):
+    """Those of LTX-2 are `[B, H, S, pairs]`; those of every clip and head may be one expanded row."""
+    require("qk_norm_rope", impl, grad=True)
+    inputs, settings = make(case, torch.float32)
+    settings |= dict(grid=None, rotary_dim=None)
+    grads = [torch.randn_like(t) for t in (inputs["q"], inputs["k"])]
+    tables = [table_of(angle.float()) for angle in given_angles(case)]
+    calls, call = [], _library.call
+    monkeypatch.setattr(_library, "call", lambda op, impl: lambda *args: (calls.append(args), call(op, impl)(*args))[1])
+
+    def run(tables):
+        freqs = dict(zip(("freqs", "k_freqs"), tables, strict=True))
+        return outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, **freqs, impl=impl), inputs, grads)
+
+    expected = run(tables)
+    across = [tuple(t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in pair) for pair in tables]
+    wide = [tuple(torch.stack((t, t), -2).flatten(-2)[..., : t.shape[-1]] for t in pair) for pair in tables]
+    one = [tuple(t if t.ndim == 4 else t.expand(2, *t.shape) for t in pair) for pair in tables]
+    for arranged in (across, wide, one):
+        calls.clear()
+        assert all(torch.equal(a, b) for a, b in zip(run(arranged).values(), expected.values(), strict=True))
+        for args, at in zip(calls, (6, 8), strict=True):
+            given = [t for pair in arranged for t in pair]
+            assert [t.data_ptr() for t in args[at : at + 4]] == [t.data_ptr() for t in given]
+
+
+@IMPLS
 @pytest.mark.parametrize("across", ["head", "width"])
 def test_backward_repeats_bitwise(across, impl, require):
     require("qk_norm_rope", impl, grad=True)
@@ -564,6 +621,12 @@ def test_compiles_whole_with_dynamic_shapes():
 
 
 x = torch.zeros(2, 6, 2, 8)
+
+
+def twice(*shape):
+    return (torch.ones(shape),) * 2
+
+
 ERRORS = [
     (dict(q=1), TypeError, "q must be a tensor"),
     (dict(q=x.int()), TypeError, "q must be float32"),
@@ -595,14 +658,21 @@ ERRORS = [
     (dict(q_weight=torch.ones(8, device="meta")), ValueError, "q_weight must be on q's device cpu; got meta"),
     (dict(freqs=(x, x)), ValueError, "not both"),
     (dict(grid=None, freqs=x), TypeError, "freqs must be a pair"),
-    (dict(grid=None, freqs=(torch.ones(5, 4),) * 2), ValueError, r"freqs\[0\] must have shape \[6, 4\]"),
-    (dict(grid=None, freqs=(torch.ones(6, 5),) * 2), ValueError, "rotary_dim must be even"),
-    (dict(grid=None, freqs=(torch.ones(6),) * 2), ValueError, r"freqs\[0\] must be \[S - text_len.*got shape \[6\]"),
-    (dict(grid=None, freqs=(torch.ones(6, 3, 4),) * 2), ValueError, r"must have shape \[6, 2, 4\].*got \[6, 3, 4\]"),
-    (dict(grid=None, freqs=(torch.ones(6, 2, 4),) * 2, k=x[:, :, :1]), ValueError, "k must have q's 2 heads; got 1"),
+    (dict(grid=None, freqs=twice(5, 4)), ValueError, r"freqs\[0\] must have shape \[6, 4\]"),
+    (dict(grid=None, freqs=twice(6, 5)), ValueError, "rotary_dim must be even"),
+    (dict(grid=None, freqs=twice(6)), ValueError, r"freqs\[0\] must be \[tokens.*got shape \[6\]"),
+    (dict(grid=None, freqs=twice(6, 3, 4)), ValueError, r"must have shape \[6, 2, 4\].*got \[6, 3, 4\]"),
+    (dict(grid=None, freqs=twice(3, 6, 1, 4)), ValueError, r"must have shape \[2, 6, 1, 4\].*got \[3, "),
+    (dict(grid=None, freqs=twice(1, 6, 3, 4)), ValueError, r"must have shape \[1, 6, 2, 4\].*got \[1, "),
+    (dict(grid=None, freqs=(twice(6, 2, 4)[0], twice(6, 4)[0])), ValueError, r"freqs\[1\] must have shape \[6, 2, 4\]"),
+    (dict(k_freqs=twice(6, 4)), ValueError, "k_freqs are those of k beside freqs"),
+    (dict(grid=None, freqs=twice(6, 4), k_freqs=x), TypeError, "k_freqs must be a pair"),
+    (dict(grid=None, freqs=twice(6, 4), k_freqs=twice(6, 3)), ValueError, r"k_freqs\[0\] must have shape \[6, 4\].*3"),
+    (dict(grid=None, freqs=twice(6, 4), k_freqs=twice(5, 4)), ValueError, r"k_freqs\[0\] must have shape \[6, 4\].*5"),
+    (dict(grid=None, freqs=twice(6, 2, 4), k=x[:, :, :1]), ValueError, "k must have q's 2 heads; got 1"),
     (dict(grid=None, freqs=(torch.ones(6, 4, device="meta"),) * 2), ValueError, "must be on q's device cpu; got meta"),
     (dict(grid=None, freqs=(torch.ones(6, 4, requires_grad=True),) * 2), ValueError, "constants here"),
-    (dict(grid=None, freqs=(torch.ones(6, 4),) * 2, split=(2, 1, 1)), ValueError, "split belongs to grid"),
+    (dict(grid=None, freqs=twice(6, 4), split=(2, 1, 1)), ValueError, "split belongs to grid"),
     (dict(grid=None, rotary_dim=4), ValueError, "rotary_dim needs grid"),
     (dict(k=x[:, :3]), ValueError, "q has 6, k has 3"),
     (dict(impl="fast"), ValueError, "impl must be one of"),

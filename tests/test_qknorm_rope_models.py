@@ -114,12 +114,77 @@ def test_ltx_turns_the_whole_width(monkeypatch):
     assert_same([t.squeeze(2).unflatten(2, (2, 10)) for t in ours], theirs)
 
 
-def test_ltx2_has_other_angles_for_each_head(monkeypatch):
-    ltx = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
-    attention = ltx.LTX2Attention(36, heads=3, kv_heads=3, dim_head=12, rope_type="split")
-    rope = ltx.LTX2AudioVideoRotaryPosEmbed(36, rope_type="split", num_attention_heads=3)
-    freqs, x = rope(torch.rand(1, 3, 7) * 20), torch.randn(1, 7, 36)
-    theirs = attended(monkeypatch, ltx, "dispatch_attention_fn", attention, x, query_rotary_emb=freqs)
-    cos, sin = (f[0].transpose(0, 1) for f in freqs)
-    settings = affine(attention, "weight") | dict(across="width", freqs=(cos, sin), interleaved=False)
+def ltx2(rope_type, E, tokens, times):
+    """Random attention and, for two clips at positions of their own, the tables of `tokens` tokens, as it takes them
+    and as `freqs`."""
+    module = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    rope = module.LTX2AudioVideoRotaryPosEmbed(3 * E, rope_type=rope_type, num_attention_heads=3)
+    theirs = rope(torch.rand(2, 3, tokens) * times)
+    if rope_type == "split":  # [B, H, S, E/2]
+        return theirs, tuple(t.transpose(1, 2) for t in theirs)
+    return theirs, tuple(t[..., ::2].unflatten(-1, (3, -1)) for t in theirs)  # [B, S, H·E], each angle twice
+
+
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+def test_ltx2_has_other_angles_for_each_head_and_clip(rope_type, monkeypatch):
+    module = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    attention = module.LTX2Attention(36, heads=3, kv_heads=3, dim_head=12, rope_type=rope_type)
+    rope, freqs = ltx2(rope_type, 12, 7, 20)
+    x = torch.randn(2, 7, 36)
+    theirs = attended(monkeypatch, module, "dispatch_attention_fn", attention, x, query_rotary_emb=rope)
+    settings = affine(attention, "weight") | dict(across="width", freqs=freqs, interleaved=rope_type == "interleaved")
     assert_same(qk_norm_rope(*projected(attention, x, 3), **settings), theirs)
+
+
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+def test_ltx2_attends_from_video_to_sound(rope_type, monkeypatch):
+    """Keys of another length turn by angles of their own."""
+    module = pytest.importorskip("diffusers.models.transformers.transformer_ltx2")
+    attention = module.LTX2Attention(20, 3, 3, 12, cross_attention_dim=28, rope_type=rope_type)
+    (rope, freqs), (k_rope, k_freqs) = ltx2(rope_type, 12, 7, 20), ltx2(rope_type, 12, 5, 90)
+    video, sound = torch.randn(2, 7, 20), torch.randn(2, 5, 28)
+    call = dict(encoder_hidden_states=sound, query_rotary_emb=rope, key_rotary_emb=k_rope)
+    theirs = attended(monkeypatch, module, "dispatch_attention_fn", attention, video, **call)
+    settings = affine(attention, "weight") | dict(freqs=freqs, k_freqs=k_freqs, interleaved=rope_type == "interleaved")
+    with torch.no_grad():
+        q, k = attention.to_q(video).unflatten(2, (3, -1)), attention.to_k(sound).unflatten(2, (3, -1))
+    assert_same(qk_norm_rope(q, k, across="width", **settings), theirs)
+
+
+def test_cosmos_pairs_halves(monkeypatch):
+    cosmos = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
+    freqs = cosmos.CosmosRotaryPosEmbed(24, patch_size=(1, 2, 2))(torch.empty(1, 4, 3, 4, 6), fps=30)
+    attention = cosmos.CosmosTransformerBlock(2, 24, 48, qk_norm="rms_norm", adaln_lora_dim=8).attn1
+    x = torch.randn(2, 18, 48)
+    theirs = attended(monkeypatch, cosmos, "dispatch_attention_fn", attention, x, image_rotary_emb=freqs)
+    tables = tuple(t[:, :12] for t in freqs)
+    settings = affine(attention, "weight") | dict(freqs=tables, interleaved=False, eps=attention.norm_q.eps)
+    assert_same(qk_norm_rope(*projected(attention, x, 2), **settings), theirs)
+
+
+def test_mochi_has_learned_frequencies_for_each_head(monkeypatch):
+    """Its text has projections and norms of its own, and is not turned."""
+    mochi = pytest.importorskip("diffusers.models.transformers.transformer_mochi")
+    attention = mochi.MochiTransformerBlock(24, 2, 12, 16).attn1
+    freqs = mochi.MochiRoPE()(torch.randn(3, 2, 6), 2, 3, 2, dtype=torch.float32)
+    video, text, mask = torch.randn(1, 12, 24), torch.randn(1, 5, 16), torch.ones(1, 5)
+    call = dict(encoder_hidden_states=text, attention_mask=mask, image_rotary_emb=freqs)
+    functional = torch.nn.functional
+    theirs = attended(monkeypatch, functional, "scaled_dot_product_attention", attention, video, **call)
+    of_video = qk_norm_rope(*projected(attention, video, 2), **affine(attention, "weight"), freqs=freqs, eps=1e-5)
+    with torch.no_grad():
+        q, k = (f(text).unflatten(2, (2, -1)) for f in (attention.add_q_proj, attention.add_k_proj))
+    weights = dict(q_weight=attention.norm_added_q.weight.detach(), k_weight=attention.norm_added_k.weight.detach())
+    of_text = qk_norm_rope(q, k, **weights, eps=1e-5)
+    assert_same([torch.cat(pair, 1) for pair in zip(of_video, of_text, strict=True)],
+                [t.transpose(1, 2) for t in theirs])  # fmt: skip
+
+
+def test_minimax_h3_turns_a_part_of_each_head(monkeypatch):
+    h3 = pytest.importorskip("diffusers.models.transformers.transformer_minimax_h3")
+    attention = h3.MiniMaxH3Attention(40, 2, 16)
+    position, x = torch.randint(0, 50, (9, 3)), torch.randn(1, 9, 40)
+    cos, sin = h3.MiniMaxH3RotaryPosEmbed(2)(position)
+    theirs = attended(monkeypatch, h3, "dispatch_attention_fn", attention, x, rotary_emb=(cos, sin))
+    settings = affine(attention, "weight") | dict(freqs=(cos[:, :6], sin[:, :6]), interleaved=False, eps=1e-5)
+    assert_same(qk_norm_rope(*projected(attention, x, 2), **settings), theirs)

@@ -22,6 +22,13 @@ struct Heads {
   }
 };
 
+// Whether [B, S, H, E] has no gaps.
+inline bool is_dense(const Tensor& t) {
+  const int64_t row = t.size(2) * t.size(3);
+  return t.numel() == 0 || ((t.stride(0) == t.size(1) * row || t.size(0) == 1) &&
+                            (t.stride(1) == row || t.size(1) == 1) && (t.stride(2) == t.size(3) || t.size(2) == 1));
+}
+
 // t in the shape and dtype of x; `dense`: also without gaps.
 inline Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, bool dense = false) {
   if (!t) return {};
@@ -29,11 +36,7 @@ inline Heads heads(const char* name, const OptionalTensor& t, const Tensor& x, b
   bool same = t->dim() == 4 && t->scalar_type() == x.scalar_type();
   for (int64_t i = 0; same && i < 4; ++i) same = t->size(i) == x.size(i);
   SORA_CHECK(same, name, ": expected (B, S, H, E) in the shape and dtype of ", describe(x), ", got ", describe(*t));
-  const int64_t row = x.size(2) * x.size(3);
-  const bool is_dense = t->numel() == 0 || ((t->stride(0) == x.size(1) * row || x.size(0) == 1) &&
-                                           (t->stride(1) == row || x.size(1) == 1) &&
-                                           (t->stride(2) == x.size(3) || x.size(2) == 1));
-  SORA_CHECK(!dense || is_dense, name, ": expected a contiguous tensor, got ", describe(*t));
+  SORA_CHECK(!dense || is_dense(*t), name, ": expected a contiguous tensor, got ", describe(*t));
   return {t->data_ptr(), t->stride(0), t->stride(1), t->stride(2)};
 }
 

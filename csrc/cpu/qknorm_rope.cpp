@@ -130,7 +130,7 @@ struct Forward {
     Angles angles(*p.rotation);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.S, s = row % p.S;
-      const Angles* turns = angles.seek(s) ? &angles : nullptr;
+      const Angles* turns = angles.seek(b, s) ? &angles : nullptr;
       with_constants(p.order, [&](const Order& order) SORA_LAMBDA {
         for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
       });
@@ -217,7 +217,7 @@ struct Backward {
         std::fill_n(r.dbias, span, 0.0f);
         for (int64_t row = first; row < std::min(first + block_rows, last); ++row) {
           const int64_t b = row / p.S, s = row % p.S;
-          const Angles* turns = angles.seek(s) ? &angles : nullptr;
+          const Angles* turns = angles.seek(b, s) ? &angles : nullptr;
           with_constants(p.order, [&](const Order& order) SORA_LAMBDA {
             for (int64_t h = 0; h < p.H; h += p.step()) heads(p, order, b, s, h, turns, r);
           });
@@ -326,13 +326,13 @@ void join_heads(Params& p) {
   p.order = {p.E, 0, p.order.interleaved};
 }
 
-void forward(Params p, ScalarType dtype) {
+void forward(Params p, const Tensor& out) {
   if (p.rows() * p.H * p.E == 0) return;
   join_heads(p);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   const int64_t grain = std::max<int64_t>(1, 32768 / (p.H * p.E));
-  with_dtype(dtype, [&](auto t) {
-    advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
+  with_dtype(out.scalar_type(), [&](auto t) {
+    if (is_dense(out)) advise_huge_pages(p.out.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, p.rows(), grain, [&](int64_t begin, int64_t end) {
       dispatch_lanes<Forward, decltype(t)>(p, begin, end);
     });
@@ -369,14 +369,15 @@ Vector weights(const char* name, const OptionalTensor& t, const Tensor& x, int64
   return {t->data_ptr(), t->scalar_type()};
 }
 
+// (tokens, pairs), (tokens, H, pairs) or (B, tokens, H, pairs), where B and H may be 1; dense in the pairs.
 const float* table(const char* name, const OptionalTensor& t, const Tensor& x) {
   if (!t) return nullptr;
   check_common(name, *t, x);
-  bool dense = t->scalar_type() == ScalarType::Float && (t->dim() == 2 || t->dim() == 3);
-  for (int64_t i = t->dim() - 2, row = t->size(t->dim() - 1); dense && i >= 0; row *= t->size(i--)) {
-    dense = t->stride(i) == row || t->size(i) <= 1 || t->numel() == 0;
-  }
-  SORA_CHECK(dense, name, ": expected a contiguous float32 (tokens, pairs) or (tokens, H, pairs), got ", describe(*t));
+  const int64_t last = t->dim() - 1;
+  const bool dense = t->numel() == 0 || (last > 0 && (t->stride(last) == 1 || t->size(last) == 1));
+  SORA_CHECK(dense && t->scalar_type() == ScalarType::Float && last >= 1 && last <= 3, name,
+             ": expected a float32 (tokens, pairs), (tokens, H, pairs) or (B, tokens, H, pairs), dense in the pairs, got ",
+             describe(*t));
   return static_cast<const float*>(t->data_ptr());
 }
 
@@ -404,18 +405,23 @@ const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, doub
 using OptionalList = std::optional<std::vector<int64_t>>;
 
 // axes: of t, h and w the size, then the pairs, then the origin; or none.
-Rotation rotation(const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
+Rotation rotation(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                   const OptionalList& given, double theta, int64_t first) {
   Rotation r;
   r.first = first;
-  r.cos = table("cos", cos, q), r.sin = table("sin", sin, q);
+  r.cos = table("cos", cos, x), r.sin = table("sin", sin, x);
   SORA_CHECK(cos.has_value() == sin.has_value(), "cos, sin: expected both or neither");
   if (cos) {
-    bool same = sin->dim() == cos->dim();
-    for (int64_t i = 0; same && i < cos->dim(); ++i) same = sin->size(i) == cos->size(i);
-    SORA_CHECK(same, "sin: expected the shape of ", describe(*cos), ", got ", describe(*sin));
-    r.tokens = cos->size(0), r.pairs = cos->size(cos->dim() - 1);
-    r.heads = cos->dim() == 3 ? cos->size(1) : 0;
+    const int64_t dims = cos->dim();
+    bool same = sin->dim() == dims;
+    for (int64_t i = 0; same && i < dims; ++i) {
+      same = sin->size(i) == cos->size(i) && (sin->stride(i) == cos->stride(i) || cos->numel() <= 1);
+    }
+    SORA_CHECK(same, "sin: expected the shape and strides of ", describe(*cos), ", got ", describe(*sin));
+    const int64_t token = dims == 4 ? 1 : 0;
+    r.tokens = cos->size(token), r.stride_s = cos->stride(token), r.pairs = cos->size(dims - 1);
+    if (dims == 4 && cos->size(0) != 1) r.batch = cos->size(0), r.stride_b = cos->stride(0);
+    if (dims == 3 || (dims == 4 && cos->size(2) != 1)) r.heads = cos->size(dims - 2), r.stride_h = cos->stride(dims - 2);
     return r;
   }
   if (!given) return r;
@@ -438,8 +444,9 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
                  (rotation.pairs == 0 || rotation.first + rotation.tokens <= p.S),
              name, ": expected at least ", rotation.tokens, " tokens of width ", 2 * rotation.pairs,
              " to rotate from token ", rotation.first, " on, got ", describe(x));
-  SORA_CHECK(rotation.heads == 0 || rotation.heads == p.H, name, ": expected the ", rotation.heads,
-             " heads that cos and sin have, got ", describe(x));
+  SORA_CHECK((rotation.heads == 0 || rotation.heads == p.H) && (rotation.batch == 0 || rotation.batch == p.B), name,
+             ": expected the ", rotation.batch, " clips and ", rotation.heads, " heads that cos and sin have (0: any), got ",
+             describe(x));
   p.rotation = &rotation;
   p.norm = norm, p.width = width, p.eps = static_cast<float>(eps);
   p.order = {p.E, rotation.pairs, interleaved};
@@ -451,28 +458,33 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
 
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
                       const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
-                      const OptionalTensor& sin, int64_t norm, bool width, OptionalList axes, double theta,
-                      int64_t first, bool interleaved, double eps, bool host, const Tensor& q_out,
-                      const Tensor& k_out) {
-  const Rotation r = rotation(q, cos, sin, axes, theta, first);
-  Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
+                      const OptionalTensor& sin, const OptionalTensor& k_cos, const OptionalTensor& k_sin, int64_t norm,
+                      bool width, OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
+                      bool host, const Tensor& q_out, const Tensor& k_out) {
+  const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
+  const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
+  const Rotation& of_k = own.cos ? own : of_q;
+  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
   pq.host = pk.host = host;
-  pq.out = heads("q_out", q_out, q, true);
-  pk.out = heads("k_out", k_out, k, true);
-  forward(pq, q.scalar_type());
-  forward(pk, k.scalar_type());
+  pq.out = heads("q_out", q_out, q);
+  pk.out = heads("k_out", k_out, k);
+  forward(pq, q_out);
+  forward(pk, k_out);
 }
 
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                       const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
-                      const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin, int64_t norm,
-                      bool width, OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
+                      const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin,
+                      const OptionalTensor& k_cos, const OptionalTensor& k_sin, int64_t norm, bool width,
+                      OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
                       const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
                       const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
-  const Rotation r = rotation(q, cos, sin, axes, theta, first);
-  Params pq = params("q", q, q_weight, q_bias, r, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, k_bias, r, norm, width, interleaved, eps);
+  const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
+  const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
+  const Rotation& of_k = own.cos ? own : of_q;
+  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
+  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
   pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);
   pq.dx = heads("dq", dq, q, true), pk.dx = heads("dk", dk, k, true);
   pq.dweight = weights("dq_weight", dq_weight, q, pq.weights());

@@ -183,11 +183,12 @@ SORA_INLINE void cos_sin(uint32_t phase, float& cosine, float& sine) {
 }
 
 struct Rotation {
-  const float *cos = nullptr, *sin = nullptr;  // given [tokens, pairs] or [tokens, H, pairs], or
+  const float *cos = nullptr, *sin = nullptr;  // given, dense in their pairs, or
+  int64_t stride_b = 0, stride_s = 0, stride_h = 0;  // of given ones; 0 where one row serves all
   int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
   std::vector<uint64_t> steps;  // per pair, 2^64 to a turn; whole lanes, the last filled up with zeros
   int64_t first = 0, tokens = 0, pairs = 0;  // tokens first to first + tokens turn
-  int64_t heads = 0;                         // 0: one row of angles serves every head
+  int64_t batch = 0, heads = 0;              // 0: one row of angles serves every clip, or every head
 };
 
 constexpr int64_t kLanes = 16;
@@ -203,12 +204,12 @@ class Angles {
         scratch_(2, half_ * std::max<int64_t>(rotation.heads, 1)),
         positions_(rotation.steps.size()) {}
 
-  // False where token s does not turn.
-  SORA_INLINE bool seek(int64_t s) {
+  // False where token s of a clip does not turn.
+  SORA_INLINE bool seek(int64_t b, int64_t s) {
     const Rotation& r = rotation_;
     s -= r.first;
     if (s < 0 || s >= r.tokens || r.pairs == 0) return false;
-    if (r.cos) return read(s), true;
+    if (r.cos) return read(b * r.stride_b + s * r.stride_s), true;
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
@@ -232,20 +233,20 @@ class Angles {
   }
 
   Turn of_head(int64_t h) const {
-    const int64_t row = rotation_.heads ? h * (ragged_ ? half_ : rotation_.pairs) : 0;
+    const int64_t row = rotation_.heads ? h * (ragged_ ? half_ : rotation_.stride_h) : 0;
     return {cos_ + row, sin_ + row};
   }
 
  private:
   // Given rows, copied only if the last vector would reach beyond them.
-  SORA_INLINE void read(int64_t s) {
-    const int64_t rows = std::max<int64_t>(rotation_.heads, 1), pairs = rotation_.pairs;
-    cos_ = rotation_.cos + s * rows * pairs, sin_ = rotation_.sin + s * rows * pairs;
+  SORA_INLINE void read(int64_t offset) {
+    const int64_t rows = std::max<int64_t>(rotation_.heads, 1), pairs = rotation_.pairs, stride = rotation_.stride_h;
+    cos_ = rotation_.cos + offset, sin_ = rotation_.sin + offset;
     if (!ragged_) return;
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t i = 0; i < half_; ++i) {
-        scratch_.row(0)[row * half_ + i] = i < pairs ? cos_[row * pairs + i] : 0.0f;
-        scratch_.row(1)[row * half_ + i] = i < pairs ? sin_[row * pairs + i] : 0.0f;
+        scratch_.row(0)[row * half_ + i] = i < pairs ? cos_[row * stride + i] : 0.0f;
+        scratch_.row(1)[row * half_ + i] = i < pairs ? sin_[row * stride + i] : 0.0f;
       }
     }
     cos_ = scratch_.row(0), sin_ = scratch_.row(1);

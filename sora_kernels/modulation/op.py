@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library, _rows
 from .._autograd import apply, needs_grad, once_differentiable
-from .._operands import dense, like, narrow, parameter, table
+from .._operands import dense, like, narrow, parameter, table, written
 from . import reference
 
 NORMS = ("layer", "rms")
@@ -200,18 +200,7 @@ def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: i
     if out is None:
         return needs_grad(tensors)
     outs = out if op == "gate_residual_norm_modulate" else (out,)
-    for t in outs:
-        _check.like(op, "out", t, tensors[0])
-        if t.stride(-1) != 1 and t.shape[-1] > 1:
-            raise ValueError(f"{op}: out must be dense in its last axis; got strides {t.stride()}")
-    if needs_grad((*tensors, *outs)):
-        raise ValueError(
-            f"{op}: out= is for inference; call it under torch.no_grad() and outside of torch.func and dual levels, "
-            "or drop out="
-        )
-    if not torch.compiler.is_compiling():  # which knows of no memory, and counts the changes itself
-        _check.destinations(op, outs, tensors, over)
-        torch.autograd.graph.increment_version(outs)  # what has saved a buffer for its backward must learn of it
+    written(op, outs, (("x", tensors[0]),) * len(outs), tensors, over)
     return False
 
 

@@ -93,23 +93,31 @@ def cos_sin(position, step):
 
 @triton.jit
 def rotation(
-    s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
+    b, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens, grid_h,
+    grid_w, origin_t, origin_h, origin_w,
     SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of token s, given or from its coordinates, and which pairs turn: none of text.
 
-    `[1, PAIRS]`, or, given for each of BY_HEAD heads, `[heads, PAIRS]`.
+    `[1, PAIRS]`, or, given for each of BY_HEAD heads, `[heads, PAIRS]`. Rows of given ones follow each other where
+    their strides are None; that of the clips is None where all share them.
     """
     j = tl.arange(0, PAIRS)
     s = s - first
     live = j < tl.where((s >= 0) & (s < tokens), N, 0)
+    if cos_stride_b is not None:
+        cos_ptr, sin_ptr = cos_ptr + b.to(tl.int64) * cos_stride_b, sin_ptr + b.to(tl.int64) * cos_stride_b
     if BY_HEAD:
-        at = (s.to(tl.int64) * BY_HEAD + heads)[:, None] * N + j[None, :]
+        if cos_stride_s is None:
+            at = (s.to(tl.int64) * BY_HEAD + heads)[:, None] * N + j[None, :]
+        else:
+            at = (s.to(tl.int64) * cos_stride_s + heads.to(tl.int64) * cos_stride_h)[:, None] + j[None, :]
         live = live[None, :] & (heads < BY_HEAD)[:, None]
         return tl.load(cos_ptr + at, live, 1.0), tl.load(sin_ptr + at, live, 0.0), live
     else:
         if cos_ptr is not None:
-            cos, sin = tl.load(cos_ptr + s * N + j, live, 1.0), tl.load(sin_ptr + s * N + j, live, 0.0)
+            at = s * N if cos_stride_s is None else s.to(tl.int64) * cos_stride_s
+            cos, sin = tl.load(cos_ptr + at + j, live, 1.0), tl.load(sin_ptr + at + j, live, 0.0)
         else:
             row = s // grid_w
             t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
@@ -175,10 +183,10 @@ def load_parameter(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl
 @triton.jit
 def qk_norm_rope_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
-    S, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
-    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr,
-    SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, HOST: tl.constexpr,
+    out_stride_b, out_stride_s, out_stride_h, cos_stride_b, cos_stride_s, cos_stride_h, S, first, tokens, grid_h,
+    grid_w, origin_t, origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
+    BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, HOST: tl.constexpr,
 ):  # fmt: skip
     """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them."""
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
@@ -200,11 +208,15 @@ def qk_norm_rope_fwd_kernel(
             x, y = rounded(x, out_ptr), rounded(y, out_ptr)
     if N:
         cos, sin, turns = rotation(
-            s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
-            SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
+            row // S, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens,
+            grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
         )  # fmt: skip
         x, y = turn(x, y, cos, sin, turns)
-    store_pairs(out_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
+    if out_stride_b is None:
+        offsets = (row.to(tl.int64) * H + heads) * E
+    else:
+        offsets = row_offsets(row // S, s, heads, out_stride_b, out_stride_s, out_stride_h, E)
+    store_pairs(out_ptr, offsets, x, y, live, E, N, PAIRS, INTERLEAVED)
 
 
 @triton.jit
@@ -224,9 +236,9 @@ def store_partial(ptr, program, heads, x, y, H: tl.constexpr, E: tl.constexpr, N
 def qk_norm_rope_bwd_kernel(
     dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
-    rows, rows_per_program, S, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w, eps,
-    H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr,
-    SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
+    cos_stride_b, cos_stride_s, cos_stride_h, rows, rows_per_program, S, first, tokens, grid_h, grid_w, origin_t,
+    origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr,
+    SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
@@ -251,8 +263,8 @@ def qk_norm_rope_bwd_kernel(
         x, y = load_pairs(dout_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
         if N:
             cos, sin, turns = rotation(
-                s, heads, cos_ptr, sin_ptr, steps_ptr, first, tokens, grid_h, grid_w, origin_t, origin_h, origin_w,
-                SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
+                b, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens,
+                grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
             )  # fmt: skip
             x, y = turn(x, y, cos, -sin, turns)
         if NORM:
@@ -308,15 +320,25 @@ def steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.T
     return ((turns - turns.round()).clamp(max=0.5 - 2.0**-53) * 2.0**64).to(torch.int64)
 
 
-def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, tuple, dict]:
-    """The pointers of the angles, the scalars, and the constexprs of the rotation."""
+def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, list, tuple, dict]:
+    """The pointers of the angles, the strides of given ones, the scalars, and the constexprs of the rotation."""
     T, H, W, *split, origin_t, origin_h, origin_w = axes or (0, 1, 1, 0, 0, 0, 0, 0, 0)
-    pairs = sum(split) if cos is None else cos.shape[-1]
-    tokens = T * H * W if cos is None else cos.shape[0]
+    tokens, heads, pairs, *strides = (T * H * W, 1, sum(split), None, None, None) if cos is None else _rows(cos)
     table = steps(tuple(split), theta, x.device) if pairs and cos is None else None
-    by_head = 0 if cos is None or cos.ndim == 2 else cos.shape[1]
-    rotary = dict(N=pairs, BY_HEAD=by_head, SPLIT_T=split[0], SPLIT_H=split[1])
-    return (cos, sin, table), (first, tokens, H, W, origin_t, origin_h, origin_w, eps), rotary
+    rotary = dict(N=pairs, BY_HEAD=heads if heads > 1 else 0, SPLIT_T=split[0], SPLIT_H=split[1])
+    return (cos, sin, table), strides, (first, tokens, H, W, origin_t, origin_h, origin_w, eps), rotary
+
+
+def _rows(cos) -> tuple[int | None, ...]:
+    """Tokens, heads, pairs, and the strides of clips, tokens and heads as `rotation` takes them."""
+    shape, stride = tuple(cos.shape), cos.stride()
+    if cos.ndim == 2:
+        shape, stride = (shape[0], 1, shape[1]), (stride[0], 0, 1)
+    of_clip = stride[0] if len(shape) == 4 and shape[0] > 1 else None
+    (tokens, heads, pairs), (of_token, of_head) = shape[-3:], stride[-3:-1]
+    if of_token == heads * pairs and (heads == 1 or of_head == pairs):
+        of_token = of_head = None
+    return tokens, heads, pairs, of_clip, of_token, of_head
 
 
 def _strides(x) -> tuple[int, int, int | None]:
@@ -324,28 +346,34 @@ def _strides(x) -> tuple[int, int, int | None]:
 
 
 def qk_norm_rope_fwd(
-    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved, eps, host,
-    q_out, k_out,
+    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, norm, width, axes, theta, first, interleaved,
+    eps, host, q_out, k_out,
 ):  # fmt: skip
-    angles, scalars, rotary = _settings(q, cos, sin, axes, theta, first, eps)
-    for x, weight, bias, out in ((q, q_weight, q_bias, q_out), (k, k_weight, k_bias, k_out)):
+    of_q = _settings(q, cos, sin, axes, theta, first, eps)
+    of_k = of_q if k_cos is None else _settings(k, k_cos, k_sin, axes, theta, first, eps)
+    for x, weight, bias, out, (angles, strides, scalars, rotary) in (
+        (q, q_weight, q_bias, q_out, of_q), (k, k_weight, k_bias, k_out, of_k)
+    ):  # fmt: skip
         if x.numel() == 0:
             continue
         B, S, H, E = x.shape
         config = forward_tile(H, E, width)
+        of_out = (None, None, None) if out.is_contiguous() else _strides(out)
         qk_norm_rope_fwd_kernel[(B * S * triton.cdiv(H, config["HEADS"]),)](
-            x, weight, bias, *angles, out, *_strides(x), S, *scalars, H=H, E=E, **rotary,
+            x, weight, bias, *angles, out, *_strides(x), *of_out, *strides, S, *scalars, H=H, E=E, **rotary,
             INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, HOST=host, **config,
         )  # fmt: skip
 
 
 def qk_norm_rope_bwd(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, norm, width, axes, theta, first, interleaved,
-    eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
+    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, norm, width, axes, theta,
+    first, interleaved, eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
 ):  # fmt: skip
-    angles, scalars, rotary = _settings(q, cos, sin, axes, theta, first, eps)
-    of_q, of_k = (dq_out, q, q_weight, dq, dq_weight, dq_bias), (dk_out, k, k_weight, dk, dk_weight, dk_bias)
-    for dout, x, weight, dx, *parameters in (of_q, of_k):
+    settings_q = _settings(q, cos, sin, axes, theta, first, eps)
+    settings_k = settings_q if k_cos is None else _settings(k, k_cos, k_sin, axes, theta, first, eps)
+    of_q = settings_q, dq_out, q, q_weight, dq, dq_weight, dq_bias
+    of_k = settings_k, dk_out, k, k_weight, dk, dk_weight, dk_bias
+    for (angles, strides, scalars, rotary), dout, x, weight, dx, *parameters in (of_q, of_k):
         wanted = [t for t in parameters if t is not None]
         if dx is None and not wanted:
             continue
@@ -363,7 +391,7 @@ def qk_norm_rope_bwd(
             for t in parameters
         ]
         qk_norm_rope_bwd_kernel[(programs,)](
-            dout, x, weight, *angles, dx, *partials, *_strides(dout), *_strides(x), B * S, rows, S, *scalars,
+            dout, x, weight, *angles, dx, *partials, *_strides(dout), *_strides(x), *strides, B * S, rows, S, *scalars,
             H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
         for partial, t in zip(partials, parameters, strict=True):

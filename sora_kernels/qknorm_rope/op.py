@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .. import _check, _dispatch, _library
 from .._autograd import apply, needs_grad, once_differentiable
-from .._operands import dense, like, narrow, parameter, table
+from .._operands import dense, like, narrow, parameter, written
 from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
-FREQS = "[S - text_len, rotary_dim/2] or [S - text_len, H, rotary_dim/2]"
+FREQS = "[tokens, rotary_dim/2], [tokens, H, rotary_dim/2] or [B or 1, tokens, H or 1, rotary_dim/2]"
 MAX_CHANNELS = 16384  # that one Triton program holds in registers
 
 
@@ -30,6 +30,7 @@ def qk_norm_rope(
     across: str = "head",
     grid: Sequence[int] | None = None,
     freqs: tuple[Tensor, Tensor] | None = None,
+    k_freqs: tuple[Tensor, Tensor] | None = None,
     split: Sequence[int] | None = None,
     theta: float = 1e4,
     interleaved: bool = True,
@@ -39,6 +40,7 @@ def qk_norm_rope(
     text_at: str = "end",
     eps: float = 1e-6,
     rounding: str = "once",
+    out: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(rotate(norm(q) · q_weight + q_bias), rotate(norm(k) · k_weight + k_bias))
@@ -50,34 +52,40 @@ def qk_norm_rope(
 
     q, k         [B, S, H, E], float32, bfloat16, float16 (float64 in `reference`), any strides (views into a packed
                  QKV are not copied); k may have another number of heads, and another length where nothing is rotated
+                 or k_freqs are given
     q_weight, k_weight  [E] for across="head"; [H·E] (of q, of k) for across="width"; any float dtype
     q_bias, k_bias      as the weights, for norm="layer" only
     across       what the statistics are taken over: each "head", or the whole "width" of all heads of a token
     grid         (T, H, W): token (t·H + h)·W + w turns by φ = (x + origin) · theta^(−j/n) for pair j of the n pairs of
                  the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`, elsewhere as
                  64-bit fractions of a turn, exact at any position
-    freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], the same for every head, or [S, H, rotary_dim/2];
-                 any float dtype; constants
+    freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], the same for every head and clip, [S, H,
+                 rotary_dim/2], or [B, S, H, rotary_dim/2] with B, H or both 1; any float dtype, any strides; constants
+    k_freqs      (cos, sin) of k, where they are not those of q: for its own heads and tokens
     split        rotary pairs of (t, h, w), with sum rotary_dim/2. None: (n − 2·(rotary_dim//6), rotary_dim//6,
                  rotary_dim//6) with n = rotary_dim/2, as in Wan (22, 21, 21 for E = 128)
     interleaved  pairs are channels (2i, 2i+1); False: (i, i + rotary_dim/2)
     rotary_dim   the first rotary_dim channels of each head are rotated, the others only normalised. None: E
                  (with freqs: twice their width)
     origin       added to the coordinates (t, h, w); streaming passes the number of frames already made
-    text_len     so many tokens are normalised, not rotated: grid and freqs cover the S − text_len others
+    text_len     so many tokens, of q and of k, are normalised, not rotated: grid and freqs cover the others
     text_at      where those are: at the "end", or, as in CogVideoX, at the "start"
     rounding     "once", at the store; or as a "host" rounds whose norm is a module of its own: after the norm, weight
                  and bias too, and again at the store. Nearer to that model, further from fp64. Gradients are the same
+    out          (q_out, k_out), where to write: of the shapes, dtype and device of q and k, dense in E and else of any
+                 strides - the video's tokens of a buffer that it shares with text -, no memory of an input; for
+                 inference only
     impl         "auto", "reference", "cpu" or "triton"
 
-    Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense. Statistics and
-    products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
-    one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32 in a fixed
-    order: two runs agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the reference's formula
-    (README, Derivatives).
+    Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense (or `out`).
+    Statistics and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the
+    same dtype plus one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32
+    in a fixed order: two runs agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the
+    reference's formula (README, Derivatives).
 
     LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
-    LTX-2 pairs split halves of each head, by angles that differ from head to head: pass freqs [S, H, E/2].
+    LTX-2 pairs split halves of each head, by angles that differ from head to head and clip to clip: pass its tables
+    [B, H, S, E/2] as freqs .transpose(1, 2), and between video and sound those of the keys as k_freqs.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: RoPE, arXiv 2104.09864; the 3D convention of Wan, arXiv 2503.20314.
@@ -91,21 +99,25 @@ def qk_norm_rope(
     eps = _check.positive(op, "eps", eps)
     _check_affine(op, q, H, E, norm, across, q_weight=q_weight, q_bias=q_bias)
     _check_affine(op, k, k.shape[2], E, norm, across, k_weight=k_weight, k_bias=k_bias)
-    text_len = _check.integer(op, "text_len", text_len, 0, S, "S=")
+    text_len = _check.integer(op, "text_len", text_len, 0, S if k_freqs is None else min(S, k.shape[1]), "S=")
     _check.choice(op, "text_at", text_at, ("end", "start"))
     first = text_len if text_at == "start" else 0  # the first token that is not text
     theta = _check.positive(op, "theta", theta)
-    cos, sin, axes = _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len)
+    *tables, axes = _rotation(op, q, k, S, E, grid, freqs, k_freqs, split, rotary_dim, origin, text_len)
     width = across == "width"
     tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
-    grad = needs_grad(tensors)
+    if out is not None:
+        if not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
+            raise ValueError(f"{op}: out must be a pair of two tensors (q_out, k_out); got {type(out).__name__}")
+        written(op, out, (("q", q), ("k", k)), (*tensors, *tables))
+    grad = out is None and needs_grad(tensors)
     channels = q.shape[3] * (max(q.shape[2], k.shape[2]) if width else 1)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=_dispatch.within(MAX_CHANNELS, channels, "norms"))
     host = rounding == "host" and norm is not None
     settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, host, impl)
     if grad:
-        return apply(_QKNormRope, *tensors, cos, sin, settings)
-    return _qk_norm_rope(*tensors, cos, sin, settings)
+        return apply(_QKNormRope, *tensors, *tables, settings)
+    return _qk_norm_rope(*tensors, *tables, settings, out=out)
 
 
 # Validation
@@ -142,33 +154,44 @@ def _check_affine(op, x, H, E, norm, across, **parameters: Tensor | None) -> Non
             _check.same_device(op, x, {name: t}, name[0])
 
 
-def _rotation(op, q, k, S, E, grid, freqs, split, rotary_dim, origin, text_len):
-    """(cos, sin, axes) as the op takes them, where None means that nothing is rotated."""
+def _rotation(op, q, k, S, E, grid, freqs, k_freqs, split, rotary_dim, origin, text_len):
+    """(cos, sin, k_cos, k_sin, axes) as the op takes them: all None where nothing is rotated."""
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
+    if k_freqs is not None and freqs is None:
+        raise ValueError(f"{op}: k_freqs are those of k beside freqs=(cos, sin) of q; got none of q")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) or freqs=(cos, sin); got neither")
-        return None, None, None
-    if k.shape[1] != S:
-        raise ValueError(f"{op}: q and k must have the same tokens to be rotated; q has {S}, k has {k.shape[1]}")
+        return None, None, None, None, None
+    if k.shape[1] != S and k_freqs is None:
+        raise ValueError(
+            f"{op}: q and k must have the same tokens to be rotated alike; q has {S}, k has {k.shape[1]}; "
+            "pass freqs and k_freqs"
+        )
     if freqs is None:
         key = op, S, E, grid, split, rotary_dim, origin, text_len
         if torch.compiler.is_compiling():
-            return None, None, _check_grid(*key)
+            return None, None, None, None, _check_grid(*key)
         try:
             hash(key)
         except TypeError:  # lists; symbols in the place of sizes
-            return None, None, _check_grid(*key)
-        return None, None, _check_grid_once(*key)
+            return None, None, None, None, _check_grid(*key)
+        return None, None, None, None, _check_grid_once(*key)
     if split is not None:
         raise ValueError(f"{op}: split belongs to grid; freqs hold the angles already")
     if rotary_dim is not None:
         _check_rotary_dim(op, rotary_dim, E)
-    cos, sin = _freqs(op, freqs, q, k, rotary_dim, text_len)
+    cos, sin = _freqs(op, "freqs", freqs, q, rotary_dim, text_len)
     _check_rotary_dim(op, 2 * cos.shape[-1], E)
-    return cos, sin, None
+    if k_freqs is not None:
+        return cos, sin, *_freqs(op, "k_freqs", k_freqs, k, 2 * cos.shape[-1], text_len), None
+    if k.shape[2] != q.shape[2] and cos.ndim > 2 and cos.shape[-2] != 1:
+        raise ValueError(
+            f"{op}: freqs have angles of each head: k must have q's {q.shape[2]} heads; got {k.shape[2]}; pass k_freqs"
+        )
+    return cos, sin, None, None, None
 
 
 def _check_rotary_dim(op, rotary_dim, E) -> None:
@@ -196,24 +219,24 @@ def _check_grid(op, S, E, grid, split, rotary_dim, origin, text_len):
 _check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
 
 
-def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
+def _freqs(op, name, freqs, x, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
+    """The tables for x, whose rows of a (batch,) token (and head) count from the first token that turns."""
     if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
-        raise TypeError(f"{op}: freqs must be a pair (cos, sin); got {type(freqs).__name__}")
-    tokens, heads = q.shape[1] - text_len, q.shape[2]
-    for name, t in zip(("freqs[0]", "freqs[1]"), freqs, strict=True):
-        _check.tensor(op, name, t, FREQS)
-        if t.ndim not in (2, 3):
-            raise ValueError(f"{op}: {name} must be {FREQS}; got shape {_check.shape_of(t)}")
-        pairs = freqs[0].shape[-1] if rotary_dim is None else rotary_dim // 2
-        if freqs[0].ndim == 3:
-            _check.exact(op, name, t, (tokens, heads, pairs), "[S - text_len, H, rotary_dim/2], angles of each head")
-        else:
-            _check.exact(op, name, t, (tokens, pairs), "[S - text_len, rotary_dim/2], one column per pair")
+        raise TypeError(f"{op}: {name} must be a pair (cos, sin); got {type(freqs).__name__}")
+    B, S, H, _ = x.shape
+    for i, t in enumerate(freqs):
+        item = f"{name}[{i}]"
+        _check.tensor(op, item, t, FREQS)
+        if t.ndim not in (2, 3, 4):
+            raise ValueError(f"{op}: {item} must be {FREQS}; got shape {_check.shape_of(t)}")
+        shape = freqs[0].shape
+        pairs = shape[-1] if rotary_dim is None else rotary_dim // 2
+        clips, heads = (1 if n == 1 else full for n, full in ((shape[0], B), (shape[-2], H)))
+        expected = (S - text_len, pairs), (S - text_len, H, pairs), (clips, S - text_len, heads, pairs)
+        _check.exact(op, item, t, expected[len(shape) - 2], f"{FREQS}, tokens = S - text_len")
         if t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {name} asks for a gradient, but angles are constants here; pass it .detach()ed")
-    if freqs[0].ndim == 3 and k.shape[2] != heads:
-        raise ValueError(f"{op}: freqs have angles of each head: k must have q's {heads} heads; got {k.shape[2]}")
-    _check.same_device(op, q, {"freqs[0]": freqs[0], "freqs[1]": freqs[1]}, "q")
+            raise ValueError(f"{op}: {item} asks for a gradient, but angles are constants here; pass it .detach()ed")
+    _check.same_device(op, x, {f"{name}[0]": freqs[0], f"{name}[1]": freqs[1]}, "q")
     return tuple(freqs)
 
 
@@ -221,7 +244,8 @@ def _freqs(op, freqs, q, k, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
 
 _ARGS = (
     "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
-    "int norm, bool width, SymInt[]? axes, float theta, SymInt first, bool interleaved, float eps"
+    "Tensor? k_cos, Tensor? k_sin, int norm, bool width, SymInt[]? axes, float theta, SymInt first, bool interleaved, "
+    "float eps"
 )
 
 
@@ -232,13 +256,14 @@ def _impls(op: str) -> dict[str, str | None]:
 _LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
-def _keywords(cos, sin, norm, width, axes, theta, first, interleaved, eps, host=False) -> dict:
+def _keywords(cos, sin, k_cos, k_sin, norm, width, axes, theta, first, interleaved, eps, host=False) -> dict:
     """axes: of t, h and w the size, then the pairs, then the origin; or None."""
     axes = axes or ()
     return dict(
         norm=NORMS[norm], across="width" if width else "head", grid=axes[:3] or None, split=axes[3:6], theta=theta,
-        freqs=None if cos is None else (cos, sin), origin=axes[6:], text_len=first, text_at="start",
-        interleaved=interleaved, eps=eps, rounding="host" if host else "once",
+        freqs=None if cos is None else (cos, sin), k_freqs=None if k_cos is None else (k_cos, k_sin),
+        origin=axes[6:], text_len=first, text_at="start", interleaved=interleaved, eps=eps,
+        rounding="host" if host else "once",
     )  # fmt: skip
 
 
@@ -275,16 +300,25 @@ _library.define(
 )
 
 
-def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin) -> tuple[Tensor | None, ...]:
+def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, *tables) -> tuple[Tensor | None, ...]:
     return (
         dense(q), dense(k), parameter(q_weight), parameter(k_weight), parameter(q_bias), parameter(k_bias),
-        table(cos, q), table(sin, q),
+        *_alike(q, *tables[:2]), *_alike(q, *tables[2:]),
     )  # fmt: skip
 
 
-def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
+def _alike(q, cos, sin) -> tuple[Tensor | None, Tensor | None]:
+    """Tables in the dtype of the mathematics, dense in their last axis and of the same strides."""
+    if cos is None:
+        return None, None
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    cos, sin = dense(cos.to(dtype)), dense(sin.to(dtype))
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
+
+def _qk_norm_rope(*args, out=None) -> tuple[Tensor, Tensor]:
     *tensors, (*settings, impl) = args
-    q_out, k_out = like(tensors[0]), like(tensors[1])
+    q_out, k_out = (like(tensors[0]), like(tensors[1])) if out is None else out
     _library.call("qk_norm_rope_fwd", impl)(*_inputs(*tensors), *settings, q_out, k_out)
     return q_out, k_out
 
@@ -292,8 +326,8 @@ def _qk_norm_rope(*args) -> tuple[Tensor, Tensor]:
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def formula(*args):
-        *tensors, cos, sin, (*settings, _) = args
-        return reference.qk_norm_rope(**dict(zip(_LEAVES, tensors, strict=True)), **_keywords(cos, sin, *settings))
+        tensors, tables, (*settings, _) = args[:6], args[6:10], args[10]
+        return reference.qk_norm_rope(**dict(zip(_LEAVES, tensors, strict=True)), **_keywords(*tables, *settings))
 
     @staticmethod
     def forward(ctx, *args):
@@ -308,4 +342,4 @@ class _QKNormRope(torch.autograd.Function):
         inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
         grads = [like(t, wanted) for t, wanted in zip(inputs[:6], ctx.needs_input_grad[:6], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
-        return *grads, None, None, None
+        return *grads, *(None for _ in range(5))

@@ -41,12 +41,11 @@ def normalise(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, first: int = 0) -> Tensor:
-    """Rotates the tokens of x from `first` on that cos `[tokens, pairs]` or `[tokens, H, pairs]` has rows for.
-
-    Of each head, its first `2 * pairs` channels.
+    """Rotates the tokens of x from `first` on that cos `[tokens, pairs]`, `[tokens, H, pairs]` or `[B, tokens, H,
+    pairs]` has rows for, where B and H may be 1. Of each head, its first `2 * pairs` channels.
     """
-    tokens, pairs = cos.shape[0], cos.shape[-1]
-    cos, sin = (t.to(x.dtype) if t.ndim == 3 else t[:, None].to(x.dtype) for t in (cos, sin))
+    cos, sin = (t[:, None].to(x.dtype) if t.ndim == 2 else t.to(x.dtype) for t in (cos, sin))
+    tokens, _, pairs = cos.shape[-3:]
     before, x, after = x[:, :first], x[:, first : first + tokens], x[:, first + tokens :]
     turned = x[..., : 2 * pairs]
     if interleaved:
@@ -67,8 +66,8 @@ def default_split(rotary_dim: int) -> tuple[int, int, int]:
 
 def qk_norm_rope(
     q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms", across="head", grid=None, freqs=None,
-    split=None, theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, text_at="end", eps=1e-6,
-    rounding="once",
+    k_freqs=None, split=None, theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, text_at="end",
+    eps=1e-6, rounding="once",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """At the end, `text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
     if grid is not None:
@@ -76,9 +75,9 @@ def qk_norm_rope(
         freqs = rotary_freqs(grid, split, theta, origin, q.device)
     first = text_len if text_at == "start" else 0
     results = []
-    for x, weight, bias in ((q, q_weight, q_bias), (k, k_weight, k_bias)):
+    for x, weight, bias, turn in ((q, q_weight, q_bias, freqs), (k, k_weight, k_bias, k_freqs or freqs)):
         y = normalise(x if x.dtype == torch.float64 else x.float(), weight, bias, norm, across, eps)
         y = y.to(x.dtype).to(y.dtype) if rounding == "host" else y
-        y = y if freqs is None else rotate(y, *freqs, interleaved, first)
+        y = y if turn is None else rotate(y, *turn, interleaved, first)
         results.append(y.to(x.dtype))
     return results[0], results[1]

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from sora_kernels import _check, gate_residual, gate_residual_norm_modulate, norm_modulate
+from sora_kernels import _check, gate_residual, gate_residual_norm_modulate, norm_modulate, qk_norm_rope
 
 IMPLS = ("reference", "cpu", "triton")
 B, S, D = 2, 6, 8
@@ -34,7 +34,58 @@ def first(x, y, out, **kwargs):
     )[0]
 
 
-CALLS = [norm, gate, both, first]
+def turned(x, y, out, k_out, **kwargs):
+    q, k, q_out, k_out = (t[:, :, None] for t in (x, y, out, k_out))
+    return qk_norm_rope(q, k, grid=(1, x.shape[1] // 2, 2), out=(q_out, k_out), **kwargs)
+
+
+def queries(x, y, out, **kwargs):
+    return turned(x, y, out, torch.empty_like(y), **kwargs)[0][:, :, 0]
+
+
+def keys(x, y, out, **kwargs):
+    return turned(y, x, torch.empty_like(y), out, **kwargs)[1][:, :, 0]
+
+
+CALLS = [norm, gate, both, first, queries, keys]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("interleaved, across", [(True, "width"), (False, "head")])
+def test_video_and_text_are_written_into_one_buffer(interleaved, across, dtype, impl, require):
+    """Each with its own weights, at its place in `[B, text + video, H, E]`: as if made apart and joined."""
+    require("qk_norm_rope", impl, dtype=dtype)
+    H, E = 3, 10
+    grid, text = (1, 2, 3), 5
+    rule = dict(across=across, interleaved=interleaved, impl=impl)
+    weights = torch.randn(4, H * E if across == "width" else E)
+    video, words = torch.randn(2, B, 6, H, E, dtype=dtype), torch.randn(2, B, text, H, E, dtype=dtype)
+    calls = [
+        (video, slice(text, None), dict(q_weight=weights[0], k_weight=weights[1], grid=grid)),
+        (words, slice(text), dict(q_weight=weights[2], k_weight=weights[3])),
+    ]
+    apart = [qk_norm_rope(*x, **own, **rule) for x, _, own in calls]
+    joint = torch.full((2, B, text + 6, H, E), float("nan"), dtype=dtype)
+    if across == "head":  # as F.scaled_dot_product_attention takes them
+        joint = joint.transpose(2, 3).contiguous().transpose(2, 3)
+    for x, place, own in calls:
+        out = joint[0, :, place], joint[1, :, place]
+        assert qk_norm_rope(*x, **own, **rule, out=out) == out
+    for i in range(2):
+        assert torch.equal(joint[i], torch.cat((apart[1][i], apart[0][i]), 1))
+
+
+def test_queries_and_keys_have_a_buffer_each():
+    x = torch.randn(B, S, 2, D)
+    for out in (x, (x,), [torch.empty_like(x)] * 2, (torch.empty_like(x),) * 3):
+        with pytest.raises(ValueError, match="out must be a pair of two tensors .q_out, k_out.; got"):
+            qk_norm_rope(x, x, out=out)
+    pair = torch.empty(2, B, S, 2, D).unbind()
+    with pytest.raises(ValueError, match="out must have shape .2, 5, 2, 8. .the shape of k.; got .2, 6, 2, 8."):
+        qk_norm_rope(x, x[:, 1:], out=pair)
+    with pytest.raises(ValueError, match="out must not share memory with an input or another result"):
+        qk_norm_rope(x, x, out=(pair[0], pair[0].view_as(x)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -145,7 +196,7 @@ def test_two_results_have_two_buffers():
             gate_residual_norm_modulate(x, x, x[0, 0], None, None, out=pair)
 
 
-@pytest.mark.parametrize("call", [norm, both])
+@pytest.mark.parametrize("call", [norm, both, queries, keys])
 def test_what_is_normalised_is_not_written_over(call):
     x, y = torch.randn(2, B, S, D)
     with pytest.raises(ValueError, match="out must not share memory"):
