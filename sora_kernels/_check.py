@@ -67,6 +67,8 @@ def destinations(op: str, outs: tuple[Tensor, ...], inputs: tuple[Tensor | None,
     """The elements of `outs` lie apart from each other and from those of `inputs`; the first may be one of the first
     `over` inputs itself: another argument that is the same tensor would be read after it was written."""
     for out in outs:
+        if out.is_neg():
+            raise ValueError(f"{op}: out must hold what is written; got a view that negates; pass its base")
         if not out.is_contiguous():
             _apart(op, out)
         memory = out.untyped_storage()

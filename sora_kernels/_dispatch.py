@@ -14,7 +14,7 @@ from . import _fallback, _library
 IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "sdpa", "cuda")
 WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interpreter only
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORCED = os.environ.get("SORA_KERNELS_IMPL", "auto")  # replaces "auto" everywhere
+FORCED = os.environ.get("SORA_KERNELS_IMPL") or "auto"  # replaces "auto" everywhere
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
 
 

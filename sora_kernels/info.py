@@ -30,6 +30,7 @@ def collect() -> dict[str, object]:
     devices = _devices()
     return {
         "versions": _versions(),
+        "settings": _settings(),
         "devices": devices,
         "verified": {device["name"]: last_verification(device["name"]) for device in devices},
         "cpu": _cpu(),
@@ -53,6 +54,14 @@ def _versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
     }
+
+
+def _settings() -> list[str]:
+    """The variables that choose what runs, where they are set, and why one cannot be followed."""
+    impl, isa = _dispatch.FORCED, os.environ.get("SORA_KERNELS_CPU_ISA")
+    known = "" if impl in _dispatch.IMPLS else f": expected {', '.join(_dispatch.IMPLS)}"
+    lines = [f"SORA_KERNELS_IMPL={impl}{known}"] if impl != "auto" else []
+    return [*lines, _library.setting_error() or f"SORA_KERNELS_CPU_ISA={isa}"] if isa else lines
 
 
 def _devices() -> list[dict[str, object]]:
@@ -187,6 +196,8 @@ def _ops(device: str) -> dict[str, dict[str, dict[str, str]]]:
 
 def _print_text(state: dict) -> None:
     print("versions   ", "  ".join(f"{name} {value or 'not installed'}" for name, value in state["versions"].items()))
+    for line in state["settings"]:
+        print("settings   ", line)
     for device in state["devices"]:
         print("device     ", "  ".join(str(value) for value in device.values()))
     for name, entry in state["verified"].items():

@@ -303,7 +303,11 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has what it wanted
+    except (BrokenPipeError, SystemExit) as end:
+        broken = end if isinstance(end, BrokenPipeError) else end.__context__  # of which typer makes an exit code of 1
+        if not isinstance(broken, BrokenPipeError):
+            raise
+        # the reader, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, FloatingPointError, Unavailable) as failure:

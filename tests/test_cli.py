@@ -366,7 +366,8 @@ def test_a_reader_that_ends_early_is_no_error(command):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
                           env=environment, timeout=120)  # fmt: skip
     os.close(writing)
-    assert done.returncode and not done.stderr, done.stderr
+    # typer ends as a shell says that a signal ended it; the other program by the signal itself
+    assert done.returncode == (128 + signal.SIGPIPE if "info" in command else -signal.SIGPIPE) and not done.stderr
 
 
 def test_an_instruction_set_that_is_not_there_is_one_error(tiny_checkpoint, tmp_path):
@@ -382,6 +383,32 @@ def test_an_instruction_set_that_is_not_there_is_one_error(tiny_checkpoint, tmp_
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert "SORA_KERNELS_CPU_ISA=bogus: expected baseline, avx2 or avx512" in done.stderr
     assert told.returncode == 0 and "not loaded: SORA_KERNELS_CPU_ISA=bogus" in told.stdout
+
+
+@pytest.mark.parametrize(
+    "settings, lines",
+    [
+        (dict(SORA_KERNELS_IMPL="", SORA_KERNELS_CPU_ISA=""), []),
+        (dict(SORA_KERNELS_IMPL="cpu"), ["SORA_KERNELS_IMPL=cpu"]),
+        (
+            dict(SORA_KERNELS_IMPL="bogus", SORA_KERNELS_CPU_ISA="bogus"),
+            [
+                "SORA_KERNELS_IMPL=bogus: expected auto, reference, cpu, triton, cudnn, sdpa, cuda",
+                "SORA_KERNELS_CPU_ISA=bogus: expected baseline, avx2 or avx512",
+            ],
+        ),
+    ],
+)
+def test_info_says_what_the_environment_sets_and_what_is_wrong_with_it(settings, lines):
+    if not (Path(_library.__file__).parent / "_cpu.so").exists():
+        pytest.skip("the compiled library _cpu.so is not built")
+    script = "from sora_kernels import info, _dispatch; info.main([]); print('auto is', _dispatch.FORCED)"
+    environment = os.environ | dict(SORA_KERNELS_IMPL="", SORA_KERNELS_CPU_ISA="") | settings
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    told = [line.split(maxsplit=1)[1] for line in run.stdout.splitlines() if line.startswith("settings")]
+    assert told == lines
+    assert f"auto is {settings['SORA_KERNELS_IMPL'] or 'auto'}" in run.stdout
 
 
 def test_the_module_runs_as_a_program(tiny_checkpoint, tmp_path):

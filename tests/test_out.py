@@ -144,6 +144,15 @@ def test_elements_that_share_memory_are_refused(call, strides):
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_a_buffer_that_negates_is_refused(call):
+    x, y, buffer = torch.randn(3, B, S, D)
+    before = buffer.clone()
+    with pytest.raises(ValueError, match="out must hold what is written; got a view that negates"):
+        call(x, y, torch._neg_view(buffer))
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("shift", [1, D, -D, S * D, -3])
 def test_memory_of_an_input_is_refused_in_part(call, which, shift):
