@@ -38,22 +38,30 @@ def test_every_known_class_is_among_the_cases():
 
 
 def test_outputs_and_gradients_by_the_error_rule_and_back_to_the_bit(case, model):
-    args, kwargs = called(case.inputs(model))
-    plain, exact, state = run(model, *args, **kwargs), exactly(model, *args, **kwargs), state_of(model)
+    draws = [called(_scaled(case.inputs(model), 1 - 0.1 * i)) for i in range(case.draws)]
+    plain, exact = ([compute(model, *args, **kwargs) for args, kwargs in draws] for compute in (run, exactly))
+    state = state_of(model)
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     report = patch_model(model)
     assert Counter(", ".join(step.ops) for step in report.replaced) == case.steps, report
     assert {step.where: step.reason for step in report.left} == case.left, report
-    actual = run(model, *args, **kwargs)
+    actual = [run(model, *args, **kwargs) for args, kwargs in draws]
     assert_rounds_like(plain, actual, exact)
-    assert not torch.equal(actual["output"], plain["output"]), "the patch did nothing"
+    assert not torch.equal(actual[0]["output"], plain[0]["output"]), "the patch did nothing"
     assert_unchanged(model, state)
     unpatch_model(model)
+    args, kwargs = draws[0]
     after = run(model, *args, **kwargs)
-    assert after.keys() == plain.keys() and all(torch.equal(after[name], plain[name]) for name in plain)
+    assert after.keys() == plain[0].keys() and all(torch.equal(after[name], value) for name, value in plain[0].items())
     for name, module in model.named_modules():
         assert vars(module).keys() == attributes[name].keys()
         assert vars(module).get("processor") is attributes[name].get("processor")
+
+
+def _scaled(inputs, factor):
+    pairs = inputs.items() if isinstance(inputs, dict) else enumerate(inputs)
+    scaled = {key: value * factor if hosts.is_float(value) else value for key, value in pairs}
+    return scaled if isinstance(inputs, dict) else tuple(scaled.values())
 
 
 def test_verification_with_inputs_of_its_own(case, model):
@@ -73,6 +81,7 @@ def test_compiled_it_gives_the_same(case, model):
     args, kwargs = called(case.inputs(model))
     plain, exact = output(model, *args, **kwargs), exactly(model, *args, **kwargs)["output"]
     patch_model(model)
+    torch._dynamo.reset()
     graphs = []
 
     def count(graph, _):

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from hosts import assert_rounds_like, assert_unchanged, exactly, output, run, state_of
-from hosts.wan import inputs, vae, wan
+from hosts.wan import WAN22, inputs, vae, wan
 from torch import nn
 
 import sora_kernels
@@ -227,11 +227,15 @@ def test_exports(host):
     eager = output(model, *batch)
     with torch.no_grad():
         program = torch.export.export(model.eval(), batch, {"return_dict": False})
-        assert torch.equal(program.module()(*batch, return_dict=False)[0], eager)
+        exported = program.module()(*batch, return_dict=False)[0]
+    if host == "transformer":
+        assert torch.equal(exported, eager)
+    else:  # another memory format here and there, in which oneDNN sums in another order
+        torch.testing.assert_close(exported, eager, rtol=0, atol=2e-6)
     calls = [node for node in program.graph.nodes if "sora_kernels" in str(node.target)]
     names = {str(node.target) for node in calls}
     assert not any(arg in ([], ()) for node in calls for arg in node.args), "an empty list is lost in a package"
-    wanted = OPS if host == "transformer" else ["norm_silu"]
+    wanted = OPS if host == "transformer" else ["norm_silu", "causal_conv3d", "upsample_conv3d", "downsample_conv3d"]
     assert all(any(f"sora_kernels._{op}_fwd" in name for name in names) for op in wanted)
 
 
@@ -478,7 +482,7 @@ def test_a_pipeline_is_patched_verified_and_unpatched_in_all_its_parts():
     assert report.model == "WanPipeline" and not report.left
     owners = {step.where.split(".")[0] for step in report.replaced}
     assert owners == {"transformer", "transformer_2", "vae"}
-    assert patch_model(pipe) == report and any(line.startswith("vae: convolutions") for line in report.kept)
+    assert patch_model(pipe) == report and any(line.startswith("vae: attention") for line in report.kept)
     verification = verify_patch(pipe)
     assert verification.ok, verification
     named = {check.name.split()[0] for check in verification.outputs}
@@ -622,26 +626,46 @@ def test_verification_restores_the_patch_after_an_error():
 # The autoencoder
 
 
-WAN22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "dim_mult": [1, 1]}
-
-
 @pytest.mark.parametrize("changes", [{}, WAN22], ids=["Wan 2.1", "Wan 2.2"])
-def test_autoencoder_same_output_and_gradients(changes):
+def test_autoencoder_same_output_and_gradients_of_one_operation_alone(changes):
     model = vae(**changes)
     clips = [torch.rand(1, 3, 5, 8, 12) * 2 - 1 for _ in range(8)]  # a norm has 6 parameters: one run says little
     plain, exact = ([compute(model, clip) for clip in clips] for compute in (run, exactly))
-    state = state_of(model)
-    report = patch_model(model, strict=True)
+    report = patch_model(model, ("norm_silu",))
     blocks = sum(type(m).__name__ == "WanResidualBlock" for m in model.modules())
     assert len(report.replaced) == blocks + 2 and "decoder" in {step.where for step in report.replaced}
     actual = [run(model, clip) for clip in clips]
     assert_rounds_like(plain, actual, exact)
     assert not torch.equal(actual[0]["output"], plain[0]["output"]), "the patch did nothing"
-    assert verify_patch(model, clips[0]).ok
-    assert_unchanged(model, state)
-    unpatch_model(model)
-    after = run(model, clips[0])
-    assert all(torch.equal(after[name], value) for name, value in plain[0].items())
+
+
+@pytest.mark.parametrize("changes", [{"temperal_downsample": [True, True], "dim_mult": [1, 2, 2]}, WAN22], ids=str)
+@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+def test_autoencoder_chunk_by_chunk(changes, frames):
+    """The first chunk, the second (with zeros before it), and further ones, of one frame and of several."""
+    model = vae(**changes)
+    pixels = torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    latents = torch.randn(2, 4, (frames + 3) // 4 if "is_residual" not in changes else (frames + 1) // 2, 4, 6)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        with verify._FloatMeansDouble():
+            wanted = exact._encode(pixels.double()), exact._decode(latents.double()).sample
+        plain = model._encode(pixels), model._decode(latents).sample
+        patch_model(model, strict=True)
+        ours = model._encode(pixels), model._decode(latents).sample
+    for actual, oracle, host in zip(ours, wanted, plain, strict=True):
+        assert_matches_oracle(actual, oracle, host)
+
+
+def test_autoencoder_under_autocast_is_the_hosts():
+    model, clip = vae(), torch.rand(1, 3, 5, 8, 12) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = output(model, clip)
+        report = patch_model(model, ("causal_conv3d", "upsample_conv3d", "downsample_conv3d"))
+        assert len(report.replaced) > 5 and torch.equal(output(model, clip), plain)
+        unpatch_model(model)
+        patch_model(model)
+        torch.testing.assert_close(output(model, clip), plain, rtol=0, atol=0.02)
 
 
 def test_autoencoder_with_another_activation_is_left_alone():

@@ -25,6 +25,7 @@ class Case:
     left      of the report: where -> the reason, of each step that is left
     lora      names of the linear layers that get adapters
     compiled  names of the children that are lists of repeated blocks
+    draws     inputs to take together: the gradient of six parameters says little of one
     """
 
     make: Callable[[], torch.nn.Module]
@@ -33,6 +34,7 @@ class Case:
     left: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lora: tuple[str, ...] = ()
     compiled: tuple[str, ...] = ()
+    draws: int = 1
 
 
 def cases() -> dict[str, Case]:
@@ -71,11 +73,11 @@ def run(model, *args, **kwargs):
     dtype = next(model.parameters()).dtype
     inputs = kwargs or dict(enumerate(args))
     inputs = {
-        key: value.detach().to(dtype).requires_grad_() if _is_float(value) else value for key, value in inputs.items()
+        key: value.detach().to(dtype).requires_grad_() if is_float(value) else value for key, value in inputs.items()
     }
     out = call(model, inputs if kwargs else tuple(inputs.values()))
     weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
-    wanted = {f"input.{key}": value for key, value in inputs.items() if _is_float(value)}
+    wanted = {f"input.{key}": value for key, value in inputs.items() if is_float(value)}
     wanted |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad((out * weights).sum(), list(wanted.values()), allow_unused=True)
     return {"output": out.detach()} | {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}
@@ -89,7 +91,7 @@ def exactly(model, *args, **kwargs):
     return exact
 
 
-def _is_float(value):
+def is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -41,15 +42,24 @@ def inputs(model, sizes=(2, 4, 6), per="clip", length=4, batch=2):
 
 def clip(model):
     torch.manual_seed(1)
-    return (torch.rand(1, 3, 5, 8, 12) * 2 - 1,)
+    return (torch.rand(1, 3, 9, 8, 12) * 2 - 1,)
 
 
+WAN22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "dim_mult": [1, 1]}
 _LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+_VAE_BLOCKS = ("decoder.mid_block.resnets",)  # one more would be compiled anew too often: each chunk differs
 _STEPS = {
     "patch_embed3d": 1, "norm_modulate, gate_residual, gate_residual_norm_modulate": 2, "qk_norm_rope": 4,
     "spacetime_attention": 4, "final_layer": 1,
 }  # fmt: skip
 CASES = {
     "Wan": Case(wan, inputs, _STEPS, lora=_LORA, compiled=("blocks",)),
-    "AutoencoderKLWan": Case(vae, clip, {"norm_silu": 12}),
-}
+    "AutoencoderKLWan": Case(vae, clip, {
+        "norm_silu": 2, "norm_silu, causal_conv3d": 10, "causal_conv3d": 7, "downsample_conv3d": 1,
+        "upsample_conv3d, causal_conv3d": 1,
+    }, draws=8, compiled=_VAE_BLOCKS),
+    "AutoencoderKLWan of Wan 2.2": Case(partial(vae, **WAN22), clip, {
+        "norm_silu": 2, "norm_silu, causal_conv3d": 10, "causal_conv3d": 6, "downsample_conv3d": 1,
+        "upsample_conv3d, causal_conv3d": 1,
+    }, draws=8, compiled=_VAE_BLOCKS),
+}  # fmt: skip
