@@ -77,6 +77,7 @@ class PatchEmbed3d(nn.Module):
     Host: torch.nn.Conv3d without padding, dilation or groups. x [B, C, T, H, W]; rows and columns that do not fill a
     patch are left out, as the convolution does. Returns [B, D, T/pt, H/ph, W/pw] as a view of the tokens
     [B, S, D]: `.flatten(2).transpose(1, 2)` gives them back without a copy. Under autocast the result has its dtype.
+    Or torch.nn.Conv2d: x [B, C, H, W] gives [B, D, H/ph, W/pw].
     Raises ValueError where the host's stride is not its kernel.
     """
 
@@ -110,14 +111,17 @@ def activate(host: nn.Module, x: Tensor, impl: str = "auto") -> Tensor:
     return norm_silu(x, host.weight, bias, norm="group", groups=host.num_groups, eps=host.eps, impl=impl)
 
 
-def embed(host: nn.Conv3d, x: Tensor, impl: str = "auto") -> Tensor:
+def embed(host: nn.Conv2d | nn.Conv3d, x: Tensor, impl: str = "auto") -> Tensor:
     if reason := why_not_embed(host):
         raise ValueError(f"the host {reason}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     grid = [n // p for n, p in zip(x.shape[2:], host.kernel_size, strict=True)]
     whole = tuple(slice(n * p) for n, p in zip(grid, host.kernel_size, strict=True))
-    tokens = patch_embed3d(x[(..., *whole)], host.weight, host.bias, impl=impl)
+    video, weight = x[(..., *whole)], host.weight
+    if len(grid) == 2:  # a frame
+        video, weight = video.unsqueeze(2), weight.unsqueeze(2)
+    tokens = patch_embed3d(video, weight, host.bias, impl=impl)
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
@@ -125,6 +129,7 @@ def why_not_embed(host: nn.Module) -> str | None:
     """None where a convolution cuts its input into patches, else what is in the way."""
     if host.stride != host.kernel_size:
         return f"must have a stride equal to its kernel {host.kernel_size}; got {host.stride}"
-    if host.padding not in ((0, 0, 0), "valid") or host.dilation != (1, 1, 1) or host.groups != 1:
+    axes = len(host.kernel_size)
+    if host.padding not in ((0,) * axes, "valid") or host.dilation != (1,) * axes or host.groups != 1:
         return f"must have no padding, dilation or groups; got {host.padding}, {host.dilation}, {host.groups}"
     return None

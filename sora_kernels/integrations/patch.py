@@ -1,9 +1,8 @@
 """Replace the hot steps of a host library's model by our operations, in place and reversibly.
 
-Only instances change: a `forward` bound to one module, an attention processor set the way the host offers. Classes,
-parameters and state_dict stay as they are, and importing this changes nothing. What is known of a host library is in
-the folder that bears its name, a file for each family of models; it is imported, and the library with it, when a model
-of it is patched.
+Only instances change: a `forward` bound to one module, an attention processor. Classes, parameters and state_dict stay
+as they are, and importing this changes nothing. What is known of a host library is in the folder that bears its name, a
+file for each family of models; it is imported, and the library with it, when a model of it is patched.
 """
 
 from __future__ import annotations
@@ -24,6 +23,10 @@ from .. import _check, _dispatch, _library
 
 HOSTS = {  # library and folder -> file -> the classes that it plans for
     "diffusers": {
+        "cogvideox": ("CogVideoXTransformer3DModel",),
+        "cosmos": ("CosmosTransformer3DModel",),
+        "latte": ("LatteTransformer3DModel",),
+        "ltx": ("LTXVideoTransformer3DModel",),
         "wan": ("WanTransformer3DModel",),
         "wan_vae": ("AutoencoderKLWan",),
     },
@@ -122,7 +125,7 @@ class Swap:
     def apply(self) -> None:
         if self.processor:
             self.old = self.module.processor
-            self.module.set_processor(self.new)
+            self.module.processor = self.new
         else:
             self.module.forward = self.new
             self.module._replicate_for_data_parallel = functools.partial(_replicate, self.module)
@@ -132,7 +135,7 @@ class Swap:
 
     def undo(self) -> None:
         if self.processor:
-            self.module.set_processor(self.old)
+            self.module.processor = self.old
         else:
             del self.module.forward, self.module._replicate_for_data_parallel
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -69,7 +70,7 @@ class Verification:
             nearest = max(self.gradients, key=lambda check: check.error / check.bound if check.bound else 0.0)
             lines.append(f"{len(self.gradients)} gradients within their bounds, nearest to it: {nearest}")
         if self.psnr is not None:
-            lines.append(f"after {STEPS} Euler steps from one seed: PSNR {self.psnr:.1f} dB, patched against unpatched")
+            lines.append(f"PSNR {self.psnr:.1f} dB after {STEPS} sampling steps, patched against unpatched")
         return "\n".join(lines if self.ok else [*lines, "the model is unpatched again"])
 
 
@@ -85,9 +86,9 @@ def verify_patch(model: Any, *inputs: Any, gradients: bool = True, **kwargs: Any
     An output passes where its largest error against fp64 is at most twice the unpatched model's plus one rounding to
     the output's dtype (`sora_kernels.testing.error_bound`); the gradients of a module's parameters, together, by the
     same rule in the Euclidean norm, with room for chance where they are few. A transformer also samples, patched and
-    not: 8 Euler steps of its flow from the noise of one seed, with the same text; the PSNR between the two ends is
-    reported. Runs in eval mode; then everything, the mode of each module included, is as before. Needs memory for the
-    copy, 8 bytes a parameter, for three sets of gradients, and the time of 20 calls and one in fp64.
+    not: 8 steps, Euler's of a flow or DDIM's, from the noise of one seed, with the same text; the PSNR between the two
+    ends is reported. Runs in eval mode; then everything, the mode of each module included, is as before. Needs memory
+    for the copy, 8 bytes a parameter, for three sets of gradients, and the time of 20 calls and one in fp64.
 
     Raises ValueError for a model that is not patched, TypeError where the model's output holds no tensor.
     """
@@ -163,12 +164,15 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], grad
         run = _Run(dict(_tensors(model(*inputs, **kwargs))), {})
     if not gradients:
         return run
+    constants = getattr(host_of(model), "CONSTANTS", ())
     with torch.enable_grad():
-        inputs, kwargs = _leaves(inputs), _leaves(kwargs)
-        wanted = [*_tensors(inputs, "input"), *_tensors(kwargs, "input")]
+        call = inspect.signature(model.forward).bind(*inputs, **kwargs)
+        given = _leaves({name: value for name, value in call.arguments.items() if name not in constants})
+        call.arguments |= given
+        wanted = list(_tensors(given, "input"))
         wanted += [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         loss = torch.zeros((), dtype=torch.float64)
-        for _, output in _tensors(model(*inputs, **kwargs)):
+        for _, output in _tensors(model(*call.args, **call.kwargs)):
             weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
             loss = loss.to(output.device) + (output * weights.view_as(output)).sum().double()
         grads = torch.autograd.grad(loss, [tensor for _, tensor in wanted], allow_unused=True)
@@ -218,10 +222,16 @@ def _undone(swaps: list[Swap]) -> Iterator[None]:
 
 
 class _FloatMeansDouble(TorchFunctionMode):
-    """Hosts upcast by `.float()`, which would bring an fp64 run down to fp32."""
+    """Hosts upcast by `.float()`, `.to(torch.float32)` and `dtype=`, which would bring an fp64 run down to fp32."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (Tensor.double if func is Tensor.float else func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func = Tensor.double
+        elif args and isinstance(args[0], Tensor):
+            args = [torch.float64 if a is torch.float32 else a for a in args]
+            kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def _leaves(value: Any) -> Any:

@@ -12,8 +12,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map_only
 
-from sora_kernels.integrations import verify
+from sora_kernels.integrations import patch, verify
 from sora_kernels.testing import assert_matches_oracle
 
 
@@ -66,18 +67,18 @@ def output(model, *args, **kwargs):
 
 
 def run(model, *args, **kwargs):
-    """Output and gradients of a fixed loss: {"output", "input.<name>", "<parameter>": its gradient}, those in use.
+    """Output and gradients of a fixed loss: {"output", "input['<name>']", "<parameter>": its gradient}, those in use.
 
     Floating-point inputs take the dtype of the model's parameters.
     """
     dtype = next(model.parameters()).dtype
     inputs = kwargs or dict(enumerate(args))
-    inputs = {
-        key: value.detach().to(dtype).requires_grad_() if is_float(value) else value for key, value in inputs.items()
-    }
+    constants = getattr(patch.host_of(model), "CONSTANTS", ())
+    inputs = tree_map_only(is_float, lambda value: value.detach().to(dtype), inputs)
+    wanted = {k: v for k, v in tree_leaves_with_path(inputs) if is_float(v) and k[0].key not in constants}
+    wanted = {f"input{keystr(key)}": value.requires_grad_() for key, value in wanted.items()}
     out = call(model, inputs if kwargs else tuple(inputs.values()))
     weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
-    wanted = {f"input.{key}": value for key, value in inputs.items() if is_float(value)}
     wanted |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad((out * weights).sum(), list(wanted.values()), allow_unused=True)
     return {"output": out.detach()} | {n: g for n, g in zip(wanted, grads, strict=True) if g is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,10 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import Tensor, nn
 
+from ... import _dispatch, layers
 from ..._check import in_context_parallel
 from ...attention import spacetime_attention
+from ...modulation import norm_modulate
 from ..patch import How, Plan, Swap, is_hooked
 
 
@@ -31,6 +34,76 @@ def why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str 
             return f"{name} is a {type(child).__name__}, not {' or '.join(t.__name__ for t in types)}"
         if is_hooked(child):
             return f"{name} has hooks, which a fused operation would not run"
+    return None
+
+
+def affine(norm: nn.Module) -> dict[str, Any]:
+    """A norm's parameters as our operations take them; any may be absent."""
+    return {"weight": norm.weight, "bias": getattr(norm, "bias", None), "eps": norm.eps}
+
+
+def in_16_bits(how: How) -> dict[str, Any]:
+    """What the modulation family is told where the host computes a chain of it in x's dtype, rounding at each step. Its
+    C++ and CUDA kernels round once."""
+    impl = _dispatch.FORCED if how.impl == "auto" else how.impl
+    return {"rounding": "once" if impl in ("cpu", "cuda") else how.rounding_now(), "impl": how.impl}
+
+
+def adaln(table: Tensor, temb: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The n rows temb + table of adaLN-single, temb [B, F, n * D], table [n, D]: rows and, apart, tables to be added.
+
+    Where a clip has one row each, it is added here, and rounded, as the host does; tokens' rows are left as they lie.
+    """
+    rows = temb.unflatten(-1, table.shape)
+    if temb.shape[1] == 1:
+        return (table.to(temb.device) + rows).unbind(2), (None,) * len(table)
+    return rows.unbind(2), table.unbind(0)
+
+
+def learned(tables: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether gradients of rotary tables are asked for: to our operations they are constants."""
+    return tables is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tables)
+
+
+def padding_last(mask: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, L, D] of which a mask [B, L] is true before the others, in their order, and how many those are.
+
+    For tokens that know nothing of their place it is the same text, whose attention needs no mask. Nothing is read from
+    the device.
+    """
+    mask = mask.bool()
+    order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    return text.take_along_dim(order.unsqueeze(-1), 1), mask.sum(1, dtype=torch.int32)
+
+
+def first(lens: Tensor, tokens: int) -> Tensor:
+    """Whether a token is one of the first lens [B]: [B, tokens]."""
+    return torch.arange(tokens, device=lens.device) < lens.unsqueeze(1)
+
+
+def embed_frames(conv: nn.Conv2d, impl: str, x: Tensor) -> Tensor:
+    """A convolution that cuts frames [N, C, H, W] into patches."""
+    return layers.embed(conv, x, impl)
+
+
+def norm_continuous(self: nn.Module, how: How, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    """The forward of AdaLayerNormContinuous."""
+    if why_not_continuous(self):
+        return type(self).forward(self, x, conditioning_embedding)
+    scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, 1)
+    return norm_modulate(x, shift, scale, **affine(self.norm), **in_16_bits(how))
+
+
+def why_not_continuous(norm: nn.Module) -> str | None:
+    return why_not_read(norm, norm=(nn.LayerNorm,))
+
+
+def why_not_processor(attn: nn.Module, cls: type[nn.Module], standard: type) -> str | None:
+    """None where `attn` runs the forward of `cls`, and its processor is the standard one."""
+    if type(attn).forward is not cls.forward:
+        return f"{type(attn).__name__} has a forward of its own, not that of {cls.__name__}"
+    if type(attn.processor) is not standard:
+        return f"its processor is a {type(attn.processor).__name__}, set by someone else"
     return None
 
 
@@ -50,7 +123,7 @@ class Processor:
         self.replaced = replaced
 
     @property
-    def _attention_backend(self) -> AttentionBackendName | None:
+    def _attention_backend(self) -> AttentionBackendName | None:  # some hosts' processors have none: nor has this one
         return self.replaced._attention_backend
 
     @_attention_backend.setter
@@ -65,16 +138,45 @@ class Processor:
     def _parallel_config(self, config: Any) -> None:
         self.replaced._parallel_config = config
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, crossing: bool = False) -> Tensor:
-        """Attention [B, S, H, E]. A mask, diffusers' context parallelism, an attention backend other than its default
-        (`set_attention_backend`, `attention_backend`, DIFFUSERS_ATTN_BACKEND) and torch's `context_parallel` are
-        served by diffusers' own dispatch."""
-        backend, parallel = self._attention_backend, self._parallel_config
-        ours = mask is None and parallel is None and is_default(backend) and not in_context_parallel()
-        if ours and not self.how.why_not("spacetime_attention"):
-            return spacetime_attention(q, k, v, impl=self.how.impl)
+    def ours(self) -> bool:
+        """Whether `attend` runs our operation: nobody asked for diffusers' context parallelism, an attention backend
+        other than its default (`set_attention_backend`, `attention_backend`, DIFFUSERS_ATTN_BACKEND) or torch's
+        `context_parallel`."""
+        parallel, backend = getattr(self, "_parallel_config", None), getattr(self, "_attention_backend", None)
+        if parallel is not None or not is_default(backend) or in_context_parallel():
+            return False
+        return not self.how.why_not("spacetime_attention")
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        *,
+        crossing: bool = False,
+        **rules: Any,
+    ) -> Tensor:
+        """Attention [B, S, H, E], by diffusers' own dispatch where `ours()` says so, and with a mask, unless `rules`
+        say to `spacetime_attention` what it means."""
+        if self.ours() and (mask is None or rules):
+            return spacetime_attention(q, k, v, **rules, impl=self.how.impl)
+        parallel, backend = getattr(self, "_parallel_config", None), getattr(self, "_attention_backend", None)
         parallel = None if crossing else parallel
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
+
+
+class PlainProcessor(Processor):
+    """In place of a processor that calls PyTorch's attention itself, for which diffusers chooses no backend."""
+
+    def ours(self) -> bool:
+        return not in_context_parallel() and not self.how.why_not("spacetime_attention")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **rules: Any) -> Tensor:
+        if self.ours() and (mask is None or rules):
+            return spacetime_attention(q, k, v, **rules, impl=self.how.impl)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def attention_steps(where: str, reason: str | None, how: How, swap: Swap) -> Iterator[Plan]:
@@ -98,11 +200,13 @@ def euler(
     channels: int,
     axis: int = 1,
     time: Callable[[float], float] = lambda t: 1000 * t,
+    to: Callable[[Tensor, Tensor, float, float], Tensor] = lambda x, velocity, t, s: x - (t - s) * velocity,
 ) -> Tensor | None:
-    """Latents after so many Euler steps of the flow from the noise of a seed to t = 0, all else as in the inputs.
+    """Latents after so many steps from the noise of a seed at t = 1 to t = 0, all else as in the inputs: Euler's along
+    a flow, or what `to(x, prediction, t, s)` makes of latents at t for s.
 
-    `channels` is how many the output has along `axis`. Where the input has more, those after them hold what the sample
-    is conditioned on, and stay; where it has fewer, the model does not predict the velocity of its input: None.
+    `channels` is how many the prediction has along `axis`. Where the input has more, those after them hold what the
+    sample is conditioned on, and stay; where it has fewer, the model does not predict what its input is made of: None.
     """
     call = inspect.signature(model.forward).bind(*inputs, **kwargs)
     given, times = call.arguments["hidden_states"], call.arguments["timestep"]
@@ -112,7 +216,24 @@ def euler(
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(given.device)
     call.arguments["return_dict"] = False
     for step in range(steps):
+        t, s = 1 - step / steps, 1 - (step + 1) / steps
         call.arguments["hidden_states"] = torch.cat([x.to(given.dtype), condition], axis)
-        call.arguments["timestep"] = torch.full_like(times, time(1 - step / steps))
-        x = x - model(*call.args, **call.kwargs)[0].float() / steps
+        call.arguments["timestep"] = torch.full_like(times, time(t))
+        x = to(x, model(*call.args, **call.kwargs)[0].narrow(axis, 0, channels).float(), t, s)
     return x
+
+
+def ddim(noise: Tensor, clip: Tensor, s: float) -> Tensor:
+    """Latents at s of a diffusion: cos φ · clip + sin φ · noise, φ = 3/2 · s."""
+    return math.cos(1.5 * s) * clip + math.sin(1.5 * s) * noise
+
+
+def of_noise(x: Tensor, noise: Tensor, t: float, s: float) -> Tensor:
+    """A step of DDIM by a prediction of the noise."""
+    return ddim(noise, (x - math.sin(1.5 * t) * noise) / math.cos(1.5 * t), s)
+
+
+def of_velocity(x: Tensor, v: Tensor, t: float, s: float) -> Tensor:
+    """A step of DDIM by a prediction of v = cos φ · noise - sin φ · clip."""
+    cos, sin = math.cos(1.5 * t), math.sin(1.5 * t)
+    return ddim(sin * x + cos * v, cos * x - sin * v, s)
