@@ -27,10 +27,13 @@ HOSTS = {  # library and folder -> file -> the classes that it plans for
         "cosmos": ("CosmosTransformer3DModel",),
         "latte": ("LatteTransformer3DModel",),
         "ltx": ("LTXVideoTransformer3DModel",),
-        "wan": ("WanTransformer3DModel",),
+        "wan": (
+            "WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
+            "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel",
+        ),
         "wan_vae": ("AutoencoderKLWan",),
     },
-}
+}  # fmt: skip
 OPS = (
     "causal_conv3d", "downsample_conv3d", "final_layer", "gate_residual", "gate_residual_norm_modulate",
     "norm_modulate", "norm_silu", "patch_embed3d", "qk_norm_rope", "spacetime_attention", "upsample_conv3d",

@@ -1,4 +1,4 @@
-"""Tiny Wan models of diffusers."""
+"""Tiny Wan models of diffusers, and those built of its blocks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TINY = {
 }  # fmt: skip
 
 
-def wan(**changes):
-    """A tiny WanTransformer3DModel whose every weight, biases and norms included, is random."""
+def wan(name="Wan", **changes):
+    """A tiny model whose every weight, biases and norms included, is random."""
     torch.manual_seed(0)
-    model = diffusers.WanTransformer3DModel(**TINY | changes)
-    return random_weights(model, "table")
+    model = getattr(diffusers, f"{name}Transformer3DModel")(**TINY | changes)
+    return random_weights(model, "table", "padding")
 
 
 def vae(**changes):
@@ -45,15 +45,68 @@ def clip(model):
     return (torch.rand(1, 3, 9, 8, 12) * 2 - 1,)
 
 
+def vace_inputs(model):
+    latents, times, text = inputs(model)
+    control = torch.randn(2, model.config.vace_in_channels, *latents.shape[2:])
+    named = {"hidden_states": latents, "timestep": times, "encoder_hidden_states": text}
+    return named | {"control_hidden_states": control, "control_hidden_states_scale": torch.tensor([0.7])}
+
+
+def image_inputs(model):
+    latents, times, text = inputs(model, length=512)
+    return latents, times, text, torch.randn(2, 7, model.config.image_dim)
+
+
+def animate_inputs(model):
+    latents, times, text, image = image_inputs(model)
+    latents, side = torch.cat([latents, latents[:, :, :1]], 2), model.config.motion_encoder_size
+    pose = torch.randn(2, model.config.latent_channels, 2, *latents.shape[3:])
+    return latents, times, text, image, pose, torch.randn(2, 3, 8, side, side)
+
+
+def forcing_inputs(model):
+    """A timestep for each frame, and how many of them a second has."""
+    latents, _, text = inputs(model, sizes=(4, 4, 4))
+    times = torch.rand(2, 4) * 1000
+    return latents, times, text, None, True, [1]
+
+
 WAN22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "dim_mult": [1, 1]}
 _LORA = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-_VAE_BLOCKS = ("decoder.mid_block.resnets",)  # one more would be compiled anew too often: each chunk differs
-_STEPS = {
-    "patch_embed3d": 1, "norm_modulate, gate_residual, gate_residual_norm_modulate": 2, "qk_norm_rope": 4,
-    "spacetime_attention": 4, "final_layer": 1,
+IMAGE = {"image_dim": 8, "added_kv_proj_dim": 48}
+_ANIMATE = IMAGE | {
+    "in_channels": 12, "latent_channels": 4, "motion_encoder_size": 16, "motion_style_dim": 12, "motion_dim": 4,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 6}, "motion_encoder_dim": 12,
+    "face_encoder_hidden_dim": 12, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2,
 }  # fmt: skip
+
+
+def steps(blocks, *, embeddings=1, attentions=0):
+    """The steps of so many blocks, of which each has two attentions, and of further ones."""
+    return {
+        "patch_embed3d": embeddings, "norm_modulate, gate_residual, gate_residual_norm_modulate": blocks,
+        "qk_norm_rope": 2 * blocks + attentions, "spacetime_attention": 2 * blocks + attentions, "final_layer": 1,
+    }  # fmt: skip
+
+
+_VAE_BLOCKS = ("decoder.mid_block.resnets",)  # one more would be compiled anew too often: each chunk differs
+_BLOCKS = {"lora": _LORA, "compiled": ("blocks",), "draws": 3}
 CASES = {
-    "Wan": Case(wan, inputs, _STEPS, lora=_LORA, compiled=("blocks",)),
+    "Wan": Case(wan, inputs, steps(2), **_BLOCKS),
+    "Wan with an image": Case(partial(wan, num_layers=1, **IMAGE), image_inputs, steps(1), **_BLOCKS),
+    "WanVACE": Case(
+        partial(wan, "WanVACE", vace_layers=[0], vace_in_channels=6), vace_inputs, steps(3, embeddings=2),
+        lora=_LORA, compiled=("blocks", "vace_blocks"), draws=3,
+    ),
+    "WanAnimate": Case(
+        partial(wan, "WanAnimate", **_ANIMATE), animate_inputs, steps(2, embeddings=2, attentions=1), **_BLOCKS
+    ),
+    "ChronoEdit": Case(partial(wan, "ChronoEdit", num_layers=1, **IMAGE), image_inputs, steps(1), **_BLOCKS),
+    "SkyReels-V2": Case(partial(wan, "SkyReelsV2", num_layers=1), inputs, steps(1), **_BLOCKS),
+    "SkyReels-V2 with diffusion forcing": Case(
+        partial(wan, "SkyReelsV2", num_layers=1, num_frame_per_block=2, inject_sample_info=True), forcing_inputs,
+        steps(1), **_BLOCKS,
+    ),
     "AutoencoderKLWan": Case(vae, clip, {
         "norm_silu": 2, "norm_silu, causal_conv3d": 10, "causal_conv3d": 7, "downsample_conv3d": 1,
         "upsample_conv3d, causal_conv3d": 1,

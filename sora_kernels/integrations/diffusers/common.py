@@ -118,6 +118,8 @@ class Processor:
     The backend and the parallel configuration that diffusers sets on a processor are those of the replaced one.
     """
 
+    crossing_is_parallel = False  # diffusers' context parallelism splits what a cross-attention attends to as well
+
     def __init__(self, how: How, replaced: Any) -> None:
         self.how = how
         self.replaced = replaced
@@ -162,7 +164,7 @@ class Processor:
         if self.ours() and (mask is None or rules):
             return spacetime_attention(q, k, v, **rules, impl=self.how.impl)
         parallel, backend = getattr(self, "_parallel_config", None), getattr(self, "_attention_backend", None)
-        parallel = None if crossing else parallel
+        parallel = None if crossing and not self.crossing_is_parallel else parallel
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
 
 

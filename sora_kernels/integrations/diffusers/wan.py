@@ -1,50 +1,73 @@
-"""diffusers' WanTransformer3DModel through our operations: which step of theirs is which operation of ours.
+"""diffusers' Wan and the models built of its blocks through our operations: VACE, Animate, ChronoEdit, SkyReels-V2.
 
-Theirs upcasts to fp32 around every norm, modulation and gate and rounds once after it; so do our operations inside.
+Theirs upcast to fp32 around every norm, modulation and gate and round once after it; so do our operations inside.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
+import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import layers
-from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...patchify import final_layer
-from ...qknorm_rope import qk_norm_rope
 from ..patch import How, Plan, Swap, bind, why_not_rebind
-from .common import Processor, attention_steps, draw, euler, why_not_read
+from .common import attention_steps, draw, euler, why_not_processor, why_not_read
+from .wan_blocks import (
+    Causal,
+    FaceProcessor,
+    SkyReelsV2Processor,
+    WanProcessor,
+    skyreels_block,
+    takes_causal,
+    vace_block,
+    wan_block,
+    why_not_attention,
+    why_not_block,
+)
 
 _BLOCK = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
-_NORM = (FP32LayerNorm,)
 
 
 def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
     """The steps of the model, and what of it is never replaced."""
     kept = "projections, feed-forward and embeddings: matrix products, PyTorch's own"
-    return list(_steps(model, how)), (kept,)
+    faces = "encoders of motion and faces: convolutions of images and of one axis"
+    return list(_steps(model, how)), (kept, faces) if hasattr(model, "face_encoder") else (kept,)
 
 
-def example(model: nn.Module, grid: tuple[int, int, int] = (3, 4, 6)) -> tuple[Any, ...]:
-    """Random inputs that fit the model's config, of so many patches."""
+def example(model: nn.Module) -> tuple[Any, ...]:
+    """Small random inputs that fit the model's config."""
     generator, config = torch.Generator().manual_seed(0), model.config
-    sizes = (n * p for n, p in zip(grid, config.patch_size, strict=True))
-    latents = draw(model.patch_embedding, 1, config.in_channels, *sizes, generator=generator)
-    times = torch.tensor([500.0], device=latents.device)
-    tokens = 512 if config.added_kv_proj_dim else 16
-    text = draw(model.patch_embedding, 1, tokens, config.text_dim, generator=generator)
-    if config.image_dim is None:
-        return latents, times, text
-    image = draw(model.patch_embedding, 1, config.pos_embed_seq_len or 257, config.image_dim, generator=generator)
-    return latents, times, text, image
+    pt, ph, pw = config.patch_size
+    frames, *area = 3 * pt, 4 * ph, 6 * pw
+
+    def random(*sizes: int) -> Tensor:
+        return draw(model.patch_embedding, 1, *sizes, generator=generator)
+
+    frames += -frames % max(getattr(config, "num_frame_per_block", 1), 1)
+    times = torch.tensor([500.0], device=model.patch_embedding.weight.device)
+    latents = random(config.in_channels, frames, *area)
+    text = random(512 if config.added_kv_proj_dim else 16, config.text_dim)
+    image = None
+    if config.image_dim is not None:
+        image = random(config.pos_embed_seq_len or 257, config.image_dim)
+    inputs = latents, times, text, image
+    if "vace_in_channels" in config:
+        return *inputs, random(config.vace_in_channels, frames, *area)
+    if "motion_encoder_size" in config:
+        faces = random(3, 4 * (frames - 1), config.motion_encoder_size, config.motion_encoder_size)
+        return *inputs, random(config.latent_channels, frames - 1, *area), faces
+    if getattr(config, "inject_sample_info", False):  # as the models of SkyReels-V2 that force diffusion have it
+        return latents, times.expand(1, frames // pt), text, image, True, [1]
+    return inputs
 
 
 def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -53,42 +76,42 @@ def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[s
 
 
 def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
-    embedding = model.patch_embedding
-    reason = why_not_rebind(embedding, nn.Conv3d) or layers.why_not_embed(embedding)
-    yield how.step("patch_embedding", ("patch_embed3d",), reason, bind(embedding, _embed, how.impl))
+    cls = next(cls for cls in type(model).__mro__ if cls.__name__ in _FORWARDS)
+    theirs = sys.modules[cls.__module__]  # which holds the block and the attention of this model, often as copies
+    skyreels = cls.__name__ == "SkyReelsV2Transformer3DModel"
+    name = "SkyReelsV2" if skyreels else "Wan"
+    attention, standard = getattr(theirs, f"{name}Attention"), getattr(theirs, f"{name}AttnProcessor")
+    processor = SkyReelsV2Processor if skyreels else WanProcessor
+    blocks = {getattr(theirs, f"{name}TransformerBlock"): skyreels_block if skyreels else wan_block}
+    if (vace := getattr(theirs, "WanVACETransformerBlock", None)) is not None:
+        blocks[vace] = vace_block
 
-    for name, module in model.named_modules():
-        if isinstance(module, WanTransformerBlock):
-            reason = why_not_rebind(module, WanTransformerBlock) or _why_not_block(module)
-            yield how.step(name, _BLOCK, reason, bind(module, _block_forward, how.impl))
-        elif isinstance(module, WanAttention):
-            reason = None
-            if type(module).forward is not WanAttention.forward:
-                reason = f"{type(module).__name__} has a forward of its own, not that of WanAttention"
-            elif type(module.processor) is not WanAttnProcessor:
-                reason = f"its processor is a {type(module.processor).__name__}, set by someone else"
-            reason = reason or _why_not_attention(module)
-            processor = Swap(module, WanProcessor(how, module.processor), processor=True)
-            yield from attention_steps(name, reason, how, processor)
+    for where in ("patch_embedding", "vace_patch_embedding", "pose_patch_embedding"):
+        if (embedding := getattr(model, where, None)) is not None:
+            reason = why_not_rebind(embedding, nn.Conv3d) or layers.why_not_embed(embedding)
+            yield how.step(where, ("patch_embed3d",), reason, bind(embedding, _embed, how.impl))
 
-    reason = why_not_rebind(model, WanTransformer3DModel) or _why_not_final(model)
-    yield how.step("norm_out, proj_out", ("final_layer",), reason, bind(model, _model_forward, how.impl))
+    for where, module in model.named_modules():
+        for kind, forward in blocks.items():
+            if isinstance(module, kind):
+                reason = why_not_rebind(module, kind) or why_not_block(module)
+                yield how.step(where, _BLOCK, reason, bind(module, forward, how.impl))
+        if isinstance(module, attention):
+            reason = why_not_processor(module, attention, standard) or why_not_attention(module)
+            swap = Swap(module, processor(how, module.processor), processor=True)
+            yield from attention_steps(where, reason, how, swap)
+        elif type(module).__name__ == "WanAnimateFaceBlockCrossAttention":
+            standard = theirs.WanAnimateFaceBlockAttnProcessor
+            reason = why_not_processor(module, theirs.WanAnimateFaceBlockCrossAttention, standard)
+            swap = Swap(module, FaceProcessor(how, module.processor), processor=True)
+            yield from attention_steps(where, reason or why_not_attention(module), how, swap)
 
-
-def _why_not_block(block: nn.Module) -> str | None:
-    return why_not_read(block, norm1=_NORM, norm2=(FP32LayerNorm, nn.Identity), norm3=_NORM)
-
-
-def _why_not_attention(attn: nn.Module) -> str | None:
-    if attn.add_k_proj is not None:
-        return "it attends to an image as well, in a second attention of its own"
-    if reason := why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
-        return reason
-    return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
+    reason = why_not_rebind(model, cls) or _why_not_final(model)
+    yield how.step("norm_out, proj_out", ("final_layer",), reason, bind(model, _FORWARDS[cls.__name__], how.impl))
 
 
 def _why_not_final(model: nn.Module) -> str | None:
-    if reason := why_not_read(model, norm_out=_NORM, proj_out=(nn.Linear,)):
+    if reason := why_not_read(model, norm_out=(FP32LayerNorm,), proj_out=(nn.Linear,)):
         return reason
     weight = model.proj_out.weight
     return f"the weight of proj_out is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
@@ -98,74 +121,11 @@ def _embed(embedding: nn.Module, impl: str, x: Tensor) -> Tensor:
     return layers.embed(embedding, x, impl)
 
 
-def _block_forward(
-    self: nn.Module,
-    impl: str,
-    hidden_states: Tensor,
-    encoder_hidden_states: Tensor,
-    temb: Tensor,
-    rotary_emb: Any,
-) -> Tensor:
-    if _why_not_block(self):
-        return type(self).forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
-    x = hidden_states                                                                        # [B, S, D]
-    tables = self.scale_shift_table[0].unbind(0)                                             # 6 x [D]
-    shift1, scale1, gate1, shift2, scale2, gate2 = temb.unbind(-2)                           # [B, D] or [B, S, D]
-
-    modulation = {"shift_table": tables[0], "scale_table": tables[1]}
-    h = norm_modulate(x, shift1, scale1, **_affine(self.norm1), **modulation, impl=impl)
-    y = self.attn1(h, None, None, rotary_emb).type_as(x)  # autocast gives another dtype
-    if isinstance(self.norm2, nn.Identity):
-        x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
-    else:
-        modulation = {"gate_table": tables[2]}
-        x, h = gate_residual_norm_modulate(x, y, gate1, None, None, **_affine(self.norm2), **modulation, impl=impl)
-    y = self.attn2(h, encoder_hidden_states, None, None).type_as(x)
-    modulation = {"shift_table": tables[3], "scale_table": tables[4]}
-    one = x.new_ones(x.shape[-1])
-    x, h = gate_residual_norm_modulate(x, y, one, shift2, scale2, **_affine(self.norm3), **modulation, impl=impl)
-    return gate_residual(x, self.ffn(h).type_as(x), gate2, gate_table=tables[5], impl=impl)
+# Whole models, for the sake of the last step: norm, modulation and projection are lines of their forwards. A LoRA
+# scale, which the host's decorator finds among keywords only, is the host's business.
 
 
-def _affine(norm: nn.LayerNorm) -> dict[str, Any]:
-    return {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
-
-
-class WanProcessor(Processor):
-    """Attention processor of a WanAttention: projections, then QK-norm with rotary embedding, then attention."""
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if _why_not_attention(attn):
-            return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in _project(attn, hidden_states, encoder_hidden_states))
-        norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "across": "width"}
-        if rotary_emb is not None:  # [1, S, 1, E], each angle twice
-            cos, sin = (t[0, :, 0, ::2] for t in rotary_emb)
-            norms["freqs"] = cos, sin
-        norms["rounding"] = self.how.rounding_now()
-        q, k = qk_norm_rope(q, k, **norms, eps=attn.norm_q.eps, impl=self.how.impl)          # [B, S, H, E]
-        out = self.attend(q, k, v, attention_mask, crossing=encoder_hidden_states is not None)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(q)))
-
-
-def _project(attn: nn.Module, x: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
-    fused = getattr(attn, "fused_projections", False)
-    if fused and hasattr(attn, "to_qkv"):
-        return attn.to_qkv(x).chunk(3, -1)
-    context = x if context is None else context
-    if fused:
-        return attn.to_q(x), *attn.to_kv(context).chunk(2, -1)
-    return attn.to_q(x), attn.to_k(context), attn.to_v(context)
-
-
-def _model_forward(
+def _wan_forward(
     self: nn.Module,
     impl: str,
     hidden_states: Tensor,
@@ -175,28 +135,162 @@ def _model_forward(
     return_dict: bool = True,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> Any:
-    # an image is the host's business, and so is a LoRA scale, which its decorator finds among keywords only
-    if attention_kwargs or encoder_hidden_states_image is not None or _why_not_final(self):
-        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
-        return type(self).forward(self, *inputs, return_dict=return_dict, attention_kwargs=attention_kwargs)
-    patch = tuple(self.config.patch_size)
-    grid = tuple(n // p for n, p in zip(hidden_states.shape[2:], patch, strict=True))
+    if attention_kwargs or _why_not_final(self):
+        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict
+        return type(self).forward(self, *inputs, attention_kwargs=attention_kwargs)
     rotary_emb = self.rope(hidden_states)
-    x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()          # [B, S, D]
-    times = timestep.shape[1] if timestep.ndim == 2 else None
-    time, rows, text, _ = self.condition_embedder(
-        timestep.flatten(), encoder_hidden_states, None, timestep_seq_len=times
-    )
-    rows = rows.unflatten(-1, (6, -1))                                                       # [B, 6, D] or [B, N, 6, D]
+    x = _tokens(self.patch_embedding(hidden_states))                                         # [B, S, D]
+    inputs = timestep.flatten(), encoder_hidden_states, encoder_hidden_states_image
+    embedded = self.condition_embedder(*inputs, timestep_seq_len=timestep.shape[1] if timestep.ndim == 2 else None)
+    time, rows, text = _conditions(*embedded)                                                # [B, 6, D] or [B, N, 6, D]
     for block in self.blocks:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            x = self._gradient_checkpointing_func(block, x, text, rows, rotary_emb)
+        x = _called(self, block, x, text, rows, rotary_emb)
+    return _final(self, impl, x, time, hidden_states, return_dict)
+
+
+def _vace_forward(
+    self: nn.Module,
+    impl: str,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
+    control_hidden_states: Tensor | None = None,
+    control_hidden_states_scale: Tensor | None = None,
+    return_dict: bool = True,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    scales, layers = control_hidden_states_scale, self.config.vace_layers
+    if attention_kwargs or _why_not_final(self) or (scales is not None and len(scales) != len(layers)):
+        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        inputs = *inputs, control_hidden_states, scales, return_dict
+        return type(self).forward(self, *inputs, attention_kwargs=attention_kwargs)
+    rotary_emb = self.rope(hidden_states)
+    x = _tokens(self.patch_embedding(hidden_states))
+    control = _tokens(self.vace_patch_embedding(control_hidden_states))
+    control = F.pad(control, (0, 0, 0, x.shape[1] - control.shape[1]))
+    embedded = self.condition_embedder(timestep, encoder_hidden_states, encoder_hidden_states_image)
+    time, rows, text = _conditions(*embedded)
+    scales = control.new_ones(len(layers)) if scales is None else scales
+    hints = []
+    for block, scale in zip(self.vace_blocks, scales.unbind(), strict=True):
+        hint, control = _called(self, block, x, text, control, rows, rotary_emb)
+        hints.append((hint, scale))
+    hints = iter(hints)
+    for i, block in enumerate(self.blocks):
+        x = _called(self, block, x, text, rows, rotary_emb)
+        if i in layers:
+            hint, scale = next(hints)
+            x = x + hint.to(x.device) * scale
+    return _final(self, impl, x, time, hidden_states, return_dict)
+
+
+def _skyreels_forward(
+    self: nn.Module,
+    impl: str,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
+    enable_diffusion_forcing: bool = False,
+    fps: Any = None,
+    return_dict: bool = True,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    chunk = self.config.num_frame_per_block
+    masked = chunk > 1 and not all(takes_causal(block) for block in self.blocks)
+    if attention_kwargs or masked or _why_not_final(self):
+        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        inputs = *inputs, enable_diffusion_forcing, fps, return_dict
+        return type(self).forward(self, *inputs, attention_kwargs=attention_kwargs)
+    rotary_emb = self.rope(hidden_states)
+    x = self.patch_embedding(hidden_states)                                                  # [B, D, T, H, W]
+    mask = Causal(tuple(x.shape[2:]), chunk) if chunk > 1 else None
+    x = _tokens(x)
+    embedded = self.condition_embedder(timestep, encoder_hidden_states, encoder_hidden_states_image)
+    time, rows, text = _conditions(*embedded)                                                # [B, 6, D] or [B, T, 6, D]
+    if self.config.inject_sample_info:
+        fps = torch.tensor(fps, dtype=torch.long, device=x.device)
+        added = self.fps_projection(self.fps_embedding(fps)).unflatten(1, (6, -1))
+        if enable_diffusion_forcing:
+            rows = rows + added.repeat(timestep.shape[1], 1, 1)
         else:
-            x = block(x, text, rows, rotary_emb)
-    table = self.scale_shift_table.to(time.device)                                           # [1, 2, D]
+            rows = rows + added
+    if enable_diffusion_forcing:
+        rows = rows.repeat_interleave(x.shape[1] // rows.shape[1], 1).transpose(1, 2)        # [B, 6, S, D]
+    for block in self.blocks:
+        x = _called(self, block, x, text, rows, rotary_emb, mask)
+    return _final(self, impl, x, time, hidden_states, return_dict)
+
+
+def _animate_forward(
+    self: nn.Module,
+    impl: str,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
+    pose_hidden_states: Tensor | None = None,
+    face_pixel_values: Tensor | None = None,
+    motion_encode_batch_size: int | None = None,
+    return_dict: bool = True,
+    attention_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    pose = pose_hidden_states
+    if attention_kwargs or _why_not_final(self) or pose is None or pose.shape[2] + 1 != hidden_states.shape[2]:
+        inputs = hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image
+        inputs = *inputs, pose, face_pixel_values, motion_encode_batch_size, return_dict
+        return type(self).forward(self, *inputs, attention_kwargs=attention_kwargs)
+    rotary_emb = self.rope(hidden_states)
+    x = self.patch_embedding(hidden_states)
+    x[:, :, 1:] = x[:, :, 1:] + self.pose_patch_embedding(pose)
+    x = _tokens(x)
+    embedded = self.condition_embedder(timestep, encoder_hidden_states, encoder_hidden_states_image)
+    time, rows, text = _conditions(*embedded)
+
+    frames = face_pixel_values.transpose(1, 2).flatten(0, 1)                                 # [B*T, C, H, W]
+    batches = frames.split(motion_encode_batch_size or self.config.motion_encoder_batch_size)
+    motion = torch.cat([self.motion_encoder(batch) for batch in batches])
+    faces = self.face_encoder(motion.view(len(x), -1, motion.shape[-1]))                     # [B, T', N, D]
+    faces = torch.cat([torch.zeros_like(faces[:, :1]), faces], 1)
+
+    every = self.config.inject_face_latents_blocks
+    for i, block in enumerate(self.blocks):
+        x = _called(self, block, x, text, rows, rotary_emb)
+        if i % every == 0:
+            x = self.face_adapter[i // every](x, faces).to(x.device) + x
+    return _final(self, impl, x, time, hidden_states, return_dict)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def _conditions(time: Tensor, rows: Tensor, text: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    text = text if image is None else torch.cat([image, text], 1)
+    return time, rows.unflatten(-1, (6, -1)), text
+
+
+def _called(model: nn.Module, block: nn.Module, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        return model._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
+def _final(model: nn.Module, impl: str, x: Tensor, time: Tensor, video: Tensor, return_dict: bool) -> Any:
+    table = model.scale_shift_table.to(time.device)                                          # [1, 2, D]
     shift, scale = ((time.unsqueeze(-2) + table).to(x.device)).unbind(-2)                    # [B, D] or [B, N, D]
-    how = {"grid": grid, "patch": patch, "eps": self.norm_out.eps, "impl": impl}
-    sample = final_layer(x, shift, scale, self.proj_out.weight, self.proj_out.bias, **how)
-    if not return_dict:
-        return (sample,)
-    return Transformer2DModelOutput(sample=sample)
+    patch = tuple(model.config.patch_size)
+    grid = tuple(n // p for n, p in zip(video.shape[2:], patch, strict=True))
+    how = {"grid": grid, "patch": patch, "eps": model.norm_out.eps, "impl": impl}
+    sample = final_layer(x, shift, scale, model.proj_out.weight, model.proj_out.bias, **how)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+_FORWARDS = {
+    "WanTransformer3DModel": _wan_forward,
+    "WanVACETransformer3DModel": _vace_forward,
+    "WanAnimateTransformer3DModel": _animate_forward,
+    "ChronoEditTransformer3DModel": _wan_forward,
+    "SkyReelsV2Transformer3DModel": _skyreels_forward,
+}

@@ -1,0 +1,58 @@
+"""What is peculiar to one family of patched models; tests/test_hosts.py checks what all of them share."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hosts import exactly, output
+from hosts.wan import IMAGE, forcing_inputs, image_inputs, wan
+
+from sora_kernels.integrations import patch_model
+from sora_kernels.integrations.diffusers import common
+from sora_kernels.testing import assert_matches_oracle
+
+forcing = partial(wan, "SkyReelsV2", num_layers=2, num_frame_per_block=2, inject_sample_info=True)
+
+
+def watch(monkeypatch, name):
+    """The keyword arguments of each call of a function that `common` calls."""
+    calls, original = [], getattr(common, name)
+
+    def watched(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(common, name, watched)
+    return calls
+
+
+def test_a_block_causal_mask_is_never_made(monkeypatch):
+    model = forcing()
+    ours, theirs = watch(monkeypatch, "spacetime_attention"), watch(monkeypatch, "dispatch_attention_fn")
+    patch_model(model)
+    output(model, *forcing_inputs(model))
+    assert [call.get("causal") for call in ours] == [2, None] * 2 and ours[0]["grid"] == (4, 2, 2)
+    assert not theirs
+
+
+@pytest.mark.parametrize("where", ["blocks.1", "blocks.1.attn1", "blocks.0.attn1.norm_k"])
+def test_a_hook_sees_the_block_causal_mask_that_it_sees_without_the_patch(where):
+    model, seen = forcing(), []
+    batch = forcing_inputs(model)
+    plain, exact = output(model, *batch), exactly(model, *batch)["output"]
+    patch_model(model)
+    model.get_submodule(where).register_forward_pre_hook(lambda _, args: seen.extend(args))
+    assert_matches_oracle(output(model, *batch), exact, plain)
+    if "norm" not in where:
+        assert any(isinstance(mask, torch.Tensor) and mask.shape == (1, 1, 16, 16) for mask in seen)
+
+
+def test_the_attention_to_an_image_takes_fused_projections():
+    model = wan(num_layers=1, **IMAGE)
+    batch = image_inputs(model)
+    plain, exact = output(model, *batch), exactly(model, *batch)["output"]
+    model.fuse_qkv_projections()
+    patch_model(model)
+    assert_matches_oracle(output(model, *batch), exact, plain)
