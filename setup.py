@@ -153,7 +153,7 @@ def library_steps(name: str, target: Path, torch: Path) -> list[Step]:
             objects.append(output)
         return objects
 
-    shared_source = CSRC / "common" / "build_info.cpp"
+    shared_source = CSRC / "common" / "library.cpp"
     if name == "_C":
         headers = ["-isystem", str(find_pybind11(torch)), "-isystem", sysconfig.get_path("include")]
         objects = compile_all([CSRC / "bindings.cpp"], [*cxx, *CXX_FLAGS, *headers])

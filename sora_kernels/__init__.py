@@ -1,5 +1,6 @@
 """Fast, trainable, reference-proven operations for video diffusion transformers and their causal VAEs."""
 
+from . import layers as layers
 from ._dispatch import Unavailable
 from .attention import (
     attention_backward,

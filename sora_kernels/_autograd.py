@@ -164,7 +164,7 @@ def _is_dual(t: Tensor) -> bool:
 
 def once_differentiable(backward: Callable[..., object]) -> Callable[..., object]:
     """A backward made of kernels: what would differentiate it, or transform it, is refused instead of losing terms."""
-    family = ".".join(backward.__module__.split(".")[:2])
+    family = backward.__module__.rpartition(".")[0]
 
     def guarded(ctx, *grads):
         if any([g is not None and (_is_dual(g) or torch._C._functorch.is_functorch_wrapped_tensor(g)) for g in grads]):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _fallback
 
-NAMESPACE = "sora_kernels"
+NAMESPACE = __package__.replace(".", "_")  # a copy under another name has operators of its own, beside these
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _impls: dict[str, tuple[str, ...]] = {}  # of an op, in the order "auto" prefers
@@ -32,12 +32,12 @@ _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled librar
 def define(
     op: str, schema: str, *, reference: Callable[..., None], impls: Mapping[str, str | None] | None = None
 ) -> None:
-    """Register `op` once per implementation as `sora_kernels::_{op}_{impl}`.
+    """Register `op` once per implementation as `{NAMESPACE}::_{op}_{impl}`.
 
     op         e.g. "norm_modulate_fwd"; the direction is part of the name, a backward is an op of its own.
     schema     "(Tensor x, ..., Tensor(a!) out) -> ()", shared by all implementations.
     reference  the implementation in plain torch; it takes the arguments of the schema.
-    impls      further implementations in the order "auto" prefers them: name -> "module:function" (imported at the
+    impls      further implementations in the order "auto" prefers them: name -> ".module:function" (imported at the
                first call) or None where the compiled library of that name registers it.
     """
     providers = {**(impls or {}), "reference": reference}
@@ -67,7 +67,7 @@ def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., Non
         if callable(provider):
             return provider
         module, name = provider.split(":")
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module, __package__), name)
 
     def kernel(*args) -> None:
         with torch._C._DisableAutocast():  # the dtypes are the op's own business: fp32 products stay fp32
@@ -125,8 +125,14 @@ def load_error(name: str) -> str | None:
         return f"the compiled library {path.name} is not built (SORA_KERNELS_BUILD={name} pip install -e .)"
     try:
         torch.ops.load_library(str(path))
+        register = ctypes.CDLL(str(path)).sora_kernels_register
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    except AttributeError:
+        return f"{path.name} is older than this code: build it again"
+    register.restype = ctypes.c_char_p
+    if error := register(NAMESPACE.encode()):
+        return f"{path.name} does not register its kernels: {error.decode(errors='replace')}"
     return setting_error() if name == "cpu" else None
 
 

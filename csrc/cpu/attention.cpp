@@ -9,9 +9,9 @@
 // of its tiles in order, and a second pass adds the parts: the result is the same bits however many threads ran.
 
 #include "common/check.h"
+#include "common/library.h"
 #include "cpu/attention_workspace.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -361,7 +361,7 @@ void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor&
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_spacetime_attention_fwd_cpu", TORCH_BOX(&sora::attention_fwd));
   m.impl("_spacetime_attention_bwd_cpu", TORCH_BOX(&sora::attention_bwd));
 }

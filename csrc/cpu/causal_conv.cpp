@@ -6,10 +6,10 @@
 //
 // Both are (x - mean[c]) * rstd[c] * r[s] with ones and zeros in the place of what a norm lacks.
 
+#include "common/library.h"
 #include "common/math.h"
 #include "cpu/causal_conv_video.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -435,7 +435,7 @@ void norm_silu_bwd(const Tensor& dout, const Tensor& x, const Tensor& weight, co
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_norm_silu_fwd_cpu", TORCH_BOX(&sora::norm_silu_fwd));
   m.impl("_norm_silu_bwd_cpu", TORCH_BOX(&sora::norm_silu_bwd));
 }

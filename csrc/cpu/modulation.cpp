@@ -8,10 +8,10 @@
 // widened to fp32 in L1, normalised there by two passes, and rounded once at the store.
 
 #include "common/check.h"
+#include "common/library.h"
 #include "cpu/modulation_backward.h"
 #include "cpu/modulation_rows.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -218,7 +218,7 @@ void gate_residual_norm_modulate_bwd(
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_norm_modulate_fwd_cpu", TORCH_BOX(&sora::norm_modulate_fwd));
   m.impl("_norm_modulate_bwd_cpu", TORCH_BOX(&sora::norm_modulate_bwd));
   m.impl("_gate_residual_fwd_cpu", TORCH_BOX(&sora::gate_residual_fwd));

@@ -4,9 +4,8 @@
 //   unpatchify3d    tokens + out, each way
 //   video_to_uint8  video + a byte per value
 
+#include "common/library.h"
 #include "cpu/patchify.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <vector>
@@ -81,7 +80,7 @@ void video_to_uint8_fwd(const Tensor& video, std::vector<int64_t> patch, const T
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_unpatchify3d_fwd_cpu", TORCH_BOX(&sora::unpatchify3d_fwd));
   m.impl("_unpatchify3d_bwd_cpu", TORCH_BOX(&sora::unpatchify3d_bwd));
   m.impl("_video_to_uint8_fwd_cpu", TORCH_BOX(&sora::video_to_uint8_fwd));

@@ -7,9 +7,8 @@
 // video; the weight, packed once per call, is left out):
 //   forward   video + out        backward   dout + video + dvideo + dpos
 
+#include "common/library.h"
 #include "cpu/patchify.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
@@ -268,7 +267,7 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_patch_embed3d_fwd_cpu", TORCH_BOX(&sora::patch_embed3d_fwd));
   m.impl("_patch_embed3d_bwd_cpu", TORCH_BOX(&sora::patch_embed3d_bwd));
 }

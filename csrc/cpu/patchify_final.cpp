@@ -12,9 +12,8 @@
 // Bytes that must move, and do once each beyond the partial sums of the weight gradient (the weight is left out):
 //   forward   x + out            backward   dout + 2 x (x is read, dx is written)
 
+#include "common/library.h"
 #include "cpu/patchify.h"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <utility>
@@ -328,7 +327,7 @@ void final_layer_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& 
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_final_layer_fwd_cpu", TORCH_BOX(&sora::final_layer_fwd));
   m.impl("_final_layer_bwd_cpu", TORCH_BOX(&sora::final_layer_bwd));
 }

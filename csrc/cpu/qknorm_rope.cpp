@@ -10,10 +10,10 @@
 // parameters, their fp32 partials (at most 64 rows) and freqs, read once a token, or a token and head, where given.
 
 #include "common/check.h"
+#include "common/library.h"
 #include "common/simd.h"
 #include "cpu/qknorm_rope_heads.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -498,7 +498,7 @@ void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& 
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CPU, m) {
+SORA_LIBRARY_IMPL(CPU, m) {
   m.impl("_qk_norm_rope_fwd_cpu", TORCH_BOX(&sora::qk_norm_rope_fwd));
   m.impl("_qk_norm_rope_bwd_cpu", TORCH_BOX(&sora::qk_norm_rope_bwd));
 }

@@ -4,11 +4,10 @@
 // variance are two passes over those registers. Rows too long for that, or not 16-byte aligned, take the looping kernel.
 
 #include "common/check.h"
+#include "common/library.h"
 #include "common/reduce.cuh"
 #include "common/stream.cuh"
 #include "common/vec.cuh"
-
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 
@@ -273,6 +272,6 @@ void norm_modulate_fwd(const Tensor& x, const OptionalTensor& shift, const Optio
 }  // namespace
 }  // namespace sora
 
-STABLE_TORCH_LIBRARY_IMPL(sora_kernels, CUDA, m) {
+SORA_LIBRARY_IMPL(CUDA, m) {
   m.impl("_norm_modulate_fwd_cuda", TORCH_BOX(&sora::norm_modulate_fwd));
 }

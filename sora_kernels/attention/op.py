@@ -288,7 +288,7 @@ _MODE = (
     "Tensor? kv_lens, SymInt[]? grids, SymInt[]? window, SymInt[] stride, SymInt chunk, SymInt sink, "
     "SymInt text_len, bool text_first, float scale"
 )
-_FWD, _BWD, _KERNELS = "spacetime_attention_fwd", "spacetime_attention_bwd", "sora_kernels.attention.kernels"
+_FWD, _BWD, _KERNELS = "spacetime_attention_fwd", "spacetime_attention_bwd", ".attention.kernels"
 
 
 def _forward(q, k, v, *args) -> None:

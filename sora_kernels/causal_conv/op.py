@@ -401,19 +401,19 @@ _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_norm_silu_formula(*args[:-1])),
-    impls={"triton": "sora_kernels.causal_conv.kernels_norm:norm_silu_fwd", "cpu": None},
+    impls={"triton": ".causal_conv.kernels_norm:norm_silu_fwd", "cpu": None},
 )
 _library.define(
     "norm_silu_bwd",
     "(Tensor dout, Tensor x, Tensor weight, Tensor? bias, int groups, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias) -> ()",
     reference=_norm_silu_bwd,
-    impls={"triton": "sora_kernels.causal_conv.kernels_norm:norm_silu_bwd", "cpu": None},
+    impls={"triton": ".causal_conv.kernels_norm:norm_silu_bwd", "cpu": None},
 )
 
 
 def _implementations(op: str) -> dict[str, str]:
-    return {impl: f"sora_kernels.causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cudnn", "cpu")}
+    return {impl: f".causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cudnn", "cpu")}
 
 
 _library.define(

@@ -216,7 +216,7 @@ _library.define(
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? shift_table, Tensor? scale_table, "
     "bool rms, float eps, int host, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_norm_modulate_formula(*args[:-1])),
-    impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
+    impls={"triton": ".modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
 )  # fmt: skip
 
 
@@ -246,7 +246,7 @@ _library.define(
     "Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
     "Tensor(f!)? dshift_table, Tensor(g!)? dscale_table) -> ()",
     reference=_norm_modulate_bwd,
-    impls={"triton": "sora_kernels.modulation.kernels:norm_modulate_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:norm_modulate_bwd", "cpu": None},
 )
 
 
@@ -300,7 +300,7 @@ _library.define(
     reference=lambda x, y, gate, gate_table, host, out: out.copy_(
         reference.gate_residual(x, y, gate, gate_table=gate_table, host=host)
     ),
-    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_fwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_fwd", "cpu": None},
 )
 _library.define(
     "gate_residual_bwd",
@@ -312,7 +312,7 @@ _library.define(
         (dout,),
         dict(y=dy, gate=dgate, gate_table=dgate_table),
     ),
-    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_bwd", "cpu": None},
 )
 
 
@@ -398,7 +398,7 @@ _library.define(
     "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, bool rms, float eps, int host, "
     "Tensor(a!) x_new, Tensor(b!) out) -> ()",
     reference=_gate_residual_norm_modulate_fwd,
-    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
 )
 _library.define(
     "gate_residual_norm_modulate_bwd",
@@ -407,7 +407,7 @@ _library.define(
     "Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? dgate, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dweight, "
     "Tensor(g!)? dbias, Tensor(h!)? dgate_table, Tensor(i!)? dshift_table, Tensor(j!)? dscale_table) -> ()",
     reference=_gate_residual_norm_modulate_bwd,
-    impls={"triton": "sora_kernels.modulation.kernels:gate_residual_norm_modulate_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_bwd", "cpu": None},
 )
 
 

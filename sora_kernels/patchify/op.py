@@ -201,7 +201,7 @@ _library.define(
     "patch_embed3d_fwd",
     "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
     reference=lambda video, weight, bias, pos, out: out.copy_(reference.patch_embed3d(video, weight, bias, pos=pos)),
-    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_embed:patch_embed3d_fwd", "cpu": None},
 )
 _library.define(
     "patch_embed3d_bwd",
@@ -213,7 +213,7 @@ _library.define(
         (dout,),
         dict(video=dvideo, weight=dweight, bias=dbias, pos=dpos),
     ),
-    impls={"triton": "sora_kernels.patchify.kernels_embed:patch_embed3d_bwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_embed:patch_embed3d_bwd", "cpu": None},
 )
 
 
@@ -261,7 +261,7 @@ _library.define(
     reference=lambda tokens, T, H, W, out: out.copy_(
         reference.unpatchify3d(tokens, (T, H, W), reference.patch_of(out, (T, H, W)), out.shape[1])
     ),
-    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels:unpatchify3d_fwd", "cpu": None},
 )
 _library.define(
     "unpatchify3d_bwd",
@@ -269,7 +269,7 @@ _library.define(
     reference=lambda dout, T, H, W, dtokens: dtokens.copy_(
         reference.patchify3d(dout, reference.patch_of(dout, (T, H, W)))
     ),
-    impls={"triton": "sora_kernels.patchify.kernels:unpatchify3d_bwd", "cpu": None},
+    impls={"triton": ".patchify.kernels:unpatchify3d_bwd", "cpu": None},
 )
 
 
@@ -318,7 +318,7 @@ _library.define(
     "final_layer_fwd",
     f"({_FINAL}, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_final(args[-1], *args[:-1])),
-    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_final:final_layer_fwd", "cpu": None},
 )
 _library.define(
     "final_layer_bwd",
@@ -330,7 +330,7 @@ _library.define(
         (dout,),
         dict(zip(("x", "shift", "scale", "weight", "bias"), grads, strict=True)),
     ),
-    impls={"triton": "sora_kernels.patchify.kernels_final:final_layer_bwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_final:final_layer_bwd", "cpu": None},
 )
 
 
@@ -378,7 +378,7 @@ _library.define(
     "video_to_uint8_fwd",
     "(Tensor video, SymInt[] patch, Tensor(a!) out) -> ()",
     reference=lambda video, patch, out: out.copy_(reference.video_to_uint8(video, patch)),
-    impls={"triton": "sora_kernels.patchify.kernels_uint8:video_to_uint8_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_uint8:video_to_uint8_fwd", "cpu": None},
 )
 
 

@@ -250,7 +250,7 @@ _ARGS = (
 
 
 def _impls(op: str) -> dict[str, str | None]:
-    return {"triton": f"sora_kernels.qknorm_rope.kernels:{op}", "cpu": None}
+    return {"triton": f".qknorm_rope.kernels:{op}", "cpu": None}
 
 
 _LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
