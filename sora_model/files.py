@@ -115,7 +115,8 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
             found = os.stat(name)  # not of the target: a pipe's name in /proc leads nowhere
         except FileNotFoundError:
             if not target.parent.is_dir():
-                folder = os.fspath(Path(name).parent)
+                given = Path(name).parent
+                folder = os.fspath(target.parent if given.is_dir() else given)  # a link leads elsewhere
                 raise WriteError(f"cannot write {name!r}: there is no folder {folder!r}; create it first") from None
             return target, None
     if not stat.S_ISREG(found.st_mode):

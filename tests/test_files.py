@@ -80,6 +80,7 @@ def test_what_cannot_be_written_is_refused_by_name_before_anything_is_made(tmp_p
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "to_folder").symlink_to("folder")
+    (tmp_path / "to_nowhere").symlink_to("nowhere/a")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "socket"))
     before = names(tmp_path)
@@ -90,6 +91,7 @@ def test_what_cannot_be_written_is_refused_by_name_before_anything_is_made(tmp_p
         "socket": "not a regular file",
         "/dev/null": "not a regular file",
         "nowhere/a": "there is no folder .*nowhere'; create it first",
+        "to_nowhere": "there is no folder .*/nowhere'; create it first",
         "file/a": "Not a directory|there is no folder",
         "loop": "Too many levels of symbolic links",
         "n" * 300: "File name too long",
