@@ -192,6 +192,9 @@ def _latents(run: Path, vae: CausalVAE, seeds: range, made_of: dict[str, str]) -
     """The clips' latents, read from `run/latents.safetensors` or, where that is missing, encoded and written there."""
     cache = run / "latents.safetensors"
     with files.exclusive(run):
+        settings = run / "settings.json"
+        if settings.exists() and "clips" not in read_json(settings):
+            raise CheckpointError(f"{run} is the folder of another kind of run; use a folder of its own")
         if not cache.exists():
             write_tensors(cache, {"latents": encode_clips(vae, seeds)}, metadata=made_of)
         before = read_metadata(cache)

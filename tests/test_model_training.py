@@ -262,6 +262,16 @@ def test_a_folder_in_use_is_refused(tmp_path, vae):
     assert len(refused) == 2
 
 
+def test_the_folder_of_another_kind_of_run_is_refused_before_any_clip_is_encoded(tmp_path, vae, monkeypatch):
+    model, batch_at, loss_of = ramp()
+    fit.fit(model, batch_at, loss_of, tiny(fit.Settings(steps=1, batch=4, lr=1e-2)), tmp_path, label="test")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(train, "encode_clips", lambda *args, **options: pytest.fail("clips were encoded"))
+    with pytest.raises(CheckpointError, match="is the folder of another kind of run; use a folder of its own"):
+        train.train_dit(tmp_path, vae, tiny(train.DIT_SETTINGS, steps=1), TINY_DIT, clips=2)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_latents_of_another_seed_number_or_vae_are_refused(tmp_path, vae, monkeypatch):
     """Left by a run that ended before its first save: nothing else tells what captions they go with."""
     settings = tiny(train.DIT_SETTINGS, steps=1)
