@@ -77,7 +77,7 @@ def test_info_without_compiled_libraries_gives_the_reasons(installed, tmp_path):
     result = python("-m", "sora_kernels.info", "--json", cwd=tmp_path, PYTHONPATH=str(installed))
     assert result.returncode == 0, result.stderr
     state = json.loads(result.stdout)
-    assert set(state) == {"versions", "devices", "verified", "cpu", "libraries", "ops"}
+    assert set(state) == {"versions", "settings", "devices", "verified", "cpu", "libraries", "ops"}
     for name in ("_cpu.so", "_cuda.so"):
         assert state["libraries"][name]["loaded"] is False
         assert "is not built" in state["libraries"][name]["reason"]
