@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..attention import attention_backward, attention_forward, spacetime_attention
 from . import _host
+from ._masks import real_keys_first
 
 NAME = "sora"
 _DISPATCH = "diffusers.models.attention_dispatch"
@@ -89,15 +90,15 @@ def _attention(
             )
         how |= {"grid": (key.shape[1], 1, 1), "causal": "frame"}
     if attn_mask is not None:
-        key, value, how["kv_lens"] = _real_keys_first(attn_mask, key, value, is_causal)
+        key, value, how["kv_lens"] = real_keys_first(_of_keys(attn_mask, key, is_causal), key, value)
     if not return_lse:
         return spacetime_attention(query, key, value, **how)
     out, lse = spacetime_attention(query, key, value, return_lse=True, **how)
     return out, lse.transpose(1, 2)  # [B, S, H] is the host's layout
 
 
-def _real_keys_first(mask: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention does not depend on the order of keys: any mask of keys is a prefix of them once they are sorted."""
+def _of_keys(mask: Tensor, key: Tensor, is_causal: bool) -> Tensor:
+    """A mask that all queries and heads share, as [B or 1, Sk]."""
     B, Sk = key.shape[:2]
     of_keys = tuple(mask.shape) if mask.ndim == 2 else (mask.shape[0], mask.shape[-1])
     flat = mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
@@ -107,9 +108,7 @@ def _real_keys_first(mask: Tensor, key: Tensor, value: Tensor, is_causal: bool) 
             f"[{B}, 1, 1, {Sk}], is_causal=False); got {mask.dtype} {list(mask.shape)}, is_causal={is_causal}. "
             "Use the backend 'native' for this model"
         )
-    seen = mask.view(of_keys).expand(B, Sk)
-    order = seen.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
-    return key.take_along_dim(order, 1), value.take_along_dim(order, 1), seen.sum(1)
+    return mask.view(of_keys)
 
 
 # Context parallelism, by the host's own schedules
