@@ -70,7 +70,9 @@ def test_the_default_wheel_is_pure_and_complete(wheel, installed):
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     ]  # fmt: skip
     assert required == ["Requires-Dist: torch>=2.11"]
-    assert "sora = sora_model.cli:main" in (metadata / "entry_points.txt").read_text()
+    entry_points = (metadata / "entry_points.txt").read_text()
+    assert "sora = sora_model.cli:main" in entry_points
+    assert "[sglang.multimodal_gen.plugins]\nsora = sora_kernels.integrations.sglang:register" in entry_points
 
 
 def test_info_without_compiled_libraries_gives_the_reasons(installed, tmp_path):
