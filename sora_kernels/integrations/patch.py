@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -20,20 +21,9 @@ import torch
 from torch import nn
 
 from .. import _check, _dispatch, _library
+from . import diffusers
 
-HOSTS = {  # library and folder -> file -> the classes that it plans for
-    "diffusers": {
-        "cogvideox": ("CogVideoXTransformer3DModel",),
-        "cosmos": ("CosmosTransformer3DModel",),
-        "latte": ("LatteTransformer3DModel",),
-        "ltx": ("LTXVideoTransformer3DModel",),
-        "wan": (
-            "WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
-            "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel",
-        ),
-        "wan_vae": ("AutoencoderKLWan",),
-    },
-}  # fmt: skip
+HOSTS = {"diffusers": diffusers.CLASSES}  # library and folder -> file -> the classes that it plans for
 OPS = (
     "causal_conv3d", "downsample_conv3d", "final_layer", "gate_residual", "gate_residual_norm_modulate",
     "norm_modulate", "norm_silu", "patch_embed3d", "qk_norm_rope", "spacetime_attention", "upsample_conv3d",
@@ -114,6 +104,10 @@ class How:
 
 class Bound(functools.partial):
     """`forward(module, impl, ...)` as one instance's `forward`. Unlike a bound method it can be pickled."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # pipelines look at the host's
+        return inspect.signature(types.MethodType(type(self.args[0]).forward, self.args[0]))
 
 
 @dataclasses.dataclass

@@ -76,6 +76,17 @@ def padding_last(mask: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     return text.take_along_dim(order.unsqueeze(-1), 1), mask.sum(1, dtype=torch.int32)
 
 
+def lengths(
+    blocks: nn.ModuleList, takes: Callable[[nn.Module], bool], mask: Tensor | None, text: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The text, its padding last, and for its mask [B, L] how many tokens each clip has [B], where every block `takes`
+    that. Else both as they are."""
+    if mask is None or mask.ndim != 2 or mask.is_floating_point() or not all(map(takes, blocks)):
+        return text, mask
+    text, lens = padding_last(mask, text)
+    return text, torch.where(lens == 0, text.shape[1], lens)  # without a token theirs adds one number to all scores
+
+
 def first(lens: Tensor, tokens: int) -> Tensor:
     """Whether a token is one of the first lens [B]: [B, tokens]."""
     return torch.arange(tokens, device=lens.device) < lens.unsqueeze(1)

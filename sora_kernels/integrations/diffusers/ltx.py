@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...qknorm_rope import qk_norm_rope
-from ..patch import How, Plan, Swap, bind, why_not_rebind
+from ..patch import How, Plan, Swap, bind, is_hooked, why_not_rebind
 from .common import (
     Processor,
     adaln,
@@ -30,10 +30,9 @@ from .common import (
     attention_steps,
     draw,
     euler,
-    first,
     in_16_bits,
     learned,
-    padding_last,
+    lengths,
     why_not_processor,
     why_not_read,
 )
@@ -114,7 +113,7 @@ def _block_forward(
 
 
 class LTXProcessor(Processor):
-    """Attention processor of an LTXAttention. A mask may be what it comes to, how many keys of a clip there are [B]."""
+    """Attention processor of an LTXAttention. A mask may be `lengths`."""
 
     def __call__(
         self,
@@ -125,14 +124,11 @@ class LTXProcessor(Processor):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        lens, mask = None, attention_mask
-        if mask is not None and mask.ndim == 1:
-            lens, mask = mask, None
-        why_not = _why_not_attention(attn) or learned(image_rotary_emb)
-        if lens is not None and (why_not or not self.ours()):
-            lens, mask = None, (~first(lens, context.shape[1])[:, None]).to(hidden_states.dtype) * -10000.0
-        if why_not:
+        mask, rules = attention_mask, {}
+        if _why_not_attention(attn) or learned(image_rotary_emb):
             return self.replaced(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+        if mask is not None and mask.ndim == 1:
+            mask, rules = None, {"kv_lens": mask}
         if mask is not None:
             mask = attn.prepare_attention_mask(mask, context.shape[1], context.shape[0])
             mask = mask.view(context.shape[0], attn.heads, -1, mask.shape[-1])
@@ -143,8 +139,15 @@ class LTXProcessor(Processor):
             norms["freqs"] = tuple(t[:, :, None, ::2] for t in image_rotary_emb)
         q, k = qk_norm_rope(q.unsqueeze(2), k.unsqueeze(2), **norms)                         # [B, S, 1, H * E]
         q, k, v = (t.flatten(2).unflatten(2, (attn.heads, -1)) for t in (q, k, v))           # [B, S, H, E]
-        out = self.attend(q, k, v, mask, **({} if lens is None else {"kv_lens": lens}))
+        out = self.attend(q, k, v, mask, **rules)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(q)))
+
+
+def _takes_lengths(block: nn.Module) -> bool:
+    """For a mask. Nobody else sees them between the model and the attention."""
+    attn = block.attn2
+    ours = isinstance(attn.processor, LTXProcessor) and attn.processor.ours() and not _why_not_attention(attn)
+    return ours and not is_hooked(block) and not is_hooked(attn)
 
 
 def _model_forward(
@@ -172,15 +175,11 @@ def _model_forward(
     temb, time = self.time_embed(timestep.flatten(), batch_size=B, hidden_dtype=x.dtype)
     temb, time = (t.view(B, -1, t.shape[-1]) for t in (temb, time))                          # [B, 1 or S, 6 * D or D]
     text = self.caption_projection(encoder_hidden_states).view(B, -1, x.shape[-1])
-    mask = encoder_attention_mask
+    blocks = self.transformer_blocks
+    text, mask = lengths(blocks, _takes_lengths, encoder_attention_mask, text)
     if mask is not None and mask.ndim == 2:
-        known = all(type(block.attn2.processor) is LTXProcessor for block in self.transformer_blocks)
-        if known and not mask.is_floating_point():
-            text, mask = padding_last(mask, text)
-            mask = torch.where(mask == 0, text.shape[1], mask)  # no text: theirs adds one number to all scores
-        else:
-            mask = (1 - mask.to(x.dtype)).unsqueeze(1) * -10000.0
-    for block in self.transformer_blocks:
+        mask = (1 - mask.to(x.dtype)).unsqueeze(1) * -10000.0
+    for block in blocks:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             x = self._gradient_checkpointing_func(block, x, text, temb, rotary_emb, mask)
         else:
