@@ -219,7 +219,7 @@ def test_a_missing_or_old_host_is_named(monkeypatch):
     with pytest.raises(ImportError, match="needs diffusers >= 0.36 for an attention backend; found 0.30.1: pip"):
         diffusers_attention.register()
     monkeypatch.setattr(_host, "release", lambda distribution: ())
-    with pytest.raises(ImportError, match="needs nothing_at_all >= 1 for a door; it is not installed: pip install"):
+    with pytest.raises(ImportError, match="needs nothing_at_all >= 1 for a door; it is not installed: pip install -U"):
         _host.require("nothing_at_all", "nothing_at_all", "1", "a door")
 
 

@@ -28,7 +28,8 @@ def transformer_ops(**others: Any) -> Any:
 
     Raises ImportError where ltx-core is missing or older than 1.2 (the release on PyPI is: install the repository's).
     """
-    host = _host.require("ltx_core.model.transformer.transformer", "ltx-core", "1.2", "the ops of LTX-2's blocks")
+    needed = "ltx-core", "1.2", "the ops of LTX-2's blocks", "packages/ltx-core of github.com/Lightricks/LTX-2"
+    host = _host.require("ltx_core.model.transformer.transformer", *needed)
     ours = {"attention": attention, "preattention": preattention, "ada_zero": ada_zero, "post_sa": post_sa}
     return host.TransformerOpsConfig.from_functions(**ours | others)
 
