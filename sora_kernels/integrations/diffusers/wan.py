@@ -43,31 +43,31 @@ def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
     return list(_steps(model, how)), (kept, faces) if hasattr(model, "face_encoder") else (kept,)
 
 
-def example(model: nn.Module) -> tuple[Any, ...]:
-    """Small random inputs that fit the model's config."""
+def example(model: nn.Module, grid: tuple[int, int, int] = (3, 4, 6)) -> tuple[Any, ...]:
+    """Random inputs that fit the model's config, of so many patches."""
     generator, config = torch.Generator().manual_seed(0), model.config
-    pt, ph, pw = config.patch_size
-    frames, *area = 3 * pt, 4 * ph, 6 * pw
+    T, H, W = grid
+    T += -T % max(getattr(config, "num_frame_per_block", 1), 1)
+    sizes = frames, *area = [n * p for n, p in zip((T, H, W), config.patch_size, strict=True)]
 
     def random(*sizes: int) -> Tensor:
         return draw(model.patch_embedding, 1, *sizes, generator=generator)
 
-    frames += -frames % max(getattr(config, "num_frame_per_block", 1), 1)
-    times = torch.tensor([500.0], device=model.patch_embedding.weight.device)
-    latents = random(config.in_channels, frames, *area)
+    latents = random(config.in_channels, *sizes)
+    times = torch.tensor([500.0], device=latents.device)
     text = random(512 if config.added_kv_proj_dim else 16, config.text_dim)
     image = None
     if config.image_dim is not None:
         image = random(config.pos_embed_seq_len or 257, config.image_dim)
-    inputs = latents, times, text, image
     if "vace_in_channels" in config:
-        return *inputs, random(config.vace_in_channels, frames, *area)
+        return latents, times, text, image, random(config.vace_in_channels, *sizes)
     if "motion_encoder_size" in config:
-        faces = random(3, 4 * (frames - 1), config.motion_encoder_size, config.motion_encoder_size)
-        return *inputs, random(config.latent_channels, frames - 1, *area), faces
+        pose = random(config.latent_channels, frames - 1, *area)
+        side = config.motion_encoder_size
+        return latents, times, text, image, pose, random(3, 4 * (frames - 1), side, side)
     if getattr(config, "inject_sample_info", False):  # as the models of SkyReels-V2 that force diffusion have it
-        return latents, times.expand(1, frames // pt), text, image, True, [1]
-    return inputs
+        return latents, times.expand(1, T), text, image, True, [1]
+    return latents, times, text, image
 
 
 def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
