@@ -79,10 +79,12 @@ def sum_partials_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
+    k = tl.arange(0, BLOCK_N)
+    partial_ptr += row * stride_row
     for start in range(0, count, BLOCK_N):
-        k = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (k < count)[:, None] & (cols < D)[None, :]
-        total += tl.sum(load_rows(partial_ptr, row * stride_row + k * stride_count, cols, mask), 0)
+        mask = (k < count - start)[:, None] & (cols < D)[None, :]
+        total += tl.sum(load_rows(partial_ptr, k.to(tl.int64) * stride_count, cols, mask), 0)
+        partial_ptr += tl.cast(BLOCK_N, tl.int64) * stride_count
     tl.store(out_ptr + row * stride_out + cols, total.to(out_ptr.dtype.element_ty), mask=cols < D)
 
 

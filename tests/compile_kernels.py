@@ -3,10 +3,12 @@
 The launchers are called with tensors on the meta device; in place of each kernel stands a recorder that keeps the
 launch, so what is compiled is exactly what would be launched: tile sizes, warps and specialisation included.
 Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kernels.py sm_80,sm_90 [family ...]
+With --into FILE the rows take the place of those of the same families in that file, instead.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -490,18 +492,34 @@ SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {
 }  # fmt: skip
 
 
+def rows(capabilities: list[int], name: str) -> Iterator[dict]:
+    family = name.removesuffix("_everywhere")
+    for case, call, modules, *only in (FAMILIES | SLOW)[name]():
+        targets = [c for c in capabilities if not only or c in only[0]]
+        for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
+            for capability in targets:
+                row = measure(kernel, args, kwargs, capability)
+                yield dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
+
+
 def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True  # a cached kernel says nothing
-    capabilities = [int(sm.removeprefix("sm_")) for sm in sys.argv[1].split(",")]
-    for name in sys.argv[2:] or FAMILIES:
-        family = name.removesuffix("_everywhere")
-        for case, call, modules, *only in (FAMILIES | SLOW)[name]():
-            targets = [c for c in capabilities if not only or c in only[0]]
-            for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
-                for capability in targets:
-                    row = measure(kernel, args, kwargs, capability)
-                    row = dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
-                    print(json.dumps(row), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", help="sm_80,sm_90,...")
+    parser.add_argument("families", nargs="*", help=f"all of {', '.join(FAMILIES)} by default")
+    parser.add_argument("--into", type=pathlib.Path, metavar="FILE")
+    args = parser.parse_args()
+    capabilities = [int(sm.removeprefix("sm_")) for sm in args.targets.split(",")]
+    names = args.families or list(FAMILIES)
+    found: list[str] = []
+    for row in itertools.chain.from_iterable(rows(capabilities, name) for name in names):
+        found.append(json.dumps(row) + "\n")
+        if not args.into:
+            print(found[-1], end="", flush=True)
+    if args.into:
+        lines = args.into.read_text().splitlines(keepends=True) if args.into.exists() else []
+        kept = [line for line in lines if json.loads(line)["family"] not in names]
+        args.into.write_text("".join(sorted([*kept, *found], key=lambda line: json.loads(line)["family"])))
 
 
 if __name__ == "__main__":

@@ -209,8 +209,20 @@ def test_cpu_at_widths_of_models_and_at_extreme_shapes(dtype, size, require):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 def test_memory_layout_of_inputs_and_gradients_does_not_change_a_bit(function, impl, layout, require):
     require(function.__name__, impl, grad=True)
-    tensors = {n: arrange(t, layout) for n, t in draw(function, 2, 6, 40, "[B,F,D]").items()}
-    grads = [arrange(torch.randn(2, 6, 40), layout) for _ in range(2)]
+    agrees_with_contiguous(function, impl, layout, D=40)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("layout", ["expanded", "constant"])
+def test_triton_rows_at_multiples_of_16_elements_agree_to_the_bit(function, layout, require):
+    """As compiled too: the same is known of their addresses as of a contiguous tensor's, and sums have its order."""
+    require(function.__name__, "triton", grad=True)
+    agrees_with_contiguous(function, "triton", layout, D=48)
+
+
+def agrees_with_contiguous(function, impl, layout, D):
+    tensors = {n: arrange(t, layout) for n, t in draw(function, 2, 6, D, "[B,F,D]").items()}
+    grads = [arrange(torch.randn(2, 6, D), layout) for _ in range(2)]
     run = partial(function, impl=impl)
     contiguous = {n: t.clone().contiguous() for n, t in tensors.items()}
     dense = outputs_and_grads(run, contiguous, [g.contiguous() for g in grads])

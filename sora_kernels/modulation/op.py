@@ -49,7 +49,9 @@ def norm_modulate(
 
     Returns [B, S, D] in x's dtype. Statistics, products and sums are fp32, rounded once at the store; error against
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The backward recomputes the statistics from x,
-    reduces each gradient to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit.
+    reduces each gradient to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit. In
+    compiled `triton` two memory layouts do so only where rows begin at multiples of 16 elements, as contiguous ones of
+    such a D do: the compiler orders sums by what it knows of the addresses.
     Forward mode, torch.func and, under it, higher orders: by the reference's formula (README, Derivatives).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.

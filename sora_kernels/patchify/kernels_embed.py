@@ -102,6 +102,19 @@ def patch_embed3d_dvideo_kernel(
 
 
 @triton.jit
+def video_tile(tile, j, summed, stop, tiles_per_video, S, BLOCK_S: tl.constexpr):
+    """(video, token, whether it is there) of a tile in the j-th of the videos that are summed."""
+    s = tile % tiles_per_video * BLOCK_S + tl.arange(0, BLOCK_S)
+    return tile // tiles_per_video * summed + j + tl.zeros([BLOCK_S], tl.int32), s, s < tl.where(tile < stop, S, 0)
+
+
+@triton.jit
+def load_gradient(ptr, b, s, live, stride_b, stride_s, cols, D):
+    offsets = b.to(tl.int64) * stride_b + s.to(tl.int64) * stride_s
+    return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
+
+
+@triton.jit
 def patch_embed3d_dweight_kernel(
     dout_ptr, video_ptr, dweight_ptr, dbias_ptr, dpos_ptr, dout_stride_b, dout_stride_s,
     stride_b, stride_c, stride_t, stride_h, stride_w, S, grid_h, grid_w, D,
@@ -125,29 +138,32 @@ def patch_embed3d_dweight_kernel(
     acc = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
     lanes = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
 
-    for i in range(tiles_per_program):
-        tile = chunk.to(tl.int32) * tiles_per_program + i
-        s = tile % tiles_per_video * BLOCK_S + tl.arange(0, BLOCK_S)
-        live = s < tl.where(tile < tiles, S, 0)
-        mask = live[:, None] & (cols < D)[None, :]
-        dpos = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-        for j in range(summed):
-            b = tile // tiles_per_video * summed + j + tl.zeros([BLOCK_S], tl.int32)
-            offsets = b.to(tl.int64) * dout_stride_b + s.to(tl.int64) * dout_stride_s
-            g = tl.load(dout_ptr + offsets[:, None] + cols[None, :], mask, 0.0)
-            if dweight_ptr is not None:
-                tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
-                patches = load_patches(
-                    video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW
-                )
-                acc = dot(tl.trans(g), patches, acc, video_ptr.dtype.element_ty)
-            if dbias_ptr is not None:
-                lanes += g.to(tl.float32)
-            if dpos_ptr is not None:
-                dpos += g.to(tl.float32)
+    # A step is a video's tile. The next step's dout waits in registers: a buffer of Triton's pipeline is not swizzled
+    # where a tile is wanted in two layouts, and each ldmatrix would take eight wavefronts a matrix.
+    first = chunk.to(tl.int32) * tiles_per_program
+    stop = tl.minimum(first + tiles_per_program, tiles)
+    b, s, live = video_tile(first, 0, summed, stop, tiles_per_video, S, BLOCK_S)
+    g = load_gradient(dout_ptr, b, s, live, dout_stride_b, dout_stride_s, cols, D)
+    dpos = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for step in range(tiles_per_program * summed):
+        tile, j = first + step // summed, step % summed
+        b, s, live = video_tile(tile, j, summed, stop, tiles_per_video, S, BLOCK_S)
+        if dbias_ptr is not None:
+            lanes += g.to(tl.float32)
         if dpos_ptr is not None:
+            dpos = tl.where(j == 0, 0.0, dpos) + g.to(tl.float32)
             row = (tile // tiles_per_video).to(tl.int64) * S + s
-            store_rows(dpos_ptr, row * D, cols, dpos, live[:, None] & own[None, :])
+            done = live & (s < tl.where(j == summed - 1, S, 0))
+            store_rows(dpos_ptr, row * D, cols, dpos, done[:, None] & own[None, :])
+        dout = g
+        next_b, next_s, next_live = video_tile(
+            first + (step + 1) // summed, (step + 1) % summed, summed, stop, tiles_per_video, S, BLOCK_S
+        )
+        g = load_gradient(dout_ptr, next_b, next_s, next_live, dout_stride_b, dout_stride_s, cols, D)
+        if dweight_ptr is not None:
+            tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
+            patches = load_patches(video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW)
+            acc = dot(tl.trans(dout), patches, acc, video_ptr.dtype.element_ty)
 
     if dweight_ptr is not None:
         at = (chunk * D + cols) * K

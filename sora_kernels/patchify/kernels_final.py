@@ -158,6 +158,20 @@ def final_layer_fwd_kernel(
 
 
 @triton.jit
+def tokens_of(tile, group, tokens_per_group, BLOCK_S: tl.constexpr):
+    """(row, whether it is there) of the tokens of a group's tile; below 0 there is none."""
+    t = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+    return group * tokens_per_group + t, (t >= 0) & (t < tokens_per_group)
+
+
+@triton.jit
+def load_tokens(ptr, row, live, S, stride_b, stride_s, cols, D):
+    """Columns of the tokens of [B, S, D], in its own dtype: [rows, cols]."""
+    offsets = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
+    return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
+
+
+@triton.jit
 def final_layer_bwd_kernel(
     dy_ptr, x_ptr, shift_ptr, scale_ptr, weight_ptr, mean_ptr, rstd_ptr, centre_ptr, along_ptr,
     dx_ptr, dshift_ptr, dscale_ptr, dweight_ptr, dbias_ptr,
@@ -198,18 +212,22 @@ def final_layer_bwd_kernel(
     P = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     Q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
+    # The next tile of x waits in registers: a buffer of Triton's pipeline is not swizzled where a tile is wanted in two
+    # layouts, and each ldmatrix would take eight wavefronts a matrix.
+    row, live = tokens_of(tiles - 1 - chunk, group, tokens_per_group, BLOCK_S)
+    x = load_tokens(x_ptr, row, live, S, x_stride_b, x_stride_s, cols, D)
     for i in range(tiles_per_program):
-        tile = tiles - 1 - (i * chunks + chunk)  # below 0 there is none
-        t = tile * BLOCK_S + tl.arange(0, BLOCK_S)
-        live = (t >= 0) & (t < tokens_per_group)
-        row = group * tokens_per_group + t
+        tile = tiles - 1 - (i * chunks + chunk)
+        row, live = tokens_of(tile, group, tokens_per_group, BLOCK_S)
         b, s = (row // S).to(tl.int64), row % S
         mask = live[:, None] & inside[None, :]
-        x_hat = load_rows(x_ptr, b * x_stride_b + s.to(tl.int64) * x_stride_s, cols, mask)
+        x_hat = x.to(tl.float32)
         if not RMS:
             x_hat -= tl.load(mean_ptr + row, live, 0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, live, 0.0)[:, None]
         x_hat *= rstd
+        next_row, next_live = tokens_of(tile - chunks, group, tokens_per_group, BLOCK_S)
+        x = load_tokens(x_ptr, next_row, next_live, S, x_stride_b, x_stride_s, cols, D)
         dy_rows = dy_ptr + row.to(tl.int64)[:, None] * N
         dy = tl.load(dy_rows + n[None, :], live[:, None] & (n < N)[None, :], 0.0)
         factor, h = scale[None, :], x_hat
