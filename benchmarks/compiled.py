@@ -1,21 +1,25 @@
-"""Compiled Triton kernels executed instruction by instruction on a CPU: the bytes they move, exactly; no time.
+"""Compiled kernels executed instruction by instruction on a CPU: the bytes they move, exactly; no time.
 
-python -m benchmarks.compiled                        every case on sm_80 and sm_90, into results/compiled
+python -m benchmarks.compiled                        every case on sm_80 and sm_90 whose PTX is not that of its rows
+python -m benchmarks.compiled --anew                 all of them: where what is counted has changed
 python -m benchmarks.compiled --only WORDS --sm 90   the cases with these words in their names; other rows are kept
 python -m benchmarks.compiled --summary              only results/compiled/README.md, from the rows there are
 
-A row of traffic.jsonl is one kernel in one direction of one call. Every count is of the PTX that Triton gives to ptxas,
-executed as `tests/ptx` describes: deterministic, and the same on every machine.
+A row of traffic.jsonl is one kernel in one direction of one call. Every count is of the PTX that Triton or nvcc gives
+to ptxas, executed as `tests/ptx` describes: deterministic, and the same on every machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
+import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,16 +92,26 @@ class Bytes:
         return (int(seen.sum()) - before) * size
 
 
-def measure(case: Case, sm: int) -> list[Row]:
-    """The rows of both directions of a call."""
+def compiler(case: Case) -> str:
+    if case.impl == "triton":
+        return f"triton {machine.installed('triton')}"
+    from ptx import nvcc
+
+    return f"nvcc {nvcc.version()}"
+
+
+def launches(case: Case, sm: int, **options) -> Iterator[tuple[str, list, list[torch.Tensor]]]:
+    """For both directions of a call: which, the (kernel, counters) of its launches, and the tensors that were there
+    before or are left behind. options: of ptx.run."""
     from ptx.launcher import triton_on
+    from ptx.nvcc import nvcc_on
 
     torch.manual_seed(0)
     inputs = case.inputs()
     wanted = [name for name in inputs if name not in case.constant]
     for name in wanted:
         inputs[name].requires_grad_()
-    launches: list = []
+    launched: list = []
     saved: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,35 +119,54 @@ def measure(case: Case, sm: int) -> list[Row]:
         return tensor
 
     def observe(kernel, counters) -> None:
-        launches.append((kernel.__name__, counters))
+        launched.append((kernel if isinstance(kernel, str) else kernel.__name__, counters))
 
-    with triton_on(sm, observe, checks=()), case.bounded():  # faults are the tests' to find
+    executed_on = triton_on if case.impl == "triton" else nvcc_on
+    with executed_on(sm, observe, checks=(), **options), case.bounded():  # faults are the tests' to find
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             results = case.call(**inputs)
         results = results if isinstance(results, tuple) else (results,)
         outside = [*inputs.values(), *results, *saved]
-        rows = _rows(case, "fwd", sm, launches, outside)
+        yield "fwd", launched, outside
         if wanted:
-            launches.clear()
+            launched.clear()
             incoming = [torch.randn_like(result) for result in results]
             grads = torch.autograd.grad(results, [inputs[name] for name in wanted], incoming)
-            rows += _rows(case, "bwd", sm, launches, [*outside, *incoming, *grads])
-    return rows
+            yield "bwd", launched, [*outside, *incoming, *grads]
 
 
-def _rows(case: Case, mode: str, sm: int, launches: list, outside: list[torch.Tensor]) -> list[Row]:
+def fingerprint(case: Case, sm: int) -> str:
+    """Of what a case would execute: its instructions, on which tensors. Nothing is executed.
+
+    Mangled names are left out: those in nvcc's anonymous namespaces are new in every compilation.
+    """
+    found = hashlib.sha256(compiler(case).encode())
+    for mode, launched, _ in launches(case, sm, programs=()):
+        for kernel, counters in launched:
+            tensors = [(t.dtype, t.shape, t.stride()) for t in counters.tensors.values()]
+            code = [re.sub(r"\b_Z\w+", "", origin.text) for origin in counters.program.origin]
+            found.update(repr((mode, kernel, tensors, code)).encode())
+    return found.hexdigest()[:16]
+
+
+def measure(case: Case, sm: int) -> list[Row]:
+    """The rows of both directions of a call."""
+    commit, dirty = machine.commit()
+    where = dict(compiler=compiler(case), fingerprint=fingerprint(case, sm), commit=commit, dirty=dirty)
+    return [row | where for mode, *found in launches(case, sm) for row in _rows(case, mode, sm, *found)]
+
+
+def _rows(case: Case, mode: str, sm: int, launched: list, outside: list[torch.Tensor]) -> list[Row]:
     """One row for each kernel of a direction, in the order of its launches.
 
     The fewest bytes: of the tensors that were there before or are left behind, those the kernels are given, once.
     Above them: what is written only to be read again (named as the kernel does), and what a later launch reads again.
     """
-    from .compiled_cases import NOTES
-
     kept = {t.untyped_storage().data_ptr() for t in outside}
     elements = max(t.numel() for t in outside)
     counted = Bytes()
     rows: dict[str, Row] = {}
-    for kernel, counters in launches:
+    for kernel, counters in launched:
         if kernel not in rows:
             rows[kernel] = dict(
                 case=case.name, mode=mode, kernel=kernel, sm=sm, bound="products" if case.products else "memory",
@@ -154,15 +187,9 @@ def _rows(case: Case, mode: str, sm: int, launches: list, outside: list[torch.Te
         row["written"] += 32 * counters.written
         row["above"] = dict(Counter(row["above"]) + above)
         _count(row, counters)
-    commit, dirty = machine.commit()
-    for row in rows.values():
-        # Of a warp's 32 lanes, those switched off included.
-        row["instructions"] = {
-            kind: round(32 * count / elements, 4) for kind, count in sorted(row["instructions"].items()) if count
-        }
-        row |= dict(
-            note=NOTES.get(row["kernel"]), triton=machine.installed("triton"), commit=commit, dirty=dirty,
-        )  # fmt: skip
+    for row in rows.values():  # of a warp's 32 lanes, those switched off included
+        instructions = sorted(row["instructions"].items())
+        row["instructions"] = {kind: round(32 * count / elements, 4) for kind, count in instructions if count}
     return list(rows.values())
 
 
@@ -182,12 +209,15 @@ def _count(row: Row, counters) -> None:
             row["asked_by_16"] += asked * (width_of(origin.opcode, origin.text) >= 16)
 
 
+def _key(row: Row) -> tuple[str, int]:
+    return row["case"], row["sm"]
+
+
 def record(fresh: Iterable[Row], target: Path, names: list[str]) -> None:
     """Put rows in the place of those of the same cases and GPU; in the order of the cases."""
     fresh = list(fresh)
-    anew = {(row["case"], row["sm"]) for row in fresh}
-    kept = [json.loads(line) for line in target.read_text().splitlines()] if target.exists() else []
-    kept = [row for row in kept if (row["case"], row["sm"]) not in anew and row["case"] in names]
+    anew = {_key(row) for row in fresh}
+    kept = [row for row in compiled_report.read(target) if _key(row) not in anew and row["case"] in names]
     rows = sorted([*kept, *fresh], key=lambda row: (names.index(row["case"]), row["mode"] == "bwd", row["sm"]))
     write_beside(target, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -197,23 +227,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="WORDS", help="cases with these words in their names")
     parser.add_argument("--sm", type=int, action="append", choices=SMS, help="compute capability; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--anew", action="store_true", help="also what is compiled as recorded")
     parser.add_argument("--summary", action="store_true", help="execute nothing")
     args = parser.parse_args(arguments)
     if not args.summary:
         os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
         sys.path.insert(0, str(machine.ROOT / "tests"))  # where the executor lives
+        from ptx import nvcc
+
         from .compiled_cases import cases
 
         names = [case.name for case in cases()]
         chosen = [case for case in cases() if any(words in case.name for words in args.only or [""])]
         if not chosen:
             parser.error(f"--only {' '.join(args.only)} is in no name; there are: {'; '.join(names)}")
-        by_case: dict[str, list[Row]] = defaultdict(list)
-        for case in chosen:
-            for sm in args.sm or SMS:
-                print(f"{case.name}, sm_{sm}", flush=True)
-                by_case[case.name] += measure(case, sm)
-            record(by_case[case.name], args.out / "traffic.jsonl", names)
+        target = args.out / "traffic.jsonl"
+        for case, sm in itertools.product(chosen, args.sm or SMS):
+            if case.impl == "cuda" and not nvcc.find():
+                print(f"{case.name}, sm_{sm}: nvcc is not installed; what is recorded of it is kept", flush=True)
+                continue
+            known = {row["fingerprint"] for row in compiled_report.read(target) if _key(row) == (case.name, sm)}
+            if not args.anew and known == {fingerprint(case, sm)}:
+                print(f"{case.name}, sm_{sm}: compiled as recorded", flush=True)
+                continue
+            print(f"{case.name}, sm_{sm}", flush=True)
+            record(measure(case, sm), target, names)
     compiled_report.update(args.out)
     return 0
 

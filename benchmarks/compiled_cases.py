@@ -1,5 +1,7 @@
 """The calls whose compiled kernels `benchmarks.compiled` executes: the widths of public models, a few programs each.
 
+Triton compiles them, or, where the name ends in nvcc, nvcc does: the CUDA C++ of the same call.
+
 A reduction of a whole clip leaves a bounded number of fp32 partials. So that a small clip shows the share they have of
 a large one, `bounds` cuts that number as far as the clip was cut: each program gathers as much as at full size.
 """
@@ -29,6 +31,7 @@ class Case:
     inputs    the tensors; those of floats want gradients, save `constant`
     products  bound by the tensor cores: its bytes are told and not judged
     bounds    module.NAME of a bound of programs -> what it is here
+    impl      of `call`: "triton" or "cuda"
     """
 
     name: str
@@ -37,6 +40,7 @@ class Case:
     constant: tuple[str, ...] = ()
     products: bool = False
     bounds: Mapping[str, int] = field(default_factory=dict)
+    impl: str = "triton"
 
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
@@ -47,8 +51,8 @@ class Case:
             yield
 
 
-def op(name: str, **settings) -> Callable:
-    return partial(getattr(sora_kernels, name), impl="triton", **settings)
+def op(name: str, impl: str = "triton", **settings) -> Callable:
+    return partial(getattr(sora_kernels, name), impl=impl, **settings)
 
 
 def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -62,20 +66,21 @@ def video(*shape: int) -> Tensor:
 def modulation() -> Iterator[Case]:
     """Wan 1.3B (D=1536) and 14B (5120); 64 tokens a program of the backward, as of 32,760 over 512."""
     small = {"modulation.kernels.PROGRAMS": 4}
-    for D in (1536, 5120):
-        yield Case(
-            f"norm_modulate D={D} per clip", op("norm_modulate"),
-            lambda D=D: dict(x=draw(1, 256, D), shift=draw(1, 1, D), scale=draw(1, 1, D)), bounds=small,
-        )  # fmt: skip
-    yield Case(
-        "norm_modulate D=1536 tables", op("norm_modulate"),
-        lambda: dict(x=draw(1, 256, 1536), shift=draw(1, 1, 1536), scale=draw(1, 1, 1536),
-                     shift_table=draw(1536, dtype=FP32), scale_table=draw(1536, dtype=FP32)), bounds=small,
-    )  # fmt: skip
-    yield Case(
-        "norm_modulate D=3072 per token", op("norm_modulate"),
-        lambda: dict(x=draw(1, 256, 3072), shift=draw(1, 256, 3072), scale=draw(1, 256, 3072)), bounds=small,
-    )  # fmt: skip
+
+    def inputs(D, rows=1, dtype=BF16, tables=False):
+        own = dict(shift_table=draw(D, dtype=FP32), scale_table=draw(D, dtype=FP32)) if tables else {}
+        shift, scale = (draw(1, rows, D, dtype=dtype) for _ in range(2))
+        return dict(x=draw(1, 256, D, dtype=dtype), shift=shift, scale=scale, **own)
+
+    for name, drawn in {
+        "D=1536 per clip": partial(inputs, 1536), "D=1536 per clip fp32": partial(inputs, 1536, dtype=FP32),
+        "D=5120 per clip": partial(inputs, 5120), "D=5120 per clip fp32": partial(inputs, 5120, dtype=FP32),
+        "D=1536 tables": partial(inputs, 1536, tables=True), "D=3072 per token": partial(inputs, 3072, rows=256),
+    }.items():  # fmt: skip
+        name = f"norm_modulate {name}"
+        yield Case(name, op("norm_modulate"), drawn, bounds=small)
+        every = ("x", "shift", "scale", "shift_table", "scale_table")
+        yield Case(f"{name}, nvcc", op("norm_modulate", "cuda"), drawn, every, impl="cuda")
     yield Case(
         "gate_residual D=1536 per clip", op("gate_residual"),
         lambda: dict(x=draw(1, 256, 1536), y=draw(1, 256, 1536), gate=draw(1, 1, 1536)), bounds=small,
@@ -213,22 +218,3 @@ def attention() -> Iterator[Case]:
 def cases() -> list[Case]:
     families = modulation, reduction, qknorm_rope, patchify, norms, passes, convolutions, attention
     return [case for family in families for case in family()]
-
-
-# kernel -> why it misses a goal of its accesses, on one GPU or both
-NOTES = {
-    "sum_partials_kernel": "of few partials 4 bytes a lane; lanes that hold one sum all store it: no bank conflicts",
-    "qk_norm_rope_fwd_kernel": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
-    "qk_norm_rope_bwd_kernel": "as forward; heads of a token exchange sums that several lanes hold: no bank conflicts",
-    "patch_embed3d_fwd_kernel": "patches are runs of 2 pixels, gathered 2 bytes a lane",
-    "patch_embed3d_dvideo_kernel": "patches are runs of 2 pixels, written 2 bytes a lane",
-    "patch_embed3d_dweight_kernel": "patches are runs of 2 pixels, gathered 2 bytes a lane for each block of D",
-    "unpatchify3d_kernel": "lines of 208 bytes end within a sector",
-    "final_layer_fwd_kernel": "patches are runs of 2 pixels, written 2 bytes a lane; so are scale and shift read",
-    "final_layer_bwd_kernel": "statistics, 4 bytes a lane, from L1; ldmatrix of x has bank conflicts",
-    "video_to_uint8_kernel": "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; "
-    "else: written by single bytes, 3 apart",
-    "norm_silu_fwd_kernel": "channels' parameters a few bytes a lane, from L1; lanes that hold one sum all store it",
-    "norm_silu_bwd_kernel": "channels' parameters a few bytes a lane, from L1; lanes that hold one sum all store it",
-    "moments_kernel": "the middle of three values of each channel, once a program",
-}

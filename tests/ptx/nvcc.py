@@ -1,0 +1,124 @@
+"""CUDA C++ launches on the executor: what nvcc makes of `csrc/cuda`, chosen and launched as its host code does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from sora_kernels import _dispatch, _library
+
+from . import device, parser
+from .build import cache_directory
+from .device import Counters, Struct
+
+SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
+ARCHITECTURES = {80: "80", 90: "90a"}
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv_bfloat16"}
+TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
+
+
+def find() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@functools.cache
+def version() -> str:
+    said = subprocess.run([find(), "--version"], capture_output=True, text=True, check=True).stdout
+    return said.rpartition(" V")[2].split()[0]
+
+
+@functools.cache
+def compiled(name: str, sm: int) -> str:
+    """The PTX of csrc/cuda/{name}.cu, kept on disk beside the core of the executor."""
+    source = SOURCES / "cuda" / f"{name}.cu"
+    sources = [source, *sorted((SOURCES / "common").glob("*"))]
+    key = hashlib.sha256("".join([version(), torch.__version__, *(p.read_text() for p in sources)]).encode())
+    cached = cache_directory() / f"{name}-{ARCHITECTURES[sm]}-{key.hexdigest()[:16]}.ptx"
+    if not cached.exists():
+        include = pathlib.Path(importlib.util.find_spec("torch").origin).parent / "include"
+        flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DUSE_CUDA", f"-I{SOURCES}"]
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{ARCHITECTURES[sm]}")
+        target = f"-arch=compute_{ARCHITECTURES[sm]}"
+        subprocess.run([find(), "-ptx", target, *flags, "-isystem", include, "-o", partial, source], check=True)
+        partial.replace(cached)
+    return cached.read_text()
+
+
+def kernel_of(D: int, dtype: torch.dtype) -> tuple[str, int]:
+    """What names the kernel of aligned rows of width D, and how many rows a block of it has."""
+    fit = [(warps, elements) for warps, elements in TRAITS if D <= 32 * warps * elements]
+    if D % 8 or not fit:
+        return f"norm_modulate_loop_kernelI{MANGLED[dtype]}E", 1
+    warps, elements = fit[0]
+    return f"TraitsI{MANGLED[dtype]}Li{warps}ELi{elements}E", 4 if warps == 1 else 1
+
+
+def norm_modulate(
+    sm: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    shift_table: Tensor | None, scale_table: Tensor | None, rms: bool, eps: float, out: Tensor,
+    again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of norm_modulate_fwd in modulation.cu; shift and scale [B, F, D]. again: the schedule of a second run,
+    which must leave the same bits. options: of device.run."""
+    B, S, D = x.shape
+    fields, layout = [B, S, D, max([t.shape[1] for t in (shift, scale) if t is not None], default=1)], "<4q"
+    for tensor in (x, out):
+        fields += [tensor, *tensor.stride()[:2]]
+        layout += "Qqq"
+    for rows in (shift, scale):
+        strides = (0, 0) if rows is None else (rows.stride(0), rows.stride(1) if rows.shape[1] > 1 else 0)
+        fields += [0 if rows is None else rows, SCALAR_TYPES[x.dtype if rows is None else rows.dtype], *strides]
+        layout += "Qb7xqq"
+    for vector in (weight, bias, shift_table, scale_table):
+        fields += [0 if vector is None else vector, SCALAR_TYPES[torch.float32 if vector is None else vector.dtype]]
+        layout += "Qb7x"
+    text, (form, rows_of_a_block) = compiled("modulation", sm), kernel_of(D, x.dtype)
+    (name,) = (n for n in parser.kernels(text) if form in n)
+    struct = Struct(layout + "?3xf", (*fields, rms, eps))
+    launch = text, (-(-B * S // rows_of_a_block),), [struct]
+    options |= dict(name=name, names=["p"])
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+Observer = Callable[[str, Counters], None]
+
+
+@contextlib.contextmanager
+def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[None]:
+    """Within it `norm_modulate(impl="cuda")` takes CPU tensors and is executed as sm_N would.
+
+    observe is called after each launch with the kernel's name and its counters. options: of device.run.
+    """
+
+    def run(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, host, out) -> None:
+        assert host == 0, "the kernel rounds once"
+        vectors = weight, bias, shift_table, scale_table
+        counters = norm_modulate(sm, x, shift, scale, *vectors, rms, eps, out, **options)
+        if observe:
+            observe("norm_modulate_kernel", counters)
+
+    def call(op: str, impl: str):
+        return run if (op, impl) == ("norm_modulate_fwd", "cuda") else original_call(op, impl)
+
+    def why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) -> str | None:
+        if (op, impl, grad) == ("norm_modulate", "cuda", False):
+            return None
+        return original_why_not(op, impl, device, dtype, grad)
+
+    original_call, original_why_not = _library.call, _dispatch._why_not
+    _library.call, _dispatch._why_not = call, why_not
+    try:
+        yield
+    finally:
+        _library.call, _dispatch._why_not = original_call, original_why_not
