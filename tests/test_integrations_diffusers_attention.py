@@ -155,7 +155,7 @@ def test_what_the_host_may_ask_for(sizes, how, dtype):
     q, k, v = (t.to(dtype) for t in tensors(**sizes))
     masks = {
         "prefix": (torch.arange(9) < torch.tensor([[4], [9]]))[:, None, None],
-        "scattered": torch.tensor([[0, 1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 0, 1, 1, 1, 1, 1, 0]]).bool(),
+        "scattered": torch.tensor([[0, 1, 1, 0, 0, 0, 1, 0, 1], [1, 0, 0, 1, 1, 1, 1, 1, 0]]).bool()[:, None, None],
         "one for all": torch.tensor([[1, 1, 0, 1, 0, 1, 1, 0, 0]]).bool()[:, None, None],
     }
     if "attn_mask" in how:
@@ -183,6 +183,7 @@ def test_a_mask_of_keys_is_compiled_whole():
     q, k, v = tensors()
     mask = torch.rand(2, 9) < 0.5
     expected = attend(q, k, v, attn_mask=mask)
+    assert torch.equal(expected, attend(q, k, v, attn_mask=mask[:, None, None]))
     compiled = torch.compile(lambda *args: attend(*args[:3], attn_mask=args[3]), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, mask), expected)
 
@@ -252,6 +253,10 @@ def _in_parallel(rank, world, degrees, folder):
     ids=["ring and Ulysses", "both"],
 )
 def test_context_parallel_gives_what_one_process_gives(tmp_path, world, degrees):
+    if _host.release("diffusers") < (0, 41):
+        degrees = [degree for degree in degrees if "ring_degree" not in degree]
+        if not degrees:
+            pytest.skip("ring attention of diffusers before 0.41 has wrong gradients, and training by it is refused")
     model = wan()
     plain = run(model, *inputs())
     torch.multiprocessing.spawn(_in_parallel, (world, degrees, str(tmp_path)), nprocs=world)
