@@ -60,18 +60,39 @@ def test_every_family_is_called():
     assert sorted(CALLS) == sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
 
 
-@pytest.mark.parametrize("family", CALLS)
-def test_a_family_copied_elsewhere_runs_forward_and_backward(family, tmp_path):
+@pytest.fixture
+def place(tmp_path) -> pathlib.Path:
+    """The folder of another package, with the shared files in it."""
     place = tmp_path / "borrowed" / "kernels"
     place.mkdir(parents=True)
     (place / "__init__.py").touch()
     for shared in PACKAGE.glob("_[a-z]*"):
         shutil.copy(shared, place)
+    return place
+
+
+def run(script, tmp_path, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", script, str(tmp_path), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("family", CALLS)
+def test_a_family_copied_elsewhere_runs_forward_and_backward(family, place, tmp_path):
     shutil.copytree(PACKAGE / family, place / family, ignore=shutil.ignore_patterns("__pycache__"))
     impls = ["reference", *(["cpu"] if (place / "_cpu.so").exists() else []), "triton"]
     script = SCRIPT.format(call=CALLS[family].strip().replace("\n", "\n    "))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", script, str(tmp_path), family, " ".join(impls)]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run(script, tmp_path, family, " ".join(impls))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build a library that registers nothing")
+def test_a_compiled_library_older_than_the_code_is_named(place, tmp_path):
+    (tmp_path / "nothing.cpp").touch()
+    command = ["g++", "-shared", "-fPIC", "-o", str(place / "_cpu.so"), str(tmp_path / "nothing.cpp")]
+    subprocess.run(command, check=True)
+    script = "import sys; sys.path.insert(0, sys.argv[1]); from borrowed.kernels import _library as library; "
+    output = run(f"{script}print(library.load_error('cpu'))", tmp_path)
+    assert output == "_cpu.so is older than this code: build it again\n"
