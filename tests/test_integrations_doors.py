@@ -22,6 +22,10 @@ DOORS = {  # file -> the packages that it opens
 }
 
 
+def test_every_door_is_named_where_they_are_looked_for():
+    assert ", ".join(DOORS) in integrations.__doc__.replace("\n", " ")
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_door_is_short_and_begins_with_its_use(door):
     lines = (FOLDER / f"{door}.py").read_text().splitlines()

@@ -1,4 +1,8 @@
-"""Our operations inside other libraries' models: `patch_model`, `unpatch_model`, `patched`, `verify_patch`."""
+"""Our operations inside other libraries' models: `patch_model`, `unpatch_model`, `patched`, `verify_patch`.
+
+Doors that a library itself holds open are modules of their own, imported by name, and the library with them when they
+are called: comfy_kitchen, comfyui, diffusers_attention, lightx2v, ltx_core, sglang, yunchang.
+"""
 
 from .patch import Report, Step, patch_model, patched, unpatch_model
 from .verify import Check, Verification, verify_patch
