@@ -101,7 +101,8 @@ def assert_rounds_like(baseline, actual, oracle):
     taken together.
 
     After some twenty operations chance decides which program errs more in its worst element, and a bias's
-    gradient, a sum that may cancel, carries the errors of the weight's: they are taken together.
+    gradient, a sum that may cancel, carries the errors of the weight's: they are taken together. What the oracle has as
+    zero must be zero: the last queries of a text, say, that nothing asks for.
     """
     runs = [[r] if isinstance(r, dict) else r for r in (baseline, actual, oracle)]
     for plain, ours, exact in zip(*runs, strict=True):
@@ -114,7 +115,7 @@ def assert_rounds_like(baseline, actual, oracle):
         plain, ours, exact = (torch.cat([r[n].double().flatten() for r in rs for n in names]) for rs in runs)
         error, values = (ours - exact).norm().item(), exact.norm().item()
         bound = 2 * (plain - exact).norm().item() + torch.finfo(runs[1][0][names[0]].dtype).eps * values
-        assert values > 0 and error <= bound, f"{module}: {error:.3e} exceeds {bound:.3e}, of {values:.3e}"
+        assert error <= bound, f"{module}: {error:.3e} exceeds {bound:.3e}, of {values:.3e}"
 
 
 def state_of(model):

@@ -8,6 +8,9 @@ Source of all: diffusers 0.40 to 0.42.
 CLASSES = {  # file -> the classes that it plans for
     "cogvideox": ("CogVideoXTransformer3DModel",),
     "cosmos": ("CosmosTransformer3DModel",),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel", "HunyuanVideoFramepackTransformer3DModel", "HunyuanVideo15Transformer3DModel",
+    ),
     "latte": ("LatteTransformer3DModel",),
     "ltx": ("LTXVideoTransformer3DModel",),
     "ltx2": ("LTX2VideoTransformer3DModel",),
