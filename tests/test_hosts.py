@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 
 import hosts
+import hosts_table
 import pytest
 import torch
 from hosts import assert_rounds_like, assert_unchanged, exactly, output, run, state_of
@@ -35,6 +36,11 @@ def called(inputs):
 def test_every_known_class_is_among_the_cases():
     known = {name for files in patch.HOSTS.values() for names in files.values() for name in names}
     assert {type(case.make()).__name__ for case in CASES.values()} == known
+
+
+def test_the_readme_has_the_table_of_their_reports():
+    text = hosts_table.README.read_text(encoding="utf-8")
+    assert text == hosts_table.written(text, hosts_table.table()), "write it anew: python tests/hosts_table.py"
 
 
 def test_outputs_and_gradients_by_the_error_rule_and_back_to_the_bit(case, model):
