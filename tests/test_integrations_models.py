@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import hosts
 import pytest
 import torch
 from hosts import exactly, output
@@ -13,6 +14,7 @@ from sora_kernels.integrations import patch_model
 from sora_kernels.integrations.diffusers import common
 from sora_kernels.testing import assert_matches_oracle
 
+attention_backend = pytest.importorskip("diffusers.models.attention_dispatch").attention_backend
 forcing = partial(wan, "SkyReelsV2", num_layers=2, num_frame_per_block=2, inject_sample_info=True)
 
 
@@ -56,3 +58,29 @@ def test_the_attention_to_an_image_takes_fused_projections():
     model.fuse_qkv_projections()
     patch_model(model)
     assert_matches_oracle(output(model, *batch), exact, plain)
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo Framepack", "HunyuanVideo-1.5"])
+def test_a_padded_text_comes_as_its_length_and_no_mask_is_made(name, monkeypatch):
+    case = hosts.cases()[name]
+    model = case.make()
+    ours, theirs = watch(monkeypatch, "spacetime_attention"), watch(monkeypatch, "dispatch_attention_fn")
+    patch_model(model)
+    output(model, **case.inputs(model))
+    lens = [call["kv_lens"] for call in ours]
+    assert len(lens) == case.steps["spacetime_attention"] and not theirs
+    assert all(torch.equal(a, lens[0]) for a in lens) and lens[0].tolist()[0] != lens[0].tolist()[1]
+
+
+@pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo-1.5"])
+def test_an_attention_backend_gets_the_mask_that_a_length_stands_for(name, monkeypatch):
+    case = hosts.cases()[name]
+    model = case.make()
+    batch = case.inputs(model)
+    plain, exact = output(model, **batch), exactly(model, **batch)["output"]
+    patch_model(model)
+    ours, theirs = watch(monkeypatch, "spacetime_attention"), watch(monkeypatch, "dispatch_attention_fn")
+    with attention_backend("_native_math"):
+        assert_matches_oracle(output(model, **batch), exact, plain)
+    assert not ours and all(call["attn_mask"].dtype == torch.bool for call in theirs)
+    assert len(theirs) == case.steps["spacetime_attention"]
