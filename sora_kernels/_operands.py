@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from . import _check
 from ._autograd import needs_grad
@@ -58,7 +59,8 @@ def written(
             f"{op}: out= is for inference; call it under torch.no_grad() and outside of torch.func and dual levels, "
             "or drop out="
         )
-    if not torch.compiler.is_compiling():  # which knows of no memory, and counts the changes itself
+    fake = isinstance(outs[0], FakeTensor)
+    if not (torch.compiler.is_compiling() or fake):  # which know of no memory; a compiler counts the changes itself
         _check.destinations(op, outs, inputs, over)
         torch.autograd.graph.increment_version(outs)  # what has saved a buffer for its backward must learn of it
 

@@ -271,7 +271,8 @@ def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
         raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
     if torch._C._functorch.is_batchedtensor(kv_lens):
         raise ValueError(f"{op}: kv_lens must be the same for all samples of torch.func.vmap; call it once for each")
-    if kv_lens.is_cpu and kv_lens.numel() and not torch.compiler.is_compiling():
+    known = type(kv_lens) is Tensor and not torch.compiler.is_compiling()  # no fake tensor, which has no values
+    if known and kv_lens.is_cpu and kv_lens.numel():
         least, most = (int(n) for n in kv_lens.aminmax())
         if least < 0 or most > k_len:
             raise ValueError(f"{op}: kv_lens must lie between 0 and Sk={k_len}; got {least} to {most}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,22 +36,26 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One model of a pipeline: what would be replaced, its traffic without and with that, and how it was verified."""
+    """One model of a pipeline: what would be replaced, its traffic without and with that (None where the forward asks
+    for numbers that no tensor without memory has), and how it was verified."""
 
     name: str
     report: Report
-    before: Traffic
-    after: Traffic
+    before: Traffic | None
+    after: Traffic | None
     verification: Verification | None
 
     def __str__(self) -> str:
         lines = [f"{self.name or 'the model'}: {self.report}"]
-        fewer = self.before.passes / max(self.after.passes, 1)
-        lines.append(
-            f"  bytes of one call, outside products and attention: {self.before.passes / 1e6:,.1f} MB, patched "
-            f"{self.after.passes / 1e6:,.1f} MB ({fewer:.1f} times fewer); of products and attention "
-            f"{self.before.products / 1e6:,.1f} MB, patched {self.after.products / 1e6:,.1f} MB"
-        )
+        if self.before is None:
+            lines.append("  bytes of one call: not counted, its forward depends on numbers in its inputs")
+        else:
+            fewer = self.before.passes / max(self.after.passes, 1)
+            lines.append(
+                f"  bytes of one call, outside products and attention: {self.before.passes / 1e6:,.1f} MB, patched "
+                f"{self.after.passes / 1e6:,.1f} MB ({fewer:.1f} times fewer); of products and attention "
+                f"{self.before.products / 1e6:,.1f} MB, patched {self.after.products / 1e6:,.1f} MB"
+            )
         verified = "not verified" if self.verification is None else str(self.verification).replace("\n", "\n  ")
         return "\n".join([*lines, f"  {verified}"])
 
@@ -86,11 +90,13 @@ def _part(name: str, cls: type[nn.Module], folder: Path, grid: tuple[int, int, i
         inputs = host_of(model).example(model, grid)
         try:
             before = traffic(model, *inputs)
+        except DataDependentOutputException:
+            before = None
         except RuntimeError as error:
             size = "x".join(map(str, grid))
             raise ValueError(f"inspect: a {cls.__name__} of this config does not take {size} tokens; {error}") from None
         with patched(model) as report:
-            after = traffic(model, *inputs)
+            after = None if before is None else traffic(model, *inputs)
     verification = None
     if verify:
         real = cls.from_pretrained(folder, torch_dtype=_dtype(folder), local_files_only=True)
