@@ -76,10 +76,9 @@ SORA_INLINE void map_both(int64_t n, T* to, T* also, const F& f) {
   for (; i < n; ++i) one(At<1>{i});
 }
 
+constexpr int64_t kBlock = 8192;  // values added up before they join a longer sum, to keep its rounding error small
 template <int N>
-struct Totals {
-  float of[N];
-};
+struct Totals { float of[N]; };
 
 // N sums over a row, in an order that depends on n and V only: f(at, sums) adds to sums[0], ..., sums[N - 1]. Several
 // vectors of each: they are bound by loads instead of the latency of one addition, and the rounding error shrinks.
@@ -87,20 +86,22 @@ template <int V, int N, class F>
 SORA_INLINE Totals<N> sums(int64_t n, const F& f) {
   constexpr int kWays = N == 1 ? 4 : 2;
   Floats<V> s[kWays][N] = {};
-  float rest[N] = {};
+  Totals<N> totals = {};
+  const auto join = [&]() SORA_LAMBDA {
+    for (int k = 0; k < N; ++k) {
+      totals.of[k] += sum<V>(N == 1 ? (s[0][k] + s[1][k]) + (s[kWays - 2][k] + s[kWays - 1][k]) : s[0][k] + s[1][k]);
+      for (int way = 0; way < kWays; ++way) s[way][k] = Floats<V>{};
+    }
+  };
   int64_t i = 0;
   for (; i + kWays * V <= n; i += kWays * V) {
+    if (i % kBlock == kBlock - kWays * V) [[unlikely]] join();
 #pragma GCC unroll 4
     for (int way = 0; way < kWays; ++way) f(At<V>{i + way * V}, s[way]);
   }
   for (; i + V <= n; i += V) f(At<V>{i}, s[0]);
-  for (; i < n; ++i) f(At<1>{i}, rest);
-
-  Totals<N> totals;
-  for (int k = 0; k < N; ++k) {
-    const Floats<V> first = s[0][k] + s[1][k];
-    totals.of[k] = sum<V>(N == 1 ? first + (s[kWays - 2][k] + s[kWays - 1][k]) : first) + rest[k];
-  }
+  for (; i < n; ++i) f(At<1>{i}, totals.of);
+  join();
   return totals;
 }
 
@@ -114,14 +115,19 @@ SORA_INLINE float sum(int64_t n, const Term& term) {
 template <int V, class T, class F, class Term>
 SORA_INLINE float map_sum(int64_t n, T* to, float* copy, const F& f, const Term& term) {
   Floats<V> s[4] = {};
-  float rest = 0;
+  float total = 0;
   int64_t i = 0;
   const auto stored = [=](auto at, auto x) SORA_LAMBDA {
     x = at.template rounded<T>(x);
     if constexpr (!std::is_same_v<T, float>) at.put(copy, x);
     return term(x);
   };
+  const auto join = [&]() SORA_LAMBDA {
+    total += sum<V>((s[0] + s[1]) + (s[2] + s[3]));
+    for (Floats<V>& way : s) way = Floats<V>{};
+  };
   for (; i + 4 * V <= n; i += 4 * V) {
+    if (i % kBlock == kBlock - 4 * V) [[unlikely]] join();
 #pragma GCC unroll 2
     for (int way = 0; way < 4; way += 2) {
       const At<V> at{i + way * V}, next{at.i + V};
@@ -136,8 +142,9 @@ SORA_INLINE float map_sum(int64_t n, T* to, float* copy, const F& f, const Term&
     return stored(at, x);
   };
   for (; i + V <= n; i += V) s[0] += one(At<V>{i});
-  for (; i < n; ++i) rest += one(At<1>{i});
-  return sum<V>((s[0] + s[1]) + (s[2] + s[3])) + rest;
+  for (; i < n; ++i) total += one(At<1>{i});
+  join();
+  return total;
 }
 
 }  // namespace sora

@@ -28,11 +28,11 @@ struct Forward {
 
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
     const Tiling& t = *p.tiling;
-    const Scratch scratch(1, t.pixels);
+    const Scratch scratch(2, t.pixels);
     PixelRows rows(p, p.x.stride_s == t.C && p.out.stride_s == t.C);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile(t, i / t.per_clip, i % t.per_clip);
-      if (!Case::kChannelsLast) planes(p, tile, scratch.row(0));
+      if (!Case::kChannelsLast) planes(p, tile, scratch);
       else p.rms && t.C % V == 0 ? vectors(p, tile, scratch.row(0)) : pixels(p, tile, rows);
     }
   }
@@ -73,9 +73,10 @@ struct Forward {
     }
   }
 
-  static SORA_INLINE void planes(const Params& p, const Tile& tile, float* r) {
+  static SORA_INLINE void planes(const Params& p, const Tile& tile, const Scratch& scratch) {
     const int64_t row = p.row_of_clip(tile.b);
-    reciprocal_rms<V, T>(p, tile, r);
+    const float* r = scratch.row(0);
+    reciprocal_rms<V, T>(p, tile, scratch);
     for (int64_t c = 0; c < p.tiling->C; ++c) {
       const T* x = p.x.at<const T>(tile.b, c, tile.first);
       TOut* out = p.out.at<TOut>(tile.b, c, tile.first);
@@ -194,7 +195,7 @@ struct Backward {
     const int64_t C = t.C;
     const bool dense = p.x.stride_s == C && p.dout.stride_s == C && (!p.out || p.out.stride_s == C);
     PixelRows rows(p, dense);
-    const Scratch scratch(2, t.pixels), wide(Case::kChannelsLast ? 5 : 0, rows.pixels * C);
+    const Scratch scratch(3, t.pixels), wide(Case::kChannelsLast ? 5 : 0, rows.pixels * C);
     const Scratch dy(1, !Case::kChannelsLast && kPass == Pass::rms ? C * t.pixels : t.pixels);
     for (int64_t task = begin; task < end; ++task) {
       if constexpr (kPass != Pass::dx) std::fill_n(p.sums + task * 2 * C, 2 * C, 0.0f);
@@ -262,10 +263,9 @@ struct Backward {
 
   static SORA_INLINE void planes(const Params& p, const Tile& tile, const Scratch& scratch, float* dy, float* sums) {
     const int64_t C = p.tiling->C, n = tile.n, row = p.row_of_clip(tile.b);
-    float *r = scratch.row(0), *dot = scratch.row(1);
-    reciprocal_rms<V, T>(p, tile, r);
-    std::fill_n(dot, n, 0.0f);
-    for (int64_t c = 0; c < C; ++c) {
+    const float *r = scratch.row(0), *dots = scratch.row(1);
+    reciprocal_rms<V, T>(p, tile, scratch);
+    sum_channels<V>(C, n, scratch, 1, [&](int64_t c, float* dot) SORA_LAMBDA {
       const T *x = p.x.at<const T>(tile.b, c, tile.first), *dout = p.dout.at<const T>(tile.b, c, tile.first);
       const float m = p.mean[row + c], scale = p.rstd[row + c], w = p.weight[c], b = p.bias[c];
       if constexpr (kPass == Pass::dx) {
@@ -287,7 +287,7 @@ struct Backward {
         });
         sums[c] += totals.of[0], sums[C + c] += totals.of[1];
       }
-    }
+    });
     if (kPass != Pass::rms || !p.out) return;
     const float share = 1.0f / static_cast<float>(C);
     for (int64_t c = 0; c < C; ++c) {
@@ -295,7 +295,7 @@ struct Backward {
       T* dx = p.out.at<T>(tile.b, c, tile.first);
       const float* dy_row = dy + c * n;
       each<V>(n, [=](auto at) SORA_LAMBDA {
-        at.put(dx, at(r) * (at(dy_row) - at(x) * at(r) * (at(dot) * share)));
+        at.put(dx, at(r) * (at(dy_row) - at(x) * at(r) * (at(dots) * share)));
       });
     }
   }

@@ -105,15 +105,29 @@ SORA_INLINE void reciprocal_rms(const Params& p, float* r, int64_t n) {
   for (int64_t i = 0; i < n; ++i) r[i] = 1.0f / std::sqrt(r[i] / C + eps);
 }
 
-template <int V, class T>
-SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, float* r) {
-  std::fill_n(r, tile.n, p.rms ? 0.0f : 1.0f);
-  if (!p.rms) return;
-  for (int64_t c = 0; c < p.tiling->C; ++c) {
-    const T* x = p.x.at<const T>(tile.b, c, tile.first);
-    each<V>(tile.n, [=](auto at) SORA_LAMBDA { at.put(r, at(r) + at(x) * at(x)); });
+// A sum over channels of each pixel of a tile, in a row of scratch that add(c, row) adds channel c to. Blocks of channels
+// are added up before they join a longer sum, in the row after it, to keep its rounding error small.
+template <int V, class Add>
+SORA_INLINE void sum_channels(int64_t C, int64_t n, const Scratch& scratch, int64_t row, const Add& add) {
+  constexpr int64_t kChannels = 1024;
+  float *sum = scratch.row(row), *block = C > kChannels ? scratch.row(row + 1) : sum;
+  std::fill_n(sum, n, 0.0f);
+  for (int64_t first = 0; first < C; first += kChannels) {
+    if (block != sum) std::fill_n(block, n, 0.0f);
+    for (int64_t c = first; c < std::min(first + kChannels, C); ++c) add(c, block);
+    if (block != sum) each<V>(n, [=](auto at) SORA_LAMBDA { at.put(sum, at(sum) + at(block)); });
   }
-  reciprocal_rms(p, r, tile.n);
+}
+
+// Into the first row of scratch; the second is spare.
+template <int V, class T>
+SORA_INLINE void reciprocal_rms(const Params& p, const Tile& tile, const Scratch& scratch) {
+  if (!p.rms) return void(std::fill_n(scratch.row(0), tile.n, 1.0f));
+  sum_channels<V>(p.tiling->C, tile.n, scratch, 0, [&](int64_t c, float* sum) SORA_LAMBDA {
+    const T* x = p.x.at<const T>(tile.b, c, tile.first);
+    each<V>(tile.n, [=](auto at) SORA_LAMBDA { at.put(sum, at(sum) + at(x) * at(x)); });
+  });
+  reciprocal_rms(p, scratch.row(0), tile.n);
 }
 
 // ---- several pixels of dense channels as one row

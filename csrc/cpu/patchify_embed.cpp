@@ -73,7 +73,7 @@ struct EmbedBackward {
     const bool pairs = std::is_same_v<T, BFloat16> && p.pairs;
     const int64_t D = p.shape.D, K = p.K, size = block_rows(D, K * D), half = pairs ? 2 : 1, depth = (D + half - 1) / half;
     // With pairs, `wide` holds those of dout along a token, `turned` those of two tokens, for the sum over tokens.
-    const Matrix small = small_block<V>(size, K), wide(size, wide_ld(depth)), sums(3, D);
+    const Matrix small = small_block<V>(size, K), wide(size, wide_ld(depth)), sums(4, D);
     const Matrix turned(pairs ? size / 2 : 0, wide_ld(D));
     const Matrix& terms = pairs ? turned : wide;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -122,19 +122,24 @@ struct EmbedBackward {
     for (int64_t d = 0; d < D; ++d) to[d] = to_float(from[d]);
   }
 
-  // sums: dbias of this block, dpos of the clips so far, this token.
+  // sums: dbias of this block, dpos of a block of clips, of all blocks before it, this token.
   static SORA_INLINE void sum_token(const EmbedParams& p, const T* from, int64_t b, int64_t s, const Matrix& sums) {
+    constexpr int64_t kClips = 256;
     const int64_t D = p.shape.D;
-    float *dbias = sums.row(0), *dpos = sums.row(1), *dout = sums.row(2);
+    float *dbias = sums.row(0), *block = sums.row(1), *dpos = sums.row(2), *dout = sums.row(3);
     widen(from, dout, D);
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) dbias[d] += dout[d];
     if (!p.dpos) return;
     if (!p.clips_inside) return store(dout, p.dpos, b, s, 0, D);
-    if (b == 0) std::fill_n(dpos, D, 0.0f);  // a chunk holds all clips of a token
+    const bool last = b == p.shape.B - 1;  // a chunk holds all clips of a token
+    if (b == 0) std::fill_n(dpos, D, 0.0f), std::fill_n(block, D, 0.0f);
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) dpos[d] += dout[d];
-    if (b == p.shape.B - 1) store(dpos, p.dpos, 0, s, 0, D);
+    for (int64_t d = 0; d < D; ++d) block[d] += dout[d];
+    if (!last && (b + 1) % kClips != 0) return;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) dpos[d] += block[d], block[d] = 0.0f;
+    if (last) store(dpos, p.dpos, 0, s, 0, D);
   }
 
   static SORA_INLINE void pair_tokens(const EmbedParams& p, int64_t first, int64_t rows, const Matrix& small,

@@ -74,13 +74,25 @@ void mark_channels(const Order& order, float* exists) {
 // What follows from a head's sums - two sums across a vector, two divisions, a root - takes longer than its other
 // arithmetic, so several heads go through each pass before the next: their chains overlap.
 
+// A sum of vectors, in blocks where a head is long, to keep its rounding error small.
+template <int V>
+struct Total {
+  Floats<V> block = {}, rest = {};
+
+  SORA_INLINE void add(int64_t at, const Floats<V>& x) {
+    block += x;
+    if (at % (256 * V) == 255 * V) [[unlikely]] rest += block, block = Floats<V>{};
+  }
+  SORA_INLINE float sum() const { return sora::sum<V>(rest + block); }
+};
+
 // Sums of single heads become means over all that share a norm, correctly rounded: of equal channels to their value.
 SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
   const double share = 1.0 / static_cast<double>(p.group() * p.E);
   if (p.width) {
-    float total = 0;
+    double total = 0;
     for (int64_t i = 0; i < heads; ++i) total += sums[i];
-    std::fill_n(sums, heads, total);
+    std::fill_n(sums, heads, static_cast<float>(total));
   }
 #pragma omp simd
   for (int64_t i = 0; i < heads; ++i) sums[i] = static_cast<float>(sums[i] * share);
@@ -143,24 +155,24 @@ struct Forward {
     const bool layer = p.norm == kLayer;
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * order.width;
-      Floats<V> total = {};
+      Total<V> total;
       load_channels<V, T>(p, order, b, s, h + i, r.exists, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
         put<V>(v + at, x);
-        total += layer ? x : x * x;
+        total.add(at, layer ? x : x * x);
       });
-      r.rstd[i] = sum<V>(total), r.mean[i] = 0.0f;
+      r.rstd[i] = total.sum(), r.mean[i] = 0.0f;
     }
     if (layer) {
       average(p, r.rstd, n);
       for (int64_t i = 0; i < n; ++i) {
         const float* v = r.v + i * order.width;
         const float mean = r.rstd[i];
-        Floats<V> total = {};
+        Total<V> total;
         for (int64_t at = 0; at < order.width; at += V) {
           const Floats<V> c = less<V>(order, r.exists, at, fetch<V>(v + at), mean);
-          total += c * c;
+          total.add(at, c * c);
         }
-        r.rstd[i] = sum<V>(total), r.mean[i] = mean;
+        r.rstd[i] = total.sum(), r.mean[i] = mean;
       }
     }
     average(p, r.rstd, n);
@@ -271,15 +283,15 @@ struct Backward {
     const T *next_x = p.x.at<const T>(b, p.next(s), h + i), *next_dout = p.dout.at<const T>(b, p.next(s), h + i);
     float* v = r.v + i * order.width;
     const bool layer = p.norm == kLayer;
-    Floats<V> squares = {}, along = {};
+    Total<V> squares, along;
     load_channels<V, T>(p, order, b, s, h + i, r.exists, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
       __builtin_prefetch(next_x + at, 0), __builtin_prefetch(next_dout + at, 0);
       put<V>(v + at, x);
-      squares += layer ? x : x * x;
-      if (!layer) along += x * (fetch<V>(weight + at) * fetch<V>(g + at));
+      squares.add(at, layer ? x : x * x);
+      if (!layer) along.add(at, x * (fetch<V>(weight + at) * fetch<V>(g + at)));
     });
-    r.mean[i] = layer ? sum<V>(squares) : 0.0f;
-    r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = 0.0f;
+    r.rstd[i] = squares.sum(), r.along[i] = along.sum(), r.shift[i] = 0.0f;
+    r.mean[i] = layer ? r.rstd[i] : 0.0f;
   }
 
   // Leaves mean, rstd, along and shift, of which dx = (weight * g - shift - (v - mean) * along) * rstd.
@@ -289,13 +301,13 @@ struct Backward {
     for (int64_t i = 0; i < (layer ? n : 0); ++i) {
       const float *g = r.g + i * order.width, *v = r.v + i * order.width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i];
-      Floats<V> squares = {}, along = {}, shift = {};
+      Total<V> squares, along, shift;
       for (int64_t at = 0; at < order.width; at += V) {
         const Floats<V> c = less<V>(order, r.exists, at, fetch<V>(v + at), mean);
         const Floats<V> dy = fetch<V>(weight + at) * fetch<V>(g + at);
-        squares += c * c, along += c * dy, shift += dy;
+        squares.add(at, c * c), along.add(at, c * dy), shift.add(at, dy);
       }
-      r.rstd[i] = sum<V>(squares), r.along[i] = sum<V>(along), r.shift[i] = sum<V>(shift);
+      r.rstd[i] = squares.sum(), r.along[i] = along.sum(), r.shift[i] = shift.sum();
     }
     for (float* sums : {r.rstd, r.along, r.shift}) average(p, sums, n);
     invert(p, r.rstd, n);
