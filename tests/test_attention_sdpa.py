@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_attention import explicit
@@ -64,6 +66,36 @@ def test_operands_that_are_slices_and_expanded_are_read_as_they_are(device):
     strided = outputs_and_grads(ours, views, [dout])
     for name in expected:
         assert torch.equal(results[name], expected[name]) and torch.equal(strided[name], expected[name]), name
+
+
+def not_numbers(t: torch.Tensor) -> torch.Tensor:
+    """0 for a number, 1 for NaN, 2 and 3 for the infinities."""
+    return t.isnan() + 2 * t.isposinf() + 3 * t.isneginf()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    "impl, Sq, keys", [("sdpa", 3, (1, 3, 15, 16, 33)), ("cpu", 1 << 16, (4,)), ("cpu", 1 << 13, (33,))]
+)
+def test_what_is_no_number_reaches_what_it_reaches_in_the_reference(impl, Sq, keys, name, value, require):
+    """Wherever it stands; with few keys PyTorch's kernel on a CPU would give 0. 1e30 overflows in the scores only."""
+    require("spacetime_attention", impl)
+    for dtype, Sk in itertools.product(DTYPES if impl == "sdpa" and value != "1e30" else DTYPES[:1], keys):
+        inputs = make(dtype=dtype, Sq=Sq, Sk=Sk, H=1, E=8)
+        tokens = inputs[name].shape[1]
+        for token in range(tokens) if Sq == 3 else (0, tokens // 2, tokens - 1):
+            drawn = {n: t.clone() for n, t in inputs.items()}
+            drawn[name][1, token, 0, token % 8] = float(value)
+            if value == "1e30" and name != "v":
+                drawn["k" if name == "q" else "q"][1, -1, 0, token % 8] = float(value)
+            pairs = zip(
+                *(spacetime_attention(**drawn, return_lse=True, impl=i) for i in (impl, "reference")), strict=True
+            )
+            for got, want in pairs:
+                assert torch.equal(not_numbers(got), not_numbers(want)), f"{dtype}, {Sk} keys, token {token}"
+                numbers = want.isfinite()
+                torch.testing.assert_close(got[numbers], want[numbers], rtol=2e-2, atol=2e-2)
 
 
 def test_the_halves_for_schedules_of_ones_own():

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import reference
+
 _SETTINGS = threading.Lock()
 
 
@@ -47,8 +49,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple:
     """out [B, H, Sq, E], its log-sum-exp [B, H, Sq] and, on a GPU, what the backward wants besides."""
     operands = [_heads_first(t) for t in (q, k, v)]
     if q.is_cpu:
+        if not _within_limits(q, k, v, scale):
+            out, lse = reference.spacetime_attention(q, k, v, None, None, None, (1, 1, 1), 0, 0, 0, False, scale)
+            return out.transpose(1, 2), lse
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
     return torch.ops.aten._scaled_dot_product_flash_attention(*operands, scale=scale)
+
+
+def _within_limits(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether every score is finite, and every value: else PyTorch's kernel on a CPU may give 0 in the place of NaN."""
+    limit = (torch.finfo(torch.float32).max / (q.shape[-1] * max(scale, 1))) ** 0.5
+    return all(max(-low.item(), high.item()) <= limit for low, high in map(torch.aminmax, (q, k, v)))
 
 
 def _backward(dout, q, k, v, out, lse, scale: float, deterministic: bool) -> list[Tensor]:
