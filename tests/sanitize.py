@@ -39,10 +39,14 @@ OPTIONS = {
 TESTS = (
     "test_csrc", "test_modulation", "test_qknorm_rope", "test_patchify", "test_patchify_cpu", "test_patchify_uint8",
     "test_attention", "test_attention_heads", "test_causal_conv", "test_causal_conv_cpu", "test_operands",
-    "test_layers",
+    "test_long_sums", "test_layers",
 )  # fmt: skip
-# Not what starts compilers, looks at the library as a file, or runs another implementation.
-CHOSEN = "not triton and not reference and not cudnn and not compile and not cuda and not machine_code and not abi"
+# Not what starts compilers, looks at the library as a file, runs another implementation, or starts processes on another
+# instruction set, of which each has a run of its own.
+CHOSEN = (
+    "not triton and not reference and not cudnn and not compile and not cuda and not machine_code and not abi "
+    "and not instruction_set"
+)
 # One loop of several pieces.
 OVERLAP = """
 import torch

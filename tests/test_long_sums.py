@@ -118,6 +118,23 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_long_sums_are_as_near_to_fp64_as_pytorchs(case, require):
+    require("norm_modulate", "cpu", grad=True)
+    check(case)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_long_sums_on_each_instruction_set(isa, require):
+    require("norm_modulate", "cpu", grad=True)
+    script = "import test_long_sums as t\nfor case in t.CASES: t.check(case)"
+    environment = os.environ | {"SORA_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    if "this CPU supports no more than" in run.stderr:
+        pytest.skip(f"this CPU has no {isa}")
+    assert run.returncode == 0, run.stderr
+
+
 def check(case: str) -> None:
     torch.manual_seed(0)
     ours, plain, inputs = CASES[case]()
@@ -128,14 +145,3 @@ def check(case: str) -> None:
     for name in oracle:
         terms = N if name == "grad weight" and case.startswith("patch_embed3d") else 1
         assert_matches_oracle(actual[name], oracle[name], baseline[name], f"{case}: {name}", terms)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_long_sums_are_as_near_to_fp64_as_pytorchs(isa, require):
-    require("norm_modulate", "cpu", grad=True)
-    script = "import test_long_sums as t\nfor case in t.CASES: t.check(case)"
-    environment = os.environ | {"SORA_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    if "this CPU supports no more than" in run.stderr:
-        pytest.skip(f"this CPU has no {isa}")
-    assert run.returncode == 0, run.stderr
