@@ -23,9 +23,12 @@ def transformed() -> bool:
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether derivatives of any kind may be asked for: the call then goes through `apply`."""
+    """Whether derivatives of any kind may be asked for: the call then goes through `apply`.
+
+    Not while `torch.export` traces: a program would hold the forward alone (_library.call).
+    """
     recorded = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
-    return recorded or transformed()
+    return (recorded and not torch.compiler.is_exporting()) or transformed()
 
 
 def apply(function: type[torch.autograd.Function], *args) -> Outputs:

@@ -26,6 +26,7 @@ NAMESPACE = __package__.replace(".", "_")  # a copy under another name has opera
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _impls: dict[str, tuple[str, ...]] = {}  # of an op, in the order "auto" prefers
 _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl, or impl_or_next (_fallback.py) -> overload
+_exported: dict[str, dict[str, torch._ops.OpOverload]] = {}  # the same of a forward, as exported programs hold it
 _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
 
 
@@ -49,6 +50,8 @@ def define(
             following = "triton" + _fallback.SUFFIX if impl != "triton" and "triton" in providers else "reference"
             name = impl + _fallback.SUFFIX
             _overloads[op][name] = _register(f"_{op}_{name}", schema, _fallback.or_next(op, impl, following, call))
+    if op.endswith("_fwd"):
+        _exported[op] = {name: _register_exported(op, name, schema) for name in _overloads[op]}
 
 
 def _register(name: str, schema: str, provider: Callable[..., None] | str | None) -> torch._ops.OpOverload:
@@ -59,6 +62,25 @@ def _register(name: str, schema: str, provider: Callable[..., None] | str | None
         _library.impl(name, kernel, "CPU")
         _library.impl(name, _on_its_device(kernel), "CUDA")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _register_exported(op: str, name: str, schema: str) -> torch._ops.OpOverload:
+    """What `torch.export` records of a forward: that alone, without the backward. It must not pass for a constant."""
+    overload = _overloads[op][name]
+
+    def refuse(*args) -> None:
+        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if recorded and not torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"{op.removesuffix('_fwd')}: a program made by torch.export holds no gradients of it; run the program "
+                "under torch.no_grad(), or train the module that it was made from"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            overload(*args)
+
+    exported = _register(f"_{op}_{name}_exported", schema, lambda *args: overload(*args))
+    _library.impl(f"_{op}_{name}_exported", refuse, "Autograd")
+    return exported
 
 
 def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., None]:
@@ -99,8 +121,8 @@ def impls(op: str) -> tuple[str, ...]:
 
 
 def overloads(op: str) -> tuple[torch._ops.OpOverload, ...]:
-    """All that runs `op`, with fallbacks and without."""
-    return tuple(_overloads[op].values())
+    """All that runs `op`, with fallbacks and without, and in exported programs."""
+    return *_overloads[op].values(), *_exported.get(op, {}).values()
 
 
 def is_compiled(op: str, impl: str) -> bool:
@@ -114,7 +136,7 @@ def has_kernel(op: str, impl: str) -> bool:
 
 def call(op: str, impl: str) -> torch._ops.OpOverload:
     """The overload that runs `op` with what `_dispatch.choose` gave."""
-    return _overloads[op][impl]
+    return (_exported if torch.compiler.is_exporting() and op in _exported else _overloads)[op][impl]
 
 
 @functools.cache

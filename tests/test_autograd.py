@@ -534,3 +534,29 @@ def test_tangents_of_a_compiled_function(name, call):
             mode(compiled, tuple(tensors), directions(tensors))[1],
             mode(function, tuple(tensors), directions(tensors))[1],
         )
+
+
+# ---- torch.export, which records a forward alone
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "norm_modulate, strict"])
+def test_an_exported_program_has_the_values_and_refuses_to_pass_for_a_constant(name):
+    """In the midst of a module that is trained, a term without gradients would go unseen."""
+    name, _, strict = name.partition(", ")
+    function, tensors = PLAIN[name]
+    tensors = tuple(t.requires_grad_() for t in tensors(2))
+
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args)
+
+    program = torch.export.export(Module(), tensors, strict=bool(strict)).module()
+    with torch.no_grad():
+        outputs, expected = (pytree.tree_leaves(f(*tensors)) for f in (program, function))
+    for got, want in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+    if name == "merge_attention":  # plain torch
+        torch.autograd.grad(program(*tensors).sum(), tensors)
+        return
+    with pytest.raises(RuntimeError, match="a program made by torch.export holds no gradients of it; run the program"):
+        program(*tensors)
