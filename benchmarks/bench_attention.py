@@ -1,4 +1,5 @@
-"""Self-attention of video transformers: every token, tile windows, exact windows, causal frames, space and time."""
+"""Self-attention of video transformers: every token, tile windows, exact and dilated windows, causal frames, space and
+time."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ def _settings(variant: str, shape: Shape) -> dict[str, Any]:
         "": {},
         "tiles": {"window": tuple(3 * side for side in tile), "stride": tile},
         "window": {"window": tuple(n // 2 | 1 for n in shape.grid)},
+        "dilated": {"window": (T, *(max(1, n // 4) for n in (H, W))), "dilation": (1, 2, 2)},
         "causal": {"causal": "frame"},
         "space": {"window": (1, H, W)},
         "time": {"window": (T, 1, 1)},
@@ -81,19 +83,19 @@ def _rows(tokens: int, mode: Mapping[str, Any]) -> int:
 
 
 def _form(tokens: int, mode: Mapping[str, Any]) -> tuple:
-    defaults = dict(grid=None, grids=None, stride=1, window=None, causal=None, sink=0, text_len=0, text_at="end")
-    return resolve("", tokens, tokens, **(defaults | mode))
+    defaults = dict(grid=None, grids=None, stride=1, dilation=1, window=None, causal=None)
+    return resolve("", tokens, tokens, **(defaults | dict(sink=0, text_len=0, text_at="end") | mode))
 
 
 def _masks(tokens: int, rows: int, mode: Mapping[str, Any], device: torch.device) -> list[Tensor | None]:
     """What chunks of so many queries see, `[rows, tokens]`; None for everything."""
     if not mode:
         return [None]
-    grids, window, stride, chunk, sink, text, first = _form(tokens, mode)
+    grids, window, stride, *rules, text, first = _form(tokens, mode)
     if not grids:  # the window is as large as the clip
         return [None] * math.ceil(tokens / rows)
     table = reference.token_table(tokens, [tuple(grids)], text, first, device)
-    return [reference.visible(part, table, window, stride, chunk, sink) for part in table.split(rows)]
+    return [reference.visible(part, table, window or (), stride, *rules) for part in table.split(rows)]
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, **mode: Any) -> Tensor:
@@ -139,6 +141,7 @@ def _mask_function(tokens: int, mode: Mapping[str, Any], device: torch.device) -
         box = clip
         for axis in range(1, 4):
             box = box & (table[j, axis] >= lo[i, axis]) & (table[j, axis] < hi[i, axis])
+            box = box & ((table[j, axis] - table[i, axis]) % rules[2][axis - 1] == 0)
         return box | (table[i, 0] < 0) | (table[j, 0] < 0) | (clip & (table[j, 1] < kept[i]))
 
     return seen
@@ -212,11 +215,11 @@ def _natten(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     if inputs.get("text_len") or "causal" in inputs:
         raise peers.Missing("natten's windows have no text tokens and no causal frames with whole rows")
     window = tuple(min(w, n) for w, n in zip(inputs["window"], inputs["grid"], strict=True))
-    stride = inputs.get("stride", (1, 1, 1))
+    rules = dict(stride=inputs.get("stride", (1, 1, 1)), dilation=inputs.get("dilation", (1, 1, 1)))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, grid, **_: Any) -> Tensor:
         q, k, v = (x.unflatten(1, grid) for x in (q, k, v))
-        return module.na3d(q, k, v, kernel_size=window, stride=stride).flatten(1, 3)
+        return module.na3d(q, k, v, kernel_size=window, **rules).flatten(1, 3)
 
     return attention
 
@@ -240,6 +243,7 @@ _TORCH = {"flash": _backend("flash_attention"), "torch-cudnn": _backend("cudnn_a
 _DENSE = {"boxes": _boxes} | _TORCH | {"flash-attn-4": _flash4}
 _SPARSE = {"boxes": _boxes, "dense": _dense, "flex": _flex}
 _PEERS = {"": _DENSE, "tiles": _SPARSE | {"natten": _natten}, "window": _SPARSE | {"natten": _natten}}
+_PEERS["dilated"] = {"dense": _dense, "flex": _flex, "natten": _natten}
 
 BENCHMARKS = [
     Benchmark(
@@ -256,5 +260,33 @@ BENCHMARKS = [
         backward_writes=("q", "k", "v"),
         flops=functools.partial(_flops, variant),
     )
-    for variant in ("", "tiles", "window", "causal", "space", "time")
+    for variant in ("", "tiles", "window", "dilated", "causal", "space", "time")
 ]
+
+
+def _gated(shape: Shape, dtype: torch.dtype, draw: Callable[..., Tensor]) -> Inputs:
+    size = (shape.batch, shape.tokens, shape.model.heads)
+    return {"x": draw(*size, shape.model.head_width), "gate": draw(*size)}
+
+
+def _eager_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """As LTX-2 does in diffusers."""
+    return x * (2.0 * torch.sigmoid(gate)).unsqueeze(-1)
+
+
+def _gate_flops(shape: Shape, mode: str) -> int:
+    return {"fwd": 1, "bwd": 3}[mode] * shape.batch * shape.tokens * shape.model.heads * shape.model.head_width
+
+
+BENCHMARKS.append(
+    Benchmark(
+        "gate_heads",
+        inputs=_gated,
+        reference=reference.gate_heads,
+        eager=_eager_gate,
+        differentiable=("x", "gate"),
+        backward_reads=("x", "gate"),
+        backward_writes=("x", "gate"),
+        flops=_gate_flops,
+    )
+)

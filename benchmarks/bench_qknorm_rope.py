@@ -122,5 +122,6 @@ BENCHMARKS = [
         backward_reads=("q", "k", "q_weight", "k_weight"),
         backward_writes=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
         flops=_flops,
+        outputs=2,
     ),
 ]

@@ -213,6 +213,9 @@ def attention() -> Iterator[Case]:
         op("spacetime_attention", grid=(4, 8, 16), window=(2, 8, 8), stride=(2, 4, 8), text_len=32),
         heads(544, 1), products=True,
     )  # fmt: skip
+    yield Case(
+        "gate_heads 32x128", op("gate_heads"), lambda: dict(x=draw(1, 256, 32, 128), gate=draw(1, 256, 32))
+    )  # fmt: skip
 
 
 def cases() -> list[Case]:

@@ -228,7 +228,8 @@ def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callabl
         if is_call(name):
             function = _around_nothing(function)
         if name == with_out(impl):
-            buffers = tuple(torch.full_like(inputs["x"], float("nan")) for _ in range(benchmark.outputs))
+            like = inputs[benchmark.differentiable[0]]
+            buffers = tuple(torch.full_like(like, float("nan")) for _ in range(benchmark.outputs))
             extra["out"] = buffers if benchmark.outputs > 1 else buffers[0]
         return lambda **kwargs: function(**kwargs, **extra)
     if name == "eager":

@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 # On an H200 in bf16, (forward, backward): percent of the measured copy bandwidth, or useful TFLOP/s.
 PERCENT_COPY = {
     "norm_modulate": (90, 80),
+    "gate_heads": (85, 75),
     "gate_residual": (85, 75),
     "gate_residual_norm_modulate": (85, 75),
     "qk_norm_rope": (85, 75),

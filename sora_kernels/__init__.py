@@ -6,6 +6,7 @@ from .attention import (
     attention_backward,
     attention_forward,
     attention_plan,
+    gate_heads,
     merge_attention,
     spacetime_attention,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "causal_conv3d",
     "downsample_conv3d",
     "final_layer",
+    "gate_heads",
     "gate_residual",
     "gate_residual_norm_modulate",
     "merge_attention",

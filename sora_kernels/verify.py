@@ -47,7 +47,8 @@ class Case:
 
 
 def _attend(q, k, v, **mode):
-    rule = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end") | mode
+    rule = dict(grid=None, grids=None, window=None, stride=1, dilation=1, causal=None)
+    rule |= dict(sink=0, text_len=0, text_at="end") | mode
     return attention.spacetime_attention(
         q, k, v, None, *resolve("verify", q.shape[1], k.shape[1], **rule, heads=q.shape[2]), q.shape[-1] ** -0.5
     )[0]
@@ -81,13 +82,15 @@ def _cases() -> Iterator[Case]:
     yield Case("video_to_uint8", dict(video=(2, 3, 3, 10, 14)), patchify.video_to_uint8)
     rules = (
         {}, dict(window=(3, 3, 5)), dict(window=(2, 2, 3), stride=(2, 2, 3), text_len=7),
-        dict(causal="frame", window=(2, 6, 7), sink=1),
+        dict(causal="frame", window=(2, 6, 7), sink=1), dict(window=(3, 2, 3), dilation=(1, 2, 2), causal=(0, 1, 0)),
     )  # fmt: skip
     for E, rule in ((64, rules[0]), *((128, rule) for rule in rules)):
         S = 210 + rule.get("text_len", 0)
         rule = dict(grid=(5, 6, 7), **rule)
         shape = (1, S, 2, E)
         yield Case("spacetime_attention", dict(q=shape, k=shape, v=shape), _attend, rule, S)
+    for H, E in ((3, 40), (12, 128)):
+        yield Case("gate_heads", dict(x=(2, 33, H, E), gate=(2, 33, H)), attention.gate_heads, {}, E)
     for C, N in ((5, 7), (96, 96)):
         x, terms = (1, C, 4, 6, 10), 27 * max(C, 96)
         yield Case("norm_silu", dict(x=x, weight=(C,)), causal_conv.norm_silu, {}, 240)

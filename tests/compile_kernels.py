@@ -301,7 +301,8 @@ def attention(
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rules = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
+    places = dict(grid=None, grids=None, window=None, stride=1, dilation=1, causal=None)
+    rules = places | dict(sink=0, text_len=0, text_at="end")
     for (E, dtype, rule), sm in itertools.product(cases, SUPPORTED):
         S = 30 * 48 * 80 + rule.get("text_len", 0)
         q, k, v, out, dout, dq, dk, dv = (empty(1, S, 24, E, dtype=dtype) for _ in range(8))
@@ -339,6 +340,19 @@ def attention(
         name = f"E={E} {str(dtype).removeprefix('torch.')} {kind}"
         yield f"{name} forward", forward, (kernels_forward,), (sm,)
         yield f"{name} backward", backward, (kernels_backward,), (sm,)
+
+
+def attention_gates() -> Iterator[tuple]:
+    """LTX-2's heads, and an odd width."""
+    from sora_kernels.attention import kernels_gate
+
+    for H, E in ((32, 128), (12, 72)):
+        x, dout, out, dx = (torch.empty(1, 4096, H, E, dtype=torch.bfloat16, device="meta") for _ in range(4))
+        gate, dgate = (torch.empty(1, 4096, H, dtype=torch.bfloat16, device="meta") for _ in range(2))
+        forward = functools.partial(kernels_gate.gate_heads_fwd, x, gate, 2.0, out)
+        backward = functools.partial(kernels_gate.gate_heads_bwd, dout, x, gate, 2.0, dx, dgate)
+        yield f"gates of {H}x{E} forward", forward, (kernels_gate,)
+        yield f"gates of {H}x{E} backward", backward, (kernels_gate,)
 
 
 def attention_widths() -> Iterator[tuple]:
@@ -475,7 +489,7 @@ def sparingly(cases: Callable[[], Iterator[tuple]], *everywhere: str) -> Callabl
 SUPPORTED = (80, 90, 100, 120)
 ALL = {
     "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
-    "attention": lambda: itertools.chain(attention(), attention_boxes()),
+    "attention": lambda: itertools.chain(attention(), attention_boxes(), attention_gates()),
 }  # fmt: skip
 FAMILIES = {
     "modulation": sparingly(modulation, "D=64 ", "D=5120"),
@@ -483,7 +497,8 @@ FAMILIES = {
     "patchify": sparingly(patchify, "C=16 D=5120"),
     "causal_conv": sparingly(causal_conv, "Wan 96", "rms C=96"),
     "attention": sparingly(
-        lambda: itertools.chain(attention(), attention_boxes(["window"])), "window and text", "boxes"
+        lambda: itertools.chain(attention(), attention_boxes(["window"]), attention_gates()),
+        "window and text", "boxes", "gates of 32x128",
     ),
 }
 SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {

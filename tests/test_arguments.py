@@ -22,7 +22,8 @@ def calls() -> dict[str, dict]:
     heads = dict(q=randn(2, 9, 2, 8), k=randn(2, 9, 2, 8), v=randn(2, 9, 2, 8))
     mode = dict(grid=(2, 2, 2), window=(1, 2, 1), stride=(1, 2, 1), causal="frame", sink=1, text_len=1, text_at="end")
     rules = dict(**mode, kv_lens=torch.tensor([5, 9]), scale=0.5)
-    lists = dict(grids=[(1, 2, 2), (1, 2, 2)], window=[(1, 1, 1), (1, 2, 2)], stride=[(1, 1, 1), (1, 2, 1)])
+    lists = dict(grids=[(1, 2, 2), (1, 2, 2)], window=[(1, 1, 1), (1, 2, 2)], stride=[(1, 1, 1), (1, 2, 1)],
+                 dilation=(1, 2, 1))  # fmt: skip
     conv = dict(x=randn(2, 4, 2, 4, 4), weight=randn(6, 4, 3, 3, 3), bias=randn(6))
     out, lse = sora_kernels.attention_forward(**heads, **rules)
     return {
@@ -70,6 +71,7 @@ def calls() -> dict[str, dict]:
             q_len=9, k_len=9, **mode, padded=True, tile=64, key_tile=(1, 4, 4), transposed=False, device="cpu"
         ),
         "attention_plan with lists": dict(q_len=8, **lists),
+        "gate_heads": dict(x=randn(2, 6, 2, 8), gate=randn(2, 6, 2), scale=1.0),
         "merge_attention": dict(a=(randn(2, 6, 2, 8), randn(2, 2, 6)), b=(randn(2, 6, 2, 8), randn(2, 2, 6))),
         "norm_silu": dict(x=randn(2, 4, 2, 3, 3), weight=randn(4), bias=randn(4), norm="group", groups=2, eps=1e-6),
         "causal_conv3d": dict(

@@ -23,11 +23,13 @@ def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 8, 4, 8), torch.randn(2, 14, 2, 8), torch.randn(2, 14, 2, 8)
     lens = torch.tensor([14, 3])
-    dense = (None, None, [1, 1, 1], 0, 0, 0, False, 0.3)
-    windowed = ([2, 2, 3], [1, 2, 2], [1, 2, 1], 1, 1, 2, True, 0.3)
+    one, none = [1, 1, 1], [0, 0, 0]
+    dense = (None, None, one, one, none, 0, 0, False, 0.3)
+    windowed = ([2, 2, 3], [1, 2, 2], [1, 2, 1], one, [1, 0, 0], 1, 2, True, 0.3)
+    dilated = ([2, 2, 3], [1, 2, 2], one, [1, 1, 2], [0, 1, 0], 0, 2, False, 0.3)
     samples = []
-    by_head = ([2, 2, 3], [1, 2, 2, 2, 2, 3] * 2, [1, 2, 1, 1, 1, 1] * 2, 0, 0, 2, True, 0.3)
-    for mode in ((None, *dense), (lens, *dense), (lens, *windowed), (None, *by_head)):
+    by_head = ([2, 2, 3], [1, 2, 2, 2, 2, 3] * 2, [1, 2, 1, 1, 1, 1] * 2, one, none, 0, 2, True, 0.3)
+    for mode in ((None, *dense), (lens, *dense), (lens, *windowed), (None, *dilated), (None, *by_head)):
         out, lse = torch.empty_like(q), torch.empty(2, 4, 8)
         samples.append(("spacetime_attention_fwd", (q, k, v, *mode, out, lse)))
         dlse = torch.randn_like(lse) if mode[0] is not None else None
@@ -40,17 +42,20 @@ def op_samples() -> list[tuple[str, tuple]]:
 # The definition, by loops over tokens
 
 
-def sees(query, key, grid, window, stride, chunk, sink):
+def sees(query, key, grid, window, stride, dilation, causal, sink):
     """Whether the video token at `query` (t, h, w) sees the one at `key` of the same clip."""
-    if chunk and key[0] // chunk > query[0] // chunk:
-        return False
+    axes = []
+    for i, j, L, d, chunk in zip(query, key, grid, dilation, causal, strict=True):
+        if i % d != j % d or (chunk and j // d // chunk > i // d // chunk):
+            return False
+        axes.append((i // d, j // d, len(range(i % d, L, d))))
     if window is None or key[0] < sink:
         return True
-    for axis, (i, j, L, w, s) in enumerate(zip(query, key, grid, window, stride, strict=True)):
+    for (i, j, L), w, s, chunk in zip(axes, window, stride, causal, strict=True):
         w = min(w, L)
-        if axis == 0 and chunk:
-            end = min((i // chunk + 1) * chunk, L)
-            neighbours = range(end - w, end)
+        if chunk:
+            leader = max(min(i // s * s + s, L), min((i // chunk + 1) * chunk, L)) - 1
+            neighbours = range(leader - w + 1, L)
         else:
             leader = min((i // s) * s + s // 2, L - 1)
             start = min(max(leader - w // 2, 0), L - w)
@@ -60,10 +65,10 @@ def sees(query, key, grid, window, stride, chunk, sink):
     return True
 
 
-def brute_mask(q_len, k_len, *, grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0,
-               text_at="end"):  # fmt: skip
-    stride = (stride,) * 3 if isinstance(stride, int) else stride
-    chunk = {None: 0, "frame": 1}.get(causal, causal)
+def brute_mask(q_len, k_len, *, grid=None, grids=None, window=None, stride=1, dilation=1, causal=None, sink=0,
+               text_len=0, text_at="end"):  # fmt: skip
+    stride, dilation = ((n,) * 3 if isinstance(n, int) else n for n in (stride, dilation))
+    causal = causal if isinstance(causal, tuple) else ({None: 0, "frame": 1}.get(causal, causal), 0, 0)
     clips = [grid] if grid else grids or []
 
     def tokens(length):
@@ -79,7 +84,7 @@ def brute_mask(q_len, k_len, *, grid=None, grids=None, window=None, stride=1, ca
             if query is None or key is None:
                 mask[i, j] = True
             elif query[0] == key[0]:
-                mask[i, j] = sees(query[1], key[1], clips[key[0]], window, stride, chunk, sink)
+                mask[i, j] = sees(query[1], key[1], clips[key[0]], window, stride, dilation, causal, sink)
     return mask
 
 
@@ -126,6 +131,22 @@ MODES = {
     "packed": (26, 26, dict(grids=[(2, 2, 3), (1, 2, 1), (3, 2, 2)])),
     "packed_window": (45, 45, dict(grids=[(2, 3, 3), (3, 3, 3)], window=(1, 2, 3), stride=(1, 2, 1), sink=1)),
     "packed_causal": (30, 30, dict(grids=[(2, 2, 3), (3, 3, 2)], causal="frame")),
+    "dilated": (60, 60, dict(grid=(3, 4, 5), window=(2, 2, 2), dilation=(1, 2, 3))),
+    "dilated_stride_text": (
+        62, 62, dict(grid=(2, 5, 6), window=(2, 2, 3), stride=(1, 2, 2), dilation=(1, 2, 1), text_len=2,
+                     text_at="start")
+    ),
+    "dilated_causal_cache": (
+        20, 44, dict(grid=(7, 2, 3), window=(2, 2, 3), dilation=(3, 1, 1), causal="frame", text_len=2)
+    ),
+    "dilated_packed": (42, 42, dict(grids=[(2, 3, 3), (2, 3, 4)], window=(1, 2, 2), dilation=2, causal=(0, 0, 1))),
+    "dilation_larger_than_grid": (24, 24, dict(grid=(2, 3, 4), window=(2, 3, 4), dilation=(4, 1, 7))),
+    "causal_columns": (24, 24, dict(grid=(2, 4, 3), causal=(0, 2, 1))),
+    "causal_columns_window": (42, 42, dict(grid=(2, 4, 5), window=(2, 3, 2), causal=(0, 1, 1), text_len=2)),
+    "causal_everywhere_cache": (24, 48, dict(grid=(4, 3, 4), window=(2, 2, 3), causal=(1, 2, 1))),
+    "causal_stride": (60, 60, dict(grid=(5, 3, 4), window=(3, 2, 3), stride=(2, 2, 2), causal=(1, 0, 1))),
+    "causal_stride_chunks": (56, 56, dict(grid=(7, 2, 4), window=(4, 2, 3), stride=(3, 1, 2), causal=2, sink=1)),
+    "causal_stride_sees_nothing": (16, 16, dict(grid=(4, 2, 2), window=(1, 2, 2), stride=(3, 1, 1), causal="frame")),
 }  # fmt: skip
 
 
@@ -162,14 +183,56 @@ def test_mode_by_its_definition(name):
 def test_window_is_exact_everywhere():
     """Each query sees exactly min(w, L) keys along each axis, at the borders too."""
     for grid, window, stride in (
-        ((4, 5, 6), (2, 3, 4), 1),
+        ((4, 5, 6), (2, 3, 4), (1, 1, 1)),
         ((3, 7, 2), (3, 2, 9), (2, 3, 1)),
         ((1, 1, 8), (1, 1, 3), (5, 5, 5)),
     ):
         tokens = reference.token_table(math.prod(grid), [grid], 0, False, "cpu")
-        mask = reference.visible(tokens, tokens, window, (stride,) * 3 if stride == 1 else stride, 0, 0)
+        mask = reference.visible(tokens, tokens, window, stride, (1,) * 3, (0,) * 3, 0)
         expected = math.prod(min(w, n) for w, n in zip(window, grid, strict=True))
         assert torch.equal(mask.sum(-1), torch.full((math.prod(grid),), expected))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("tile", [3, 4])
+def test_a_window_of_tiles_is_that_of_sliding_tile_attention(tiles, tile):
+    """Its kernels see `tiles // 2` on each side of a centre kept as far from the edges: of an even number one more."""
+    L = 5 * tile
+    place = torch.arange(L) // tile
+    centre = place.clamp(tiles // 2, 4 - tiles // 2)
+    expected = (centre[:, None] - place).abs() <= tiles // 2
+    tokens = reference.token_table(L, [(1, 1, L)], 0, False, "cpu")
+    side = (tiles // 2 * 2 + 1) * tile
+    mask = reference.visible(tokens, tokens, (1, 1, side), (1, 1, tile), (1,) * 3, (0,) * 3, 0)
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dilation, stride", [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_modes_of_one_axis_are_those_of_natten(dilation, stride, causal):
+    """Written as NATTEN does: a leader, keys left and right of it, all among the tokens of a dilation group."""
+    L, w = 17, 4
+    expected = torch.zeros(L, L, dtype=torch.bool)
+    for query, key in itertools.product(range(L), repeat=2):
+        if query % dilation != key % dilation:
+            continue
+        i, j, n = query // dilation, key // dilation, len(range(query % dilation, L, dilation))
+        if causal:
+            leader = min(i // stride * stride + stride - 1, n - 1)
+            expected[query, key] = i - j >= 0 and leader - j < w
+        else:
+            leader = min(i // stride * stride + stride // 2, n - 1)
+            left, right = w // 2, w // 2 + (w % 2 - 1)
+            centre = max(left, min(leader, n - 1 - right))
+            expected[query, key] = centre - left <= j <= centre + right
+    for axis in range(3):
+        grid, rules = [1, 1, 1], [[1, 1, 1] for _ in range(3)]
+        grid[axis] = L
+        for rule, n in zip(rules, (w, stride, dilation), strict=True):
+            rule[axis] = n
+        tokens = reference.token_table(L, [grid], 0, False, "cpu")
+        rules.append([causal * (a == axis) for a in range(3)])
+        assert torch.equal(reference.visible(tokens, tokens, *rules, 0), expected)
 
 
 def test_packed_clips_equal_separate_calls():
@@ -262,7 +325,7 @@ def test_gradcheck(name):
 
 def test_reference_is_differentiable_by_autograd():
     inputs, _ = make("causal_window_sink_cache")
-    mode = (None, [7, 2, 3], [2, 2, 2], [1, 1, 1], 1, 2, 0, False, 0.4)
+    mode = (None, [7, 2, 3], [2, 2, 2], [1, 1, 1], [1, 1, 1], [1, 0, 0], 2, 0, False, 0.4)
     grads = [torch.randn(2, 12, 4, 8, dtype=torch.float64), torch.randn(2, 4, 12, dtype=torch.float64)]
     by_autograd = outputs_and_grads(lambda q, k, v: reference.spacetime_attention(q, k, v, *mode), inputs, grads)
     by_formula = reference.spacetime_attention_backward(*grads, *inputs.values(), *mode)
@@ -517,12 +580,12 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("name", ["cross", "causal_window_sink_cache", "packed_window", "window_text_start"])
+@pytest.mark.parametrize("name", ["cross", "causal_window_sink_cache", "packed_window", "window_text_start", "dilated"])
 def test_no_host_synchronisation(name):
     inputs, mode = make(name)
     q_len, k_len, _ = MODES[name]
-    given = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
-    flat = resolve("test", q_len, k_len, *(given | mode).values())
+    given = dict(grid=None, grids=None, window=None, stride=1, dilation=1, causal=None)
+    flat = resolve("test", q_len, k_len, *(given | dict(sink=0, text_len=0, text_at="end") | mode).values())
     lens = torch.full((inputs["q"].shape[0],), k_len)
     with NoSynchronisation():
         reference.spacetime_attention(*inputs.values(), lens, *flat, 1.0)
@@ -563,7 +626,17 @@ ERRORS = [
     (dict(grid=(2, 2, 3), window=5), ValueError, "window must be three integers"),
     (dict(grid=(2, 2, 3), window=(1, 2, 3), stride=0), ValueError, "stride must be at least 1"),
     (dict(grid=(2, 2, 3), stride=2), ValueError, "give window as well"),
-    (dict(grid=(2, 2, 3), causal=0), ValueError, "causal must be None, 'frame' or a number of frames"),
+    (dict(grid=(2, 2, 3), causal=0), ValueError, "causal must be None, 'frame', a number of frames"),
+    (dict(grid=(2, 2, 3), causal=(1, 0)), ValueError, "or the sides .t, h, w. of a chunk .* got .1, 0."),
+    (dict(grid=(2, 2, 3), causal=(1, 0, -1)), ValueError, "causal must be .* got .1, 0, -1."),
+    (dict(grid=(2, 2, 3), causal=(0, 1, 0), sink=1), ValueError, "sink must be 0 with causal along h or w"),
+    (dict(grid=(2, 2, 3), dilation=2), ValueError, "dilation=.2, 2, 2. thins out .* give window as well"),
+    (dict(dilation=2), ValueError, "dilation needs grid"),
+    (dict(grid=(2, 2, 3), window=(1, 2, 3), dilation=0), ValueError, "dilation must be at least 1"),
+    (dict(grid=(2, 2, 3), window=(1, 2, 3), dilation=(1, 2)), ValueError, "dilation must be three integers"),
+    (dict(grid=(2, 2, 3), window=(1, 2, 3), dilation=2, sink=1), ValueError, "sink must be 0 with dilation.* got 1"),
+    (dict(grid=(2, 2, 3), window=(1, 2, 3), dilation=(1, 2, 1), kv_lens=torch.tensor([3, 4])), ValueError,
+     "dilation=.1, 2, 1. takes no kv_lens"),
     (dict(grid=(2, 2, 3), causal=True), ValueError, "causal must be"),
     (dict(grid=(2, 2, 3), causal="chunk"), ValueError, "causal must be .* got 'chunk'"),
     (dict(grid=(2, 2, 3), sink=-1), ValueError, "sink must be an integer of at least 0; got -1"),

@@ -115,7 +115,7 @@ def test_a_formula_of_symbols():
         assert isinstance(T, torch.SymInt)
         dense = count(lambda: spacetime_attention(symbolic, symbolic, symbolic))
         formula = FlopCounterMode(display=False).flop_registry[torch.ops.sora_kernels._spacetime_attention_fwd_cpu]
-        window = [T, 2, 2], [2, 1, 2], [1, 1, 1], 1, 0, 0, False
+        window = [T, 2, 2], [2, 1, 2], [1, 1, 1], [1, 1, 1], [1, 0, 0], 0, 0, False
         windowed = formula(symbolic, symbolic, symbolic, None, *window, 0.3, symbolic, None)
     assert int(dense) == 4 * 2 * 2 * 8 * 20 * 20
     assert int(windowed) == count(

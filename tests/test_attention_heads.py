@@ -146,7 +146,7 @@ def test_one_launch_for_each_distinct_rule(monkeypatch):
 
 
 def test_equal_rules_are_one_rule():
-    rules = dict(grids=None, causal=None, sink=1, text_len=0, text_at="end")
+    rules = dict(grids=None, dilation=1, causal=None, sink=1, text_len=0, text_at="end")
     given = functools.partial(resolve, "test", 36, 36, (3, 3, 4), **rules, heads=3)
     assert given(window=[TILE] * 3, stride=2) == given(window=TILE, stride=(2, 2, 2))
     assert given(window=[WHOLE, (9, 9, 9), WHOLE], stride=1) == given(window=None, stride=1), "they hide nothing"

@@ -31,9 +31,14 @@ def modes(draw):
     if draw(flag):
         mode["window"] = draw(st.tuples(side, side, side))
         mode["stride"] = draw(st.tuples(side, side, side))
-        mode["sink"] = draw(st.integers(0, 2))
+        if draw(flag):
+            mode["dilation"] = draw(st.tuples(*[st.integers(1, 3)] * 3))
+        else:
+            mode["sink"] = draw(st.integers(0, 2))
     if draw(flag):
         mode["causal"] = draw(st.sampled_from(["frame", 2, 3]))
+        if not mode.get("sink") and draw(flag):
+            mode["causal"] = draw(st.tuples(*[st.integers(0, 2)] * 3))
     if packed:
         mode["grids"] = draw(st.lists(size, min_size=1, max_size=3))
         length = sum(math.prod(g) for g in mode["grids"])

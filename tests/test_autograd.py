@@ -88,6 +88,13 @@ CALLS = PLAIN | {
         ),
         lambda n: torch.randn(3, n, 14, 2, 8).unbind(),
     ),
+    "spacetime_attention dilated": (
+        lambda q, k, v: sk.spacetime_attention(
+            q, k, v, grid=(2, 3, 2), window=(2, 2, 1), dilation=(1, 2, 1), causal=(0, 1, 0), text_len=1
+        ),
+        lambda n: torch.randn(3, n, 13, 2, 8).unbind(),
+    ),
+    "gate_heads": (sk.gate_heads, lambda n: (torch.randn(n, 5, 2, 8), torch.randn(n, 5, 2))),
     "attention_forward": (sk.attention_forward, lambda n: torch.randn(3, n, 6, 2, 8).unbind()),
     "attention_backward": (lambda *t: sk.attention_backward(*t[:-1], dlse=t[-1]), attention_parts),
     "merge_attention lse": (

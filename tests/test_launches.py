@@ -27,7 +27,7 @@ MODULES = [
     ),
 ]
 KERNELS = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
-DENSE = dict(grid=None, grids=None, window=None, stride=1, causal=None, sink=0, text_len=0, text_at="end")
+DENSE = dict(grid=None, grids=None, window=None, stride=1, dilation=1, causal=None, sink=0, text_len=0, text_at="end")
 
 
 class Grids(compile_kernels.Recorder):
@@ -122,6 +122,15 @@ def attention(B, S, H, E, **rules):
     kernels_backward.spacetime_attention_bwd(dout, None, q, k, v, out, lse, *mode, True, dq, dk, dv)
 
 
+def gates(B, S, H, E):
+    from sora_kernels.attention import kernels_gate
+
+    x, out, dout, dx = (empty(B, S, H, E) for _ in range(4))
+    gate, dgate = empty(B, S, H), empty(B, S, H)
+    kernels_gate.gate_heads_fwd(x, gate, 2.0, out)
+    kernels_gate.gate_heads_bwd(dout, x, gate, 2.0, dx, dgate)
+
+
 CASES = {
     "many clips": [
         lambda: modulation(70_000, 4, 64),
@@ -130,6 +139,7 @@ CASES = {
         *(lambda g=g, last=last: norms(70_000, 32, (1, 4, 4), g, last) for g in (0, 4) for last in (False, True)),
         lambda: convolution(16, 16, (3, 3, 3), (1, 4, 4), B=70_000),
         lambda: attention(70_000, 4, 2, 64),
+        lambda: gates(70_000, 4, 2, 64),
     ],
     "many channels": [  # of the VAE of Wan 2.2, of a hypothetical one beyond it, and features no model has
         lambda: convolution(640, 640, (3, 3, 3), (2, 44, 80)),
@@ -144,6 +154,7 @@ CASES = {
         *(lambda g=g, last=last: norms(1, 32, (512, 1024, 1024), g, last) for g in (0, 4) for last in (False, True)),
         lambda: convolution(16, 16, (3, 3, 3), (64, 2048, 2048)),
         lambda: attention(1, 2**20, 24, 128),
+        lambda: gates(1, 2**24, 8, 128),
         lambda: attention(1, 40 * 90 * 160, 24, 128, grid=(40, 90, 160), window=(5, 9, 11)),
     ],
     "one long line": [
@@ -184,6 +195,7 @@ OFFSETS = {  # the function, the shapes of what lies spread, and of a weight
     "norm_modulate": (lambda x, s, **impl: sora_kernels.norm_modulate(x, s, s, **impl), [TOKENS] * 2),
     "gate_residual": (sora_kernels.gate_residual, [TOKENS] * 3),
     "qk_norm_rope": (lambda q, **impl: sora_kernels.qk_norm_rope(q, q, grid=(3, 1, 1), **impl)[0], [HEADS]),
+    "gate_heads": (sora_kernels.gate_heads, [HEADS, HEADS[:3]]),
     "spacetime_attention": (sora_kernels.spacetime_attention, [HEADS] * 3),
     "spacetime_attention in windows": (
         functools.partial(sora_kernels.spacetime_attention, grid=(3, 1, 1), window=(2, 1, 1)), [HEADS] * 3

@@ -16,7 +16,8 @@ FAMILIES = sorted(p.parent.name for p in ROOT.glob("sora_kernels/*/reference.py"
 ALLOWED = {"__init__.py", "reference.py", "op.py", "config.py", "mode.py", "plan.py"}
 MODULES = sorted(p for d in ("sora_kernels", "sora_model", "benchmarks") for p in (ROOT / d).rglob("*.py"))
 LONG = {  # file -> why it may exceed 400 lines
-    "sora_kernels/attention/op.py": "four functions with long signatures, each with schema, autograd and docstring",
+    "sora_kernels/attention/op.py": "five functions with long signatures, each with schema, autograd and docstring",
+    "sora_kernels/attention/plan.py": "what a plan is, how it is asked for, and how it is built, clip by clip",
     "sora_kernels/modulation/op.py": "three functions with long signatures, each with schema, autograd and docstring",
     "sora_kernels/causal_conv/op.py": "four functions with long signatures, each with schema, autograd and docstring",
     "sora_model/pipeline.py": "a request is checked whole, size and memory included, before anything is loaded",

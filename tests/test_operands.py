@@ -104,6 +104,7 @@ CASES = {
     ),
     "video_to_uint8": Case("video_to_uint8", dict(video=(2, 8, 2, 4, 4)), dict(patch=(1, 2, 2))),
     "spacetime_attention": Case("spacetime_attention", HEADS | dict(v=(1, 6, 2, 8)), dict(return_lse=True)),
+    "gate_heads": Case("gate_heads", dict(x=(2, 6, 2, 8), gate=(2, 6, 2))),
     "spacetime_attention, kv_lens": Case(
         "spacetime_attention", dict(q=(2, 6, 2, 8), k=(2, 7, 1, 8), v=(2, 7, 1, 8), kv_lens=[3, 7]),
         dict(return_lse=True),
@@ -111,6 +112,10 @@ CASES = {
     "spacetime_attention, window": Case(
         "spacetime_attention", dict(q=(1, 9, 2, 8), k=(1, 9, 2, 8), v=(1, 9, 2, 8)),
         dict(grid=(2, 2, 2), window=(1, 2, 1), text_len=1, sink=1, causal="frame"),
+    ),
+    "spacetime_attention, dilated window": Case(
+        "spacetime_attention", dict(q=(1, 7, 2, 8), k=(1, 7, 1, 8), v=(1, 7, 1, 8)),
+        dict(grid=(1, 2, 3), window=(1, 2, 2), dilation=(1, 1, 2), causal=(1, 0, 1), text_len=1),
     ),
     "norm_silu": Case("norm_silu", dict(x=(2, 4, 2, 3, 3), weight=(4,), bias=(4,))),
     "norm_silu group": Case(
@@ -362,6 +367,8 @@ def empty_cases():
     for B, D in ((0, 6), (2, 0)):
         for row in ((B, 2, D), (B, 4, D), (D,)):
             yield Case("final_layer", dict(x=(B, 4, D), shift=row, scale=(B, D), weight=(12, D), bias=(12,)), PATCHES)
+    for B, S, H, E in ((0, 6, 2, 8), (2, 0, 2, 8), (2, 6, 0, 8), (2, 6, 2, 0)):
+        yield Case("gate_heads", dict(x=(B, S, H, E), gate=(B, S, H)))
     for B, Sq, Sk, H, Hk, E in ((0, 6, 6, 2, 1, 8), (2, 0, 6, 2, 2, 8), (2, 6, 0, 2, 2, 8), (2, 6, 6, 0, 0, 8),
                                 (2, 6, 6, 2, 2, 0), (2, 0, 0, 2, 2, 8)):  # fmt: skip
         shapes = dict(q=(B, Sq, H, E), k=(B, Sk, Hk, E), v=(B, Sk, Hk, E))

@@ -55,6 +55,7 @@ CALLS = {
     "gate_residual_norm_modulate": (
         sora_kernels.gate_residual_norm_modulate, lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(3, n, 1, 8)),
     ),
+    "gate_heads": (sora_kernels.gate_heads, lambda n: (torch.randn(n, 12, 2, 8), torch.randn(n, 12, 2))),
     "qk_norm_rope": (
         lambda q, k, u, v: sora_kernels.qk_norm_rope(q, k, q_weight=u, k_weight=v, grid=(3, 2, 2)),
         lambda n: (*heads(n)[:2], *torch.randn(2, 8)),

@@ -156,7 +156,12 @@ struct Backward {
       if (p.dv_parts) w.add_to_keys(w.s, dout, n, p.dv_parts + head * p.Sk * p.E);
       for (const auto& piece : w.pieces) {
         const int64_t first = piece.run->token + piece.offset, last = first + piece.count - 1;
-        std::fill(p.touched + head * p.spans() + first / kSpan, p.touched + head * p.spans() + last / kSpan + 1, 1);
+        uint8_t* touched = p.touched + head * p.spans();
+        if (w.tiles->dilated()) {
+          for (int64_t i = first; i <= last; ++i) touched[w.tiles->key(i) / kSpan] = 1;
+        } else {
+          std::fill(touched + first / kSpan, touched + last / kSpan + 1, 1);
+        }
       }
     }
     if (!p.dq) return;
@@ -258,8 +263,8 @@ const std::vector<int64_t> kNone;
 
 // window and stride are of all heads, or of one after another.
 std::vector<Rule> rules(const Params& p, const std::vector<int64_t>& grids, const std::vector<int64_t>& window,
-                        const std::vector<int64_t>& stride, int64_t chunk, int64_t sink, int64_t text_len,
-                        bool text_first) {
+                        const std::vector<int64_t>& stride, const std::vector<int64_t>& dilation,
+                        const std::vector<int64_t>& causal, int64_t sink, int64_t text_len, bool text_first) {
   int64_t tokens = text_len, frame = 1;
   for (size_t i = 0; i + 2 < grids.size(); i += 3) tokens += (frame = grids[i + 1] * grids[i + 2]) * grids[i];
   const bool square = grids.empty() || (tokens == p.Sk && (grids.size() == 3 || p.Sq == p.Sk));
@@ -268,10 +273,15 @@ std::vector<Rule> rules(const Params& p, const std::vector<int64_t>& grids, cons
              " keys, and whole frames of queries, got ", tokens, " keys and ", p.Sq, " queries");
   const size_t each = 3 * static_cast<size_t>(p.H);
   const bool one = (window.empty() || window.size() == 3) && stride.size() == 3;
-  SORA_CHECK((one || (window.size() == each && stride.size() == each)) && chunk >= 0 && sink >= 0 &&
-                 std::all_of(window.begin(), window.end(), [](int64_t n) { return n > 0; }) &&
-                 std::all_of(stride.begin(), stride.end(), [](int64_t n) { return n > 0; }),
-             "window, stride: expected three positive integers each, or three for every head, chunk and sink: at least 0");
+  const auto least = [](const std::vector<int64_t>& values, int64_t n) {
+    return std::all_of(values.begin(), values.end(), [n](int64_t value) { return value >= n; });
+  };
+  SORA_CHECK((one || (window.size() == each && stride.size() == each)) && sink >= 0 && least(window, 1) && least(stride, 1),
+             "window, stride: expected three positive integers each, or three for every head, sink: at least 0");
+  SORA_CHECK(dilation.size() == 3 && causal.size() == 3 && least(dilation, 1) && least(causal, 0),
+             "dilation, causal: expected three integers each, of at least 1 and at least 0");
+  const bool dilated = std::any_of(dilation.begin(), dilation.end(), [](int64_t d) { return d > 1; });
+  SORA_CHECK(!dilated || (sink == 0 && p.kv_lens.empty()), "dilation: expected neither sink nor kv_lens beside it");
   std::map<std::vector<int64_t>, std::vector<int64_t>> heads;
   for (int64_t h = 0; h < p.H; ++h) {
     std::vector<int64_t> rule = window;
@@ -285,8 +295,8 @@ std::vector<Rule> rules(const Params& p, const std::vector<int64_t>& grids, cons
   std::vector<Rule> all;
   for (const auto& [rule, keep] : heads) {
     const auto middle = rule.end() - 3;
-    all.push_back({Tiles(p.Sq, p.Sk, grids, {rule.begin(), middle}, {middle, rule.end()}, chunk, sink, text_len,
-                         text_first), keep});
+    all.push_back({Tiles(p.Sq, p.Sk, grids, {rule.begin(), middle}, {middle, rule.end()}, dilation, causal,
+                         sink, text_len, text_first), keep});
   }
   return all;
 }
@@ -329,11 +339,11 @@ void torchs_flash(const Tensor& q, const Tensor& k, const Tensor& v, double scal
 }
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& kv_lens,
-                   OptionalList grids, OptionalList window, std::vector<int64_t> stride, int64_t chunk,
-                   int64_t sink, int64_t text_len, bool text_first, double scale, const Tensor& out,
-                   const Tensor& lse) {
+                   OptionalList grids, OptionalList window, std::vector<int64_t> stride, std::vector<int64_t> dilation,
+                   std::vector<int64_t> causal, int64_t sink, int64_t text_len, bool text_first, double scale,
+                   const Tensor& out, const Tensor& lse) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, chunk, sink, text_len, text_first);
+  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, dilation, causal, sink, text_len, text_first);
   if (is_torchs(p, q, !grids)) return torchs_flash(q, k, v, scale, out, lse);
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
   with_dtype(q.scalar_type(), [&](auto t) {
@@ -349,11 +359,11 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
 
 void attention_bwd(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const OptionalTensor& kv_lens, OptionalList grids,
-                   OptionalList window, std::vector<int64_t> stride, int64_t chunk, int64_t sink,
-                   int64_t text_len, bool text_first, double scale, bool /*deterministic: as it always is*/,
+                   OptionalList window, std::vector<int64_t> stride, std::vector<int64_t> dilation,
+                   std::vector<int64_t> causal, int64_t sink, int64_t text_len, bool text_first, double scale, bool /*deterministic: as it always is*/,
                    const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dv) {
   Params p = params(q, k, v, kv_lens, out, lse, scale);
-  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, chunk, sink, text_len, text_first);
+  p.rules = rules(p, grids.value_or(kNone), window.value_or(kNone), stride, dilation, causal, sink, text_len, text_first);
   p.dout = heads("dout", dout, q), p.dq = heads("dq", dq, q);
   p.dk = heads("dk", dk, k), p.dv = heads("dv", dv, k);
   p.dlse = log_sums("dlse", dlse, p);

@@ -19,9 +19,13 @@ struct Interval {
 // The keys' video is frames 0 to size[0] of a clip; the queries' is its last frames, from `first_frame` on.
 struct Clip {
   int64_t size[3], first_key, first_query, first_frame;
+  // Of a dilated axis, else empty: its indices, one dilation group after another, and where each of them stands. Of the
+  // queries' frames only those there are.
+  std::vector<int64_t> indices[3], places[3];
 };
 
-// A box of a clip's queries; or, with clip -1, queries begin[2] to end[2] of the sequence, which see every key.
+// A box of a clip's queries, by their places: on a dilated axis those of a dilation group are neighbours. Or, with
+// clip -1, queries begin[2] to end[2] of the sequence, which see every key.
 struct QueryTile {
   int64_t clip, begin[3], end[3];
 };
@@ -35,8 +39,10 @@ struct KeyRun {
 class Tiles {
  public:
   Tiles(int64_t q_len, int64_t k_len, const std::vector<int64_t>& grids, std::vector<int64_t> window,
-        std::vector<int64_t> stride, int64_t chunk, int64_t sink, int64_t text_len, bool text_first)
-      : k_len_(k_len), window_(std::move(window)), stride_(std::move(stride)), chunk_(chunk), sink_(sink) {
+        std::vector<int64_t> stride, std::vector<int64_t> dilation, std::vector<int64_t> causal, int64_t sink,
+        int64_t text_len, bool text_first)
+      : k_len_(k_len), window_(std::move(window)), stride_(std::move(stride)), dilation_(std::move(dilation)),
+        causal_(std::move(causal)), sink_(sink) {
     if (grids.empty()) {
       add_text(0, q_len);
       return;
@@ -44,11 +50,12 @@ class Tiles {
     text_keys_ = {text_first ? 0 : k_len - text_len, text_first ? text_len : k_len};
     int64_t key = text_first ? text_len : 0, query = key;
     for (size_t i = 0; i < grids.size(); i += 3) {
-      Clip clip{{grids[i], grids[i + 1], grids[i + 2]}, key, query, 0};
+      Clip clip{{grids[i], grids[i + 1], grids[i + 2]}, key, query, 0, {}, {}};
       const int64_t frame = clip.size[1] * clip.size[2];
       if (grids.size() == 3) clip.first_frame = clip.size[0] - (q_len - text_len) / frame;
       key += clip.size[0] * frame;
       query += (clip.size[0] - clip.first_frame) * frame;
+      arrange(clip);
       add_boxes(clip);
     }
     add_text(text_first ? 0 : q_len - text_len, text_first ? text_len : q_len);
@@ -66,7 +73,8 @@ class Tiles {
           int64_t token = w;
           if (tile.clip >= 0) {
             const Clip& clip = clips_[tile.clip];
-            token = clip.first_query + ((t - clip.first_frame) * clip.size[1] + h) * clip.size[2] + w;
+            const int64_t frame = index(clip, 0, t) - clip.first_frame;
+            token = clip.first_query + (frame * clip.size[1] + index(clip, 1, h)) * clip.size[2] + index(clip, 2, w);
           }
           f(lane++, token, t, h, w);
         }
@@ -74,23 +82,25 @@ class Tiles {
     }
   }
 
+  // Of the query at place i of the axis, the keys' places.
   Interval reach(const QueryTile& tile, int axis, int64_t i) const {
-    const int64_t length = clips_[tile.clip].size[axis];
-    if (axis == 0 && chunk_ > 0) {
-      const int64_t end = std::min((i / chunk_ + 1) * chunk_, length);
-      return {window_.empty() ? 0 : std::max<int64_t>(end - window_[0], 0), end};
-    }
-    if (window_.empty()) return {0, length};
-    const int64_t size = std::min(window_[axis], length), s = stride_[axis];
-    const int64_t leader = std::min(i / s * s + s / 2, length - 1);
-    const int64_t begin = std::min(std::max<int64_t>(leader - size / 2, 0), length - size);
-    return {begin, begin + size};
+    const Clip& clip = clips_[tile.clip];
+    const int64_t d = dilation_[axis];
+    if (d == 1) return reach(axis, i, clip.size[axis]);
+    const int64_t at = index(clip, axis, i), group = at % d;
+    const Interval seen = reach(axis, at / d, (clip.size[axis] - group + d - 1) / d);
+    const std::vector<int64_t>& places = clip.places[axis];
+    return {places[seen.begin * d + group], places[(seen.end - 1) * d + group] + 1};
   }
 
   // A query also sees all frames below this.
   int64_t kept(const QueryTile& tile, int64_t t) const {
-    return std::min(sink_, chunk_ > 0 ? reach(tile, 0, t).end : clips_[tile.clip].size[0]);
+    return std::min(sink_, causal_[0] > 0 ? reach(tile, 0, t).end : clips_[tile.clip].size[0]);
   }
+
+  // Where the key at this place of the sequence lies.
+  int64_t key(int64_t place) const { return keys_.empty() ? place : keys_[place]; }
+  bool dilated() const { return !keys_.empty(); }
 
   // The keys that some query of the tile sees, of the first kv_len.
   void runs(const QueryTile& tile, int64_t kv_len, std::vector<KeyRun>& to) const {
@@ -123,6 +133,54 @@ class Tiles {
   }
 
  private:
+  // Of index i of an axis of this length that is not dilated.
+  Interval reach(int axis, int64_t i, int64_t length) const {
+    const int64_t chunk = causal_[axis], s = stride_[axis];
+    const int64_t last = chunk > 0 ? std::min((i / chunk + 1) * chunk, length) : length;
+    if (window_.empty()) return {0, last};
+    if (chunk > 0) {
+      const int64_t end = std::max(std::min((i / s + 1) * s, length), last);
+      return {std::max<int64_t>(end - window_[axis], 0), last};
+    }
+    const int64_t size = std::min(window_[axis], length), leader = std::min(i / s * s + s / 2, length - 1);
+    const int64_t begin = std::min(std::max<int64_t>(leader - size / 2, 0), length - size);
+    return {begin, begin + size};
+  }
+
+  // The index at a place of the queries' axis, whose frames count from first_frame.
+  static int64_t index(const Clip& clip, int axis, int64_t place) {
+    if (clip.indices[axis].empty()) return place;
+    return clip.indices[axis][place - (axis == 0 ? clip.first_frame : 0)];
+  }
+
+  void arrange(Clip& clip) {
+    std::vector<int64_t> indices[3];
+    bool dilated = false;
+    for (int axis = 0; axis < 3; ++axis) {
+      const int64_t d = dilation_[axis], first = axis == 0 ? clip.first_frame : 0;
+      clip.places[axis].resize(d > 1 ? clip.size[axis] : 0);
+      for (int64_t group = 0; group < d; ++group) {
+        for (int64_t i = group; i < clip.size[axis]; i += d) {
+          if (d > 1) clip.places[axis][i] = static_cast<int64_t>(indices[axis].size());
+          if (d > 1 && i >= first) clip.indices[axis].push_back(i);
+          indices[axis].push_back(i);
+        }
+      }
+      dilated = dilated || d > 1;
+    }
+    if (!dilated) return;
+    if (keys_.empty()) {
+      keys_.resize(k_len_);
+      for (int64_t i = 0; i < k_len_; ++i) keys_[i] = i;
+    }
+    int64_t place = clip.first_key;
+    for (const int64_t t : indices[0]) {
+      for (const int64_t h : indices[1]) {
+        for (const int64_t w : indices[2]) keys_[place++] = clip.first_key + (t * clip.size[1] + h) * clip.size[2] + w;
+      }
+    }
+  }
+
   // Neighbours that are seen whole become one run.
   static void append(std::vector<KeyRun>& to, KeyRun run, int64_t kv_len) {
     run.count = std::min(run.count, kv_len - run.token);
@@ -164,7 +222,9 @@ class Tiles {
   }
 
   // Queries that share their interval on this axis.
-  int64_t step(int axis) const { return axis == 0 && chunk_ > 0 ? chunk_ : window_.empty() ? 1 : stride_[axis]; }
+  int64_t step(int axis) const {
+    return causal_[axis] > 0 ? causal_[axis] : window_.empty() ? 1 : stride_[axis];
+  }
 
   // Keys that a box of so many queries visits on this axis.
   int64_t visited(const Clip& clip, int axis, int64_t side) const {
@@ -197,8 +257,9 @@ class Tiles {
   }
 
   int64_t k_len_;
-  std::vector<int64_t> window_, stride_;
-  int64_t chunk_, sink_;
+  std::vector<int64_t> window_, stride_, dilation_, causal_;
+  int64_t sink_;
+  std::vector<int64_t> keys_;  // with a dilation, the key at each place; else empty
   Interval text_keys_{0, 0};
   std::vector<Clip> clips_;
   std::vector<QueryTile> tiles_;

@@ -69,6 +69,7 @@ struct Workspace {
   typedef int32_t Integers __attribute__((vector_size(V * sizeof(int32_t)), may_alias));
 
   const Params& p;
+  const Tiles* tiles = nullptr;      // whose tile this is
   const int64_t E, width;            // of a row, and padded
   int64_t count = 0, lanes = 0;      // queries, and padded
   int64_t token[kQueries];
@@ -83,6 +84,7 @@ struct Workspace {
         queries(7, (kQueries + 8) * width), k(keys.row(0)), v(keys.row(1)), g(keys.row(2)), s(scores.row(0)), d(scores.row(1)) {}
 
   void enter(const Tiles& tiles, const QueryTile& tile, int64_t b) {
+    this->tiles = &tiles;
     tiles.runs(tile, p.kv_len(b), runs);
     tiles.for_each_query(tile, [&](int64_t lane, int64_t at, int64_t t, int64_t h, int64_t w) {
       token[lane] = at, count = lane + 1;
@@ -137,8 +139,9 @@ struct Workspace {
     while (n < kKeys && run < static_cast<int64_t>(runs.size())) {
       const int64_t first = runs[run].token + offset, some = std::min(runs[run].count - offset, kKeys - n);
       for (int64_t i = 0; i < some; ++i) {
-        widen(p.k.at<const T>(b, first + i, h), k + (n + i) * width);
-        widen(p.v.at<const T>(b, first + i, h), v + (n + i) * width);
+        const int64_t key = tiles->key(first + i);
+        widen(p.k.at<const T>(b, key, h), k + (n + i) * width);
+        widen(p.v.at<const T>(b, key, h), v + (n + i) * width);
       }
       pieces.push_back({&runs[run], offset, n, some});
       offset += some, n += some;
@@ -179,13 +182,14 @@ struct Workspace {
 
   // The block's rows of to [Sk, E] += weights [n, lanes] times rows of queries
   SORA_INLINE void add_to_keys(const float* weights, const float* rows, int64_t n, float* to) const {
-    const bool direct = pieces.size() == 1 && n % Tile<V>::kRows == 0 && E == width;  // whole tiles, one below another
+    const bool side_by_side = pieces.size() == 1 && !tiles->dilated();
+    const bool direct = side_by_side && n % Tile<V>::kRows == 0 && E == width;  // whole tiles, one below another
     float* const sum = direct ? to + (pieces[0].run->token + pieces[0].offset) * E : g;
     multiply<V, false>({weights, lanes}, row_panels(rows, width), n, width, lanes, sum, width, direct);
     if (direct) return;
     for (const Piece& piece : pieces) {
       for (int64_t i = 0; i < piece.count; ++i) {
-        float* row = to + (piece.run->token + piece.offset + i) * E;
+        float* row = to + tiles->key(piece.run->token + piece.offset + i) * E;
         const float* from = g + (piece.first + i) * width;
 #pragma omp simd
         for (int64_t e = 0; e < E; ++e) row[e] += from[e];

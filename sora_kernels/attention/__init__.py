@@ -1,4 +1,4 @@
-from .op import attention_backward, attention_forward, merge_attention, spacetime_attention
+from .op import attention_backward, attention_forward, gate_heads, merge_attention, spacetime_attention
 from .plan import AttentionPlan, attention_plan
 
 __all__ = [
@@ -6,6 +6,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_plan",
+    "gate_heads",
     "merge_attention",
     "spacetime_attention",
 ]

@@ -14,6 +14,7 @@ from .._triton import zeros
 from . import config
 from .kernels_forward import (
     LOG2_E,
+    TABLES,
     add_dot,
     arrange,
     describe_all,
@@ -28,6 +29,7 @@ from .kernels_forward import (
     scaled,
     seen,
     store_tile,
+    token_at,
     where,
 )
 from .mode import by_head
@@ -67,7 +69,7 @@ def attention_bwd_rows_kernel(
 @triton.jit
 def attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, k_box, v_box, delta_ptr, base_ptr, dq_ptr, kv_lens_ptr, heads_ptr,
-    rows_ptr, tiles_ptr, reach_ptr,
+    rows_ptr, tiles_ptr, reach_ptr, own_ptr, visit_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
     owners, chosen, heads, groups, Sq, Sk, scale, scale_2,
@@ -93,9 +95,10 @@ def attention_bwd_dq_kernel(
     q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
     dout_ptr += (b * dout_stride_b + head * dout_stride_h) * UNIT
 
-    q = load_tile(q_ptr, token, q_stride_s, valid, E, PARTS, UNIT)
-    dout = load_tile(dout_ptr, token, dout_stride_s, valid, E, PARTS, UNIT)
-    row = (b * heads + head) * Sq + token
+    at = token_at(own_ptr, token, valid)
+    q = load_tile(q_ptr, at, q_stride_s, valid, E, PARTS, UNIT)
+    dout = load_tile(dout_ptr, at, dout_stride_s, valid, E, PARTS, UNIT)
+    row = (b * heads + head) * Sq + at
     base = tl.load(base_ptr + row, valid, 0.0)[:, None]
     delta = tl.load(delta_ptr + row, valid, 0.0)[:, None]
     dq = zeros(QUERIES, PARTS)
@@ -103,6 +106,7 @@ def attention_bwd_dq_kernel(
     if begin < masked:  # as around the loops of the forward
         for e in range(begin, masked):
             origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            key = token_at(visit_ptr, key, None)
             k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
             v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
             p = tl.exp2(dot_t(q, k) * scale_2 - base)
@@ -115,21 +119,26 @@ def attention_bwd_dq_kernel(
         for e in range(masked, end):
             origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
             real = key < key_end
-            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
-            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
+            at_key = token_at(visit_ptr, key, real)
+            k = load_rows(
+                k_ptr, k_box, origin, start, H, W, b, key_head, at_key, k_stride_s, real, E, PARTS, UNIT, VISIT
+            )
+            v = load_rows(
+                v_ptr, v_box, origin, start, H, W, b, key_head, at_key, v_stride_s, real, E, PARTS, UNIT, VISIT
+            )
             p = tl.exp2(dot_t(q, k) * scale_2 - base)
             see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
             p = tl.where(see, p, 0.0)
             dq = add_dot(dq, p * (dot_t(dout, v) - delta), k)
 
     # dq is dense [B, Sq, H, E]
-    store_tile(dq_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, scaled(dq, scale), E)
+    store_tile(dq_ptr + (b * Sq * heads + head) * E, at, heads * E, valid, scaled(dq, scale), E)
 
 
 @triton.jit
 def attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, q_box, dout_box, delta_ptr, base_ptr, dk_ptr, dv_ptr, kv_lens_ptr, heads_ptr,
-    rows_ptr, tiles_ptr, reach_ptr,
+    rows_ptr, tiles_ptr, reach_ptr, own_ptr, visit_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     dout_stride_b, dout_stride_s, dout_stride_h,
     owners, chosen, heads, groups, shares, Sq, Sk, scale, scale_2,
@@ -154,8 +163,9 @@ def attention_bwd_dkdv_kernel(
         real = valid & (key < tl.load(kv_lens_ptr + b).to(tl.int32))
     k_ptr += (b * k_stride_b + key_head // shares * k_stride_h) * UNIT
     v_ptr += (b * v_stride_b + key_head // shares * v_stride_h) * UNIT
-    k = load_tile(k_ptr, key, k_stride_s, real, E, PARTS, UNIT)
-    v = load_tile(v_ptr, key, v_stride_s, real, E, PARTS, UNIT)
+    at_key = token_at(own_ptr, key, valid)
+    k = load_tile(k_ptr, at_key, k_stride_s, real, E, PARTS, UNIT)
+    v = load_tile(v_ptr, at_key, v_stride_s, real, E, PARTS, UNIT)
     dk = zeros(KEYS, PARTS)
     dv = zeros(KEYS, PARTS)
 
@@ -170,28 +180,26 @@ def attention_bwd_dkdv_kernel(
             for e in range(begin, end):
                 origin, token = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
                 there = token < Sq
-                q = load_rows(
-                    q_head, q_box, origin, start, H, W, b, head, token, q_stride_s, there, E, PARTS, UNIT, VISIT
-                )
+                at = token_at(visit_ptr, token, there)
+                q = load_rows(q_head, q_box, origin, start, H, W, b, head, at, q_stride_s, there, E, PARTS, UNIT, VISIT)
                 dout = load_rows(
-                    dout_head, dout_box, origin, start, H, W, b, head, token, dout_stride_s, there,
-                    E, PARTS, UNIT, VISIT,
-                )  # fmt: skip
-                p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + token, there, 0.0)[None, :])
+                    dout_head, dout_box, origin, start, H, W, b, head, at, dout_stride_s, there, E, PARTS, UNIT, VISIT
+                )
+                p = tl.exp2(dot_t(k, q) * scale_2 - tl.load(base_head + at, there, 0.0)[None, :])
                 if e >= masked:
                     see = seen(reach, origin, token, start, visit_end, stop, Sq, H, W, PLANNED, VISIT, AXES, RUNS)
                     p = tl.where(see, p, 0.0)
                 dv = add_dot(dv, p, dout)
-                ds = p * (dot_t(v, dout) - tl.load(delta_head + token, there, 0.0)[None, :])
+                ds = p * (dot_t(v, dout) - tl.load(delta_head + at, there, 0.0)[None, :])
                 dk = add_dot(dk, ds, q)
 
     dk = scaled(dk, scale)
     if kv_lens_ptr is not None:  # padding may have met anything; its gradient is 0
         dk, dv = where(real, dk), where(real, dv)
     # dk, dv are dense [B, Sk, Hk, E], Hk the shares
-    at = (b * Sk * key_heads + key_head) * E
-    store_tile(dk_ptr + at, key, key_heads * E, valid, dk, E)
-    store_tile(dv_ptr + at, key, key_heads * E, valid, dv, E)
+    head_at = (b * Sk * key_heads + key_head) * E
+    store_tile(dk_ptr + head_at, at_key, key_heads * E, valid, dk, E)
+    store_tile(dv_ptr + head_at, at_key, key_heads * E, valid, dv, E)
 
 
 def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> None:
@@ -215,7 +223,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         tile = config.backward_queries(*settings, bool(rule[0]))
         planned, owners, size = arrange(q, k, rule, tile, False, padded)
         boxes = describe_all(tile, planned, size, padded, k, v)
-        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        tables = [planned.pop(name) for name in TABLES]
         attention_bwd_dq_kernel[(owners * B * len(heads),)](
             q, k, v, dout, *boxes, delta, base, dq, kv_lens, head_table(heads, H, q.device), *tables, *strides,
             owners, len(heads), H, H // key_heads, Sq, Sk, scale, scale * LOG2_E,
@@ -234,7 +242,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
         tile = config.backward_keys(*settings, bool(rule[0]))
         planned, owners, size = arrange(q, k, rule, tile, True, padded)
         boxes = describe_all(tile, planned, size, padded, q, dout)
-        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        tables = [planned.pop(name) for name in TABLES]
         heads = tuple(h // groups for h in heads[::groups])
         attention_bwd_dkdv_kernel[(owners * B * len(heads),)](
             q, k, v, dout, *boxes, delta, base, dk_parts, dv_parts, kv_lens,

@@ -23,6 +23,7 @@ from .plan import head_table, plan
 
 FAR = tl.constexpr(1 << 30)
 LOG2_E = 1.4426950408889634
+TABLES = ("rows_ptr", "tiles_ptr", "reach_ptr", "own_ptr", "visit_ptr")  # of a plan, as the kernels take them
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -172,6 +173,17 @@ def load_visited(tiles_ptr, e, H, W, VISIT: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
+def token_at(tokens_ptr, place, mask):
+    """The tokens at these places of a dilated plan; without a table a place is a token."""
+    if tokens_ptr is None:
+        return place
+    elif mask is None:
+        return tl.load(tokens_ptr + place)
+    else:
+        return tl.load(tokens_ptr + place, mask, 0)
+
+
+@triton.jit
 def load_rows(
     ptr, box, origin, start, H, W, b, head, token, stride, mask,
     E: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, VISIT: tl.constexpr,
@@ -238,6 +250,7 @@ def online_softmax(sums, top, total, scores, v, scale, MASKED: tl.constexpr):
 @triton.jit
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, kv_lens_ptr, heads_ptr, rows_ptr, tiles_ptr, reach_ptr,
+    own_ptr, visit_ptr,
     q_stride_b, q_stride_s, q_stride_h, k_stride_b, k_stride_s, k_stride_h, v_stride_b, v_stride_s, v_stride_h,
     owners, chosen, heads, groups, Sq, Sk, scale,
     E: tl.constexpr, PARTS: tl.constexpr, OWN: tl.constexpr, VISIT: tl.constexpr, AXES: tl.constexpr,
@@ -264,7 +277,8 @@ def attention_fwd_kernel(
     v_ptr += (b * v_stride_b + key_head * v_stride_h) * UNIT
     q_ptr += (b * q_stride_b + head * q_stride_h) * UNIT
 
-    q = load_tile(q_ptr, token, q_stride_s, valid, E, PARTS, UNIT)
+    at = token_at(own_ptr, token, valid)
+    q = load_tile(q_ptr, at, q_stride_s, valid, E, PARTS, UNIT)
     if NEGATIVE:
         q = scaled(q, -1)
     top = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -276,6 +290,7 @@ def attention_fwd_kernel(
     if begin < masked:
         for e in range(begin, masked):
             origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
+            key = token_at(visit_ptr, key, None)
             k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, None, E, PARTS, UNIT, VISIT)
             v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, None, E, PARTS, UNIT, VISIT)
             sums, top, total = online_softmax(sums, top, total, dot_t(q, k), v, scale, False)
@@ -287,8 +302,13 @@ def attention_fwd_kernel(
         for e in range(masked, end):
             origin, key = load_visited(tiles_ptr, e, H, W, VISIT, RUNS)
             real = key < key_end
-            k = load_rows(k_ptr, k_box, origin, start, H, W, b, key_head, key, k_stride_s, real, E, PARTS, UNIT, VISIT)
-            v = load_rows(v_ptr, v_box, origin, start, H, W, b, key_head, key, v_stride_s, real, E, PARTS, UNIT, VISIT)
+            at_key = token_at(visit_ptr, key, real)
+            k = load_rows(
+                k_ptr, k_box, origin, start, H, W, b, key_head, at_key, k_stride_s, real, E, PARTS, UNIT, VISIT
+            )
+            v = load_rows(
+                v_ptr, v_box, origin, start, H, W, b, key_head, at_key, v_stride_s, real, E, PARTS, UNIT, VISIT
+            )
             scores = dot_t(q, k)
             see = seen(reach, origin, key, start, visit_end, stop, key_end, H, W, PLANNED, VISIT, AXES, RUNS)
             scores = tl.where(see, scores, float("-inf"))
@@ -298,9 +318,9 @@ def attention_fwd_kernel(
     total = tl.where(nothing, 1.0, total)
     out = scaled(sums, (1.0 / total)[:, None])
     # out is dense [B, Sq, H, E], lse [B, H, Sq]
-    store_tile(out_ptr + (b * Sq * heads + head) * E, token, heads * E, valid, out, E)
+    store_tile(out_ptr + (b * Sq * heads + head) * E, at, heads * E, valid, out, E)
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN_2)
-    tl.store(lse_ptr + (b * heads + head) * Sq + token, lse, mask=valid)
+    tl.store(lse_ptr + (b * heads + head) * Sq + at, lse, mask=valid)
 
 
 def describe(x, visit, size: tuple[int, int, int]) -> TensorDescriptor | None:
@@ -338,12 +358,12 @@ def arrange(q, k, mode, tile, transposed: bool, padded: bool) -> tuple[dict, int
     own, visit = (tile.keys, tile.queries) if transposed else (tile.queries, tile.keys)
     if not mode[0]:
         own_len = k.shape[1] if transposed else q.shape[1]
-        nothing = dict(rows_ptr=None, tiles_ptr=None, reach_ptr=None)
+        nothing = dict.fromkeys(TABLES)
         settings = dict(OWN=(1, 1, own), VISIT=(1, 1, visit), AXES=(False,) * 3, RUNS=False)
         launch = dict(num_warps=tile.warps, num_stages=tile.stages)
         return nothing | settings | launch, -(-own_len // own), (1, 1, q.shape[1] if transposed else k.shape[1])
     p = plan(q.shape[1], k.shape[1], *mode, tile.halves(own), visit, transposed, padded, q.device)
-    tables = dict(rows_ptr=p.rows, tiles_ptr=p.tiles, reach_ptr=p.reach)
+    tables = dict(zip(TABLES, (p.rows, p.tiles, p.reach, p.own_tokens, p.visit_tokens), strict=True))
     settings = dict(OWN=p.own_box, VISIT=p.visit_box, AXES=p.axes, RUNS=p.runs)
     warps = tile.warps * math.prod(p.own_box) // own
     return tables | settings | dict(num_warps=warps, num_stages=tile.stages), p.rows.shape[0], p.visit_size
@@ -358,7 +378,7 @@ def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
     for heads, rule in by_head(mode, H):
         tile = config.forward(E, q.dtype, config.capability(q.device), bool(rule[0]))
         planned, owners, size = arrange(q, k, rule, tile, False, kv_lens is not None)
-        tables = [planned.pop(name) for name in ("rows_ptr", "tiles_ptr", "reach_ptr")]
+        tables = [planned.pop(name) for name in TABLES]
         boxes = describe_all(tile, planned, size, kv_lens is not None, k, v)
         attention_fwd_kernel[(owners * B * len(heads),)](
             q, k, v, *boxes, out, lse, kv_lens, head_table(heads, H, q.device), *tables, *strides,

@@ -1,8 +1,8 @@
 """What a call asks for, checked and in one form, and what becomes of it where heads keep rules of their own.
 
-The form the private ops take: (grids flat, window, stride, chunk, sink, text_len, text_first). `grids` and `window` are
-None for none, never empty: programs that torch compiles ahead of time lose an empty list. `window` and `stride` are one
-triple, or one after another for every query head.
+The form the private ops take: (grids flat, window, stride, dilation, causal, sink, text_len, text_first). `grids` and
+`window` are None for none, never empty: programs that torch compiles ahead of time lose an empty list. `window` and
+`stride` are one triple, or one after another for every query head. `causal` is the side of a chunk on each axis, or 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from .. import _check
 
 Box = tuple[int, int, int]
-Form = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, int, bool]
+Form = tuple[tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...], Box, Box, int, int, bool]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Mode:
     clips: tuple[Box, ...]
     window: tuple[int, ...]
     stride: tuple[int, ...]
-    chunk: int
+    dilation: Box
+    causal: Box
     sink: int
     text_len: int
     text_first: bool
@@ -39,13 +40,16 @@ class Mode:
         return (self.q_len - self.text_len) // (clip[1] * clip[2]) if len(self.clips) == 1 else clip[0]
 
 
-def mode_of(q_len: int, k_len: int, grids, window, stride, chunk, sink, text_len, text_first) -> Mode:
+def mode_of(
+    q_len: int, k_len: int, grids, window, stride, dilation, causal, sink, text_len, text_first
+) -> Mode:  # fmt: skip
     clips = tuple(tuple(grids[i : i + 3]) for i in range(0, len(grids or ()), 3))
-    return Mode(q_len, k_len, clips, tuple(window or ()), tuple(stride), chunk, sink, text_len, bool(text_first))
+    rules = tuple(window or ()), tuple(stride), tuple(dilation), tuple(causal)
+    return Mode(q_len, k_len, clips, *rules, sink, text_len, bool(text_first))
 
 
 def resolve(
-    op: str, q_len: int, k_len: int, grid, grids, window, stride, causal, sink, text_len, text_at,
+    op: str, q_len: int, k_len: int, grid, grids, window, stride, dilation, causal, sink, text_len, text_at,
     heads: int | None = None,
 ) -> Form:  # fmt: skip
     """The mode in the form the ops take, for so many query heads; None: as many as there are rules.
@@ -53,7 +57,7 @@ def resolve(
     A mode that hides nothing comes out as plain attention, without grids, and heads that all keep one rule as that
     rule. Raises ValueError naming the argument.
     """
-    key = op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at, heads
+    key = op, q_len, k_len, grid, grids, window, stride, dilation, causal, sink, text_len, text_at, heads
     if torch.compiler.is_compiling():
         return _resolve(*key)
     try:
@@ -64,7 +68,7 @@ def resolve(
 
 
 def _resolve(
-    op: str, q_len: int, k_len: int, grid, grids, window, stride, causal, sink, text_len, text_at, heads
+    op: str, q_len: int, k_len: int, grid, grids, window, stride, dilation, causal, sink, text_len, text_at, heads
 ) -> Form:
     if grid is not None and grids is not None:
         raise ValueError(f"{op}: give grid (one clip size) or grids (packed clips), not both")
@@ -74,14 +78,14 @@ def _resolve(
         raise ValueError(
             f"{op}: window and stride must be one rule or one for each head; got {len(windows)} and {len(strides)}"
         )
-    chunk = 0 if causal is None else 1 if isinstance(causal, str) and causal == "frame" else causal
-    if causal is not None and not (_check.is_integer(chunk) and chunk >= 1):
-        raise ValueError(f"{op}: causal must be None, 'frame' or a number of frames per chunk >= 1; got {causal!r}")
+    dilation = _check.triple(op, "dilation", _check.per_axis(dilation))
+    causal = _causal(op, causal)
     _check.choice(op, "text_at", text_at, ("end", "start"))
-    chunk, sink = _check.integer(op, "causal", chunk), _check.integer(op, "sink", sink)
+    sink = _check.integer(op, "sink", sink)
     text_len = _check.integer(op, "text_len", text_len)
     if grid is None and grids is None:
-        rules = dict(window=window is not None, causal=chunk > 0, sink=sink > 0, text_len=text_len > 0)
+        rules = dict(window=window is not None, dilation=max(dilation) > 1, causal=any(causal), sink=sink > 0)
+        rules |= dict(text_len=text_len > 0)
         for name, given in rules.items():
             if given:
                 raise ValueError(f"{op}: {name} needs grid=(T, H, W) (or grids) to know where the tokens are; got none")
@@ -89,8 +93,16 @@ def _resolve(
         raise ValueError(
             f"{op}: stride={stride} groups the queries of a window; give window as well, or leave stride 1"
         )
+    if max(dilation) > 1 and window is None:
+        raise ValueError(
+            f"{op}: dilation={dilation} thins out the keys of a window; give window as well, or leave dilation 1"
+        )
+    if max(dilation) > 1 and sink:
+        raise ValueError(f"{op}: sink must be 0 with dilation, whose groups do not see each other; got {sink}")
+    if sink and any(causal[1:]):
+        raise ValueError(f"{op}: sink must be 0 with causal along h or w, for its frames are seen whole; got {sink}")
     clips = _clips(op, q_len, k_len, grid, grids, text_len)
-    rest = chunk, sink, text_len, text_at == "start"
+    rest = dilation, causal, sink, text_len, text_at == "start"
     count = max(len(windows), len(strides))
     if count == 1:
         return _reduced(clips, windows[0] or (), strides[0], *rest)
@@ -115,6 +127,19 @@ def by_head(form: Sequence, heads: int) -> list[tuple[tuple[int, ...], Form]]:
         own = slice(3 * head, 3 * head + 3)
         rules.setdefault((*window[own], *stride[own]), []).append(head)
     return [(tuple(keep), _reduced(clips, rule[:3], rule[3:], *rest)) for rule, keep in rules.items()]
+
+
+def _causal(op: str, causal: object) -> Box:
+    """The side of a chunk on each axis; 0 for none."""
+    if isinstance(causal, tuple | list) and len(causal) == 3 and all(_check.is_integer(n) and n >= 0 for n in causal):
+        return tuple(n if isinstance(n, torch.SymInt) else int(n) for n in causal)
+    chunk = 0 if causal is None else 1 if isinstance(causal, str) and causal == "frame" else causal
+    if causal is not None and not (_check.is_integer(chunk) and chunk >= 1):
+        raise ValueError(
+            f"{op}: causal must be None, 'frame', a number of frames per chunk >= 1, or the sides (t, h, w) of a chunk "
+            f"with 0 on an axis that is not causal; got {causal!r}"
+        )
+    return chunk, 0, 0
 
 
 def is_list(value: object) -> bool:
@@ -162,14 +187,17 @@ def _clips(op: str, q_len: int, k_len: int, grid, grids, text_len: int) -> list[
     return clips
 
 
-def _reduced(clips, window, stride, chunk: int, sink: int, text_len: int, text_first: bool) -> Form:
+def _reduced(
+    clips, window, stride, dilation: Box, causal: Box, sink: int, text_len: int, text_first: bool
+) -> Form:  # fmt: skip
     """One rule without what hides nothing."""
-    if window and not chunk and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
+    thinned = any(causal) or max(dilation) > 1
+    if window and not thinned and all(w >= n for g in clips for w, n in zip(window, g, strict=True)):
         window = ()
-    if len(clips) < 2 and not window and not chunk:
+    if len(clips) < 2 and not window and not any(causal):
         clips = []
     stride, sink = (stride, sink) if window else ((1, 1, 1), 0)
-    return _flat(clips) or None, tuple(window) or None, tuple(stride), chunk, sink, text_len, text_first
+    return _flat(clips) or None, tuple(window) or None, tuple(stride), dilation, causal, sink, text_len, text_first
 
 
 def _flat(triples: Sequence[Sequence[int]]) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 from .. import _check, _dispatch, _flops, _library
 from .._autograd import apply, derive, needs_grad, once_differentiable, transformed
-from .._operands import dense, like, parameter
+from .._operands import dense, like, narrow, parameter
 from . import config, reference
 from .mode import resolve
-from .plan import seen_pairs
+from .plan import check_padding, seen_pairs
 
 MAX_WIDTH = 256  # of a head, in the registers of a Triton program
+MAX_GATED = 16384  # likewise, where nothing else is
 
 
 def spacetime_attention(
@@ -32,7 +33,8 @@ def spacetime_attention(
     grids: Sequence[Sequence[int]] | None = None,
     window: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
-    causal: str | int | None = None,
+    dilation: int | Sequence[int] = 1,
+    causal: str | int | Sequence[int] | None = None,
     sink: int = 0,
     text_len: int = 0,
     text_at: str = "end",
@@ -51,12 +53,15 @@ def spacetime_attention(
     grids    [(T, H, W), ...] instead of grid, with B = 1: clips packed one after another that do not see each other
     window   (wt, wh, ww) in tokens. On an axis of length L a query sees exactly min(w, L) keys: from
              clamp(leader − w//2, 0, L − w) on. The leader of query i is min((i//s)·s + s//2, L − 1)
-    stride   s, an int or one per axis. 1: neighbourhood attention; the side of a tile: sliding-tile attention
+    stride   s, an int or one per axis. 1: neighbourhood attention; the side of a tile: sliding-tile attention, whose
+             window of an even number n of tiles sees n + 1 of them, an odd one n: give that many tiles' tokens
     window, stride   also a list of triples, one for each of the H heads: spatial and temporal heads, a tile window of
              its own for each head. (T, H, W) sees the whole clip
-    causal   "frame", or n for chunks of n frames: a query sees its own and earlier chunks. With window, the time
-             window is the wt frames that end with the last frame of the query's chunk; along t the chunk takes the
-             place of the stride's group
+    dilation d, an int or one per axis, beside a window: the tokens whose index is the same modulo d are an axis of
+             their own, on which window, stride and causal count; the others are not seen. No sink, no kv_lens
+    causal   "frame", or n for chunks of n frames: a query sees its own and earlier chunks. (t, h, w): the chunk's side
+             on each axis, 0 where it is not causal. With a window, that is the w indices that end with the last of the
+             query's chunk; or, with a stride, with the last of its stride's group, without those after its chunk
     sink     the first n frames (of each clip) are seen whole whatever the window; causal still holds
     text_len text tokens after (text_at="end") or before ("start") the video: they see and are seen by everything
     kv_lens  [B] int32 or int64: only the first kv_lens[b] keys are real. The others are never read as numbers: they
@@ -81,12 +86,12 @@ def spacetime_attention(
     no measurement recorded in `attention/config.py` says that `triton` is faster there.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
-    Sources: neighbourhood attention with stride, arXiv 2504.16922; sliding tiles, arXiv 2502.04507; sinks,
-    arXiv 2309.17453.
+    Sources: neighbourhood attention with stride, dilation and causal axes, arXiv 2504.16922; sliding tiles,
+    arXiv 2502.04507; sinks, arXiv 2309.17453.
     """
     op = "spacetime_attention"
     _check.alone(op)
-    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.flag(op, "return_lse", return_lse)
@@ -108,7 +113,8 @@ def attention_forward(
     grids: Sequence[Sequence[int]] | None = None,
     window: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
-    causal: str | int | None = None,
+    dilation: int | Sequence[int] = 1,
+    causal: str | int | Sequence[int] | None = None,
     sink: int = 0,
     text_len: int = 0,
     text_at: str = "end",
@@ -117,7 +123,7 @@ def attention_forward(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `spacetime_attention`, not recorded: for schedules that keep the pieces. Has tangents."""
-    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
     mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
     _check.choice("attention_forward", "impl", impl, _dispatch.IMPLS)
     impl = _choose(impl, q, k, mode, False)
@@ -140,7 +146,8 @@ def attention_backward(
     grids: Sequence[Sequence[int]] | None = None,
     window: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
-    causal: str | int | None = None,
+    dilation: int | Sequence[int] = 1,
+    causal: str | int | Sequence[int] | None = None,
     sink: int = 0,
     text_len: int = 0,
     text_at: str = "end",
@@ -155,7 +162,7 @@ def attention_backward(
     split add up. Raises as `spacetime_attention` does.
     """
     op = "attention_backward"
-    rules = grid, grids, window, stride, causal, sink, text_len, text_at
+    rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     B, Sq, H, _ = q.shape
     for name, t in (("dout", dout), ("out", out)):
@@ -204,6 +211,34 @@ def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple
     return (share_a * out_a + share_b * out_b).to(out_a.dtype), lse
 
 
+def gate_heads(x: Tensor, gate: Tensor, *, scale: float = 2.0, impl: str = "auto") -> Tensor:
+    """scale · sigmoid(gate) · x: the output gate of each head of an attention
+
+    x        [B, S, H, E], float32, bfloat16, float16 (float64 in `reference`), any strides
+    gate     [B, S, H], logits of any float dtype, any strides
+    scale    2 as in LTX-2, whose gates begin at 1; 1 as in gated attention
+    impl     "auto", "reference", "cpu" or "triton"
+
+    Returns [B, S, H, E] in x's dtype, dense. A step of its own behind any attention - PyTorch's, a ring's, the host's -
+    and not an epilogue of ours: it costs two passes over x, where attention of S tokens costs S operations an element.
+    Computed in fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
+    one rounding, for the output and both gradients, which two runs give bit for bit. Forward mode, torch.func and,
+    under it, higher orders: by the reference's formula (README, Derivatives).
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    Source: gated attention, arXiv 2505.06708.
+    """
+    op = "gate_heads"
+    _check.tensor(op, "x", x, "[B, S, H, E]", ndim=4)
+    _check.exact(op, "gate", gate, tuple(x.shape[:3]), "[B, S, H] of x")
+    _check.same_device(op, x, {"gate": gate})
+    scale = _finite(op, scale)
+    x, gate = narrow(x, (x, gate))
+    grad = needs_grad((x, gate))
+    impl = _dispatch.choose(op, impl, x, grad=grad, limits=_dispatch.within(MAX_GATED, x.shape[3], "heads"))
+    return apply(_GateHeads, x, gate, scale, impl) if grad else _gate_heads(x, gate, scale, impl)
+
+
 # Validation and choice
 
 
@@ -216,10 +251,16 @@ def _resolve(op, q, k, v, rules, kv_lens, scale) -> list:
         raise ValueError(f"{op}: grids packs the clips into one sequence, so B must be 1; got {B}")
     if kv_lens is not None:
         _check_kv_lens(op, kv_lens, q, k.shape[1])
-    scale = max(E, 1) ** -0.5 if scale is None else _check.number(op, "scale", scale)
+        check_padding(op, mode)
+    scale = max(E, 1) ** -0.5 if scale is None else _finite(op, scale)
+    return [parameter(kv_lens), *mode, scale]
+
+
+def _finite(op: str, scale: object) -> float:
+    scale = _check.number(op, "scale", scale)
     if not abs(scale) < math.inf:
         raise ValueError(f"{op}: scale must be a finite number; got {scale}")
-    return [parameter(kv_lens), *mode, scale]
+    return scale
 
 
 def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool) -> str:
@@ -286,8 +327,8 @@ def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
 # The private ops
 
 _MODE = (
-    "Tensor? kv_lens, SymInt[]? grids, SymInt[]? window, SymInt[] stride, SymInt chunk, SymInt sink, "
-    "SymInt text_len, bool text_first, float scale"
+    "Tensor? kv_lens, SymInt[]? grids, SymInt[]? window, SymInt[] stride, SymInt[] dilation, SymInt[] causal, "
+    "SymInt sink, SymInt text_len, bool text_first, float scale"
 )
 _FWD, _BWD, _KERNELS = "spacetime_attention_fwd", "spacetime_attention_bwd", ".attention.kernels"
 
@@ -322,19 +363,20 @@ _library.define(
 
 
 def _flops_fwd(
-    q, k, v, kv_lens, grids, window, stride, chunk, sink, text_len, text_first, scale, out, lse, *, out_val=None
-) -> int:
+    q, k, v, kv_lens, grids, window, stride, dilation, causal, sink, text_len, text_first, scale, out, lse, *,
+    out_val=None,
+) -> int:  # fmt: skip
     """Two products for each pair that is seen. What `kv_lens` hides counts too: reading it would wait for a GPU."""
-    return 2 * _multiplied(q, k, grids, window, stride, chunk, sink, text_len, text_first)
+    return 2 * _multiplied(q, k, grids, window, stride, dilation, causal, sink, text_len, text_first)
 
 
 def _flops_bwd(
-    dout, dlse, q, k, v, out, lse, kv_lens, grids, window, stride, chunk, sink, text_len, text_first, scale,
+    dout, dlse, q, k, v, out, lse, kv_lens, grids, window, stride, dilation, causal, sink, text_len, text_first, scale,
     deterministic=True, dq=None, dk=None, dv=None, *, out_val=None,
 ) -> int:  # fmt: skip
     """Five: the scores once more, dO Vᵀ, and one for each gradient."""
     products = 1 + (dq is not None or dk is not None) + sum(d is not None for d in (dq, dk, dv))
-    return products * _multiplied(q, k, grids, window, stride, chunk, sink, text_len, text_first)
+    return products * _multiplied(q, k, grids, window, stride, dilation, causal, sink, text_len, text_first)
 
 
 def _multiplied(q, k, *form) -> int:
@@ -399,3 +441,48 @@ class _SpacetimeAttention(torch.autograd.Function):
         args = dout, dlse, q, k, v, out, lse, kv_lens, *ctx.constants
         grads = _spacetime_attention_backward(*args, wanted=ctx.needs_input_grad[:3])
         return *grads, None, *(None for _ in ctx.constants)
+
+
+# gate_heads
+
+_library.define(
+    "gate_heads_fwd",
+    "(Tensor x, Tensor gate, float scale, Tensor(a!) out) -> ()",
+    reference=lambda x, gate, scale, out: out.copy_(reference.gate_heads(x, gate, scale)),
+    impls={"triton": f"{_KERNELS}_gate:gate_heads_fwd", "cpu": None},
+)
+_library.define(
+    "gate_heads_bwd",
+    "(Tensor dout, Tensor x, Tensor gate, float scale, Tensor(a!)? dx, Tensor(b!)? dgate) -> ()",
+    reference=lambda dout, x, gate, scale, dx, dgate: _library.vjp(
+        lambda x, gate: reference.gate_heads(x, gate, scale), dict(x=x, gate=gate), (dout,), dict(x=dx, gate=dgate)
+    ),
+    impls={"triton": f"{_KERNELS}_gate:gate_heads_bwd", "cpu": None},
+)
+
+
+def _gate_heads(x, gate, scale, impl) -> Tensor:
+    out = like(x)
+    _library.call("gate_heads_fwd", impl)(dense(x), gate, scale, out)
+    return out
+
+
+class _GateHeads(torch.autograd.Function):
+    @staticmethod
+    def formula(x, gate, scale, impl):
+        return reference.gate_heads(x, gate, scale)
+
+    @staticmethod
+    def forward(ctx, x, gate, scale, impl):
+        ctx.save_for_backward(x, gate)
+        ctx.settings = scale, impl
+        return _gate_heads(x, gate, scale, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, gate = ctx.saved_tensors
+        scale, impl = ctx.settings
+        dx, dgate = (like(t, needed) for t, needed in zip((x, gate), ctx.needs_input_grad, strict=False))
+        _library.call("gate_heads_bwd", impl)(dense(dout), dense(x), gate, scale, dx, dgate)
+        return dx, dgate, None, None

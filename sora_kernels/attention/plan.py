@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from .. import _check
 from .._kept import kept
 from .config import choose_boxes
-from .mode import Box, Mode, by_head, is_list, mode_of, resolve
+from .mode import Box, Form, Mode, by_head, is_list, mode_of, resolve
 from .reference import FAR, reach
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class AttentionPlan:
     own_box, visit_box   (t, h, w) of a tile; a run is as many tokens
     visit_size   the sides of the visited clip after axes were merged; None unless it is one clip without text and sink
     axes     which of t, h, w can hide a key;  runs: whether any tile is a run
+    own_tokens, visit_tokens   with a dilation tokens stand in an order of their own, in which those of a dilation group
+             are neighbours on each axis: int32, the token at each place of it. All else speaks of places. Else None
     """
 
     rows: Tensor
@@ -54,6 +56,8 @@ class AttentionPlan:
     visit_size: Box | None
     axes: tuple[bool, bool, bool]
     runs: bool
+    own_tokens: Tensor | None
+    visit_tokens: Tensor | None
     transposed: bool
     q_len: int
     k_len: int
@@ -103,7 +107,8 @@ def attention_plan(
     grids: Sequence[Sequence[int]] | None = None,
     window: Sequence[int] | Sequence[Sequence[int]] | None = None,
     stride: int | Sequence[int] | Sequence[Sequence[int]] = 1,
-    causal: str | int | None = None,
+    dilation: int | Sequence[int] = 1,
+    causal: str | int | Sequence[int] | None = None,
     sink: int = 0,
     text_len: int = 0,
     text_at: str = "end",
@@ -127,7 +132,9 @@ def attention_plan(
     q_len = _check.integer(op, "q_len", q_len)
     k_len = q_len if k_len is None else _check.integer(op, "k_len", k_len)
     padded, transposed = _check.flag(op, "padded", padded), _check.flag(op, "transposed", transposed)
-    form = resolve(op, q_len, k_len, grid, grids, window, stride, causal, sink, text_len, text_at)
+    form = resolve(op, q_len, k_len, grid, grids, window, stride, dilation, causal, sink, text_len, text_at)
+    if padded:
+        check_padding(op, form)
     sizes = []
     for name, t in (("tile", tile), ("key_tile", key_tile)):
         t = _check.integer(op, name, t, 1) if _check.is_integer(t) else _check.triple(op, name, t)
@@ -142,10 +149,16 @@ def attention_plan(
     return plans if is_list(window) or is_list(stride) else plans[0][1]
 
 
-def plan(q_len, k_len, grids, window, stride, chunk, sink, text_len, text_first, own, visit, transposed, padded,
-         device) -> AttentionPlan:  # fmt: skip
+def check_padding(op: str, form: Form) -> None:
+    """Raises ValueError where kv_lens would hide some keys of every dilation group."""
+    if max(form[3]) > 1:
+        raise ValueError(f"{op}: dilation={tuple(form[3])} takes no kv_lens; cut off the padding, or leave dilation 1")
+
+
+def plan(q_len, k_len, grids, window, stride, dilation, causal, sink, text_len, text_first, own, visit, transposed,
+         padded, device) -> AttentionPlan:  # fmt: skip
     """`attention_plan` of a resolved mode of one rule. own: alternatives, of which the plan takes the fastest."""
-    mode = mode_of(q_len, k_len, grids, window, stride, chunk, sink, text_len, text_first)
+    mode = mode_of(q_len, k_len, grids, window, stride, dilation, causal, sink, text_len, text_first)
     return _build(mode, own, visit, transposed, padded, device)
 
 
@@ -179,28 +192,32 @@ def _heads(heads: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Clip:
-    """What the tokens of one clip reach: an interval of the visited side per axis, `[lo, hi)`, for each own index.
+    """What the tokens of one clip reach: an interval of the visited side per axis, `[lo, hi)`, for each own place.
 
     axes     (lo, hi, visited length) along t, h, w. An axis seen whole is merged with the one before; axes of length 1
-             take its place in front. lo and hi never fall, so what a tile of indices reaches is an interval too, and
-             so are the queries that reach a key
+             take its place in front. lo and hi never fall, so what a tile of places reaches is an interval too, and
+             so are the queries that reach a key. Places are indices, on a dilated axis one dilation group after another
     lead     the first axis that is not padding
-    kept     sink tokens that index i along it sees; lo is not below them, so that nothing is seen twice. Transposed:
+    kept     sink tokens that place i along it sees; lo is not below them, so that nothing is seen twice. Transposed:
              how many of the lead's first keys are sink. Whatever the window, every query from `lo` on sees those
     """
 
     def __init__(self, mode: Mode, size: Box, device: torch.device | str, transposed: bool) -> None:
-        self.size, self.transposed = size, transposed
+        self.size, self.transposed, self.mode = size, transposed, mode
         i = torch.arange(max(size), device=device)
         queries = torch.stack((torch.zeros_like(i), i, i, i, *(torch.full_like(i, n) for n in size)), -1)
-        lo, hi, kept = reach(queries, mode.window, mode.stride, mode.chunk, mode.sink)
+        lo, hi, kept = reach(queries, mode.window, mode.stride, mode.dilation, mode.causal, mode.sink)
         lo[:, 1] = torch.maximum(lo[:, 1], kept)
-        now = slice(size[0] - mode.frames(size), size[0])
-        self.kept = kept[now] * (size[1] * size[2])
+        self.asking, self.asked = self._order(i, size[0] - mode.frames(size)), self._order(i, 0)
+        self.kept = kept[self.asking[0]] * (size[1] * size[2])
         axes = []
-        for axis, n in enumerate(size):
-            first, last = (x[now if axis == 0 else slice(n), 1 + axis].contiguous() for x in (lo, hi))
-            if axis == 0 or mode.window and any(mode.window[axis] < clip[axis] for clip in mode.clips):
+        for axis, (n, d) in enumerate(zip(size, mode.dilation, strict=True)):
+            first, last = lo[self.asking[axis], 1 + axis], hi[self.asking[axis], 1 + axis]
+            if d > 1:
+                place = self.asked[axis].argsort()
+                first, last = place[first], place[last - 1] + 1
+            some = mode.window and any(mode.window[axis] < clip[axis] for clip in mode.clips)
+            if axis == 0 or some or mode.causal[axis] or d > 1:
                 axes.append((first, last, n))
                 continue
             if len(axes) == 1:
@@ -219,6 +236,20 @@ class Clip:
                 if axis == self.lead:
                     first = torch.minimum(first, torch.searchsorted(sinks, j, right=True))
                 self.axes[axis] = (first, past, lo.shape[0])
+
+    def _order(self, i: Tensor, first: int) -> list[Tensor]:
+        """The indices along t (from `first` on), h and w, in the order of their places."""
+        orders = []
+        for n, d, start in zip(self.size, self.mode.dilation, (first, 0, 0), strict=True):
+            orders.append(torch.cat([i[start + (group - start) % d : n : d] for group in range(d)]))
+        return orders
+
+    def tokens(self, of_queries: bool) -> Tensor:
+        """The token at each place of the queries, or of the keys, counted from the clip's first."""
+        t, h, w = self.asking if of_queries else self.asked
+        _, H, W = self.size
+        t = t - (self.size[0] - self.mode.frames(self.size) if of_queries else 0)
+        return ((t[:, None, None] * H + h[:, None]) * W + w).flatten()
 
     def step(self, axis: int) -> int:
         """Tokens from one index along the axis to the next."""
@@ -266,7 +297,7 @@ def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
     total, whole = everything.shape[0], visit_len // step
     origin = torch.arange(own_text_at, own_text_at + own_text, math.prod(own_box), device=device)
     rows = [_rows(0, whole, total, ~origin, own_text_at, own_text_at + own_text, 0, visit_len, visit_len, 1, 1)]
-    tiles, reaches = [~everything], []
+    tiles, reaches, tokens = [~everything], [], ([], [])
 
     q_start = k_start = mode.text_len if mode.text_first else 0
     for size, boxes in zip(mode.clips, most, strict=True):
@@ -295,20 +326,27 @@ def _build(mode, own, visit, transposed, padded, device) -> AttentionPlan:
         tiles.append(listed.flatten())
         total += listed.numel()
         reaches.append(clip.reach())
+        tokens[transposed].append(clip.tokens(True) + q_start)
+        tokens[not transposed].append(clip.tokens(False) + k_start)
         q_start, k_start = q_end, k_end
 
     text = torch.full((7, own_text), FAR, dtype=torch.int32, device=device)
     text[:6:2] = -FAR
-    reaches.insert(0 if mode.text_first else len(reaches), text)
+    at_text = 0 if mode.text_first else len(reaches)
+    reaches.insert(at_text, text)
+    for side, first, length in ((tokens[0], own_text_at, own_text), (tokens[1], visit_text_at, visit_text)):
+        side.insert(at_text, torch.arange(first, first + length, device=device))
+    own_tokens, visit_tokens = (torch.cat(x).int() if max(mode.dilation) > 1 else None for x in tokens)
     rows = torch.cat(rows)
     order = torch.argsort(rows[:, 2] - rows[:, 0], descending=True, stable=True)
     sides = zip(own_box, visit_box, *([max(lo.shape[0], n) for lo, _, n in c.axes] for c in on_host), strict=True)
-    one_box = len(on_host) == 1 and not (mode.text_len or mode.sink)
+    one_box = len(on_host) == 1 and not (mode.text_len or mode.sink or max(mode.dilation) > 1)
     return AttentionPlan(
         rows=rows[order], tiles=torch.cat(tiles).int(), reach=torch.cat(reaches, 1), own_box=own_box,
         visit_size=tuple(n for _, _, n in on_host[0].axes) if one_box else None,
         visit_box=visit_box, axes=tuple(max(side) > 1 for side in sides), transposed=transposed, q_len=mode.q_len,
         runs=bool(own_text or visit_text or mode.sink), k_len=mode.k_len, text_len=mode.text_len,
+        own_tokens=own_tokens, visit_tokens=visit_tokens,
     )  # fmt: skip
 
 

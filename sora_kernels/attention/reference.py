@@ -34,49 +34,59 @@ def token_table(
 
 
 def reach(
-    queries: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, window: Sequence[int], stride: Sequence[int], dilation: Sequence[int], causal: Sequence[int],
+    sink: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The box `[lo, hi)` over (clip, t, h, w) that each query sees, and `kept`: it also sees all frames below it.
 
-    `window` is empty for none, `chunk` 0 for not causal.
+    `window` is empty for none. `causal`: the side of a chunk on each axis, 0 where it is not causal. Of a dilated axis
+    it sees every `dilation`-th index, from lo on: its own group's, which are an axis of their own.
     """
     clip, size = queries[:, 0], queries[:, 4:]
     lo, hi, kept = [clip], [clip + 1], size[:, 0]
-    for axis in range(3):
-        i, L = queries[:, 1 + axis], size[:, axis]
+    for axis, (d, chunk) in enumerate(zip(dilation, causal, strict=True)):
+        group, i = queries[:, 1 + axis] % d, queries[:, 1 + axis] // d
+        L = (size[:, axis] - group + d - 1) // d
         first, last = torch.zeros_like(L), L
-        if axis == 0 and chunk:
-            kept = last = torch.minimum((i // chunk + 1) * chunk, L)
-            if window:
-                first = (last - window[0]).clamp_min(0)
+        if chunk:
+            last = torch.minimum((i // chunk + 1) * chunk, L)
+            kept = last if axis == 0 else kept
+        s = stride[axis]
+        if window and chunk:
+            end = torch.maximum(torch.minimum((i // s + 1) * s, L), last)
+            first = (end - window[axis]).clamp_min(0)
         elif window:
-            w, s = L.clamp_max(window[axis]), stride[axis]
+            w = L.clamp_max(window[axis])
             leader = torch.minimum(i // s * s + s // 2, L - 1)
             first = torch.minimum((leader - w // 2).clamp_min(0), L - w)
             last = first + w
-        lo.append(first)
-        hi.append(last)
+        lo.append(first * d + group)
+        hi.append((last - 1) * d + group + 1)
     text = (clip < 0)[:, None]
     kept = kept.clamp_max(sink).masked_fill(text[:, 0], FAR)
     return torch.stack(lo, -1).masked_fill(text, -FAR), torch.stack(hi, -1).masked_fill(text, FAR), kept
 
 
 def visible(
-    queries: Tensor, keys: Tensor, window: Sequence[int], stride: Sequence[int], chunk: int, sink: int
-) -> Tensor:
+    queries: Tensor, keys: Tensor, window: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+    causal: Sequence[int], sink: int,
+) -> Tensor:  # fmt: skip
     """Bool `[Sq, Sk]`: which query sees which key. Both are rows of a `token_table`."""
-    lo, hi, kept = reach(queries, window, stride, chunk, sink)
+    lo, hi, kept = reach(queries, window, stride, dilation, causal, sink)
     clip, t = keys[:, 0], keys[:, 1]
     seen = (t < kept[:, None]) & (clip == queries[:, :1])
     box = torch.ones_like(seen)
     for axis in range(4):
         box &= (keys[:, axis] >= lo[:, axis, None]) & (keys[:, axis] < hi[:, axis, None])
+    for axis, d in enumerate(dilation):
+        if d > 1:
+            box &= ((keys[:, 1 + axis] - queries[:, 1 + axis, None]) % d == 0) | (queries[:, :1] < 0)
     return seen | box | (clip < 0)
 
 
 def masks(
     q: Tensor, k: Tensor, kv_lens: Tensor | None, grids: Sequence[int] | None, window: Sequence[int] | None,
-    stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool,
+    stride: Sequence[int], dilation: Sequence[int], causal: Sequence[int], sink: int, text_len: int, text_first: bool,
 ) -> Iterator[tuple[slice, Tensor | None]]:  # fmt: skip
     """Chunks of query rows and their masks, broadcastable to `[B, H, rows, Sk]`; None sees everything.
 
@@ -93,7 +103,7 @@ def masks(
     for start in range(0, Sq, rows):
         part = slice(start, start + rows)
         rules = [(window[i : i + 3], stride[i : i + 3]) for i in range(0, len(window) or 3, 3)]
-        seen = [visible(queries[part], keys, *rule, chunk, sink) for rule in rules] if clips else []
+        seen = [visible(queries[part], keys, *rule, dilation, causal, sink) for rule in rules] if clips else []
         mask = torch.stack(seen) if clips else None
         yield part, real if mask is None else mask if real is None else mask & real
 
@@ -124,7 +134,8 @@ def widen(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None) -> tuple[Tens
 
 def spacetime_attention(
     q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, grids: Sequence[int] | None, window: Sequence[int] | None,
-    stride: Sequence[int], chunk: int, sink: int, text_len: int, text_first: bool, scale: float,
+    stride: Sequence[int], dilation: Sequence[int], causal: Sequence[int], sink: int, text_len: int, text_first: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output in q's dtype and the natural log-sum-exp of the scaled scores in fp32 (fp64 for fp64).
 
@@ -133,7 +144,7 @@ def spacetime_attention(
     """
     Q, K, V = widen(q, k, v, kv_lens)
     outs, lses = [Q[:, :, :0]], [Q.new_zeros(Q.shape[:2] + (0,))]
-    for rows, mask in masks(q, k, kv_lens, grids, window, stride, chunk, sink, text_len, text_first):
+    for rows, mask in masks(q, k, kv_lens, grids, window, stride, dilation, causal, sink, text_len, text_first):
         p, lse = softmax(scale * Q[:, :, rows] @ K.mT, mask)
         outs.append(p @ V)
         lses.append(lse)
@@ -142,8 +153,9 @@ def spacetime_attention(
 
 def spacetime_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None,
-    grids: Sequence[int], window: Sequence[int], stride: Sequence[int], chunk: int, sink: int, text_len: int,
-    text_first: bool, scale: float, out: Tensor | None = None, lse: Tensor | None = None,
+    grids: Sequence[int], window: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+    causal: Sequence[int], sink: int, text_len: int, text_first: bool, scale: float, out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v by the formula, chunk by chunk, so that memory stays bounded.
 
@@ -153,7 +165,7 @@ def spacetime_attention_backward(
     Q, K, V = widen(q, k, v, kv_lens)
     dQ, dK, dV = torch.zeros_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     G = grad_out.to(Q.dtype).transpose(1, 2)
-    for rows, mask in masks(q, k, kv_lens, grids, window, stride, chunk, sink, text_len, text_first):
+    for rows, mask in masks(q, k, kv_lens, grids, window, stride, dilation, causal, sink, text_len, text_first):
         g, scores = G[:, :, rows], scale * Q[:, :, rows] @ K.mT
         dP = g @ V.mT
         if lse is None:
@@ -173,3 +185,9 @@ def spacetime_attention_backward(
     groups = Q.shape[1] // max(k.shape[2], 1)
     dK, dV = (d.unflatten(1, (-1, max(groups, 1))).sum(2) for d in (dK, dV))
     return tuple(d.transpose(1, 2).to(x.dtype) for d, x in ((dQ, q), (dK, k), (dV, v)))
+
+
+def gate_heads(x: Tensor, gate: Tensor, scale: float = 2.0) -> Tensor:
+    """Heads `[B,S,H,E]` times scale · sigmoid of their gates `[B,S,H]`, in fp32 (fp64 for fp64) and x's dtype."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(compute) * (scale * gate.to(compute).sigmoid())[..., None]).to(x.dtype)
