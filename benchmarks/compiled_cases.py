@@ -118,7 +118,8 @@ def qknorm_rope() -> Iterator[Case]:
 
 
 def patchify() -> Iterator[Case]:
-    """Both ends of Wan 1.3B, one frame of 480p; lines of the frames of Wan 2.1's decoder and of Wan 2.2's."""
+    """Both ends of Wan 1.3B, one frame of 480p, narrow ones in fp32; lines of the frames of the decoders of Wan 2.1 and
+    of Wan 2.2."""
     grid, patch = (1, 30, 52), (1, 2, 2)
     yield Case(
         "patch_embed3d C=16 D=1536", op("patch_embed3d"),
@@ -133,6 +134,23 @@ def patchify() -> Iterator[Case]:
         "final_layer C=16 D=1536", op("final_layer", grid=grid, patch=patch),
         lambda: dict(x=draw(1, 1560, 1536), shift=draw(1, 1, 1536), scale=draw(1, 1, 1536), weight=draw(64, 1536) / 40,
                      bias=draw(64)), bounds={"patchify.kernels_final.PROGRAMS": 12},
+    )  # fmt: skip
+    yield Case(
+        "final_layer C=16 D=1536 per token", op("final_layer", grid=grid, patch=patch),
+        lambda: dict(x=draw(1, 1560, 1536), shift=draw(1, 1560, 1536), scale=draw(1, 1560, 1536),
+                     weight=draw(64, 1536) / 40, bias=draw(64)), bounds={"patchify.kernels_final.PROGRAMS": 12},
+    )  # fmt: skip
+    # fp32 is multiplied in fp32, without tensor cores: bound by its products.
+    whole = partial(draw, dtype=FP32)
+    yield Case(
+        "patch_embed3d C=16 D=512 fp32", op("patch_embed3d"),
+        lambda: dict(video=whole(1, 16, 1, 32, 32), weight=whole(512, 16, 1, 2, 2) / 8, bias=whole(512)),
+        products=True, bounds={"patchify.kernels_embed.PROGRAMS": 52, "patchify.kernels_embed.REDUCERS": 12},
+    )  # fmt: skip
+    yield Case(
+        "final_layer C=16 D=512 fp32", op("final_layer", grid=(1, 16, 16), patch=patch),
+        lambda: dict(x=whole(1, 256, 512), shift=whole(1, 1, 512), scale=whole(1, 1, 512), weight=whole(64, 512) / 20,
+                     bias=whole(64)), products=True, bounds={"patchify.kernels_final.PROGRAMS": 12},
     )  # fmt: skip
     pixels = op("video_to_uint8")
     yield Case("video_to_uint8 C=3 channels last", pixels, lambda: dict(video=video(1, 3, 2, 16, 832)), ("video",))

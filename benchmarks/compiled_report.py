@@ -45,10 +45,15 @@ Instructions are those of PTX, a lane's, for each element of the call's largest 
 mostly vanish in SASS, for each of the fewest bytes: an H200 can issue about {ISSUE} of SASS for each byte it copies.
 The rows tell them by class.
 """
-# kernel -> goal of its accesses -> why it misses it, in some call on some GPU
+# kernel -> goal of its accesses -> why it misses it, in some call on some GPU; or words in the name of a call -> why
 _PARAMETERS = "channels' parameters, a few bytes a lane, from L1"
 _SUMS = "lanes that hold one sum all store it: no bank conflicts"
 _FRAMES = "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; else: single bytes, 3 apart"
+_OPERANDS = {"fp32": "products without tensor cores read operands where copies left them, a row apart: in few banks"}
+_TOKENS = {
+    "per token": "ldmatrix of rows of scale, and of x beside them: Triton's pipeline does not swizzle the buffer of a "
+    "tile that is wanted in two layouts",
+}
 NOTES = {
     "norm_modulate_kernel": {
         "sectors": "fp32 tables beside bf16: 32 bytes a lane, from L1, in two loads that share sectors",
@@ -62,18 +67,20 @@ NOTES = {
     "gate_heads_bwd_kernel": {"16 bytes": "as forward"},
     "patch_embed3d_fwd_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, gathered 2 bytes a lane"
-    ),
+    ) | {"wavefronts": _OPERANDS},
     "patch_embed3d_dvideo_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, written 2 bytes a lane"
-    ),
+    ) | {"wavefronts": _OPERANDS},
     "patch_embed3d_dweight_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, gathered 2 bytes a lane for each block of D"
-    ),
+    ) | {"wavefronts": _OPERANDS},
     "unpatchify3d_kernel": {"sectors": "lines of 208 bytes end within a sector"},
     "final_layer_fwd_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, written 2 bytes a lane; so are scale and shift read"
-    ),
-    "final_layer_bwd_kernel": {"16 bytes": "statistics, 4 bytes a lane, from L1"},
+    ) | {"wavefronts": _TOKENS | _OPERANDS},
+    "final_layer_bwd_kernel": {
+        "16 bytes": "statistics, 4 bytes a lane, from L1", "wavefronts": _TOKENS | _OPERANDS,
+    },
     "video_to_uint8_kernel": dict.fromkeys(("sectors", "16 bytes"), _FRAMES),
     "norm_silu_fwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
     "norm_silu_bwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
@@ -142,8 +149,10 @@ def misses(row: Row, call_bytes: int) -> list[str]:
 
 def why(row: Row, missed: list[str]) -> str:
     """What is known of the goals that a kernel misses."""
-    known = NOTES.get(row["kernel"], {})
-    return "; ".join(dict.fromkeys(known.get(goal, "**unexplained**") for goal in missed))
+    reasons = [NOTES.get(row["kernel"], {}).get(goal, {}) for goal in missed]
+    reasons = [{"": reason} if isinstance(reason, str) else reason for reason in reasons]
+    found = [next((why for words, why in r.items() if words in row["case"]), "**unexplained**") for r in reasons]
+    return "; ".join(dict.fromkeys(found))
 
 
 def _issued(row: Row) -> float:

@@ -92,12 +92,19 @@ def test_every_miss_has_its_reason_and_every_reason_a_miss():
     moved = collections.Counter()
     for row in TRAFFIC:
         moved[row["case"], row["mode"], row["sm"]] += row["read"] + row["written"]
-    missed = {
-        (row["kernel"], goal)
+    missed = [
+        (row, goal)
         for row in TRAFFIC
         for goal in compiled_report.misses(row, moved[row["case"], row["mode"], row["sm"]])
+    ]
+    assert not [(row["case"], goal) for row, goal in missed if "unexplained" in compiled_report.why(row, [goal])]
+    given = {(row["kernel"], goal, compiled_report.why(row, [goal])) for row, goal in missed}
+    assert given == {
+        (kernel, goal, why)
+        for kernel, goals in compiled_report.NOTES.items()
+        for goal, reason in goals.items()
+        for why in ([reason] if isinstance(reason, str) else reason.values())
     }
-    assert missed == {(kernel, goal) for kernel, goals in compiled_report.NOTES.items() for goal in goals}
     assert all(call["verdict"] != "**missed**" for call in compiled_report.calls(TRAFFIC))
 
 
