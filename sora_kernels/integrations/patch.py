@@ -25,7 +25,7 @@ from . import diffusers
 
 HOSTS = {"diffusers": diffusers.CLASSES}  # library and folder -> file -> the classes that it plans for
 OPS = (
-    "causal_conv3d", "downsample_conv3d", "final_layer", "gate_residual", "gate_residual_norm_modulate",
+    "causal_conv3d", "downsample_conv3d", "final_layer", "gate_heads", "gate_residual", "gate_residual_norm_modulate",
     "norm_modulate", "norm_silu", "patch_embed3d", "qk_norm_rope", "spacetime_attention", "upsample_conv3d",
 )  # fmt: skip
 RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again

@@ -63,5 +63,5 @@ _STEPS = {
 }  # fmt: skip
 CASES = {
     "LTX-2": Case(ltx2, inputs, _STEPS, lora=_LORA, compiled=("transformer_blocks",)),
-    "LTX-2.3": Case(later, of_later, _STEPS, compiled=("transformer_blocks",)),
+    "LTX-2.3": Case(later, of_later, _STEPS | {"gate_heads": 6}, compiled=("transformer_blocks",)),
 }

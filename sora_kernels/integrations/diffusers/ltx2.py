@@ -15,6 +15,7 @@ from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_ltx2 as host
 from torch import Tensor, nn
 
+from ...attention import gate_heads
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...qknorm_rope import qk_norm_rope
 from ..patch import How, Plan, Swap, bind, is_hooked, why_not_rebind
@@ -79,6 +80,8 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
             yield norm
             of_text = () if elsewhere or not name.endswith("attn2") else (texts,)
             yield how.step(name, ("spacetime_attention",), norm.step.reason, swap, *of_text)
+            if module.to_gate_logits is not None:
+                yield how.step(name, ("gate_heads",), norm.step.reason, swap)
 
 
 def _why_not_block(block: nn.Module) -> str | None:
@@ -280,7 +283,11 @@ class LTX2Processor(Processor):
         v = v.unflatten(2, (attn.heads, -1))                                                 # [B, S, H, E]
         out = self.attend(q, k, v, mask, **rules).type_as(q)
         if attn.to_gate_logits is not None:
-            out = out * (2.0 * torch.sigmoid(attn.to_gate_logits(x))).unsqueeze(-1)          # a gate for each head
+            logits = attn.to_gate_logits(x)                                                  # [B, S, H]
+            if self.how.why_not("gate_heads"):
+                out = out * (2.0 * torch.sigmoid(logits)).unsqueeze(-1)
+            else:
+                out = gate_heads(out, logits, scale=2.0, impl=self.how.impl)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
     def turned(
