@@ -63,7 +63,9 @@ def _row(row: Tensor, table: Tensor | None, x: Tensor) -> Tensor:
     return row if row.shape[1] in (1, x.shape[1]) else row[:, :, None]
 
 
-def _norm(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normalised(
+    x: Tensor, norm: str, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
     width = (x.shape[-1],)
     return F.layer_norm(x, width, weight, bias, eps) if norm == "layer" else F.rms_norm(x, width, weight, eps)
 
@@ -71,7 +73,7 @@ def _norm(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps:
 def norm_modulate(
     x, shift, scale, *, norm="layer", weight=None, bias=None, shift_table=None, scale_table=None, eps=1e-6
 ):
-    normed = _per_frame(_norm(x, norm, weight, bias, eps), scale)
+    normed = _per_frame(normalised(x, norm, weight, bias, eps), scale)
     out = normed * (1 + _row(scale, scale_table, x)) + _row(shift, shift_table, x)
     return out.reshape(x.shape).to(x.dtype)
 

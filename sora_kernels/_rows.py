@@ -1,6 +1,7 @@
 """Modulation rows, as every family that modulates takes them: [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D].
 
 Token s of S reads row s // (S / F) of its clip. Kernels take one F > 1 for all rows of a call, beside single rows.
+With an index [B, S] the rows are [D], [R, D] or [B, R, D], and token s of clip b reads row index[b, s]: F is R then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from . import _check
 from ._operands import dense
 
 LAYOUTS = "[D], [B, D], [B, 1, D], [B, F, D] or [B, S, D]"
+INDEXED = "[D], [R, D] or [B, R, D]"
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
@@ -48,9 +51,58 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
     return S if given and any([F == 0 or finest % F for F in given]) else finest
 
 
+def chosen(op: str, x: Tensor, index: Tensor, **modulations: Tensor | None) -> tuple[int, list[Tensor | None]]:
+    """As `check`, of rows that an index chooses: R, and the modulations, those that clips share as [1, R, D]."""
+    (B, _, D), count = x.shape, None
+    for name, t in modulations.items():
+        if t is None:
+            continue
+        _check.tensor(op, name, t, INDEXED)
+        if t.ndim > 1:
+            count = t.shape[-2] if count is None else count
+        if t.shape != (D,) and (count == 0 or (t.shape != (count, D) and t.shape != (B, count, D))):
+            raise ValueError(
+                f"{op}: {name} must be {INDEXED} beside an index, with B={B}, D={D} from x and one R ≥ 1 for all rows"
+                f"{'' if count is None else f', here {count}'}; got {_check.shape_of(t)}"
+            )
+        _check.same_device(op, x, {name: t})
+    if count is None:
+        among = ", ".join(modulations)
+        raise ValueError(f"{op}: index must choose among rows [R, D] or [B, R, D] of {among}; got none")
+    _check_index(op, x, index, count)
+    return count, [t[None] if t is not None and t.ndim == 2 else t for t in modulations.values()]
+
+
+def _check_index(op: str, x: Tensor, index: Tensor, count: int) -> None:
+    """Values are looked at on the CPU only, and where there are any to look at."""
+    if not isinstance(index, Tensor) or index.dtype not in INTEGERS or not _check.plain(index):
+        got = f"{index.dtype}, {index.layout}" if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"{op}: index must be an int32 or int64 tensor [B, S]; got {got}")
+    if index.shape != x.shape[:2]:
+        raise ValueError(
+            f"{op}: index must be [B, S] = {_check.shape_of(x[:, :, 0])}, a row for each token; got "
+            f"{_check.shape_of(index)}; one for all clips can be expanded"
+        )
+    _check.same_device(op, x, {"index": index})
+    symbolic = torch.compiler.is_compiling() or type(index) is not Tensor
+    if symbolic or torch._C._functorch.is_functorch_wrapped_tensor(index) or not index.is_cpu or not index.numel():
+        return
+    least, most = [int(n) for n in index.aminmax()]
+    if least < 0 or most >= count:
+        raise ValueError(f"{op}: index must lie between 0 and R-1={count - 1}; got {least} to {most}")
+
+
+def index_of(index: Tensor | None, *rows: Tensor | None) -> Tensor | None:
+    """The index, where there are rows it chooses among."""
+    return index if any([t is not None for t in rows]) else None
+
+
 def operand(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     """t as a forward takes it: as it is, unless it is not dense in D or has another number F > 1 of rows."""
-    return dense(t) if t is None or t.ndim < 3 or t.shape[1] in (1, frames) else view(t, x, frames)
+    if t is None or t.ndim < 3:
+        return dense(t)
+    clips, rows, _ = t.shape
+    return dense(t) if rows in (1, frames) and (clips != 1 or x.shape[0] == 1) else view(t, x, frames)
 
 
 def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
@@ -60,10 +112,10 @@ def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     t = dense(t)
     t = t.unsqueeze(1) if t.ndim == 2 else t
     shape = t.shape
-    if len(shape) == 3 and shape[1] == frames:
-        return t
     B, _, D = x.shape
-    if len(shape) == 3 and (F := shape[1]) != 1:
+    if shape == (B, frames, D):
+        return t
+    if len(shape) == 3 and (F := shape[1]) not in (1, frames):
         t = t[:, :, None].expand(B, F, frames // F, D).reshape(B, frames, D)
     return t.expand(B, frames, D)
 
@@ -72,10 +124,9 @@ def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | Non
     """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32."""
     if not wanted:
         return None
-    shape = t.shape
-    if len(shape) == 3 and shape[1] == frames:
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
     B, _, D = x.shape
+    if t.shape == (B, frames, D):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
     final = t.numel() == B * frames * D
     dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
     return torch.empty((B, frames, D), dtype=dtype, device=x.device)
@@ -91,5 +142,7 @@ def sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
         grad = grad.sum(1) if grad.shape[1] != 1 else grad
     elif t.shape[1] != grad.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    if t.ndim == 3 and t.shape[0] != grad.shape[0]:  # rows that an index chooses for all clips
+        grad = grad.sum(0)
     grad = grad.reshape(t.shape)
     return grad if grad.dtype == t.dtype else grad.to(t.dtype)

@@ -65,6 +65,9 @@ def _cases() -> Iterator[Case]:
         yield Case("gate_residual", dict(x=x, y=x, gate=x, gate_table=(D,)), modulation.gate_residual, {}, 2 * S)
         shapes = dict(x=x, y=x, gate=row, shift=row, scale=row, **tables)
         yield Case("gate_residual_norm_modulate", shapes, modulation.gate_residual_norm_modulate, {}, 2 * S)
+        chosen, index = shapes | dict.fromkeys(("gate", "shift", "scale"), (3, D)), torch.arange(2 * S).view(2, S) % 3
+        arguments = dict(norm="rms", y_norm="rms", index=index)
+        yield Case("gate_residual_norm_modulate", chosen, modulation.gate_residual_norm_modulate, arguments, 2 * S)
     for H, E, across in ((3, 40, "head"), (12, 128, "width")):
         width = E if across == "head" else H * E
         shapes = dict(q=(2, 33, H, E), k=(2, 33, H, E), q_weight=(width,), k_weight=(width,))
@@ -123,7 +126,8 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> fl
         name: (torch.randn(shape, generator=generator) * _spread(name, shape)).to(dtype).to(device)
         for name, shape in case.shapes.items()
     }
-    function = functools.partial(getattr(importlib.import_module(__package__), case.op), **case.arguments)
+    arguments = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in case.arguments.items()}
+    function = functools.partial(getattr(importlib.import_module(__package__), case.op), **arguments)
     if case.op == "video_to_uint8":
         return 0.0 if torch.equal(function(**inputs, impl=impl), function(**inputs, impl="reference")) else math.inf
     double = {name: t.double() for name, t in inputs.items()}
@@ -133,7 +137,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> fl
 
     def formula(**tensors):
         with _Plain():
-            return case.formula(**tensors, **case.arguments)
+            return case.formula(**tensors, **arguments)
 
     oracle = outputs_and_grads(functools.partial(function, impl="reference"), double, [g.double() for g in grads])
     baseline = outputs_and_grads(formula, inputs, grads)

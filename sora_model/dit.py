@@ -197,10 +197,8 @@ class Block(nn.Module):
             affine = {"weight": self.cross_norm.weight, "bias": self.cross_norm.bias}
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, gate_table=tables[2], **affine, **how)
         y = self.cross_attn(h, text, text_lens, impl)                                        # [B, S, D]
-        ungated = x.new_ones(x.shape[-1])
-        x, h = gate_residual_norm_modulate(
-            x, y, ungated, shift2, scale2, shift_table=tables[3], scale_table=tables[4], **how
-        )
+        tables2 = {"shift_table": tables[3], "scale_table": tables[4]}
+        x, h = gate_residual_norm_modulate(x, y, None, shift2, scale2, **tables2, **how)
         return gate_residual(x, self.ffn(h), gate2, gate_table=tables[5], impl=impl)         # [B, S, D]
 
 

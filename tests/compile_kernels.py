@@ -129,22 +129,28 @@ def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for D in (64, 1152, 1536, 3072, 5120):
-        for name, frames in (("per clip", 1), ("per token", 4096)):
+        for name, frames in (("per clip", 1), ("per token", 4096), ("by index", 3)):
+            index = empty(1, 4096, dtype=torch.int64) if name == "by index" else None
+            y_rms = True if name == "by index" else None
+            if index is not None and D not in (64, 1536):
+                continue
             x, y, x_new, out, dx, dy = (empty(1, 4096, D) for _ in range(6))
             gate, shift, scale, dgate, dshift, dscale = (empty(1, frames, D) for _ in range(6))
             tables = [empty(D, dtype=torch.float32) for _ in range(6)]
 
-            def forward(x=x, y=y, gate=gate, shift=shift, scale=scale, tables=tables, x_new=x_new, out=out):
+            rule = index, False, y_rms, 1e-6
+
+            def forward(x=x, y=y, gate=gate, shift=shift, scale=scale, tables=tables, rule=rule, x_new=x_new, out=out):
                 kernels.gate_residual_norm_modulate_fwd(
-                    x, y, gate, shift, scale, None, None, *tables[:3], False, 1e-6, 0, x_new, out
+                    x, y, gate, shift, scale, None, None, *tables[:3], *rule, 0, x_new, out
                 )
 
             def backward(
-                dx_new=x, dout=out, x_new=x_new, y=y, gate=gate, scale=scale, tables=tables,
+                dx_new=x, dout=out, x_new=x_new, y=y, gate=gate, scale=scale, tables=tables, rule=rule,
                 grads=(dx, dy, dgate, dshift, dscale),
             ):  # fmt: skip
                 kernels.gate_residual_norm_modulate_bwd(
-                    dx_new, dout, x_new, y, gate, scale, None, None, tables[0], tables[2], False, 1e-6,
+                    dx_new, dout, x_new, y, gate, scale, None, None, tables[0], tables[2], *rule,
                     *grads, None, None, *tables[3:],
                 )  # fmt: skip
 

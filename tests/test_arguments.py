@@ -19,6 +19,7 @@ def calls() -> dict[str, dict]:
     """Of every public function a call with all its arguments, or several that have them between them."""
     torch.manual_seed(0)
     vectors = dict(weight=randn(8), bias=randn(8), shift_table=randn(8), scale_table=randn(8))
+    index = torch.tensor([[0, 2, 1, 1, 0, 2], [2, 2, 2, 0, 0, 0]])
     heads = dict(q=randn(2, 9, 2, 8), k=randn(2, 9, 2, 8), v=randn(2, 9, 2, 8))
     mode = dict(grid=(2, 2, 2), window=(1, 2, 1), stride=(1, 2, 1), causal="frame", sink=1, text_len=1, text_at="end")
     rules = dict(**mode, kv_lens=torch.tensor([5, 9]), scale=0.5)
@@ -32,14 +33,19 @@ def calls() -> dict[str, dict]:
             rounding="once",
             **vectors,
         ),
+        "norm_modulate with an index": dict(x=randn(2, 6, 8), shift=randn(3, 8), scale=randn(2, 3, 8), index=index),
         "gate_residual": dict(
             x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(2, 3, 8), gate_table=randn(8), out=randn(2, 6, 8),
-            rounding="once",
+            rounding="once", y_norm="rms", eps=1e-6,
         ),
+        "gate_residual with an index": dict(x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(3, 8), index=index),
         "gate_residual_norm_modulate": dict(
             x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(2, 3, 8), shift=randn(2, 3, 8), scale=randn(2, 1, 8),
             norm="layer", gate_table=randn(8), eps=1e-6, out=(randn(2, 6, 8), randn(2, 6, 8)), rounding="once",
-            **vectors,
+            y_norm="layer", **vectors,
+        ),
+        "gate_residual_norm_modulate with an index": dict(
+            x=randn(2, 6, 8), y=randn(2, 6, 8), gate=randn(3, 8), shift=randn(3, 8), scale=randn(2, 3, 8), index=index
         ),
         "qk_norm_rope": dict(
             q=heads["q"], k=heads["k"], q_weight=randn(8), k_weight=randn(8), q_bias=randn(8), k_bias=randn(8),
@@ -130,7 +136,8 @@ def test_a_value_of_a_wrong_type_is_named(name):
     function, call = function_of(name), CALLS[name]
     parameters = inspect.signature(function).parameters
     for argument in [*call, *({"impl"} - set(call) if "impl" in parameters else ())]:
-        optional = parameters[argument].default is None or (argument in ("shift", "scale") and "shift" in call)
+        rows = ("gate", "shift", "scale") if name.startswith(("norm_modulate", "gate_residual", "final_layer")) else ()
+        optional = parameters[argument].default is None or argument in rows
         for kind, value in wrong(call.get(argument), argument, optional).items():
             with pytest.raises((TypeError, ValueError)) as caught:
                 function(**{**call, argument: value})

@@ -45,6 +45,9 @@ CALLS = PLAIN | {
         lambda x, y, g, t: sk.gate_residual(x, y, g, gate_table=t),
         lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(2, 8)),
     ),
+    "gate_residual y_norm": (
+        lambda x, y: sk.gate_residual(x, y, None, y_norm="layer"), lambda n: torch.randn(2, n, 6, 8).unbind(),
+    ),
     "gate_residual_norm_modulate tables": (
         lambda x, y, g, s, w, b, t: sk.gate_residual_norm_modulate(
             x, y, g, s, None, norm="rms", weight=w, bias=b, gate_table=t, scale_table=w, shift_table=b

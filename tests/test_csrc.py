@@ -74,7 +74,7 @@ def test_gradients_of_16_bit_rows_are_stored_wherever_they_and_the_scratch_memor
         dscale = torch.full((1, S, 16), float("nan"), dtype=torch.float16)
         kept.append(torch.empty(S))  # so that the heap grows, and scratch memory lies elsewhere
         dx, backward = torch.empty(1, S, 16).half(), _library.call("norm_modulate_bwd", "cpu")
-        backward(dout[:, :S], x[:, :S], scale[:, :S], *[None] * 3, False, 1e-6, dx, None, dscale, *[None] * 4)
+        backward(dout[:, :S], x[:, :S], scale[:, :S], *[None] * 4, False, 1e-6, dx, None, dscale, *[None] * 4)
         assert dscale.isfinite().all(), S
         if S % 2:
             kept.append(dscale)
@@ -133,7 +133,7 @@ def test_strided_and_expanded_tensors_give_the_same_bits_as_contiguous_ones():
 def test_private_ops_refuse_what_they_cannot_read():
     forward = _library.call("norm_modulate_fwd", "cpu")
     x, scale = torch.randn(2, 6, 8), torch.randn(2, 4, 8)
-    nothing = [None] * 4
+    nothing = [None] * 5
     with pytest.raises(RuntimeError, match=r"scale: expected a number of rows .* divides S = 6, got Float \(2, 4, 8\)"):
         forward(x, None, scale, *nothing, False, 1e-6, 0, torch.empty_like(x))
     with pytest.raises(RuntimeError, match=r"out: expected the shape of x, got Float \(2, 5, 8\)"):
@@ -148,7 +148,14 @@ def test_private_ops_refuse_what_they_cannot_read():
         forward(x, None, None, *nothing, False, 1e-6, 3, torch.empty_like(x))
     backward, row = _library.call("norm_modulate_bwd", "cpu"), torch.empty(2, 1, 8)
     with pytest.raises(RuntimeError, match=r"dscale: expected \(B, F, D\) = \(2, 3, 8\), got Float \(2, 1, 8\)"):
-        backward(x, x, torch.randn(2, 3, 8), None, None, None, False, 1e-6, None, None, row, *nothing)
+        backward(x, x, torch.randn(2, 3, 8), *[None] * 4, False, 1e-6, None, None, row, *[None] * 4)
+    index, rest = torch.zeros(2, 6), (False, 1e-6, 0, torch.empty_like(x))
+    with pytest.raises(RuntimeError, match=r"index: expected int32 or int64, got Float \(2, 6\)"):
+        forward(x, None, scale, *[None] * 4, index, *rest)
+    with pytest.raises(RuntimeError, match=r"index: expected \(B, S\) = \(2, 6\) .* got Long \(2, 5\)"):
+        forward(x, None, scale, *[None] * 4, index[:, :5].long(), *rest)
+    with pytest.raises(RuntimeError, match=r"index: expected rows of 0 to 3, got 4 at \(0, 0\)"):
+        forward(x, None, scale, *[None] * 4, index.long() + 4, *rest)
 
 
 ISA_SCRIPT = """

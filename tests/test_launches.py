@@ -40,16 +40,17 @@ def empty(*shape, dtype=torch.bfloat16, last=False):
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
 
 
-def modulation(B, S, D, frames=1):
+def modulation(B, S, D, frames=1, index=False):
     from sora_kernels.modulation import kernels
 
     x, y, x_new, out, dx, dy = (empty(B, S, D) for _ in range(6))
     gate, shift, scale, *grads = (empty(B, frames, D) for _ in range(6))
     tables = [empty(D) for _ in range(6)]
     rows = gate, shift, scale, None, None, *tables[:3]
-    kernels.gate_residual_norm_modulate_fwd(x, y, *rows, False, 1e-6, 0, x_new, out)
+    rule = empty(B, S, dtype=torch.int64) if index else None, False, None, 1e-6
+    kernels.gate_residual_norm_modulate_fwd(x, y, *rows, *rule, 0, x_new, out)
     kernels.gate_residual_norm_modulate_bwd(
-        x, out, x_new, y, gate, scale, None, None, *tables[1:3], False, 1e-6, dx, dy, *grads, None, None, *tables[3:]
+        x, out, x_new, y, gate, scale, None, None, *tables[1:3], *rule, dx, dy, *grads, None, None, *tables[3:]
     )
 
 
@@ -133,7 +134,7 @@ def gates(B, S, H, E):
 
 CASES = {
     "many clips": [
-        lambda: modulation(70_000, 4, 64),
+        *(lambda index=index: modulation(70_000, 4, 64, 2, index) for index in (False, True)),
         lambda: qknorm_rope(70_000, 4, 2, 64),
         lambda: patchify(70_000, 4, (1, 2, 2), (1, 2, 2), 64),
         *(lambda g=g, last=last: norms(70_000, 32, (1, 4, 4), g, last) for g in (0, 4) for last in (False, True)),
@@ -148,7 +149,7 @@ CASES = {
         lambda: norms(1, 60_000, (4, 60, 104), 4, False),
     ],
     "many pixels": [
-        lambda: modulation(1, 2**25, 128, frames=2**15),
+        *(lambda index=index: modulation(1, 2**25, 128, 2**15, index) for index in (False, True)),
         lambda: qknorm_rope(1, 2**24, 8, 128),
         lambda: patchify(1, 16, (64, 256, 1024), (1, 2, 2), 256, frames=64),
         *(lambda g=g, last=last: norms(1, 32, (512, 1024, 1024), g, last) for g in (0, 4) for last in (False, True)),

@@ -464,19 +464,28 @@ def op_samples() -> list[tuple[str, tuple]]:
     x, y, dout, out, x_new, dx, dy = (torch.randn(B, S, D) for _ in range(7))
     gate, shift, scale, dgate, dshift, dscale = (torch.randn(B, frames, D) for _ in range(6))
     w, b, gt, st, ct, dw, db, dgt, dst, dct = (torch.rand(D) for _ in range(10))
+    index = torch.tensor([[2, 0, 0, 2, 0, 0], [1, 1, 1, 2, 0, 1]])
     return [
-        ("norm_modulate_fwd", (x, shift, scale, w, b, st, ct, True, 1e-6, 0, out)),
-        ("norm_modulate_fwd", (x, None, None, None, None, None, None, False, 1e-6, 0, out)),
-        ("norm_modulate_bwd", (dout, x, scale, w, b, ct, False, 1e-6, dx, dshift, dscale, dw, db, dst, dct)),
-        ("norm_modulate_bwd", (dout, x, None, None, None, None, True, 1e-6, dx, *[None] * 6)),
-        ("gate_residual_fwd", (x, y, gate, gt, 0, out)),
-        ("gate_residual_bwd", (dout, y, gate, gt, dy, dgate, dgt)),
-        ("gate_residual_norm_modulate_fwd", (x, y, gate, shift, scale, w, b, gt, st, ct, False, 1e-6, 0, x_new, out)),
+        ("norm_modulate_fwd", (x, shift, scale, w, b, st, ct, index, True, 1e-6, 0, out)),
+        ("norm_modulate_fwd", (x, None, None, None, None, None, None, None, False, 1e-6, 0, out)),
+        ("norm_modulate_bwd", (dout, x, scale, w, b, ct, index, False, 1e-6, dx, dshift, dscale, dw, db, dst, dct)),
+        ("norm_modulate_bwd", (dout, x, None, None, None, None, None, True, 1e-6, dx, *[None] * 6)),
+        ("gate_residual_fwd", (x, y, gate, gt, None, None, 1e-6, 0, out)),
+        ("gate_residual_fwd", (x, y, gate, gt, index, True, 1e-6, 0, out)),
+        ("gate_residual_bwd", (dout, y, gate, gt, index, None, 1e-6, dy, dgate, dgt)),
+        ("gate_residual_bwd", (dout, y, None, None, None, False, 1e-6, dy, None, None)),
         (
-            "gate_residual_norm_modulate_bwd",
-            (dx, dout, x_new, y, gate, scale, w, b, gt, ct, True, 1e-6, dx.clone(), dy, dgate, dshift, dscale, dw, db,
-             dgt, dst, dct),
+            "gate_residual_norm_modulate_fwd",
+            (x, y, gate, shift, scale, w, b, gt, st, ct, None, False, None, 1e-6, 0, x_new, out),
         ),
+        *[
+            (
+                "gate_residual_norm_modulate_bwd",
+                (dx, dout, x_new, y, gate, scale, w, b, gt, ct, which, True, y_rms, 1e-6, dx.clone(), dy, dgate, dshift,
+                 dscale, dw, db, dgt, dst, dct),
+            )
+            for which, y_rms in ((None, None), (index, False))
+        ],
     ]  # fmt: skip
 
 

@@ -72,10 +72,23 @@ CASES = {
         "norm_modulate", dict(x=(2, 3, 8), shift=(2, 3, 8), scale=(2, 3, 8), weight=(8,), bias=(8,))
     ),
     "norm_modulate rms": Case("norm_modulate", dict(x=(2, 6, 8), shift=(8,), scale=(2, 8)), dict(norm="rms")),
+    "norm_modulate, index": Case(
+        "norm_modulate",
+        dict(x=(2, 6, 8), shift=(3, 8), scale=(2, 3, 8), index=[[2, 0, 0, 2, 0, 0], [1, 1, 1, 2, 0, 1]], **VECTORS),
+    ),
     "gate_residual": Case("gate_residual", dict(x=(2, 6, 8), y=(2, 6, 8), gate=(2, 3, 8), gate_table=(8,))),
+    "gate_residual, y_norm": Case(
+        "gate_residual", dict(x=(2, 6, 8), y=(2, 6, 8), gate=(2, 8)), dict(y_norm="layer")
+    ),
     "gate_residual_norm_modulate": Case(
         "gate_residual_norm_modulate",
         dict(x=(2, 6, 8), y=(2, 6, 8), gate=(2, 1, 8), shift=(2, 3, 8), scale=(2, 3, 8), gate_table=(8,), **VECTORS),
+    ),
+    "gate_residual_norm_modulate, index": Case(
+        "gate_residual_norm_modulate",
+        dict(x=(2, 6, 8), y=(2, 6, 8), gate=(3, 8), shift=(8,), scale=(2, 3, 8),
+             index=[[2, 0, 0, 2, 0, 0], [1, 1, 1, 2, 0, 1]]),
+        dict(norm="rms", y_norm="rms"),
     ),
     "qk_norm_rope": Case(
         "qk_norm_rope", HEADS | dict(q_weight=(8,), k_weight=(8,), q_bias=(8,), k_bias=(8,)),

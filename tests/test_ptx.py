@@ -21,6 +21,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 TESTS = pathlib.Path(__file__).parent
 SMALL = {  # file -> what of it, how many tests at least
     "test_modulation.py": ("oracle and triton and bfloat16 and (D33 or D130 or D320) and not gpu", 9),
+    "test_modulation_index.py": ("triton and bfloat16 and (33 or 130)", 6),
+    "test_modulation_branch.py": ("triton and bfloat16 and (33 or 130)", 4),
     "test_qknorm_rope.py": ("without_a_gpu and bfloat16", 6),
     "test_causal_conv_norm_triton.py": ("oracle and bfloat16 and last and 33", 2),
     "test_patchify.py": ("triton-cpu and dtype1 and (error_rule and (case0 or case6) or inverts and contiguous)", 6),
@@ -35,6 +37,8 @@ SMALL = {  # file -> what of it, how many tests at least
 # for an operand that is expanded or not aligned.
 EVERYTHING = {  # likewise
     "test_modulation.py": ("triton and not cuda and not gpu and not change_a_bit", 130),
+    "test_modulation_index.py": ("triton and not frames_give", 60),
+    "test_modulation_branch.py": ("triton and not layouts and not buffer", 38),
     "test_qknorm_rope.py": ("(without_a_gpu or triton) and not on_gpu", 55),
     "test_causal_conv_norm_triton.py": ("bfloat16", 36),
     "test_patchify.py": ("triton-cpu and dtype1", 36),

@@ -48,6 +48,8 @@ def heads(n, S=12, H=2, E=8):
     return [torch.randn(n, S, H, E) for _ in range(3)]
 
 
+PLACES = torch.tensor([2, 0, 0, 2, 1, 0])  # of six tokens among three rows
+
 # name -> (function of tensors alone, its tensors for a batch of n)
 CALLS = {
     "norm_modulate": (sora_kernels.norm_modulate, lambda n: (torch.randn(n, 6, 8), *torch.randn(2, n, 3, 8))),
@@ -56,6 +58,16 @@ CALLS = {
         sora_kernels.gate_residual_norm_modulate, lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(3, n, 1, 8)),
     ),
     "gate_heads": (sora_kernels.gate_heads, lambda n: (torch.randn(n, 12, 2, 8), torch.randn(n, 12, 2))),
+    "norm_modulate index": (
+        lambda x, shift, scale: sora_kernels.norm_modulate(x, shift, scale, index=PLACES.expand(x.shape[:2])),
+        lambda n: (torch.randn(n, 6, 8), torch.randn(3, 8), torch.randn(n, 3, 8)),
+    ),
+    "gate_residual_norm_modulate index": (
+        lambda x, y, gate, scale: sora_kernels.gate_residual_norm_modulate(
+            x, y, gate, None, scale, norm="rms", y_norm="rms", index=PLACES.expand(x.shape[:2])
+        ),
+        lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(2, n, 3, 8)),
+    ),
     "qk_norm_rope": (
         lambda q, k, u, v: sora_kernels.qk_norm_rope(q, k, q_weight=u, k_weight=v, grid=(3, 2, 2)),
         lambda n: (*heads(n)[:2], *torch.randn(2, 8)),

@@ -5,6 +5,11 @@
 //   dbias = sum of scale * P,  dweight = sum of scale * Q, with scale = 1 + scale + table.
 // Tokens are cut into chunks whose borders depend on the sizes only, never on the number of threads. A chunk leaves five
 // fp32 partial rows, and a second pass adds those in order: the result is the same bits however many threads ran.
+//
+// Where an index says which row a token has, a chunk is cut from the tokens in the order of their rows. The first and the
+// last row of a chunk may have tokens in others too: three more partial rows each.
+//
+// Of a y that was normalised, R = yhat * dx, and dy is the backward of its norm.
 
 #pragma once
 
@@ -21,7 +26,7 @@ namespace {
 constexpr int64_t kChunks = 64, kMinRows = 16;
 constexpr int64_t kBlockRows = 64;   // added up before they join a longer sum, to keep its rounding error small
 constexpr int64_t kColumns = 256;    // of one task of the second pass
-enum Partial { kP, kQ, kR, kScaleP, kScaleQ, kPartials };
+enum Partial { kP, kQ, kR, kScaleP, kScaleQ, kPartials, kHead = kPartials, kTail = kHead + 3, kRunPartials = kTail + 3 };
 
 struct BackwardParams {
   Shape shape;
@@ -29,14 +34,23 @@ struct BackwardParams {
   Modulation modulation;
   Rows dgate, dshift, dscale;
   Vector dweight, dbias, dgate_table, dshift_table, dscale_table;
+  Index index;
   bool rms = false;
+  std::optional<bool> y_rms;
   float eps = 0;
   const Chunking* chunking = nullptr;
-  float* partials = nullptr;  // [chunks, kPartials, D]; none when no sum leaves its chunk
+  const Runs* runs = nullptr;  // with an index
+  float* partials = nullptr;   // [chunks, kPartials or, with an index, kRunPartials, D]; none when no sum leaves its chunk
 
+  int64_t run_chunk() const { return std::max(kMinRows, (shape.rows() + kChunks - 1) / kChunks); }
+  int64_t chunks() const {
+    return index ? (shape.rows() + run_chunk() - 1) / run_chunk() : chunking->chunks();
+  }
   bool sums_over_all() const { return dweight || dbias || dgate_table || dshift_table || dscale_table; }
   bool sums_rows() const { return dgate || dshift || dscale || sums_over_all(); }
-  float* partial(int64_t chunk, int64_t i) const { return partials + (chunk * kPartials + i) * shape.D; }
+  float* partial(int64_t chunk, int64_t i) const {
+    return partials + (chunk * (index ? kRunPartials : kPartials) + i) * shape.D;
+  }
 };
 
 // The gradients of one modulation row, columns [d, d + n), from its sums, where these do not lie there already.
@@ -71,7 +85,8 @@ struct Backward {
       float* partials[kPartials];
       for (int i = 0; i < kPartials; ++i) partials[i] = p.partials ? p.partial(chunk, i) : nullptr;
       if (p.partials) std::fill_n(partials[0], kPartials * D, 0.0f);
-      C::kOwn ? own_rows(p, rows, scratch, chunk, partials) : shared_rows(p, rows, scratch, chunk, partials);
+      if (!C::kOwn && p.index) indexed_rows(p, rows, scratch, chunk, partials);
+      else C::kOwn ? own_rows(p, rows, scratch, chunk, partials) : shared_rows(p, rows, scratch, chunk, partials);
     }
   }
 
@@ -129,6 +144,38 @@ struct Backward {
     }
   }
 
+  static SORA_INLINE void indexed_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
+                                       int64_t chunk, float* const* partials) {
+    const std::vector<int64_t>&starts = p.runs->starts, &tokens = p.runs->tokens;
+    const int64_t D = p.shape.D, S = p.shape.S, F = p.shape.modulation_rows(), stride = scratch.stride();
+    const TokenSums block{scratch.row(3), scratch.row(4), scratch.row(5)};
+    float* run_sum = scratch.row(6);
+    const int64_t end = std::min((chunk + 1) * p.run_chunk(), p.shape.rows());
+    for (int64_t first = chunk * p.run_chunk(), last; first < end; first = last) {
+      const int64_t b = tokens[first] / S, f = p.index(b, tokens[first] % S), group = b * F + f;
+      last = std::min(starts[group + 1], end);
+      const Row m = rows.load(b, f);
+      std::fill_n(run_sum, 3 * stride, 0.0f);
+      for (int64_t i = first; i < last; i += kBlockRows) {
+        std::fill_n(block.P, 3 * stride, 0.0f);
+        for (int64_t j = i; j < std::min(i + kBlockRows, last); ++j) {
+          token(p, m, scratch, b, tokens[j] % S, tokens[std::min(j + 1, last - 1)] % S, block);
+        }
+        if (!p.sums_rows()) continue;
+        add_row(run_sum, block.P, 3 * stride);
+        if (partials[0]) accumulate(p, m, block, partials);
+      }
+      float *P = run_sum, *Q = P + stride, *R = Q + stride;
+      if (first == starts[group] && last == starts[group + 1]) {
+        store_row_gradients(p, group, P, Q, R, m.weight, m.bias, block.P, 0, D);
+      } else if (partials[0]) {
+        const int64_t to = first > starts[group] ? kHead : kTail;
+        std::copy_n(P, D, p.partial(chunk, to)), std::copy_n(Q, D, p.partial(chunk, to + 1));
+        std::copy_n(R, D, p.partial(chunk, to + 2));
+      }
+    }
+  }
+
   // Adds the token's P, Q, R to those given, or puts them there.
   static SORA_INLINE void token(const BackwardParams& p, const Row& m, const Scratch& scratch, int64_t b, int64_t s,
                                 int64_t next_s, TokenSums of) {
@@ -161,6 +208,23 @@ struct Backward {
     const T* y = C::kGate ? row_of<const T>(p.y, b, s) : nullptr;
     if constexpr (!C::kGate) {
       if (dx) map<V>(D, dx, [=](auto at) SORA_LAMBDA { return at.will_write(next_dx), gradient(at); });
+    } else if constexpr (C::kNormY) {
+      const auto [y_v, y_mean, y_rstd] = statistics<V>(y, scratch.row(2), D, *p.y_rms, p.eps);
+      const auto yhat = [v = y_v, mean = y_mean, rstd = y_rstd](auto at) SORA_LAMBDA { return (at(v) - mean) * rstd; };
+      float* total = scratch.row(1);
+      const auto means = sums<V, 2>(D, [=](auto at, auto& s) SORA_LAMBDA {
+        auto g = gradient(at);
+        if (C::kNorm && dx_new) g += at(dx_new);
+        at.put(total, g);
+        join(at, of.R, yhat(at) * g);
+        const auto dn = m.gate(at) * g;
+        s[0] += dn, s[1] += dn * yhat(at);
+      });
+      const float d1 = *p.y_rms ? 0.0f : means.of[0] / static_cast<float>(D), d2 = means.of[1] / static_cast<float>(D);
+      map_both<V>(D, dx, dy, [=, rstd = y_rstd](auto at) SORA_LAMBDA {
+        const auto g = at(total);
+        return std::pair(g, (m.gate(at) * g - d1 - yhat(at) * d2) * rstd);
+      });
     } else {
       map_both<V>(D, dx, dy, [=](auto at) SORA_LAMBDA {
         if constexpr (C::kNorm) at.will_write(next_dx);
@@ -208,14 +272,16 @@ struct AddPartials {
 
     for (int64_t d = begin * kColumns; d < std::min(end * kColumns, p.shape.D); d += kColumns) {
       const int64_t n = std::min(kColumns, p.shape.D - d);
-      if (c.parts > 1) {
+      if (p.index) {
+        if (p.sums_rows()) add_runs(p, sum, weight, bias, spare, d, n);
+      } else if (c.parts > 1) {
         for (int64_t group = 0; group < c.all_groups; ++group) {
           add_chunks(p, sum, kR + 1, group * c.parts, (group + 1) * c.parts, d, n);
           store_row_gradients(p, group, sum[kP], sum[kQ], sum[kR], weight, bias, spare, d, n);
         }
       }
       if (p.sums_over_all()) {
-        add_chunks(p, sum, kPartials, 0, c.chunks(), d, n);
+        add_chunks(p, sum, kPartials, 0, p.chunks(), d, n);
         for (int64_t i = 0; i < n; ++i) spare[i] = weight[d + i] * sum[kQ][i] + bias[d + i] * sum[kP][i];
         store(sum[kP], p.dshift_table, d, n);
         store(spare, p.dscale_table, d, n);
@@ -226,17 +292,33 @@ struct AddPartials {
     }
   }
 
+  // Rows that one chunk has summed whole are stored already; those without tokens have gradients of zero.
+  static SORA_INLINE void add_runs(const BackwardParams& p, float** sum, const float* weight, const float* bias,
+                                   float* spare, int64_t d, int64_t n) {
+    const std::vector<int64_t>& starts = p.runs->starts;
+    for (int64_t group = 0; group + 1 < static_cast<int64_t>(starts.size()); ++group) {
+      const int64_t first = starts[group] / p.run_chunk(), last = (starts[group + 1] - 1) / p.run_chunk();
+      const bool empty = starts[group] == starts[group + 1];
+      if (!empty && first == last) continue;
+      for (int i = 0; i <= kR; ++i) std::fill_n(sum[i], n, 0.0f);
+      for (int64_t chunk = first; chunk <= last && !empty; ++chunk) {
+        for (int i = 0; i <= kR; ++i) add_to(sum[i], p.partial(chunk, (chunk == first ? kTail : kHead) + i) + d, n);
+      }
+      store_row_gradients(p, group, sum[kP], sum[kQ], sum[kR], weight, bias, spare, d, n);
+    }
+  }
+
   static SORA_INLINE void add_chunks(const BackwardParams& p, float** sum, int count, int64_t begin, int64_t end,
                                      int64_t d, int64_t n) {
     for (int i = 0; i < count; ++i) std::fill_n(sum[i], n, 0.0f);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      for (int i = 0; i < count; ++i) {
-        const float* from = p.partial(chunk, i) + d;
-        float* to = sum[i];
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) to[j] += from[j];
-      }
+      for (int i = 0; i < count; ++i) add_to(sum[i], p.partial(chunk, i) + d, n);
     }
+  }
+
+  static SORA_INLINE void add_to(float* to, const float* from, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to[j] += from[j];
   }
 };
 
@@ -258,21 +340,27 @@ void backward(BackwardParams& p, ScalarType dtype) {
   isa();  // as in forward
   if (p.shape.rows() == 0) return store_zeros(p);
   const Chunking chunking(p.shape, kChunks, kMinRows);
-  const bool second_pass = p.sums_over_all() || (chunking.parts > 1 && p.sums_rows());
-  const Scratch partials(1, second_pass ? chunking.chunks() * kPartials * p.shape.D : 0);
+  std::optional<Runs> runs;
+  if (p.index) runs.emplace(p.index, p.shape);
   p.chunking = &chunking;
+  p.runs = runs ? &*runs : nullptr;
+  const bool second_pass = p.sums_over_all() || ((p.index || chunking.parts > 1) && p.sums_rows());
+  const int64_t of_chunk = (p.index ? kRunPartials : kPartials) * p.shape.D;
+  const Scratch partials(1, second_pass ? p.chunks() * of_chunk : 0);
   p.partials = second_pass ? partials.row(0) : nullptr;
 
   with_dtype(dtype, [&](auto t) {
     using T = decltype(t);
+    const bool own = !p.index && chunking.group_rows == 1;
     for (const Tokens* to : {&p.dx, &p.dy}) advise_huge_pages(*to, p.shape, sizeof t);
     for (const Rows* to : {&p.dgate, &p.dshift, &p.dscale}) {  // as large as x where every token has a row of its own
       const int64_t element_size = to->dtype == ScalarType::Float ? 4 : 2;
-      if (chunking.group_rows == 1) advise_huge_pages({to->data, to->stride_b, to->stride_f}, p.shape, element_size);
+      if (own) advise_huge_pages({to->data, to->stride_b, to->stride_f}, p.shape, element_size);
     }
-    torch::stable::parallel_for(0, chunking.chunks(), 1, [&](int64_t begin, int64_t end) {
-      chunking.group_rows == 1 ? dispatch_lanes<Backward, Case<T, kGate, kNorm, true>>(p, begin, end)
-                               : dispatch_lanes<Backward, Case<T, kGate, kNorm, false>>(p, begin, end);
+    torch::stable::parallel_for(0, p.chunks(), 1, [&](int64_t begin, int64_t end) {
+      with_case<kGate, kNorm, T>(own, p.y_rms.has_value(), [&](auto c) {
+        dispatch_lanes<Backward, decltype(c)>(p, begin, end);
+      });
     });
   });
   if (!second_pass) return;

@@ -7,15 +7,73 @@
 #include "common/rows.h"
 
 #include <algorithm>
+#include <optional>
+#include <vector>
 
 namespace sora {
 namespace {
 
-// What one kernel serves: a dtype, the operations, and whether every token has modulation rows of its own.
-template <class Element, bool gate, bool norm, bool own>
+// What one kernel serves: a dtype, the operations, whether every token has modulation rows of its own, whether y has a
+// norm.
+template <class Element, bool gate, bool norm, bool own, bool norm_y>
 struct Case {
   using T = Element;
-  static constexpr bool kGate = gate, kNorm = norm, kOwn = own;
+  static constexpr bool kGate = gate, kNorm = norm, kOwn = own, kNormY = norm_y;
+};
+
+// Runs kernel(Case<...>) for the case at hand.
+template <bool kGate, bool kNorm, class T, class Kernel>
+void with_case(bool own, bool norm_y, const Kernel& kernel) {
+  if constexpr (kGate) {
+    if (norm_y) return kernel(Case<T, kGate, kNorm, false, true>{});
+  }
+  own ? kernel(Case<T, kGate, kNorm, true, false>{}) : kernel(Case<T, kGate, kNorm, false, false>{});
+}
+
+// Which modulation row a token has, where that is not told by its place: [B, S] of int32 or int64, any strides.
+struct Index {
+  const void* data = nullptr;
+  bool wide = false;
+  int64_t stride_b = 0, stride_s = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  int64_t operator()(int64_t b, int64_t s) const {
+    const int64_t at = b * stride_b + s * stride_s;
+    return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+  }
+};
+
+inline Index index_of(const OptionalTensor& t, const Tensor& x, const Shape& shape) {
+  if (!t || shape.rows() == 0) return {};
+  const bool wide = t->scalar_type() == ScalarType::Long;
+  SORA_CHECK(wide || t->scalar_type() == ScalarType::Int, "index: expected int32 or int64, got ", describe(*t));
+  SORA_CHECK(t->is_cpu() == x.is_cpu() && t->dim() == 2 && t->size(0) == shape.B && t->size(1) == shape.S,
+             "index: expected (B, S) = (", shape.B, ", ", shape.S, ") on the device of x, got ", describe(*t));
+  const Index index{t->data_ptr(), wide, t->stride(0), t->stride(1)};
+  for (int64_t b = 0; b < shape.B; ++b) {
+    for (int64_t s = 0; s < shape.S; ++s) {
+      const int64_t row = index(b, s);
+      SORA_CHECK(row >= 0 && row < shape.modulation_rows(), "index: expected rows of 0 to ", shape.modulation_rows() - 1,
+                 ", got ", row, " at (", b, ", ", s, ")");
+    }
+  }
+  return index;
+}
+
+// The tokens in the order of their modulation rows, a stable one: those of row f of clip b, which is group
+// b * F + f, are tokens[starts[group]] up to tokens[starts[group + 1]], each b * S + s.
+struct Runs {
+  std::vector<int64_t> starts, tokens;
+
+  Runs(const Index& index, const Shape& shape) : starts(shape.B * shape.modulation_rows() + 1), tokens(shape.rows()) {
+    const auto group = [&](int64_t row) {
+      return row / shape.S * shape.modulation_rows() + index(row / shape.S, row % shape.S);
+    };
+    for (int64_t row = 0; row < shape.rows(); ++row) ++starts[group(row) + 1];
+    for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    for (int64_t row = 0; row < shape.rows(); ++row) tokens[next[group(row)]++] = row;
+  }
 };
 
 struct Modulation {
@@ -63,7 +121,7 @@ class ModulationRows {
 
   ModulationRows(const Modulation& from, int64_t D) : from_(from), D_(D), scratch_(10, D) {
     if (C::kOwn) std::fill_n(zeros(), D, 0.0f);
-    if constexpr (C::kGate) start(1, 0.0f, from.gate_table);
+    if constexpr (C::kGate) start(1, from.gate || from.gate_table ? 0.0f : 1.0f, from.gate_table);
     if constexpr (C::kNorm) {
       start(2, 1.0f, from.scale_table), start(3, 0.0f, from.shift_table);
       start(4, from.weight ? 0.0f : 1.0f, from.weight), start(5, 0.0f, from.bias);

@@ -244,8 +244,10 @@ void launch(const NormModulateParams& p, cudaStream_t stream) {
 
 void norm_modulate_fwd(const Tensor& x, const OptionalTensor& shift, const OptionalTensor& scale,
                        const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& shift_table,
-                       const OptionalTensor& scale_table, bool rms, double eps, int64_t host, const Tensor& out) {
+                       const OptionalTensor& scale_table, const OptionalTensor& index, bool rms, double eps,
+                       int64_t host, const Tensor& out) {
   SORA_CHECK(host == 0, "host: expected 0, for one rounding, got ", host);
+  SORA_CHECK(!index, "index: expected none, got ", describe(*index));
   NormModulateParams p{.shape = shape_of("x", x)};
   p.x = tokens("x", x, x);
   p.out = tokens("out", out, x);

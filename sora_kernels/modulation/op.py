@@ -24,6 +24,7 @@ def norm_modulate(
     bias: Tensor | None = None,
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
+    index: Tensor | None = None,
     eps: float = 1e-6,
     rounding: str = "once",
     out: Tensor | None = None,
@@ -39,6 +40,9 @@ def norm_modulate(
                              consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
     weight, bias             [D], any float dtype
     shift_table, scale_table [D], float32, added to the rows inside the kernel
+    index                    [B, S], int32 or int64, any strides: token s of clip b has row index[b, s] of shift and
+                             scale, which are then [R, D], [B, R, D] or [D]; none is written out per token. Beyond R: an
+                             error on the CPU; on a GPU it is not looked at, and such a token has rows of zeros
     rounding                 "once", at the store; or as a "host" that computes in 16 bits: the norm, then 1 + scale and
                              its product, where these are of x's dtype, and at the store. Nearer to that model, further
                              from fp64. Gradients are the same. In `reference` and `triton`
@@ -59,12 +63,15 @@ def norm_modulate(
     """
     op = "norm_modulate"
     eps = _check_norm(op, x, norm, eps)
-    frames = _rows.check(op, x, shift=shift, scale=scale)
+    if index is None:
+        frames = _rows.check(op, x, shift=shift, scale=scale)
+    else:
+        frames, (shift, scale) = _rows.chosen(op, x, index, shift=shift, scale=scale)
     _check_vectors(op, x, weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
-    tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table))
+    tensors = narrow(x, (x, shift, scale, weight, bias, shift_table, scale_table, index))
     grad = _needs_grad(op, tensors, out)
     host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table))
-    impl = _choose(op, impl, x, grad, host)
+    impl = _choose(op, impl, x, grad, host, index)
     settings = (frames, norm == "rms", eps, host, impl)
     return apply(_NormModulate, *tensors, settings) if grad else _norm_modulate(*tensors, *settings, out)
 
@@ -72,18 +79,24 @@ def norm_modulate(
 def gate_residual(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     gate_table: Tensor | None = None,
+    y_norm: str | None = None,
+    index: Tensor | None = None,
+    eps: float = 1e-6,
     rounding: str = "once",
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """x + (gate + gate_table) · y
+    """x + (gate + gate_table) · y;  with a y_norm x + (gate + gate_table) · norm(y)
 
     x, y        [B, S, D] of one dtype, any strides
-    gate        a modulation row as in `norm_modulate`
-    gate_table  [D], float32
+    gate        a modulation row as in `norm_modulate`; None: 1. Of a gate that is squashed give the value, gate.tanh():
+                rows are small. So is the product with the weight of a norm of y, gate · weight
+    gate_table  [D], float32, beside a gate
+    y_norm      "layer" or "rms": y is normalised first, as x is in `norm_modulate`, with eps
+    index       [B, S]: token s of clip b has row index[b, s] of gate, as in `norm_modulate`
     rounding    as in `norm_modulate`; a "host" rounds gate · y where gate is of x's dtype
     out         where to write; may be x or y itself; for inference only
 
@@ -92,59 +105,68 @@ def gate_residual(
     op = "gate_residual"
     _check.tensor(op, "x", x, "[B, S, D]", ndim=3)
     _check.like(op, "y", y, x)
-    _check_gate(op, gate)
-    frames = _rows.check(op, x, gate=gate)
+    y_rms = _check_gate(op, gate, gate_table, y_norm)
+    eps = _check.positive(op, "eps", eps)
+    if index is None:
+        frames = _rows.check(op, x, gate=gate)
+    else:
+        frames, (gate,) = _rows.chosen(op, x, index, gate=gate)
     _check_vectors(op, x, gate_table=gate_table)
-    tensors = narrow(x, (x, y, gate, gate_table))
+    tensors = narrow(x, (x, y, gate, gate_table, index))
     grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, gate=(gate, gate_table))
     impl = _choose(op, impl, x, grad, host)
-    settings = (frames, host, impl)
+    settings = (frames, y_rms, eps, host, impl)
     return apply(_GateResidual, *tensors, settings) if grad else _gate_residual(*tensors, *settings, out)
 
 
 def gate_residual_norm_modulate(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     *,
     norm: str = "layer",
+    y_norm: str | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     gate_table: Tensor | None = None,
     shift_table: Tensor | None = None,
     scale_table: Tensor | None = None,
+    index: Tensor | None = None,
     eps: float = 1e-6,
     rounding: str = "once",
     out: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """x_new = x + (gate + gate_table) · y;  out = norm_modulate(x_new, shift, scale, ...)
+    """x_new = gate_residual(x, y, gate, ...);  out = norm_modulate(x_new, shift, scale, ...)
 
     The end of one branch and the beginning of the next in a single pass: x and y are read once. Arguments as in
-    `gate_residual` and `norm_modulate`. x_new is rounded to its dtype before it is normalised, so the result is that
-    of the two functions called one after another. `out` is a pair (x_new, out) to write into, for inference only; its
-    first may be x or y itself.
+    `gate_residual` and `norm_modulate`; one eps serves both norms, one index all rows. x_new is rounded to its dtype
+    before it is normalised, so the result is that of the two functions called one after another. `out` is a pair
+    (x_new, out) to write into, for inference only; its first may be x or y itself.
 
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
     op = "gate_residual_norm_modulate"
     eps = _check_norm(op, x, norm, eps)
     _check.like(op, "y", y, x)
-    _check_gate(op, gate)
-    frames = _rows.check(op, x, gate=gate, shift=shift, scale=scale)
+    y_rms = _check_gate(op, gate, gate_table, y_norm)
+    if index is None:
+        frames = _rows.check(op, x, gate=gate, shift=shift, scale=scale)
+    else:
+        frames, (gate, shift, scale) = _rows.chosen(op, x, index, gate=gate, shift=shift, scale=scale)
     _check_vectors(
         op, x, weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table
     )
-    tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table))
+    tensors = narrow(x, (x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index))
     if out is not None and not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
     grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table), gate=(gate, gate_table))
     impl = _choose(op, impl, x, grad, host)
-    settings = (frames, norm == "rms", eps, host, impl)
+    settings = (frames, norm == "rms", y_rms, eps, host, impl)
     if grad:
         return apply(_GateResidualNormModulate, *tensors, settings)
     return _gate_residual_norm_modulate(*tensors, *settings, out)
@@ -160,10 +182,14 @@ def _check_norm(op, x, norm, eps) -> float:
     return _check.positive(op, "eps", eps)
 
 
-def _check_gate(op, gate) -> None:
-    """To a row that may be absent, None is nothing to check."""
-    if gate is None:
-        _check.tensor(op, "gate", gate, _rows.LAYOUTS)
+def _check_gate(op, gate, gate_table, y_norm) -> bool | None:
+    """Whether y's norm is an RMS norm; None where it has none."""
+    if gate is None and gate_table is not None:
+        raise ValueError(f"{op}: gate_table is added to a gate; got gate=None; give the table as the gate")
+    if y_norm is None:
+        return None
+    _check.choice(op, "y_norm", y_norm, (None, *NORMS))
+    return y_norm == "rms"
 
 
 def _check_vectors(op, x, **vectors: Tensor | None) -> None:
@@ -186,15 +212,17 @@ def _host(op, rounding, x, norm=None, gate=None) -> int:
     return (norm is not None) + 2 * of_x[0] + 4 * of_x[1]
 
 
-def _choose(op, impl, x, grad, host) -> str:
+def _choose(op, impl, x, grad, host, index=None) -> str:
     wide = _dispatch.within(MAX_WIDTH, x.shape[2], "rows")
 
     def limits(name: str) -> str | None:
         if host and name in ("cpu", "cuda"):
             return f"{name} rounds once, at the store"
+        if index is not None and name == "cuda":
+            return "cuda takes no index"
         return wide and wide(name)
 
-    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host or wide else None)
+    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host or wide or index is not None else None)
 
 
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: int = 0) -> bool:
@@ -208,23 +236,26 @@ def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: i
 
 # norm_modulate
 
-def _norm_modulate_formula(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, host) -> Tensor:
-    kwargs = dict(norm=NORMS[rms], weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table)
-    return reference.norm_modulate(x, shift, scale, **kwargs, eps=eps, host=host)
+def _norm_modulate_formula(
+    x, shift, scale, weight, bias, shift_table, scale_table, index, rms, eps, host
+) -> Tensor:  # fmt: skip
+    kwargs = dict(weight=weight, bias=bias, shift_table=shift_table, scale_table=scale_table, index=index)
+    return reference.norm_modulate(x, shift, scale, norm=NORMS[rms], **kwargs, eps=eps, host=host)
 
 
 _library.define(
     "norm_modulate_fwd",
     "(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? shift_table, Tensor? scale_table, "
-    "bool rms, float eps, int host, Tensor(a!) out) -> ()",
+    "Tensor? index, bool rms, float eps, int host, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_norm_modulate_formula(*args[:-1])),
     impls={"triton": ".modulation.kernels:norm_modulate_fwd", "cuda": None, "cpu": None},
 )  # fmt: skip
 
 
 def _norm_modulate_bwd(
-    dout, x, scale, weight, bias, scale_table, rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table
-):
+    dout, x, scale, weight, bias, scale_table, index, rms, eps,
+    dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
+):  # fmt: skip
     D = x.shape[-1]
     zeros = dout.new_zeros
     inputs = dict(
@@ -232,7 +263,7 @@ def _norm_modulate_bwd(
         shift_table=zeros(D), scale_table=scale_table,
     )  # fmt: skip
     _library.vjp(
-        lambda x, **kw: reference.norm_modulate(x, norm=NORMS[rms], eps=eps, **kw),
+        lambda x, **kw: reference.norm_modulate(x, norm=NORMS[rms], index=index, eps=eps, **kw),
         inputs,
         (dout,),
         dict(
@@ -244,7 +275,8 @@ def _norm_modulate_bwd(
 
 _library.define(
     "norm_modulate_bwd",
-    "(Tensor dout, Tensor x, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? scale_table, bool rms, float eps, "
+    "(Tensor dout, Tensor x, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? scale_table, Tensor? index, "
+    "bool rms, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
     "Tensor(f!)? dshift_table, Tensor(g!)? dscale_table) -> ()",
     reference=_norm_modulate_bwd,
@@ -253,12 +285,12 @@ _library.define(
 
 
 def _norm_modulate(
-    x, shift, scale, weight, bias, shift_table, scale_table, frames, rms, eps, host, impl, out=None
+    x, shift, scale, weight, bias, shift_table, scale_table, index, frames, rms, eps, host, impl, out=None
 ) -> Tensor:
     out = like(x) if out is None else out
     _library.call("norm_modulate_fwd", impl)(
         dense(x), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
-        table(shift_table, x), table(scale_table, x), rms, eps, host, out,
+        table(shift_table, x), table(scale_table, x), index, rms, eps, host, out,
     )  # fmt: skip
     return out
 
@@ -270,15 +302,15 @@ class _NormModulate(torch.autograd.Function):
         return _norm_modulate_formula(*tensors, *settings)
 
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, settings):
-        ctx.save_for_backward(x, shift, scale, weight, bias, shift_table, scale_table)
+    def forward(ctx, x, shift, scale, weight, bias, shift_table, scale_table, index, settings):
+        ctx.save_for_backward(x, shift, scale, weight, bias, shift_table, scale_table, index)
         ctx.settings = settings
-        return _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, *settings)
+        return _norm_modulate(x, shift, scale, weight, bias, shift_table, scale_table, index, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        x, shift, scale, weight, bias, shift_table, scale_table = ctx.saved_tensors
+        x, shift, scale, weight, bias, shift_table, scale_table, index = ctx.saved_tensors
         frames, rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx = like(x, need[0])
@@ -286,80 +318,96 @@ class _NormModulate(torch.autograd.Function):
         dscale = _rows.like(scale, need[2], x, frames)
         dweight, dbias = like(weight, need[3]), like(bias, need[4])
         dshift_table, dscale_table = like(shift_table, need[5]), like(scale_table, need[6])
+        index = _rows.index_of(index, scale, dshift)
         _library.call("norm_modulate_bwd", impl)(
             dense(dout), dense(x), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
-            table(scale_table, x), rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
+            table(scale_table, x), index, rms, eps, dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
         )  # fmt: skip
         dshift, dscale = _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None
+        return dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table, None, None
 
 
 # gate_residual
 
-_library.define(
-    "gate_residual_fwd",
-    "(Tensor x, Tensor y, Tensor gate, Tensor? gate_table, int host, Tensor(a!) out) -> ()",
-    reference=lambda x, y, gate, gate_table, host, out: out.copy_(
-        reference.gate_residual(x, y, gate, gate_table=gate_table, host=host)
-    ),
-    impls={"triton": ".modulation.kernels:gate_residual_fwd", "cpu": None},
-)
-_library.define(
-    "gate_residual_bwd",
-    "(Tensor dout, Tensor y, Tensor gate, Tensor? gate_table, Tensor(a!)? dy, Tensor(b!)? dgate, "
-    "Tensor(c!)? dgate_table) -> ()",
-    reference=lambda dout, y, gate, gate_table, dy, dgate, dgate_table: _library.vjp(
-        lambda **kw: reference.gate_residual(torch.zeros_like(dout), **kw),
+def _gate_residual_formula(x, y, gate, gate_table, index, y_rms, eps, host) -> Tensor:
+    kwargs = dict(gate_table=gate_table, y_norm=y_rms if y_rms is None else NORMS[y_rms], index=index)
+    return reference.gate_residual(x, y, gate, **kwargs, eps=eps, host=host)
+
+
+def _gate_residual_bwd(dout, y, gate, gate_table, index, y_rms, eps, dy, dgate, dgate_table):
+    zeros = torch.zeros_like(dout)
+    _library.vjp(
+        lambda **kw: _gate_residual_formula(zeros, **kw, index=index, y_rms=y_rms, eps=eps, host=0),
         dict(y=y, gate=gate, gate_table=gate_table),
         (dout,),
         dict(y=dy, gate=dgate, gate_table=dgate_table),
-    ),
+    )
+
+
+_library.define(
+    "gate_residual_fwd",
+    "(Tensor x, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? index, bool? y_rms, float eps, int host, "
+    "Tensor(a!) out) -> ()",
+    reference=lambda *args: args[-1].copy_(_gate_residual_formula(*args[:-1])),
+    impls={"triton": ".modulation.kernels:gate_residual_fwd", "cpu": None},
+)  # fmt: skip
+_library.define(
+    "gate_residual_bwd",
+    "(Tensor dout, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? index, bool? y_rms, float eps, "
+    "Tensor(a!)? dy, Tensor(b!)? dgate, Tensor(c!)? dgate_table) -> ()",
+    reference=_gate_residual_bwd,
     impls={"triton": ".modulation.kernels:gate_residual_bwd", "cpu": None},
 )
 
 
-def _gate_residual(x, y, gate, gate_table, frames, host, impl, out=None) -> Tensor:
+def _gate_residual(x, y, gate, gate_table, index, frames, y_rms, eps, host, impl, out=None) -> Tensor:
     out = like(x) if out is None else out
     gate = _rows.operand(gate, x, frames)
-    _library.call("gate_residual_fwd", impl)(dense(x), dense(y), gate, table(gate_table, x), host, out)
+    _library.call("gate_residual_fwd", impl)(
+        dense(x), dense(y), gate, table(gate_table, x), index, y_rms, eps, host, out
+    )
     return out
 
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def formula(x, y, gate, gate_table, settings):
-        return reference.gate_residual(x, y, gate, gate_table=gate_table, host=settings[1])
+    def formula(*args):
+        *tensors, (_, *settings, _) = args
+        return _gate_residual_formula(*tensors, *settings)
 
     @staticmethod
-    def forward(ctx, x, y, gate, gate_table, settings):
-        ctx.save_for_backward(y, gate, gate_table)
+    def forward(ctx, x, y, gate, gate_table, index, settings):
+        ctx.save_for_backward(y, gate, gate_table, index)
         ctx.settings = settings
-        return _gate_residual(x, y, gate, gate_table, *settings)
+        return _gate_residual(x, y, gate, gate_table, index, *settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        y, gate, gate_table = ctx.saved_tensors
+        y, gate, gate_table, index = ctx.saved_tensors
         need = ctx.needs_input_grad
+        frames, y_rms, eps, _, impl = ctx.settings
         if not any(need[1:4]):
-            return dout, None, None, None, None
-        frames, _, impl = ctx.settings
+            return dout, *[None] * 5
+        if gate is None and y_rms is None:
+            return dout, dout, *[None] * 4
         dy, dgate = like(y, need[1]), _rows.like(gate, need[2], y, frames)
         dgate_table = like(gate_table, need[3])
         _library.call("gate_residual_bwd", impl)(
-            dense(dout), dense(y), _rows.view(gate, y, frames), table(gate_table, y), dy, dgate, dgate_table
-        )
-        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None
+            dense(dout), dense(y), _rows.view(gate, y, frames), table(gate_table, y), index, y_rms, eps,
+            dy, dgate, dgate_table,
+        )  # fmt: skip
+        return dout, dy, _rows.sum_to(dgate, gate), dgate_table, None, None
 
 
 # gate_residual_norm_modulate
 
 def _gate_residual_norm_modulate_formula(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, rms, eps, host
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index, rms, y_rms, eps, host
 ) -> tuple[Tensor, Tensor]:
-    kwargs = dict(weight=weight, bias=bias, gate_table=gate_table, shift_table=shift_table, scale_table=scale_table)
-    kwargs |= dict(norm=NORMS[rms], eps=eps, host=host)
-    return reference.gate_residual_norm_modulate(x, y, gate, shift, scale, **kwargs)
+    x = _gate_residual_formula(x, y, gate, gate_table, index, y_rms, eps, host)
+    tables = shift_table, scale_table
+    return x, _norm_modulate_formula(x, shift, scale, weight, bias, *tables, index, rms, eps, host)
 
 
 def _gate_residual_norm_modulate_fwd(*args):
@@ -369,13 +417,13 @@ def _gate_residual_norm_modulate_fwd(*args):
 
 
 def _gate_residual_norm_modulate_bwd(
-    dx_new, dout, x_new, y, gate, scale, weight, bias, gate_table, scale_table, rms, eps,
+    dx_new, dout, x_new, y, gate, scale, weight, bias, gate_table, scale_table, index, rms, y_rms, eps,
     dx, dy, dgate, dshift, dscale, dweight, dbias, dgate_table, dshift_table, dscale_table,
 ):  # fmt: skip
     total = torch.zeros(x_new.shape, dtype=torch.promote_types(x_new.dtype, torch.float32), device=x_new.device)
     if dout is not None:
         _norm_modulate_bwd(
-            dout, x_new, scale, weight, bias, scale_table, rms, eps,
+            dout, x_new, scale, weight, bias, scale_table, index, rms, eps,
             total, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
         )  # fmt: skip
     else:
@@ -386,26 +434,21 @@ def _gate_residual_norm_modulate_bwd(
         total += dx_new
     if dx is not None:
         dx.copy_(total)
-    _library.vjp(
-        lambda **kw: reference.gate_residual(torch.zeros_like(total), **kw),
-        dict(y=y, gate=gate, gate_table=gate_table),
-        (total,),
-        dict(y=dy, gate=dgate, gate_table=dgate_table),
-    )
+    _gate_residual_bwd(total, y, gate, gate_table, index, y_rms, eps, dy, dgate, dgate_table)
 
 
 _library.define(
     "gate_residual_norm_modulate_fwd",
-    "(Tensor x, Tensor y, Tensor gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
-    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, bool rms, float eps, int host, "
-    "Tensor(a!) x_new, Tensor(b!) out) -> ()",
+    "(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, Tensor? index, bool rms, bool? y_rms, float eps, "
+    "int host, Tensor(a!) x_new, Tensor(b!) out) -> ()",
     reference=_gate_residual_norm_modulate_fwd,
     impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
 )
 _library.define(
     "gate_residual_norm_modulate_bwd",
-    "(Tensor? dx_new, Tensor? dout, Tensor x_new, Tensor y, Tensor gate, Tensor? scale, Tensor? weight, Tensor? bias, "
-    "Tensor? gate_table, Tensor? scale_table, bool rms, float eps, "
+    "(Tensor? dx_new, Tensor? dout, Tensor x_new, Tensor y, Tensor? gate, Tensor? scale, Tensor? weight, Tensor? bias, "
+    "Tensor? gate_table, Tensor? scale_table, Tensor? index, bool rms, bool? y_rms, float eps, "
     "Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? dgate, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dweight, "
     "Tensor(g!)? dbias, Tensor(h!)? dgate_table, Tensor(i!)? dshift_table, Tensor(j!)? dscale_table) -> ()",
     reference=_gate_residual_norm_modulate_bwd,
@@ -414,13 +457,14 @@ _library.define(
 
 
 def _gate_residual_norm_modulate(
-    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, frames, rms, eps, host, impl, out=None
-) -> tuple[Tensor, Tensor]:
+    x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index,
+    frames, rms, y_rms, eps, host, impl, out=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     x_new, out = (like(x), like(x)) if out is None else out
     _library.call("gate_residual_norm_modulate_fwd", impl)(
         dense(x), dense(y), _rows.operand(gate, x, frames), _rows.operand(shift, x, frames),
         _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
-        table(gate_table, x), table(shift_table, x), table(scale_table, x), rms, eps, host, x_new, out,
+        table(gate_table, x), table(shift_table, x), table(scale_table, x), index, rms, y_rms, eps, host, x_new, out,
     )  # fmt: skip
     return x_new, out
 
@@ -432,9 +476,9 @@ class _GateResidualNormModulate(torch.autograd.Function):
         return _gate_residual_norm_modulate_formula(*tensors, *settings)
 
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, settings):
+    def forward(ctx, x, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index, settings):
         ctx.set_materialize_grads(False)
-        tensors = (y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table)
+        tensors = (y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index)
         x_new, out = _gate_residual_norm_modulate(x, *tensors, *settings)
         ctx.save_for_backward(x_new, *tensors)
         ctx.settings = settings
@@ -443,19 +487,20 @@ class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_new, dout):
-        x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table = ctx.saved_tensors
-        frames, rms, eps, _, impl = ctx.settings
+        x_new, y, gate, shift, scale, weight, bias, gate_table, shift_table, scale_table, index = ctx.saved_tensors
+        frames, rms, y_rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows.like(gate, need[2], x_new, frames)
         dshift = _rows.like(shift, need[3], x_new, frames)
         dscale = _rows.like(scale, need[4], x_new, frames)
         dweight, dbias = like(weight, need[5]), like(bias, need[6])
         dtables = [like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
+        index = _rows.index_of(index, gate, scale, dshift)
         _library.call("gate_residual_norm_modulate_bwd", impl)(
             dense(dx_new), dense(dout), dense(x_new), dense(y), _rows.view(gate, x_new, frames),
             _rows.view(scale, x_new, frames), parameter(weight), parameter(bias),
-            table(gate_table, x_new), table(scale_table, x_new), rms, eps,
+            table(gate_table, x_new), table(scale_table, x_new), index, rms, y_rms, eps,
             dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables,
         )  # fmt: skip
         dgate, dshift, dscale = _rows.sum_to(dgate, gate), _rows.sum_to(dshift, shift), _rows.sum_to(dscale, scale)
-        return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None
+        return dx, dy, dgate, dshift, dscale, dweight, dbias, *dtables, None, None
