@@ -86,7 +86,13 @@ def test_a_directory_with_files_is_left_alone(repository, capsys):
     assert "must be empty or not exist" in capsys.readouterr().err
 
 
-def step(package, host=None):
+def test_the_glibc_that_a_library_asks_for(tmp_path):
+    library = tmp_path / "_cpu.so"
+    library.write_bytes(b"\0GLIBC_2.4\0GLIBC_2.34\0GLIBC_2.5\0GLIBCXX_3.4.29\0")
+    assert export_hub.newest_glibc(library) == (2, 34)
+
+
+def step(package):
     torch.manual_seed(0)
     x, y, gate, scale = torch.randn(2, 6, 16), torch.randn(2, 6, 16), torch.randn(16), torch.randn(2, 1, 16)
     leaves = [t.requires_grad_() for t in (x, y, gate, scale)]
