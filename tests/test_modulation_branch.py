@@ -232,6 +232,35 @@ def test_hunyuan_video_with_the_first_frame_given(impl, require):
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=2e-5)
 
 
+@EACH
+def test_minimax_h3(impl, require):
+    """Its rows of every time and modality, picked by token, RMS norms with weights, and one of each for all clips."""
+    require("gate_residual_norm_modulate", impl, grad=True)
+    minimax = pytest.importorskip("diffusers.models.transformers.transformer_minimax_h3")
+    adaln, norm1, norm2 = (minimax.MiniMaxH3AdaLayerNormModulation(20, 32), *(torch.nn.RMSNorm(32, 1e-5) for _ in "12"))
+    for norm in (norm1, norm2):
+        torch.nn.init.normal_(norm.weight)
+    index = torch.tensor([0, 0, 5, 5, 3, 1, 5, 0])  # of two times with three modalities
+    tensors = dict(x=torch.randn(1, 8, 32), temb=torch.randn(2, 20), attn=torch.randn(1, 8, 32))
+
+    def theirs(x, temb, attn):
+        shift, scale, gate, shift_mlp, scale_mlp, _ = (t.index_select(0, index) for t in adaln(temb))
+        h = norm1(x) * (1.0 + scale) + shift
+        x = x + gate * attn
+        return h, x, norm2(x) * (1.0 + scale_mlp) + shift_mlp
+
+    def ours(x, temb, attn):
+        shift, scale, gate, shift_mlp, scale_mlp, _ = adaln(temb)
+        rule = dict(norm="rms", eps=1e-5, index=index.expand(len(x), -1), impl=impl)
+        h = norm_modulate(x, shift, scale, weight=norm1.weight, **rule)
+        return h, *gate_residual_norm_modulate(x, attn, gate, shift_mlp, scale_mlp, weight=norm2.weight, **rule)
+
+    grads = list(torch.randn(3, 1, 8, 32))
+    actual, expected = (outputs_and_grads(f, tensors, grads) for f in (ours, theirs))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=2e-5)
+
+
 # ---- out= into a joint buffer
 
 
