@@ -74,7 +74,7 @@ def test_a_host_library_gives_way_to_triton_and_triton_to_the_reference(refusing
     refusing("spacetime_attention_fwd", "triton", RuntimeError("PassManager::run failed"))
     q, k, v = torch.randn(3, 2, 5, 2, 8)
     out, lse = torch.full_like(q, float("nan")), torch.full((2, 2, 5), float("nan"))
-    mode = (None, [], [], [1, 1, 1], 0, 0, 0, False, 0.3)
+    mode = (None, [], [], [1, 1, 1], [1, 1, 1], [0, 0, 0], 0, 0, False, 0.3)
     with pytest.warns(RuntimeWarning) as caught:
         _library.call("spacetime_attention_fwd", "sdpa_or_next")(q, k, v, *mode, out, lse)
     expected = torch.einsum("bqhe,bkhe->bhqk", q, k) * 0.3

@@ -18,6 +18,8 @@ from . import reference
 
 _SETTINGS = threading.Lock()
 
+DENSE = None, None, (1, 1, 1), (1, 1, 1), (0, 0, 0), 0, 0, False  # the mode, as the private ops take it
+
 
 def spacetime_attention_fwd(q, k, v, kv_lens, *args) -> None:
     *_, scale, out, lse = args
@@ -50,7 +52,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple:
     operands = [_heads_first(t) for t in (q, k, v)]
     if q.is_cpu:
         if not _within_limits(q, k, v, scale):
-            out, lse = reference.spacetime_attention(q, k, v, None, None, None, (1, 1, 1), 0, 0, 0, False, scale)
+            out, lse = reference.spacetime_attention(q, k, v, None, *DENSE, scale)
             return out.transpose(1, 2), lse
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
     return torch.ops.aten._scaled_dot_product_flash_attention(*operands, scale=scale)

@@ -300,18 +300,20 @@ _library.define(
 )
 
 
-def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, *tables) -> tuple[Tensor | None, ...]:
+def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin) -> tuple[Tensor | None, ...]:
+    if cos is not None:
+        cos, sin = _alike(q, cos, sin)
+    if k_cos is not None:
+        k_cos, k_sin = _alike(k, k_cos, k_sin)
     return (
         dense(q), dense(k), parameter(q_weight), parameter(k_weight), parameter(q_bias), parameter(k_bias),
-        *_alike(q, *tables[:2]), *_alike(q, *tables[2:]),
+        cos, sin, k_cos, k_sin,
     )  # fmt: skip
 
 
-def _alike(q, cos, sin) -> tuple[Tensor | None, Tensor | None]:
-    """Tables in the dtype of the mathematics, dense in their last axis and of the same strides."""
-    if cos is None:
-        return None, None
-    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+def _alike(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables in the dtype of the mathematics on x, dense in their last axis and of the same strides."""
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     cos, sin = dense(cos.to(dtype)), dense(sin.to(dtype))
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
