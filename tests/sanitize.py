@@ -45,7 +45,7 @@ TESTS = (
 # instruction set, of which each has a run of its own.
 CHOSEN = (
     "not triton and not reference and not cudnn and not compile and not cuda and not machine_code and not abi "
-    "and not instruction_set"
+    "and not sm_ and not instruction_set"
 )
 # One loop of several pieces.
 OVERLAP = """
