@@ -7,7 +7,7 @@ import inspect
 import hosts
 import pytest
 import torch
-from hosts import assert_rounds_like, cogvideox, cosmos, exactly, ltx, ltx2, output, run
+from hosts import assert_rounds_like, cogvideox, cosmos, exactly, ltx, ltx2, mochi, output, run
 
 from sora_kernels.integrations import patch_model, unpatch_model
 from sora_kernels.integrations.diffusers import common
@@ -112,6 +112,38 @@ def test_a_patched_model_shows_the_signature_of_its_class(name):
     before = inspect.signature(model.forward)
     patch_model(model)
     assert inspect.signature(model.forward) == before
+
+
+def test_mochi_attends_to_all_clips_at_once(lens):
+    model = mochi.mochi()
+    patch_model(model)
+    output(model, **mochi.inputs(model))
+    assert lens == [[12 + 3, 12 + 4]] * 2
+
+
+@pytest.mark.parametrize("hooked", ["attn1.norm_added_k", "norm4_context", "norm1.norm"])
+def test_mochi_runs_norms_that_were_hooked_later(hooked):
+    model = mochi.mochi()
+    inputs = mochi.inputs(model)
+    plain, exact = output(model, **inputs), exactly(model, **inputs)["output"]
+    patch_model(model)
+    calls = []
+    model.transformer_blocks[0].get_submodule(hooked).register_forward_hook(lambda *_: calls.append(1))
+    assert_matches_oracle(output(model, **inputs), exact, plain)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in hosts.cases() if "KL" not in name])
+def test_gradients_through_checkpoints_are_the_same(name):
+    case = hosts.cases()[name]
+    model = case.make()
+    inputs = case.inputs(model)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    patch_model(model)
+    expected = run(model, *args, **kwargs)
+    model.enable_gradient_checkpointing()
+    actual = run(model, *args, **kwargs)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_coordinates_get_their_gradients():

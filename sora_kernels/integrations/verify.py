@@ -228,7 +228,7 @@ class _FloatMeansDouble(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.float:
             func = Tensor.double
-        elif args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        elif args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             args = [torch.float64 if a is torch.float32 else a for a in args]
             kwargs = {key: torch.float64 if a is torch.float32 else a for key, a in kwargs.items()}
         return func(*args, **kwargs)

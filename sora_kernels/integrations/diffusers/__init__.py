@@ -14,6 +14,7 @@ CLASSES = {  # file -> the classes that it plans for
     "latte": ("LatteTransformer3DModel",),
     "ltx": ("LTXVideoTransformer3DModel",),
     "ltx2": ("LTX2VideoTransformer3DModel",),
+    "mochi": ("MochiTransformer3DModel",),
     "wan": (
         "WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel",

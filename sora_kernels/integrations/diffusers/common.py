@@ -19,6 +19,7 @@ from ... import _dispatch, layers
 from ..._check import in_context_parallel
 from ...attention import spacetime_attention
 from ...modulation import norm_modulate
+from ...qknorm_rope import qk_norm_rope
 from ..patch import How, Plan, Swap, is_hooked
 
 
@@ -177,6 +178,32 @@ class Processor:
         parallel, backend = getattr(self, "_parallel_config", None), getattr(self, "_attention_backend", None)
         parallel = None if crossing and not self.crossing_is_parallel else parallel
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
+
+    def normed(self, norm_q: nn.Module, norm_k: nn.Module, q: Tensor, k: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        how |= {"q_weight": norm_q.weight, "k_weight": norm_k.weight, "eps": norm_q.eps}
+        return qk_norm_rope(q, k, **how, rounding=self.how.rounding_now(), impl=self.how.impl)
+
+    def joined(
+        self,
+        attn: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        text_q: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
+        **rotary: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of video and text in one sequence; without gradients they are written there."""
+        norms, text_norms = (attn.norm_q, attn.norm_k), (attn.norm_added_q, attn.norm_added_k)
+        v, S = torch.cat([v, text_v], 1), q.shape[1]                                         # [B, S + L, H, E]
+        if torch.is_grad_enabled():
+            video, text = self.normed(*norms, q, k, **rotary), self.normed(*text_norms, text_q, text_k)
+            return *(torch.cat(pair, 1) for pair in zip(video, text, strict=True)), v
+        joint_q, joint_k = torch.empty_like(v), torch.empty_like(v)
+        self.normed(*norms, q, k, **rotary, out=(joint_q[:, :S], joint_k[:, :S]))
+        self.normed(*text_norms, text_q, text_k, out=(joint_q[:, S:], joint_k[:, S:]))
+        return joint_q, joint_k, v
 
 
 class PlainProcessor(Processor):

@@ -104,7 +104,7 @@ def _block_forward(
     y = self.attn1(h, encoder_hidden_states=None, attention_mask=attention_mask).type_as(x)
     gate = gate1
     if self.attn2 is not None:
-        x, gate = gate_residual(x, y, gate1, **exact), x.new_ones(x.shape[-1])
+        x, gate = gate_residual(x, y, gate1, **exact), None
         y = self.attn2(x, encoder_hidden_states=text, attention_mask=mask).type_as(x)
     x, h = gate_residual_norm_modulate(x, y, gate, shift2, scale2, **affine(self.norm2), **exact)
     return gate_residual(x, self.ff(h).type_as(x), gate2, **exact)

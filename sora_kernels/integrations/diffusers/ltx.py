@@ -108,7 +108,7 @@ def _block_forward(
     y = self.attn2(x, encoder_hidden_states=text, image_rotary_emb=None, attention_mask=mask).type_as(x)
     modulation = {"shift_table": tables[3], "scale_table": tables[4]}
     modulation |= {"norm": "rms", **affine(self.norm2)}
-    x, h = gate_residual_norm_modulate(x, y, x.new_ones(x.shape[-1]), shift2, scale2, **modulation, **exact)
+    x, h = gate_residual_norm_modulate(x, y, None, shift2, scale2, **modulation, **exact)
     return gate_residual(x, self.ff(h).type_as(x), gate2, gate_table=tables[5], **exact)
 
 

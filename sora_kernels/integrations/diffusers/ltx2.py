@@ -237,8 +237,7 @@ def _added(
 ) -> tuple[Tensor, Tensor]:
     """x + gate * y, and its norm, modulated."""
     tables = {"gate_table": gate[1], "shift_table": shift[1], "scale_table": scale[1]}
-    row = x.new_ones(x.shape[-1]) if gate[0] is None else gate[0]
-    rows = row, shift[0], scale[0]
+    rows = gate[0], shift[0], scale[0]
     return gate_residual_norm_modulate(x, y.type_as(x), *rows, norm="rms", **tables, **affine(norm), **exact)
 
 
