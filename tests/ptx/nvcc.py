@@ -101,8 +101,8 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
     observe is called after each launch with the kernel's name and its counters. options: of device.run.
     """
 
-    def run(x, shift, scale, weight, bias, shift_table, scale_table, rms, eps, host, out) -> None:
-        assert host == 0, "the kernel rounds once"
+    def run(x, shift, scale, weight, bias, shift_table, scale_table, index, rms, eps, host, out) -> None:
+        assert host == 0 and index is None, "the kernel rounds once and takes no index"
         vectors = weight, bias, shift_table, scale_table
         counters = norm_modulate(sm, x, shift, scale, *vectors, rms, eps, out, **options)
         if observe:
