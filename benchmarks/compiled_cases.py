@@ -82,6 +82,10 @@ def modulation() -> Iterator[Case]:
         every = ("x", "shift", "scale", "shift_table", "scale_table")
         yield Case(f"{name}, nvcc", op("norm_modulate", "cuda"), drawn, every, impl="cuda")
     yield Case(
+        "norm_modulate D=1536 by index", op("norm_modulate"),
+        lambda: inputs(1536, rows=3) | dict(index=torch.randint(3, (1, 256))), ("index",), bounds=small,
+    )  # fmt: skip
+    yield Case(
         "gate_residual D=1536 per clip", op("gate_residual"),
         lambda: dict(x=draw(1, 256, 1536), y=draw(1, 256, 1536), gate=draw(1, 1, 1536)), bounds=small,
     )  # fmt: skip

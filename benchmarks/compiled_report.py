@@ -58,6 +58,10 @@ NOTES = {
     "norm_modulate_kernel": {
         "sectors": "fp32 tables beside bf16: 32 bytes a lane, from L1, in two loads that share sectors",
     },
+    "modulation_fwd_kernel": {"16 bytes": {"by index": "a token's index, from L1"}},
+    "modulation_bwd_kernel": {
+        "16 bytes": {"by index": "what sorts tokens by their index, a few bytes a lane, from L1"},
+    },
     "sum_partials_kernel": {"16 bytes": "of few partials 4 bytes a lane", "wavefronts": _SUMS},
     "qk_norm_rope_fwd_kernel": {
         "16 bytes": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
