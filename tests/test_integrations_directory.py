@@ -52,7 +52,7 @@ def test_a_config_of_every_known_class_is_enough(name, tmp_path):
     model.save_config(tmp_path)
     (part,) = directory.inspect(tmp_path, (4, 4, 6))
     assert part.report == patch_model(model)
-    if type(model).__name__ in ("HunyuanVideo15Transformer3DModel", "HunyuanVideoFramepackTransformer3DModel"):
+    if type(model).__name__.startswith(("HunyuanVideo15", "HunyuanVideoFramepack", "Mochi")):
         assert part.before is part.after is None and "not counted, its forward depends on numbers" in str(part)
     else:
         assert part.after.passes < 0.9 * part.before.passes

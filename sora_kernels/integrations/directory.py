@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -90,7 +90,7 @@ def _part(name: str, cls: type[nn.Module], folder: Path, grid: tuple[int, int, i
         inputs = host_of(model).example(model, grid)
         try:
             before = traffic(model, *inputs)
-        except DataDependentOutputException:
+        except (DataDependentOutputException, DynamicOutputShapeException):
             before = None
         except RuntimeError as error:
             size = "x".join(map(str, grid))
