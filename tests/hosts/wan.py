@@ -110,9 +110,9 @@ CASES = {
     "AutoencoderKLWan": Case(vae, clip, {
         "norm_silu": 2, "norm_silu, causal_conv3d": 10, "causal_conv3d": 7, "downsample_conv3d": 1,
         "upsample_conv3d, causal_conv3d": 1,
-    }, draws=8, compiled=_VAE_BLOCKS),
+    }, draws=4, compiled=_VAE_BLOCKS),
     "AutoencoderKLWan of Wan 2.2": Case(partial(vae, **WAN22), clip, {
         "norm_silu": 2, "norm_silu, causal_conv3d": 10, "causal_conv3d": 6, "downsample_conv3d": 1,
         "upsample_conv3d, causal_conv3d": 1,
-    }, draws=8, compiled=_VAE_BLOCKS),
+    }, draws=4, compiled=_VAE_BLOCKS),
 }  # fmt: skip

@@ -15,6 +15,10 @@ CLASSES = {  # file -> the classes that it plans for
     "ltx": ("LTXVideoTransformer3DModel",),
     "ltx2": ("LTX2VideoTransformer3DModel",),
     "mochi": ("MochiTransformer3DModel",),
+    "vaes": (
+        "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLHunyuanVideo15",
+        "AutoencoderKLLTXVideo", "AutoencoderKLMochi",
+    ),
     "wan": (
         "WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel", "SkyReelsV2Transformer3DModel",

@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from ... import layers
 from ...causal_conv import causal_conv3d, downsample_conv3d, upsample_conv3d
 from ..patch import How, Plan, bind, is_hooked, why_not_rebind
-from .common import draw, why_not_read
+from .common import why_not_read
+from .vae import example, pair, sample, under_autocast
 
 _EPS = 1e-24  # with which an RMS norm clamps as F.normalize does
+__all__ = ["example", "plan", "sample"]
 _KERNEL = {"conv1": (host.WanCausalConv3d,), "conv2": (host.WanCausalConv3d,)}
 _NORMS = {"norm1": (host.WanRMS_norm,), "norm2": (host.WanRMS_norm,), "nonlinearity": (nn.SiLU,)}
-_PAIRS = {  # whose norms hand their output to the SiLU
-    host.WanResidualBlock: ("norm1", "norm2"),
-    host.WanEncoder3d: ("norm_out",),
-    host.WanDecoder3d: ("norm_out",),
+_PAIRS = {  # whose norms hand their output to the SiLU; residual blocks only where the convolutions stay the host's
+    host.WanResidualBlock: {"norm1": host.WanRMS_norm, "norm2": host.WanRMS_norm},
+    host.WanEncoder3d: {"norm_out": host.WanRMS_norm},
+    host.WanDecoder3d: {"norm_out": host.WanRMS_norm},
 }
 _RESAMPLING = {
     "upsample2d": ("upsample_conv3d",),
@@ -40,16 +42,6 @@ def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
     return list(_steps(model, how)), ("attention of a single head over a frame: PyTorch's own",)
 
 
-def example(model: nn.Module, grid: tuple[int, int, int] | None = None) -> tuple[Any, ...]:
-    """A small random clip; the grid is that of a transformer's tokens."""
-    side = 2 * model.spatial_compression_ratio
-    return (draw(model.encoder.conv_in, 1, 3, 5, side, side, generator=torch.Generator().manual_seed(0)).tanh(),)
-
-
-def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
-
-
 def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
     inside = set()  # convolutions that a larger step has taken
     for name, module in model.named_modules():
@@ -57,8 +49,8 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
             reason = why_not_rebind(module, host.WanResidualBlock) or _why_not_block(module)
             yield how.step(name, ("norm_silu", "causal_conv3d"), reason, bind(module, _block, how.impl))
             inside |= {module.conv1, module.conv2}
-        elif isinstance(module, tuple(_PAIRS)):
-            yield _pair(name, module, how)
+        elif kind := next((cls for cls in _PAIRS if isinstance(module, cls)), None):
+            yield pair(name, module, kind, _PAIRS[kind], "nonlinearity", layers.activate, how)
         elif isinstance(module, host.WanResample) and (ops := _RESAMPLING.get(module.mode)):
             reason = why_not_rebind(module, host.WanResample) or _why_not_resample(module)
             yield how.step(name, ops, reason, bind(module, _resample, how.impl))
@@ -90,14 +82,9 @@ def _conv(conv: nn.Conv3d, impl: str, x: Tensor, past: Tensor | None = None, **e
 
 
 def _conv_forward(self: nn.Module, impl: str, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    if _leave(x):
+    if under_autocast(x):
         return type(self).forward(self, x, cache_x)
     return _conv(self, impl, x, cache_x)
-
-
-def _leave(x: Tensor) -> bool:
-    """Autocast chooses the dtypes between a norm and a convolution: the host's own step runs."""
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def _remember(x: Tensor, cache: list[Any], index: list[int]) -> Tensor | None:
@@ -125,7 +112,7 @@ def _why_not_gamma(norm: nn.Module) -> str | None:
 
 
 def _block(self: nn.Module, impl: str, x: Tensor, feat_cache: Any = None, feat_idx: list[int] | None = None) -> Tensor:
-    if _leave(x) or _why_not_block(self):
+    if under_autocast(x) or _why_not_block(self):
         return type(self).forward(self, x, feat_cache, [0] if feat_idx is None else feat_idx)
 
     def past(x: Tensor) -> Tensor | None:
@@ -159,7 +146,8 @@ def _resample(
     self: nn.Module, impl: str, x: Tensor, feat_cache: Any = None, feat_idx: list[int] | None = None
 ) -> Tensor:
     halved = self.mode == "downsample3d" and feat_cache is not None
-    if _leave(x) or _why_not_resample(self) or (halved and feat_cache[feat_idx[0]] is not None and x.shape[2] % 2):
+    odd = halved and feat_cache[feat_idx[0]] is not None and x.shape[2] % 2
+    if odd or under_autocast(x) or _why_not_resample(self):
         return type(self).forward(self, x, feat_cache, [0] if feat_idx is None else feat_idx)
     if self.mode == "upsample3d" and feat_cache is not None:
         x = _double_frames(self.time_conv, impl, x, feat_cache, feat_idx)
@@ -187,32 +175,3 @@ def _halve_frames(conv: nn.Module, impl: str, x: Tensor, cache: list[Any], index
         return x
     past = past[:, :, -1:].contiguous()
     return downsample_conv3d(x, conv.weight, conv.bias, factor=(2, 1, 1), cache=past, impl=impl)[0]
-
-
-# Where the convolutions stay the host's: each norm does its SiLU as well, and the SiLU that follows hands its input on
-
-
-def _pair(name: str, module: nn.Module, how: How) -> Plan:
-    cls = next(cls for cls in _PAIRS if isinstance(module, cls))
-    fused = tuple(getattr(module, child) for child in (*_PAIRS[cls], "nonlinearity"))
-    swaps = [bind(norm, _norm_silu, how.impl, fused) for norm in fused[:-1]]
-    reason = _why_not_pair(module, cls, _PAIRS[cls])
-    return how.step(name, ("norm_silu",), reason, *swaps, bind(fused[-1], _already_activated, fused))
-
-
-def _why_not_pair(module: nn.Module, cls: type, norms: tuple[str, ...]) -> str | None:
-    if type(module).forward is not cls.forward:
-        return f"{type(module).__name__} has a forward of its own, not that of {cls.__name__}"
-    kinds = {name: host.WanRMS_norm for name in norms} | {"nonlinearity": nn.SiLU}
-    if reason := why_not_read(module, **{name: (kind,) for name, kind in kinds.items()}):
-        return reason
-    reasons = [reason for name, kind in kinds.items() if (reason := why_not_rebind(getattr(module, name), kind))]
-    return reasons[0] if reasons else None
-
-
-def _norm_silu(norm: nn.Module, impl: str, fused: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    return type(norm).forward(norm, x) if any(map(is_hooked, fused)) else layers.activate(norm, x, impl)
-
-
-def _already_activated(silu: nn.Module, fused: tuple[nn.Module, ...], x: Tensor) -> Tensor:
-    return type(silu).forward(silu, x) if any(map(is_hooked, fused)) else x
