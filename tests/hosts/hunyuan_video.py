@@ -76,7 +76,7 @@ def steps(*, embeddings=1, norms=4):
 _LORA = ("to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "ff.net.0.proj", "proj_mlp")
 _ONE, _TWO = ({"qk_norm_rope": n, "spacetime_attention": n} for n in (1, 2))
 _COMPILED = ("transformer_blocks", "single_transformer_blocks")
-_BLOCKS = {"lora": _LORA, "compiled": _COMPILED, "draws": 3}
+_BLOCKS = {"lora": _LORA, "compiled": _COMPILED, "draws": 8}
 _POOLED = partial(hunyuan_video, pooled_projection_dim=8)
 CASES = {
     "HunyuanVideo": Case(_POOLED, inputs, steps() | _TWO | {"gate_residual": 1}, **_BLOCKS),
@@ -90,6 +90,6 @@ CASES = {
     ),
     "HunyuanVideo-1.5": Case(
         partial(hunyuan_video, "HunyuanVideo15", **TWO_TEXTS), inputs_of_15, steps(norms=3) | _ONE,
-        lora=_LORA[:-1], compiled=("transformer_blocks",), draws=3,
+        lora=_LORA[:-1], compiled=("transformer_blocks",), draws=8,
     ),
 }  # fmt: skip

@@ -90,13 +90,13 @@ def steps(blocks, *, embeddings=1, attentions=0):
 
 
 _VAE_BLOCKS = ("decoder.mid_block.resnets",)  # one more would be compiled anew too often: each chunk differs
-_BLOCKS = {"lora": _LORA, "compiled": ("blocks",), "draws": 3}
+_BLOCKS = {"lora": _LORA, "compiled": ("blocks",), "draws": 8}
 CASES = {
     "Wan": Case(wan, inputs, steps(2), **_BLOCKS),
     "Wan with an image": Case(partial(wan, num_layers=1, **IMAGE), image_inputs, steps(1), **_BLOCKS),
     "WanVACE": Case(
         partial(wan, "WanVACE", vace_layers=[0], vace_in_channels=6), vace_inputs, steps(3, embeddings=2),
-        lora=_LORA, compiled=("blocks", "vace_blocks"), draws=3,
+        lora=_LORA, compiled=("blocks", "vace_blocks"), draws=8,
     ),
     "WanAnimate": Case(
         partial(wan, "WanAnimate", **_ANIMATE), animate_inputs, steps(2, embeddings=2, attentions=1), **_BLOCKS

@@ -143,8 +143,9 @@ def _norm_replace(
     if _why_not_norm(self):
         return type(self).forward(self, x, emb, token_replace_emb, frame)
     rows, of_frame = _rows(self, emb), _rows(self, token_replace_emb)
-    shift, scale = _per_token(x, frame, rows[:2], of_frame[:2])
-    return norm_modulate(x, shift, scale, **affine(self.norm), **in_16_bits(how)), *rows[2:], *of_frame[2:]
+    shift, scale = _both(rows[:2], of_frame[:2])
+    x = norm_modulate(x, shift, scale, index=_index(x, frame), **affine(self.norm), **in_16_bits(how))
+    return x, *rows[2:], *of_frame[2:]
 
 
 def _rows(norm: nn.Module, emb: Tensor) -> tuple[Tensor, ...]:
@@ -152,10 +153,13 @@ def _rows(norm: nn.Module, emb: Tensor) -> tuple[Tensor, ...]:
     return rows.chunk(rows.shape[1] // emb.shape[1], 1)
 
 
-def _per_token(x: Tensor, frame: int, rows: list[Tensor], of_frame: list[Tensor]) -> list[Tensor]:
-    """Rows [B, S, D]: the tokens of the first frame have their own."""
-    index = (torch.arange(x.shape[1], device=x.device) < frame).int()                        # [S]
-    return [torch.stack(pair, 1).index_select(1, index) for pair in zip(rows, of_frame, strict=True)]
+def _both(rows: list[Tensor], of_frame: list[Tensor]) -> list[Tensor]:
+    return [torch.stack(pair, 1) for pair in zip(rows, of_frame, strict=True)]               # [B, 2, D]
+
+
+def _index(x: Tensor, frame: int) -> Tensor:
+    """Which of two rows is a token's: the tokens of the first frame have the second."""
+    return (torch.arange(x.shape[1], device=x.device) < frame).int().expand(x.shape[:2])     # [B, S]
 
 
 # Blocks
@@ -189,10 +193,10 @@ def _dual(
     x, text, mask = hidden_states, encoder_hidden_states, attention_mask
     if _why_not_layer_norms(self, ("norm2", "norm2_context")):
         return type(self).forward(self, x, text, temb, mask, freqs_cis, token_replace_emb, num_tokens)
-    exact = in_16_bits(how)
+    exact = of_video = in_16_bits(how)
     if isinstance(self.norm1, host.HunyuanVideoTokenReplaceAdaLayerNormZero):
         h, *rows = self.norm1(x, temb, token_replace_emb, num_tokens)
-        rows = _per_token(x, num_tokens, rows[:4], rows[4:])
+        rows, of_video = _both(rows[:4], rows[4:]), {"index": _index(x, num_tokens), **exact}
     else:
         h, *rows = self.norm1(x, emb=temb)
     gate1, shift, scale, gate2 = rows
@@ -200,10 +204,10 @@ def _dual(
     y, z = self.attn(hidden_states=h, encoder_hidden_states=t, attention_mask=mask, image_rotary_emb=freqs_cis)
 
     norm = affine(self.norm2)
-    x, h = gate_residual_norm_modulate(x, y.type_as(x), gate1, shift, scale, **norm, **exact)
+    x, h = gate_residual_norm_modulate(x, y.type_as(x), gate1, shift, scale, **norm, **of_video)
     norm = affine(self.norm2_context)
     text, t = gate_residual_norm_modulate(text, z.type_as(text), text_gate1, text_shift, text_scale, **norm, **exact)
-    x = gate_residual(x, self.ff(h).type_as(x), gate2, **exact)
+    x = gate_residual(x, self.ff(h).type_as(x), gate2, **of_video)
     return x, gate_residual(text, self.ff_context(t).type_as(text), text_gate2, **exact)
 
 
@@ -223,7 +227,7 @@ def _single(
     exact = in_16_bits(how)
     if isinstance(self.norm, host.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle):
         h, gate, of_frame = self.norm(x, temb, token_replace_emb, num_tokens)
-        (gate,) = _per_token(x, num_tokens, [gate], [of_frame])
+        (gate,), exact = _both([gate], [of_frame]), {"index": _index(x, num_tokens), **exact}
     else:
         h, gate = self.norm(x, emb=temb)
     ff = self.act_mlp(self.proj_mlp(h))

@@ -100,8 +100,7 @@ def _chain(
         x, h = gate_residual_norm_modulate(x, y, gate1, None, None, **affine(block.norm2), **modulation, impl=impl)
     y = block.attn2(h, text, None, None).type_as(x)
     modulation = {"shift_table": tables[3], "scale_table": tables[4]}
-    one = x.new_ones(x.shape[-1])
-    x, h = gate_residual_norm_modulate(x, y, one, shift2, scale2, **affine(block.norm3), **modulation, impl=impl)
+    x, h = gate_residual_norm_modulate(x, y, None, shift2, scale2, **affine(block.norm3), **modulation, impl=impl)
     return gate_residual(x, block.ffn(h).type_as(x), gate2, gate_table=tables[5], impl=impl)
 
 
