@@ -134,7 +134,8 @@ def check_attention(rows):
 
 
 def test_attention_uses_tensor_cores(rows):
-    check_attention([row for row in rows if row["family"] == "attention"])
+    """Gates of its heads multiply no matrices."""
+    check_attention([row for row in rows if row["family"] == "attention" and not row["case"].startswith("gates ")])
 
 
 def test_attention_loads_boxes_through_the_tma(rows):
