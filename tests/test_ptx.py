@@ -28,6 +28,7 @@ SMALL = {  # file -> what of it, how many tests at least
     "test_patchify.py": ("triton-cpu and dtype1 and (error_rule and (case0 or case6) or inverts and contiguous)", 6),
     "test_patchify_uint8.py": ("frames_are and triton-cpu and bfloat16 and contiguous and 12", 1),
     "test_attention_triton.py": ("bfloat16 and (window_text_end-64 or causal_window_sink-64 or boxes and window-)", 3),
+    "test_attention_gate.py": ("error_rule and triton and bfloat16", 4),
     "test_causal_conv_triton.py": ("bfloat16 and (half_precision and triton- and everything or shipped)", 3),
     "test_causal_conv_cudnn.py": ("test_bfloat16 and everything", 1),
     "ptx/cases_sizes.py": ("test_", 10),
@@ -44,6 +45,7 @@ EVERYTHING = {  # likewise
     "test_patchify.py": ("triton-cpu and dtype1", 36),
     "test_patchify_uint8.py": ("triton and not cuda", 175),
     "test_attention_triton.py": ("bfloat16", 56),
+    "test_attention_gate.py": ("error_rule and triton", 12),
     "test_causal_conv_triton.py": ("bfloat16 and triton and not cudnn- and not on_a_gpu", 11),
     "test_causal_conv_cudnn.py": ("test_bfloat16", 9),
 }

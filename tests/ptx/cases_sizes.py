@@ -39,7 +39,7 @@ def test_an_offset_of_32_bits_is_found_where_it_overflows(pytestconfig):
 
     def launch(rewrite) -> None:
         with triton_on(pytestconfig.getoption("--ptx"), programs=(0, -1), rewrite=rewrite):
-            kernels.norm_modulate_fwd(x, shift, scale, *[None] * 4, False, 1e-6, 0, out)
+            kernels.norm_modulate_fwd(x, shift, scale, *[None] * 5, False, 1e-6, 0, out)
 
     def in_32_bits(name: str, text: str) -> str:
         cut = r"\g<0>\n\tshl.b64 \t\1, \1, 32;\n\tshr.s64 \t\1, \1, 32;"
