@@ -135,9 +135,12 @@ def backward_keys(E: int, dtype: torch.dtype, capability: int, planned: bool) ->
         return Tile(32, 32, 8, 1) if E <= 64 else Tile(16, 16, 4 if E <= 128 else 8, 1)  # 4 spill 96 bytes on sm_90
     if E > 128:
         return Tile(32, 32, 8, 1)
-    if asynchronous(capability) or E <= 64:
+    if asynchronous(capability):
         return Tile(32, 128, 8, 2)
-    return Tile(32, 64 if len(parts(E)) == 1 else 32, 8, 2)
+    whole = len(parts(E)) == 1
+    if planned and (E <= 64 or not whole):  # 32 queries spill up to 2520 bytes (E = 96 on sm_80)
+        return Tile(16, 128 if E <= 64 else 64, 8, 2)
+    return Tile(32, 128 if E <= 64 else 64 if whole else 32, 8, 2)
 
 
 # Compute capability -> the head widths of which `python -m benchmarks.run --op spacetime_attention` has found triton
