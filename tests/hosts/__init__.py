@@ -67,7 +67,7 @@ def output(model, *args, **kwargs):
 
 
 def run(model, *args, **kwargs):
-    """Output and gradients of a fixed loss: {"output", "input['<name>']", "<parameter>": its gradient}, those in use
+    """Output and gradients of a fixed loss: {"output", "input['<name>']", "<parameter>": its gradient}, or zeros
     (Mochi's last block computes queries of the text, to no effect).
 
     Floating-point inputs take the dtype of the model's parameters.
@@ -82,7 +82,8 @@ def run(model, *args, **kwargs):
     weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
     wanted |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad((out * weights).sum(), list(wanted.values()), allow_unused=True)
-    return {"output": out.detach()} | {n: g for n, g in zip(wanted, grads, strict=True) if g is not None and g.any()}
+    pairs = zip(wanted.items(), grads, strict=True)
+    return {"output": out.detach()} | {n: torch.zeros_like(v) if g is None else g for (n, v), g in pairs}
 
 
 def exactly(model, *args, **kwargs):
