@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from sora_kernels.info import end_with_the_reader
@@ -47,6 +48,7 @@ def measure(name: str, dtype: torch.dtype, device: torch.device, budget_s: float
 
     config, grid = CASES[name]
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # all candidates share the code of one class
     host = peers._import("diffusers", "diffusers").WanTransformer3DModel(**config).to(device, dtype).eval()
     inputs = wan.example(host, grid)
     for compiled in (False, True):
