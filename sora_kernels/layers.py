@@ -114,8 +114,7 @@ def activate(host: nn.Module, x: Tensor, impl: str = "auto") -> Tensor:
 def embed(host: nn.Conv2d | nn.Conv3d, x: Tensor, impl: str = "auto") -> Tensor:
     if reason := why_not_embed(host):
         raise ValueError(f"the host {reason}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = as_autocast(x)
     grid = [n // p for n, p in zip(x.shape[2:], host.kernel_size, strict=True)]
     whole = tuple(slice(n * p) for n, p in zip(grid, host.kernel_size, strict=True))
     video, weight = x[(..., *whole)], host.weight
@@ -123,6 +122,12 @@ def embed(host: nn.Conv2d | nn.Conv3d, x: Tensor, impl: str = "auto") -> Tensor:
         video, weight = video.unsqueeze(2), weight.unsqueeze(2)
     tokens = patch_embed3d(video, weight, host.bias, impl=impl)
     return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which autocast, where it is on, would have a convolution or a product."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def why_not_embed(host: nn.Module) -> str | None:

@@ -19,7 +19,6 @@ from diffusers.models.embeddings import CogVideoXPatchEmbed
 from diffusers.models.normalization import AdaLayerNorm, CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import layers
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
@@ -37,6 +36,7 @@ from .common import (
     learned,
     of_velocity,
     why_not_processor,
+    why_not_projection,
     why_not_read,
 )
 
@@ -100,10 +100,7 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
 def _why_not_embed(embed: nn.Module) -> str | None:
     if embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
         return "it adds places to text and video together"
-    if reason := why_not_read(embed, proj=(nn.Linear,)):
-        return reason
-    weight = embed.proj.weight
-    return f"the weight of proj is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
+    return why_not_projection(embed, "proj")
 
 
 def _why_not_norm(norm: nn.Module) -> str | None:
@@ -126,8 +123,7 @@ def _embed(self: nn.Module, impl: str, text_embeds: Tensor, image_embeds: Tensor
     if _why_not_embed(self):
         return type(self).forward(self, text_embeds, image_embeds)
     x = image_embeds.transpose(1, 2)                                                         # [B, C, T, H, W]
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = layers.as_autocast(x)
     patch = self.patch_size_t, self.patch_size, self.patch_size
     weight = self.proj.weight.unflatten(1, (x.shape[1], *patch))                             # [D, C, pt, ph, pw]
     tokens = patch_embed3d(x, weight, self.proj.bias, impl=impl)

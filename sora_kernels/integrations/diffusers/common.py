@@ -13,7 +13,9 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     dispatch_attention_fn,
 )
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import _dispatch, layers
 from ..._check import in_context_parallel
@@ -36,6 +38,29 @@ def why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str 
         if is_hooked(child):
             return f"{name} has hooks, which a fused operation would not run"
     return None
+
+
+def why_not_rms_norms(attn: nn.Module) -> str | None:
+    """None where `norm_q` and `norm_k` of an attention are PyTorch's RMSNorms of one eps."""
+    if reason := why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
+        return reason
+    return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
+
+
+def why_not_norms(attn: nn.Module, names: tuple[str, ...]) -> str | None:
+    """None where these norms, of queries and keys in turn, are diffusers' RMSNorms, two by two of one eps."""
+    if reason := why_not_read(attn, **dict.fromkeys(names, (RMSNorm,))):
+        return reason
+    norms = [getattr(attn, name) for name in names]
+    return None if all(q.eps == k.eps for q, k in zip(norms[::2], norms[1::2], strict=True)) else "norms differ in eps"
+
+
+def why_not_projection(owner: nn.Module, name: str) -> str | None:
+    """None where this linear layer's weight can be read as a plain tensor."""
+    if reason := why_not_read(owner, **{name: (nn.Linear,)}):
+        return reason
+    weight = getattr(owner, name).weight
+    return f"the weight of {name} is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
 
 
 def affine(norm: nn.Module) -> dict[str, Any]:
@@ -171,10 +196,13 @@ class Processor:
         crossing: bool = False,
         **rules: Any,
     ) -> Tensor:
-        """Attention [B, S, H, E], by diffusers' own dispatch where `ours()` says so, and with a mask, unless `rules`
-        say to `spacetime_attention` what it means."""
+        """Attention [B, S, H, E]: ours where `ours()` says so and there is no mask, or `rules` say to
+        `spacetime_attention` what it means; else the host's."""
         if self.ours() and (mask is None or rules):
             return spacetime_attention(q, k, v, **rules, impl=self.how.impl)
+        return self.theirs(q, k, v, mask, crossing)
+
+    def theirs(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, crossing: bool) -> Tensor:
         parallel, backend = getattr(self, "_parallel_config", None), getattr(self, "_attention_backend", None)
         parallel = None if crossing and not self.crossing_is_parallel else parallel
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend, parallel_config=parallel)
@@ -212,9 +240,7 @@ class PlainProcessor(Processor):
     def ours(self) -> bool:
         return not in_context_parallel() and not self.how.why_not("spacetime_attention")
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **rules: Any) -> Tensor:
-        if self.ours() and (mask is None or rules):
-            return spacetime_attention(q, k, v, **rules, impl=self.how.impl)
+    def theirs(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, crossing: bool) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 

@@ -10,16 +10,25 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
-from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_cosmos as host
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ... import layers
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...patchify import patch_embed3d
-from ...qknorm_rope import qk_norm_rope
 from ..patch import How, Plan, Swap, bind, why_not_rebind
-from .common import Processor, attention_steps, draw, euler, in_16_bits, learned, why_not_processor, why_not_read
+from .common import (
+    Processor,
+    attention_steps,
+    draw,
+    euler,
+    in_16_bits,
+    learned,
+    why_not_norms,
+    why_not_processor,
+    why_not_projection,
+    why_not_read,
+)
 
 _BLOCK = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 _ATTENTIONS = (host.CosmosAttention, host.CosmosAttnProcessor2_5), (Attention, host.CosmosAttnProcessor2_0)
@@ -50,7 +59,7 @@ def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[s
 
 def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
     embed = model.patch_embed
-    reason = why_not_rebind(embed, host.CosmosPatchEmbed) or _why_not_embed(embed)
+    reason = why_not_rebind(embed, host.CosmosPatchEmbed) or why_not_projection(embed, "proj")
     yield how.step("patch_embed", ("patch_embed3d",), reason, bind(embed, _embed, how.impl))
 
     for name, module in model.named_modules():
@@ -65,13 +74,6 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
     norm = model.norm_out
     reason = why_not_rebind(norm, host.CosmosAdaLayerNorm) or _why_not_norm(norm)
     yield how.step("norm_out", ("norm_modulate",), reason, bind(norm, _norm_out, how))
-
-
-def _why_not_embed(embed: nn.Module) -> str | None:
-    if reason := why_not_read(embed, proj=(nn.Linear,)):
-        return reason
-    weight = embed.proj.weight
-    return f"the weight of proj is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
 
 
 def _why_not_norm(norm: nn.Module) -> str | None:
@@ -89,18 +91,14 @@ def _why_not_attention(attn: nn.Module) -> str | None:
     names = ("norm_q", "norm_k")
     if isinstance(attn, host.CosmosAttention):
         names += ("q_img_norm", "k_img_norm")
-    if reason := why_not_read(attn, **dict.fromkeys(names, (RMSNorm,))):
-        return reason
-    norms = [getattr(attn, name) for name in names]
-    return None if all(q.eps == k.eps for q, k in zip(norms[::2], norms[1::2], strict=True)) else "norms differ in eps"
+    return why_not_norms(attn, names)
 
 
 def _embed(self: nn.Module, impl: str, hidden_states: Tensor) -> Tensor:
     x = hidden_states
-    if _why_not_embed(self):
+    if why_not_projection(self, "proj"):
         return type(self).forward(self, x)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = layers.as_autocast(x)
     grid = [n // p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
     weight = self.proj.weight.unflatten(1, (x.shape[1], *self.patch_size))                   # [D, C, pt, ph, pw]
     return patch_embed3d(x, weight, self.proj.bias, impl=impl).unflatten(1, grid)            # [B, T, H, W, D]
@@ -177,13 +175,13 @@ class CosmosProcessor(Processor):
             (context, image), (mask, image_mask) = context, mask or (None, None)
         context = x if context is None else context
         q, k, v = attn.to_q(x), attn.to_k(context), attn.to_v(context)
-        out = self.normed(attn, (q, k, v), attn.norm_q, attn.norm_k, image_rotary_emb, mask)
+        out = self.attention(attn, (q, k, v), attn.norm_q, attn.norm_k, image_rotary_emb, mask)
         if image is not None:
             q, k, v = attn.q_img(x), attn.k_img(image), attn.v_img(image)
-            out = out + self.normed(attn, (q, k, v), attn.q_img_norm, attn.k_img_norm, None, image_mask)
+            out = out + self.attention(attn, (q, k, v), attn.q_img_norm, attn.k_img_norm, None, image_mask)
         return attn.to_out[1](attn.to_out[0](out))
 
-    def normed(
+    def attention(
         self,
         attn: nn.Module,
         projected: tuple[Tensor, ...],
@@ -193,8 +191,8 @@ class CosmosProcessor(Processor):
         mask: Tensor | None,
     ) -> Tensor:
         q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in projected)                      # [B, S, H, E]
-        norms = {"q_weight": norm_q.weight, "k_weight": norm_k.weight, "eps": norm_q.eps}
+        rotary = {}
         if rotary_emb is not None:  # [S, E], each angle twice
-            norms |= {"freqs": tuple(t[:, : t.shape[1] // 2] for t in rotary_emb), "interleaved": False}
-        q, k = qk_norm_rope(q, k, **norms, rounding=self.how.rounding_now(), impl=self.how.impl)
+            rotary = {"freqs": tuple(t[:, : t.shape[1] // 2] for t in rotary_emb), "interleaved": False}
+        q, k = self.normed(norm_q, norm_k, q, k, **rotary)
         return self.attend(q, k, v, mask).flatten(2).type_as(q)

@@ -16,7 +16,6 @@ from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
     AdaLayerNormZeroSingle,
-    RMSNorm,
 )
 from diffusers.models.transformers import transformer_hunyuan_video as host
 from diffusers.models.transformers import transformer_hunyuan_video15 as host15
@@ -34,6 +33,7 @@ from .common import (
     in_16_bits,
     learned,
     norm_continuous,
+    why_not_norms,
     why_not_processor,
     why_not_read,
 )
@@ -111,10 +111,7 @@ def _why_not_attention(attn: nn.Module) -> str | None:
     names = ("norm_q", "norm_k") if attn.add_q_proj is None else ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     if any(getattr(attn, name) is None for name in names):
         return "queries and keys are not normalised"
-    if reason := why_not_read(attn, **dict.fromkeys(names, (RMSNorm,))):
-        return reason
-    norms = [getattr(attn, name) for name in names]
-    return None if all(q.eps == k.eps for q, k in zip(norms[::2], norms[1::2], strict=True)) else "norms differ in eps"
+    return why_not_norms(attn, names)
 
 
 def _embed(embedding: nn.Module, impl: str, x: Tensor) -> Tensor:

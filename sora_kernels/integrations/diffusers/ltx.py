@@ -21,7 +21,6 @@ from diffusers.models.transformers.transformer_ltx import (
 from torch import Tensor, nn
 
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
-from ...qknorm_rope import qk_norm_rope
 from ..patch import How, Plan, Swap, bind, is_hooked, why_not_rebind
 from .common import (
     Processor,
@@ -35,6 +34,7 @@ from .common import (
     lengths,
     why_not_processor,
     why_not_read,
+    why_not_rms_norms,
 )
 
 _BLOCK = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
@@ -65,7 +65,7 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
             reason = why_not_rebind(module, LTXVideoTransformerBlock) or _why_not_block(module)
             yield how.step(name, _BLOCK, reason, bind(module, _block_forward, how))
         elif isinstance(module, LTXAttention):
-            reason = why_not_processor(module, LTXAttention, LTXVideoAttnProcessor) or _why_not_attention(module)
+            reason = why_not_processor(module, LTXAttention, LTXVideoAttnProcessor) or why_not_rms_norms(module)
             yield from attention_steps(name, reason, how, Swap(module, LTXProcessor(how, module.processor), True))
 
     reason = why_not_rebind(model, LTXVideoTransformer3DModel) or _why_not_out(model)
@@ -74,12 +74,6 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
 
 def _why_not_block(block: nn.Module) -> str | None:
     return why_not_read(block, norm1=_RMS, norm2=_RMS)
-
-
-def _why_not_attention(attn: nn.Module) -> str | None:
-    if reason := why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
-        return reason
-    return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
 
 
 def _why_not_out(model: nn.Module) -> str | None:
@@ -125,7 +119,7 @@ class LTXProcessor(Processor):
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         mask, rules = attention_mask, {}
-        if _why_not_attention(attn) or learned(image_rotary_emb):
+        if why_not_rms_norms(attn) or learned(image_rotary_emb):
             return self.replaced(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
         if mask is not None and mask.ndim == 1:
             mask, rules = None, {"kv_lens": mask}
@@ -133,11 +127,10 @@ class LTXProcessor(Processor):
             mask = attn.prepare_attention_mask(mask, context.shape[1], context.shape[0])
             mask = mask.view(context.shape[0], attn.heads, -1, mask.shape[-1])
         q, k, v = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "eps": attn.norm_q.eps}
-        norms |= {"rounding": self.how.rounding_now(), "impl": self.how.impl}
+        rotary = {}
         if image_rotary_emb is not None:  # [B, S, H * E], each angle twice
-            norms["freqs"] = tuple(t[:, :, None, ::2] for t in image_rotary_emb)
-        q, k = qk_norm_rope(q.unsqueeze(2), k.unsqueeze(2), **norms)                         # [B, S, 1, H * E]
+            rotary["freqs"] = tuple(t[:, :, None, ::2] for t in image_rotary_emb)
+        q, k = self.normed(attn.norm_q, attn.norm_k, q.unsqueeze(2), k.unsqueeze(2), **rotary)  # [B, S, 1, H * E]
         q, k, v = (t.flatten(2).unflatten(2, (attn.heads, -1)) for t in (q, k, v))           # [B, S, H, E]
         out = self.attend(q, k, v, mask, **rules)
         return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(q)))
@@ -146,7 +139,7 @@ class LTXProcessor(Processor):
 def _takes_lengths(block: nn.Module) -> bool:
     """For a mask. Nobody else sees them between the model and the attention."""
     attn = block.attn2
-    ours = isinstance(attn.processor, LTXProcessor) and attn.processor.ours() and not _why_not_attention(attn)
+    ours = isinstance(attn.processor, LTXProcessor) and attn.processor.ours() and not why_not_rms_norms(attn)
     return ours and not is_hooked(block) and not is_hooked(attn)
 
 

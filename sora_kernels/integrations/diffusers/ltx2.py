@@ -30,6 +30,7 @@ from .common import (
     lengths,
     why_not_processor,
     why_not_read,
+    why_not_rms_norms,
 )
 
 _BLOCK = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
@@ -74,7 +75,7 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
         elif isinstance(module, host.LTX2Attention):
             perturbed = isinstance(module.processor, host.LTX2PerturbedAttnProcessor)
             standard = host.LTX2PerturbedAttnProcessor if perturbed else host.LTX2AudioVideoAttnProcessor
-            reason = why_not_processor(module, host.LTX2Attention, standard) or _why_not_attention(module)
+            reason = why_not_processor(module, host.LTX2Attention, standard) or why_not_rms_norms(module)
             swap = Swap(module, LTX2Processor(how, module.processor), processor=True)
             norm = how.step(name, ("qk_norm_rope",), reason, swap)
             yield norm
@@ -86,12 +87,6 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
 
 def _why_not_block(block: nn.Module) -> str | None:
     return why_not_read(block, **dict.fromkeys(_NORMS, (RMSNorm,)))
-
-
-def _why_not_attention(attn: nn.Module) -> str | None:
-    if reason := why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
-        return reason
-    return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
 
 
 def _model_forward(
@@ -120,7 +115,7 @@ def _model_forward(
 def _takes_lengths(block: nn.Module, name: str = "attn2") -> bool:
     """For a mask. Nobody else sees them between the model and the attention."""
     attn = getattr(block, name)
-    ours = isinstance(attn.processor, LTX2Processor) and attn.processor.ours() and not _why_not_attention(attn)
+    ours = isinstance(attn.processor, LTX2Processor) and attn.processor.ours() and not why_not_rms_norms(attn)
     return ours and not is_hooked(block) and not is_hooked(attn)
 
 
@@ -266,7 +261,7 @@ class LTX2Processor(Processor):
     ) -> Tensor:
         x, context = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         mask, rules = attention_mask, {}
-        theirs = _why_not_attention(attn) or learned(query_rotary_emb) or learned(key_rotary_emb)
+        theirs = why_not_rms_norms(attn) or learned(query_rotary_emb) or learned(key_rotary_emb)
         if theirs or perturbation_mask is not None or all_perturbed:
             inputs = encoder_hidden_states, mask, query_rotary_emb, key_rotary_emb
             if isinstance(self.replaced, host.LTX2PerturbedAttnProcessor):

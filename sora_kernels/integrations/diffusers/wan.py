@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ... import layers
 from ...patchify import final_layer
 from ..patch import How, Plan, Swap, bind, why_not_rebind
-from .common import attention_steps, draw, euler, why_not_processor, why_not_read
+from .common import attention_steps, draw, euler, why_not_processor, why_not_projection, why_not_read, why_not_rms_norms
 from .wan_blocks import (
     Causal,
     FaceProcessor,
@@ -29,7 +28,6 @@ from .wan_blocks import (
     takes_causal,
     vace_block,
     wan_block,
-    why_not_attention,
     why_not_block,
 )
 
@@ -97,24 +95,21 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
                 reason = why_not_rebind(module, kind) or why_not_block(module)
                 yield how.step(where, _BLOCK, reason, bind(module, forward, how.impl))
         if isinstance(module, attention):
-            reason = why_not_processor(module, attention, standard) or why_not_attention(module)
+            reason = why_not_processor(module, attention, standard) or why_not_rms_norms(module)
             swap = Swap(module, processor(how, module.processor), processor=True)
             yield from attention_steps(where, reason, how, swap)
         elif type(module).__name__ == "WanAnimateFaceBlockCrossAttention":
             standard = theirs.WanAnimateFaceBlockAttnProcessor
             reason = why_not_processor(module, theirs.WanAnimateFaceBlockCrossAttention, standard)
             swap = Swap(module, FaceProcessor(how, module.processor), processor=True)
-            yield from attention_steps(where, reason or why_not_attention(module), how, swap)
+            yield from attention_steps(where, reason or why_not_rms_norms(module), how, swap)
 
     reason = why_not_rebind(model, cls) or _why_not_final(model)
     yield how.step("norm_out, proj_out", ("final_layer",), reason, bind(model, _FORWARDS[cls.__name__], how.impl))
 
 
 def _why_not_final(model: nn.Module) -> str | None:
-    if reason := why_not_read(model, norm_out=(FP32LayerNorm,), proj_out=(nn.Linear,)):
-        return reason
-    weight = model.proj_out.weight
-    return f"the weight of proj_out is a {type(weight).__name__}" if is_traceable_wrapper_subclass(weight) else None
+    return why_not_read(model, norm_out=(FP32LayerNorm,)) or why_not_projection(model, "proj_out")
 
 
 def _embed(embedding: nn.Module, impl: str, x: Tensor) -> Tensor:

@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...qknorm_rope import qk_norm_rope
 from ..patch import is_hooked
-from .common import Processor, affine, why_not_read
+from .common import Processor, affine, why_not_read, why_not_rms_norms
 
 _NORM = (FP32LayerNorm,)
 
 
 def why_not_block(block: nn.Module) -> str | None:
     return why_not_read(block, norm1=_NORM, norm2=(FP32LayerNorm, nn.Identity), norm3=_NORM)
-
-
-def why_not_attention(attn: nn.Module) -> str | None:
-    if reason := why_not_read(attn, norm_q=(nn.RMSNorm,), norm_k=(nn.RMSNorm,)):
-        return reason
-    return None if attn.norm_q.eps == attn.norm_k.eps is not None else "norm_q and norm_k differ in eps, or have none"
 
 
 # Blocks: the three models with blocks of their own differ in what they take, and where the six rows lie
@@ -126,7 +120,7 @@ class WanProcessor(Processor):
         attention_mask: Tensor | Causal | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if why_not_attention(attn):
+        if why_not_rms_norms(attn):
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         context, image = encoder_hidden_states, None
         if attn.add_k_proj is not None:  # 512 tokens of text, as diffusers has it
@@ -158,7 +152,7 @@ def takes_causal(block: nn.Module) -> bool:
     """Nobody sees what stands in the place of the mask between here and our processor, which understands it."""
     attn = block.attn1
     processor = attn.processor
-    ours = isinstance(processor, WanProcessor) and processor.ours() and not why_not_attention(attn)
+    ours = isinstance(processor, WanProcessor) and processor.ours() and not why_not_rms_norms(attn)
     return ours and not is_hooked(block) and not is_hooked(attn)
 
 
@@ -172,7 +166,7 @@ class FaceProcessor(Processor):
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        if why_not_attention(attn):
+        if why_not_rms_norms(attn):
             return self.replaced(attn, hidden_states, encoder_hidden_states, attention_mask)
         B, T = encoder_hidden_states.shape[:2]                                               # [B, T, N, D]
         context = attn.pre_norm_kv(encoder_hidden_states).flatten(1, 2)
