@@ -69,12 +69,14 @@ def inspect(folder: str | Path, grid: tuple[int, int, int] = (21, 30, 52), *, ve
     Raises ValueError where the folder holds no config, or no model of a known class.
     """
     folder = Path(folder)
-    found = {name: path for name, path in _configs(folder).items() if class_of(*_class(path)) is not None}
+    configs = _configs(folder)
+    classes = {name: str(_read(path).get("_class_name")) for name, path in configs.items()}
+    found = {name: cls for name in configs if (cls := class_of("diffusers", classes[name])) is not None}
     if not found:
-        held = ", ".join(f"{name or folder}: {_class(path)[1]}" for name, path in _configs(folder).items())
+        held = ", ".join(f"{name or folder}: {cls}" for name, cls in classes.items())
         raise ValueError(f"inspect: {folder} must hold one of the {known()}; got {held or 'no models'}")
-    for name, path in found.items():
-        yield _part(name, class_of(*_class(path)), path.parent, grid, verify)
+    for name, cls in found.items():
+        yield _part(name, cls, configs[name].parent, grid, verify)
 
 
 def traffic(model: nn.Module, *inputs: Any, **kwargs: Any) -> Traffic:
@@ -124,10 +126,6 @@ def _configs(folder: Path) -> dict[str, Path]:
     if not own.is_file():
         raise ValueError(f"inspect: {folder} must hold a model_index.json or config.json of diffusers; it has neither")
     return {"": own}
-
-
-def _class(config: Path) -> tuple[str, str]:
-    return "diffusers", str(_read(config).get("_class_name"))
 
 
 def _read(path: Path) -> dict[str, Any]:
