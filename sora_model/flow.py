@@ -61,8 +61,9 @@ def draw_noise(shape: tuple[int, ...], *, generator: torch.Generator, device: to
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t)*x_0 + t*noise; `t` `[B]`, the others `[B, ...]`."""
-    t = t.reshape(-1, *[1] * (x0.dim() - 1)).to(x0.dtype)
+    """x_t = (1 - t)*x_0 + t*noise; `t` `[B]`, the others `[B, ...]`; or `[B, T']`, the others `[B, C, T', H', W']`."""
+    t = t[:, None, :, None, None] if t.ndim == 2 else t.reshape(-1, *[1] * (x0.dim() - 1))
+    t = t.to(x0.dtype)
     return (1 - t) * x0 + t * noise
 
 

@@ -49,6 +49,7 @@ Window = tuple[Span, Span]
 class Stage:
     """A step from x to x: `convs` in turn, of x repeated `up` times in (t, h, w), or in steps of `down`.
 
+    Without convolutions pixels only move: into channels (`down`) or out of them (`up`).
     past  a convolution over time alone, beside them
     """
 
@@ -59,9 +60,9 @@ class Stage:
     past: nn.Conv3d | None = None
 
     def seen(self, window: Window) -> Window:
-        for conv in reversed(self.convs):
+        for kernel in [conv.kernel_size for conv in reversed(self.convs)] or [self.down]:
             window = tuple(
-                span.seen(conv.kernel_size[axis], self.up[axis], self.down[axis]) for axis, span in enumerate(window, 1)
+                span.seen(kernel[axis], self.up[axis], self.down[axis]) for axis, span in enumerate(window, 1)
             )
         return window
 
@@ -118,7 +119,8 @@ def memory(stages: Sequence[Stage], size: Sequence[int], frames: int, tile: tupl
         kept += math.prod(map(sum, lengths)) * sum((conv.kernel_size[0] - 1) * conv.in_channels for conv in remembering)
         before = frames * math.prod(map(max, lengths))
         after = before * math.prod(stage.up) // math.prod(stage.down)
-        largest = max(largest, before * stage.convs[0].in_channels, after * stage.convs[-1].out_channels)
+        if stage.convs:
+            largest = max(largest, before * stage.convs[0].in_channels, after * stage.convs[-1].out_channels)
         frames = frames * stage.up[0] // stage.down[0]
     return kept, largest
 

@@ -37,6 +37,7 @@ class VAEConfig:
     num_res_blocks       residual blocks per level of the encoder; the decoder has one more
     temporal_downsample  for each step between two levels: halve the frames as well as height and width?
     decoder_base_dim     base_dim of the decoder where it differs
+    patch                pixels of a side that are folded into channels before the first level, as Wan 2.2 does it
     latents_mean/_std    [z_dim] each, of the latents over the training set; None: zeros and ones
     """
 
@@ -48,6 +49,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     decoder_base_dim: int | None = None
+    patch: int = 1
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
@@ -58,6 +60,7 @@ class VAEConfig:
         names = ("base_dim", "z_dim", "num_res_blocks", "in_channels", "out_channels", "decoder_dim")
         for name, size in [*((name, getattr(self, name)) for name in names), *(("dim_mult", m) for m in self.dim_mult)]:
             checks.whole(f"VAEConfig: {name}", size, 1, 4096)
+        checks.whole("VAEConfig: patch", self.patch, 1, 16)
         if not 0 < len(self.dim_mult) <= 8:
             raise ValueError(f"VAEConfig: dim_mult must name 1 to 8 levels; got {self.dim_mult}")
         steps = self.temporal_downsample
@@ -96,7 +99,7 @@ class VAEConfig:
     @property
     def spatial_factor(self) -> int:
         """Pixels per latent, in height and in width."""
-        return 2 ** (len(self.dim_mult) - 1)
+        return self.patch * 2 ** (len(self.dim_mult) - 1)
 
     @property
     def temporal_factor(self) -> int:
@@ -217,7 +220,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
-        self.conv_in = nn.Conv3d(config.in_channels, dims[0], 3)
+        self.patch = config.patch
+        self.conv_in = nn.Conv3d(config.in_channels * config.patch**2, dims[0], 3)
         self.down_blocks = nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
             for j in range(config.num_res_blocks):
@@ -233,13 +237,19 @@ class Encoder(nn.Module):
         x = self.mid_block(x, run)                                                   # [B, C, T', H', W']
         return run.conv(run.norm_silu(x, self.norm_out), self.conv_out)              # [B, 2Z, T', H', W']
 
-    def first(self, x: Tensor, run: Pass) -> Tensor:                                 # [B, 3, T, H, W]
+    def fold(self, x: Tensor, run: Pass) -> Tensor:                                  # [B, 3, T, pH, pW]
+        p = self.patch
+        x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5)  # [B, 3, p, p, T, H, W]
+        return x.flatten(1, 3).contiguous(memory_format=LAYOUT)                      # [B, 3pp, T, H, W]
+
+    def first(self, x: Tensor, run: Pass) -> Tensor:                                 # [B, 3pp, T, H, W]
         return run.conv(x, self.conv_in)                                             # [B, C, T, H, W]
 
     @property
     def stages(self) -> list[Stage]:
         """What comes before the first layer that sees a whole frame."""
-        return [Stage(self.first, (self.conv_in,)), *(block.stage for block in self.down_blocks)]
+        folding = [Stage(self.fold, (), down=(1, self.patch, self.patch))] if self.patch > 1 else []
+        return [*folding, Stage(self.first, (self.conv_in,)), *(block.stage for block in self.down_blocks)]
 
 
 class UpBlock(nn.Module):
@@ -267,19 +277,26 @@ class Decoder(nn.Module):
             upsampler = Upsample(dim, temporal[i]) if i < len(temporal) else None
             self.up_blocks.append(UpBlock(dim_in, dim, config.num_res_blocks + 1, upsampler))
         self.norm_out = nn.Parameter(torch.ones(dims[-1]))
-        self.conv_out = nn.Conv3d(dims[-1], config.out_channels, 3)
+        self.patch = config.patch
+        self.conv_out = nn.Conv3d(dims[-1], config.out_channels * config.patch**2, 3)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, Z, T', H', W']
         x = self.mid_block(run.conv(x, self.conv_in), run)                           # [B, C, T', H', W']
         return tiling.apply(self.stages, x, run)                                     # [B, 3, T, H, W]
 
     def last(self, x: Tensor, run: Pass) -> Tensor:                                  # [B, C, T, H, W]
-        return run.conv(run.norm_silu(x, self.norm_out), self.conv_out)              # [B, 3, T, H, W]
+        return run.conv(run.norm_silu(x, self.norm_out), self.conv_out)              # [B, 3pp, T, H, W]
+
+    def unfold(self, x: Tensor, run: Pass) -> Tensor:                                # [B, 3pp, T, H, W]
+        p = self.patch
+        return x.unflatten(1, (-1, p, p)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
     @property
     def stages(self) -> list[Stage]:
         """What comes after the last layer that sees a whole frame."""
-        return [*(stage for block in self.up_blocks for stage in block.stages), Stage(self.last, (self.conv_out,))]
+        unfolding = [Stage(self.unfold, (), up=(1, self.patch, self.patch))] if self.patch > 1 else []
+        blocks = (stage for block in self.up_blocks for stage in block.stages)
+        return [*blocks, Stage(self.last, (self.conv_out,)), *unfolding]
 
 
 class CausalVAE(nn.Module):

@@ -66,6 +66,28 @@ def close(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
+def test_patches_fold_pixels_into_channels_as_wan_22_does(tiny):
+    """The layers see what diffusers' `patchify` makes of the frames, and the frames are its `unpatchify` of theirs."""
+    module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_wan")
+    torch.manual_seed(0)
+    config = dataclasses.replace(TINY, patch=2)
+    vae = CausalVAE(config)
+    inner = CausalVAE(dataclasses.replace(TINY, in_channels=12, out_channels=12))
+    inner.load_state_dict(vae.state_dict())
+    video = video_for(vae, (2, 3), 5)
+    assert vae.config.spatial_factor == 8 and vae.config.latent_shape(5, 16, 24) == (2, 3, 2, 3)
+    with torch.no_grad():
+        mean, _ = vae.encode(video)
+        assert torch.equal(mean, inner.encode(module.patchify(video, 2))[0])
+        decoded = vae.decode(mean, clamp=False)
+        assert torch.equal(decoded, module.unpatchify(inner.decode(mean, clamp=False), 2))
+        close(torch.cat(list(vae.decode_stream(mean, clamp=False)), 2), decoded)
+    with pytest.raises(ValueError, match="VAEConfig: patch must be a whole number from 1 to 16; got 0"):
+        dataclasses.replace(TINY, patch=0)
+    with pytest.raises(ValueError, match="height of a video must be a multiple of 8; got 12"):
+        vae.encode(video[..., :12, :])
+
+
 def run(model, video):
     """Posterior, reconstruction and all gradients, those of the parameters under their names in CausalVAE."""
     x = video.clone().requires_grad_()
