@@ -3,9 +3,9 @@
     known = place(latents.shape, {0: first, -1: last})      # from the first frame to the last one
     x = flow.sample(conditioned(velocity, known), known.hold(noise), steps=20)
 
-Everything that is made from something else is this one mechanism: a clip goes on from its first frames (`prefix`), ends
-in given ones, or both; lies between every n-th frame; keeps what lies outside of a region. The model is the same, and is
-told by the timestep of each token; it learns it from masks drawn by `draw_mask`. In latents; B clips, T'·H'·W' cells.
+Everything that is made from something else is this one mechanism: a clip goes on from its first frames, ends in given
+ones, or both; lies between every n-th frame; keeps what lies outside of a region. The model is the same, is told by the
+timestep of each token, and learns it from masks drawn by `draw_mask`. In latents; B clips of T'·H'·W' cells.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Known:
 
 
 def place(shape: Sequence[int], parts: Mapping[int, Tensor]) -> Known:
-    """Parts `[1, C, t, H', W']` of a clip of latents of `shape` `[1, C, T', H', W']`, each from the frame of its key on.
+    """Parts `[1, C, t, H', W']` of a clip of latents of `shape` `[1, C, T', H', W']`, each from the frame at its key.
 
     A negative key counts from the end, as an index does: a part of t frames that ends the clip has the key -t.
     """
