@@ -15,6 +15,8 @@ from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulat
 from .patchify import final_layer, patch_embed3d, unpatchify3d, video_to_uint8
 from .qknorm_rope import qk_norm_rope
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Unavailable",
     "attention_backward",

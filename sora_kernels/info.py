@@ -47,7 +47,7 @@ def _versions() -> dict[str, str | None]:
             return None
 
     return {
-        "sora-kernels": version("sora-kernels"),
+        "sora-kernels": importlib.import_module(__package__).__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),

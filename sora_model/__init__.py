@@ -2,6 +2,12 @@
 
     from sora_model import Sora
     Sora.from_pretrained().generate("a red circle bounces", seed=1).save("clip.mp4")
+
+Sora, Clip                  a checkpoint ready to use, and what it makes
+SoraDiT, DiTConfig          the diffusion transformer; `SoraDiT.from_wan` takes Wan's weights
+CausalVAE, VAEConfig        the VAE; `CausalVAE.from_wan` takes Wan's weights
+AttentionMode               what self-attention sees: everything, a window, earlier frames
+CheckpointError, MediaError, TooLargeError    what can be wrong with weights, with a video file, with a request
 """
 
 from __future__ import annotations
@@ -10,12 +16,24 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention import AttentionMode
     from .checkpoint import CheckpointError
-    from .pipeline import Clip, Sora, TooLargeError
+    from .dit import DiTConfig, SoraDiT
+    from .machine import TooLargeError
+    from .pipeline import Clip, Sora
+    from .reader import MediaError
+    from .vae import CausalVAE, VAEConfig
 
-_HOMES = {"Sora": "pipeline", "Clip": "pipeline", "TooLargeError": "pipeline", "CheckpointError": "checkpoint"}
+__all__ = [
+    "AttentionMode", "CausalVAE", "CheckpointError", "Clip", "DiTConfig", "MediaError", "Sora", "SoraDiT",
+    "TooLargeError", "VAEConfig",
+]  # fmt: skip
 
-__all__ = ["CheckpointError", "Clip", "Sora", "TooLargeError"]
+_HOMES = {
+    "AttentionMode": "attention", "CausalVAE": "vae", "CheckpointError": "checkpoint", "Clip": "pipeline",
+    "DiTConfig": "dit", "MediaError": "reader", "Sora": "pipeline", "SoraDiT": "dit", "TooLargeError": "machine",
+    "VAEConfig": "vae",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -23,3 +41,7 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

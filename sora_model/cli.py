@@ -21,8 +21,8 @@ from rich.table import Table
 from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
 
 app = typer.Typer(
-    help="Text to video through the project's own kernels.", no_args_is_help=True, pretty_exceptions_enable=False,
-    add_completion=False, context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
 app.add_typer(training, name="train")
@@ -41,6 +41,23 @@ Batch = Annotated[int | None, typer.Option(help="Clips in a step.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
 Run = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")]
 Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from sora_kernels import __version__
+
+        say(out, f"sora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Text to video through the project's own kernels."""
 
 
 @app.command()

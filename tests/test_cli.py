@@ -470,3 +470,7 @@ cli.main()
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | given, capture_output=True, text=True)
     assert done.stdout.strip() == str(found), done.stderr
+
+
+def test_version_is_that_of_the_package(sora):
+    assert sora("--version") == (0, f"sora {sora_kernels.__version__}\n", "")

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import setuptools
 
+import sora_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sora_kernels", "sora_model")
 
@@ -65,6 +67,8 @@ def test_the_default_wheel_is_pure_and_complete(wheel, installed):
     (metadata,) = installed.glob("*.dist-info")
     assert "Root-Is-Purelib: true" in (metadata / "WHEEL").read_text()
     assert (metadata / "licenses" / "LICENSE").exists()
+    assert f"\nVersion: {sora_kernels.__version__}\n" in (metadata / "METADATA").read_text()
+    assert {"sora_kernels/py.typed", "sora_model/py.typed"} <= files
     required = [
         line for line in (metadata / "METADATA").read_text().splitlines()
         if line.startswith("Requires-Dist:") and "extra ==" not in line

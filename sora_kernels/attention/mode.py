@@ -11,13 +11,46 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from .. import _check
 
 Box = tuple[int, int, int]
 Form = tuple[tuple[int, ...] | None, tuple[int, ...] | None, tuple[int, ...], Box, Box, int, int, bool]
+
+
+class Rules(TypedDict, total=False):
+    """For type checkers: what a call to `attention_plan` may say whatever it returns."""
+
+    grid: Sequence[int] | None
+    grids: Sequence[Sequence[int]] | None
+    dilation: int | Sequence[int]
+    causal: str | int | Sequence[int] | None
+    sink: int
+    text_len: int
+    text_at: str
+
+
+class Options(Rules, total=False):
+    """For type checkers: what a call to `spacetime_attention` may say whatever it returns."""
+
+    window: Sequence[int] | Sequence[Sequence[int]] | None
+    stride: int | Sequence[int] | Sequence[Sequence[int]]
+    kv_lens: Tensor | None
+    scale: float | None
+    deterministic: bool | None
+    impl: str
+
+
+class PlanOptions(Rules, total=False):
+    padded: bool
+    tile: int | Sequence[int]
+    key_tile: int | Sequence[int]
+    transposed: bool
+    device: torch.device | str | None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,10 +21,27 @@ from . import config, reference
 from .mode import resolve
 from .plan import check_padding, seen_pairs
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .mode import Options
+
 MAX_WIDTH = 256  # of a head, in the registers of a Triton program
 MAX_GATED = 16384  # likewise, where nothing else is
 
 
+@overload
+def spacetime_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def spacetime_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def spacetime_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def spacetime_attention(
     q: Tensor,
     k: Tensor,

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from .reference import FAR, reach
 
 if TYPE_CHECKING:
     import numpy as np
+    from typing_extensions import Unpack
+
+    from .mode import PlanOptions
 
 COLUMNS = ("begin", "masked", "end", "origin", "own_start", "own_end", "start", "visit_end", "stop", "H", "W")
 
@@ -99,6 +102,16 @@ class AttentionPlan:
         )
 
 
+@overload
+def attention_plan(
+    q_len: int, k_len: int | None = None, *, window: Sequence[int] | None = None, stride: int | Sequence[int] = 1,
+    **options: Unpack[PlanOptions],
+) -> AttentionPlan: ...  # fmt: skip
+@overload
+def attention_plan(
+    q_len: int, k_len: int | None = None, *, window: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    stride: int | Sequence[int] | Sequence[Sequence[int]] = 1, **options: Unpack[PlanOptions],
+) -> AttentionPlan | tuple[tuple[tuple[int, ...], AttentionPlan], ...]: ...  # fmt: skip
 def attention_plan(
     q_len: int,
     k_len: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from .. import _check, _dispatch, _library
 from .._autograd import apply, needs_grad, once_differentiable, transformed
 from .._operands import empty_video, like, narrow, parameter, video_format, zero
 from . import config, reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _LIMITS = {} if torch.backends.mkldnn.is_available() else {"cpu": "cpu needs a torch with oneDNN"}
 MAX_CHANNELS = 65536  # of a pixel that is normalised, in the registers of a Triton program
@@ -59,6 +63,36 @@ def norm_silu(
     return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad, limits=limits))
 
 
+class _Options(TypedDict, total=False):
+    """For type checkers: what a call to `causal_conv3d` may say whatever it returns."""
+
+    stride: int | tuple[int, int, int]
+    residual: Tensor | None
+    norm_weight: Tensor | None
+    norm_eps: float
+    impl: str
+
+
+@overload
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    cache: None = None, return_raw: Literal[False] = False, **options: Unpack[_Options],
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    cache: Tensor, return_raw: Literal[False] = False, **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    cache: None = None, return_raw: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    cache: Tensor, return_raw: Literal[True], **options: Unpack[_Options],
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def causal_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -126,6 +160,16 @@ def causal_conv3d(
     return (*y, _next_cache(x, cache)) if return_raw else (y, _next_cache(x, cache))
 
 
+@overload
+def upsample_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    factor: tuple[int, int, int] = (1, 2, 2), cache: None = None, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def upsample_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    factor: tuple[int, int, int] = (1, 2, 2), cache: Tensor, impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def upsample_conv3d(
     x: Tensor,
     weight: Tensor,
@@ -154,6 +198,16 @@ def upsample_conv3d(
     return _resample(op, x, weight, bias, cache, factor, shape, impl)
 
 
+@overload
+def downsample_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    factor: tuple[int, int, int] = (1, 2, 2), cache: None = None, impl: str = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def downsample_conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    factor: tuple[int, int, int] = (1, 2, 2), cache: Tensor, impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def downsample_conv3d(
     x: Tensor,
     weight: Tensor,
