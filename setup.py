@@ -1,7 +1,7 @@
 """A pure-Python wheel by default; the compiled libraries of csrc/ only when they are asked for.
 
     pip install .                                                       no compiler, no torch at build time
-    SORA_KERNELS_BUILD=cpu pip install --no-build-isolation -e .        + sora_kernels/_C*.so and _cpu.so
+    SORA_KERNELS_BUILD=cpu pip install .                                + sora_kernels/_C*.so and _cpu.so
     SORA_KERNELS_BUILD=cpu,cuda python setup.py build_ext --inplace     + sora_kernels/_cuda.so; no network, no pip
 
 The operations use the LibTorch Stable ABI only, so one build serves every torch >= 2.11, and _cuda.so compiles against
@@ -64,15 +64,20 @@ def requested_targets() -> list[str]:
 
 
 def find_torch() -> Path:
-    """The directory of the installed torch, found without importing it."""
+    """The directory of the installed torch, found without importing it.
+
+    pip's isolated build hides what is installed beside it, but for its own folder; what is built runs with that torch.
+    """
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    installed = [Path(spec.origin).parent] if spec and spec.origin else []
+    installed += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    root = next((folder for folder in installed if (folder / "__init__.py").exists()), None)
+    if root is None:
         raise fail(
             f"torch is not installed for {sys.executable}, and compiling csrc/ needs its headers.",
-            "Install torch first, then build without isolation: "
-            "SORA_KERNELS_BUILD=cpu pip install --no-build-isolation -e .",
+            "Install torch first; a front end whose isolated builds are environments of their own (uv, build) then "
+            "needs --no-build-isolation, and setuptools>=77 beside torch.",
         )
-    root = Path(spec.origin).parent
     header = root / "include" / "torch" / "headeronly" / "version.h"
     found = re.findall(r"define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text() if header.exists() else "")
     if tuple(map(int, found)) < TORCH_MINIMUM:
@@ -174,10 +179,10 @@ def library_steps(name: str, target: Path, torch: Path) -> list[Step]:
 
 
 def find_ninja() -> str | None:
+    candidate = Path(sysconfig.get_path("scripts")) / "ninja"
+    if candidate.exists():
+        return str(candidate)
     if spec := importlib.util.find_spec("ninja"):
-        candidate = Path(sysconfig.get_path("scripts")) / "ninja"
-        if candidate.exists():
-            return str(candidate)
         if spec.origin and (bundled := Path(spec.origin).parent / "data" / "bin" / "ninja").exists():
             return str(bundled)
     return shutil.which("ninja")

@@ -261,7 +261,7 @@ def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
     try:
         import matplotlib
     except ImportError as error:
-        raise BadResults("--html draws with matplotlib, which is not installed (pip install matplotlib)") from error
+        raise BadResults("--html draws with matplotlib, which is not installed (the extra [bench])") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same rows give the same file
     parts = []

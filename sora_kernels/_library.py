@@ -144,7 +144,8 @@ def load_error(name: str) -> str | None:
     """Load the compiled library `name` at the first call; afterwards None, or why it could not be loaded."""
     path = pathlib.Path(__file__).with_name(f"_{name}.so")
     if not path.exists():
-        return f"the compiled library {path.name} is not built (SORA_KERNELS_BUILD={name} pip install -e .)"
+        remedy = f"in a copy of the project, SORA_KERNELS_BUILD={name} pip install . builds it"
+        return f"the compiled library {path.name} is not built; {remedy}"
     try:
         torch.ops.load_library(str(path))
         register = ctypes.CDLL(str(path)).sora_kernels_register

@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .extras import named
+
 if TYPE_CHECKING:
     from .attention import AttentionMode
     from .checkpoint import CheckpointError
@@ -39,7 +41,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     # lazily: the sizes in `presets` are also read where video and checkpoint libraries are not installed
     if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        with named(f"sora_model.{name}"):
+            return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,7 +6,7 @@ Where it is to be written is tried before any work, and by `files.write_atomical
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from . import extras
 from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
 
 app = typer.Typer(
@@ -158,8 +159,8 @@ def patch(
     """Say what `patch_model` would replace in a diffusers pipeline, and the memory traffic that this saves."""
     if not (match := re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", grid)) or "0" in match.groups():
         raise ValueError(f"--grid must be FRAMESxROWSxCOLUMNS of tokens, such as 21x30x52, got {grid!r}")
-    if importlib.util.find_spec("diffusers") is None:
-        raise FileNotFoundError("diffusers is not installed; pip install 'sora-kernels[diffusers]'")
+    with extras.named("sora patch"):
+        import diffusers  # noqa: F401
     from sora_kernels.integrations import directory
 
     for part in directory.inspect(folder, tuple(map(int, match.groups())), verify=verify):
@@ -272,7 +273,7 @@ def bench(context: typer.Context) -> None:
     if not (root / "benchmarks" / "run.py").is_file():
         raise FileNotFoundError(
             f"the benchmarks are no part of the package installed in {root}; get a copy of the project, which holds "
-            "them, and run `make bench` there, or `sora bench` after `pip install -e .` there"
+            "them, and run `make bench` there, or `sora bench` after `pip install -e '.[model,bench]'` there"
         )
     sys.path.insert(0, str(root))
     raise typer.Exit(importlib.import_module("benchmarks.run").main(context.args))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, extras
 from .checkpoint import CheckpointError, check_finite, check_shapes, read_json, read_shapes, wan_weights
 
 MAX_CHARACTERS = 4096
@@ -155,10 +155,8 @@ class UMT5TextEncoder:
     @classmethod
     def from_directory(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> UMT5TextEncoder:
         """Reads `path/text_encoder` and `path/tokenizer` of a Wan directory."""
-        try:
+        with extras.named("the text encoder of Wan weights"):
             from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError as error:
-            raise CheckpointError("Wan weights need `transformers` for their text encoder: install it") from error
         folders = {name: Path(path) / name for name in ("text_encoder", "tokenizer")}
         for name, folder in folders.items():
             if not folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -75,7 +76,7 @@ def test_the_default_wheel_is_pure_and_complete(wheel, installed):
     ]  # fmt: skip
     assert required == ["Requires-Dist: torch>=2.11"]
     entry_points = (metadata / "entry_points.txt").read_text()
-    assert "sora = sora_model.cli:main" in entry_points
+    assert "sora = sora_model.__main__:main" in entry_points
     assert "[sglang.multimodal_gen.plugins]\nsora = sora_kernels.integrations.sglang:register" in entry_points
 
 
@@ -199,12 +200,70 @@ def test_an_old_nvcc_is_refused(setup_functions, monkeypatch, tmp_path):
 def test_a_missing_or_old_torch_is_named(setup_functions, monkeypatch, tmp_path):
     namespace = setup_functions["find_torch"].__globals__
     monkeypatch.setattr(namespace["importlib"].util, "find_spec", lambda name: None)
+    monkeypatch.setattr(namespace["sysconfig"], "get_path", lambda name: str(tmp_path / "nowhere"))
     with pytest.raises(SystemExit, match=r"torch is not installed .*\n.*--no-build-isolation"):
         setup_functions["find_torch"]()
     version = tmp_path / "include" / "torch" / "headeronly" / "version.h"
     version.parent.mkdir(parents=True)
     version.write_text("#define TORCH_VERSION_MAJOR 2\n#define TORCH_VERSION_MINOR 10\n")
+    (tmp_path / "__init__.py").touch()
     spec = type("Spec", (), {"origin": str(tmp_path / "__init__.py")})
     monkeypatch.setattr(namespace["importlib"].util, "find_spec", lambda name: spec)
     with pytest.raises(SystemExit, match=r"is 2\.10; the compiled libraries need 2\.11 or newer"):
         setup_functions["find_torch"]()
+
+
+def test_an_isolated_build_finds_the_torch_beside_it(setup_functions, monkeypatch):
+    installed = setup_functions["find_torch"]()
+    # pip's isolated build has paths of its own and the interpreter of the environment it installs into
+    monkeypatch.setattr(setup_functions["find_torch"].__globals__["importlib"].util, "find_spec", lambda name: None)
+    assert setup_functions["find_torch"]() == installed
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({missing}))  # importing one fails as if it were not installed
+sys.argv = ["sora", *{arguments}]
+"""
+
+
+@pytest.mark.parametrize(
+    "missing, arguments",
+    [(["typer"], ["--help"]), (["rich"], ["info"]), (["av"], ["generate", "a red ball"]), (["safetensors"], ["eval"])],
+    ids=str,
+)
+def test_a_command_that_lacks_an_extra_names_it_in_one_line(installed, tmp_path, missing, arguments):
+    script = WITHOUT.format(missing=missing, arguments=arguments) + "from sora_model.__main__ import main; main()"
+    result = python("-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: the sora command needs {missing[0]}, which is not installed; it comes with the extra [model]: "
+        "pip install '.[model]' in a copy of the project\n"
+    )
+
+
+def test_a_command_for_diffusers_names_its_extra(installed, tmp_path):
+    script = WITHOUT.format(missing=["diffusers"], arguments=["patch", "."])
+    script += "from sora_model.__main__ import main; main()"
+    result = python("-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert result.returncode == 1 and "extra [diffusers]" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_python_names_the_extra_that_a_class_needs(installed, tmp_path):
+    script = WITHOUT.format(missing=["numpy", "av"], arguments=[]) + "from sora_model import Sora"
+    result = python("-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert result.returncode == 1
+    assert (
+        "MissingExtra: sora_model.Sora needs numpy, which is not installed; it comes with the extra [model]: "
+        in (result.stderr.splitlines()[-1])
+    )
+
+
+def test_extras_are_those_of_the_project():
+    from sora_model.extras import EXTRAS
+
+    distributions = {"PIL": "pillow"}
+    text = (ROOT / "pyproject.toml").read_text()
+    for module, extra in EXTRAS.items():
+        (line,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.MULTILINE)
+        assert f'"{distributions.get(module, module)}>=' in line, module
