@@ -1,4 +1,4 @@
-# make demo [PROMPT="..."]   a sentence in, a clip in out/ and a table of the operations out
+# make demo [PROMPT="..."]   a sentence in, a clip in out/ out, then every operation checked and timed
 # make test                  ruff and the tests
 # make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan1.3b-480p"
 # make lint                  ruff only
@@ -19,7 +19,7 @@ TORCH ?= $(or $(file <.venv/.torch),torch==2.13.0)
 OUT ?= out/gpu
 MINUTES ?= 8
 ARGS ?= --op all
-PROMPT ?= a red ball bounces around
+PROMPT ?=
 # The demo reads it from the environment, as it was typed: quotes, blanks and $ mean nothing here.
 override PROMPT := $(value PROMPT)
 export PROMPT
@@ -29,6 +29,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 NVCC := $(shell command -v nvcc || ls $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc 2>/dev/null)
 comma := ,
 TARGETS := cpu$(if $(NVCC),$(comma)cuda)
+SELF := $(MAKE)
 SOURCES := setup.py $(shell find csrc -type f)
 
 say = printf '==> %s\n' $(1)
@@ -39,10 +40,17 @@ failed = { printf '\n%s\n    %s\n' $(1) $(2) >&2; exit 1; }
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-demo: build
-	@$(PY) -m sora_model.demo
+# The clip first: where the libraries are not built yet, plain PyTorch makes it while they compile.
+demo: .venv/.model
+	@if $(SELF) -sq build; then exec $(PY) -m sora_model.demo; fi; \
+	$(call say,'compiling csrc/ in the background: build/demo.log'); mkdir -p build; \
+	$(SELF) -s build > build/demo.log 2>&1 & building=$$!; trap 'kill $$building 2>/dev/null || true' EXIT; \
+	SORA_KERNELS_IMPL=reference $(PY) -m sora_model.demo clip; \
+	$(call say,'waiting for the compiler'); \
+	wait $$building || { cat build/demo.log >&2; exit 1; }; \
+	$(PY) -m sora_model.demo check
 
-test: build
+test: build .venv/.installed
 	@$(call say,'ruff'); .venv/bin/ruff check . || $(call failed,'ruff found the problems above.','.venv/bin/ruff check --fix . repairs most of them.')
 	@$(call say,'pytest'); OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile -m 'not gpu and not slow' \
 	  || $(call failed,'Tests failed; see above.','$(PY) -m pytest tests/test_NAME.py -x runs one file alone.')
@@ -50,7 +58,7 @@ test: build
 lint: .venv/.installed
 	@.venv/bin/ruff check .
 
-bench: build
+bench: build .venv/.installed
 	@$(PY) -m benchmarks.run $(ARGS)
 
 gpu:
@@ -63,17 +71,24 @@ build: .venv/.built
 sanitize: .venv/.installed
 	@$(PY) tests/sanitize.py $(SANITIZER)
 
-.venv/.built: .venv/.installed $(SOURCES)
+.venv/.built: .venv/.model $(SOURCES)
 	@$(call say,'building csrc/ for $(TARGETS)')
 	@SORA_KERNELS_BUILD=$(TARGETS) $(PY) setup.py -q build_ext --inplace \
 	  || $(call failed,'Building csrc/ failed; the first error is above.','Correct it and run make build again.')
 	@touch $@
 
-.venv/.installed: .venv/.torch pyproject.toml
-	@$(call say,'installing the package and its extras')
+install = SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/constraints.txt -e $(1) \
+  || $(call failed,'Installing the dependencies failed; see above.','Check the network and run make again.')
+
+.venv/.installed: .venv/.model
+	@$(call say,'installing the other extras$(comma) for tests and benchmarks')
+	@$(call install,'.[triton$(comma)model$(comma)diffusers$(comma)bench$(comma)dev]')
+	@touch $@
+
+.venv/.model: .venv/.torch pyproject.toml
+	@$(call say,'installing the package')
 	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
-	@SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/constraints.txt -e '.[triton,model,diffusers,bench,dev]' \
-	  || $(call failed,'Installing the dependencies failed; see above.','Check the network and run make again.')
+	@$(call install,'.[triton$(comma)model]' 'ninja>=1.11' 'pybind11>=3.0')
 	@touch $@
 
 # Installed again when TORCH= names another torch than last time.
@@ -83,7 +98,7 @@ sanitize: .venv/.installed
 	  || $(call failed,'Installing $(TORCH) failed; see above.','Check the network or choose another with TORCH=.')
 	@printf '%s' '$(TORCH)' > $@
 
-.venv/.created: | check-machine
+.venv/.created: | $(if $(wildcard .venv/.created),,check-machine)
 	@$(call say,'creating .venv with $(PYTHON)')
 	@$(PYTHON) -m venv .venv \
 	  || $(call failed,'$(PYTHON) cannot create a virtual environment.','Debian: apt install python3-venv.')

@@ -1,7 +1,7 @@
-"""What `make demo` runs: a clip of $PROMPT in out/, then every operation beside its fp64 oracle, eager PyTorch and
-torch.compile.
+"""What `make demo` runs: a clip of $PROMPT in out/, then every operation, forward and backward, beside its fp64 oracle,
+eager PyTorch and torch.compile.
 
-PROMPT="a blue square bounces" python -m sora_model.demo
+PROMPT="a blue square bounces" python -m sora_model.demo         # `clip` or `check` behind it: one of the two
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,7 +27,7 @@ from rich.text import Text
 from torch import Tensor
 
 import sora_kernels
-from sora_kernels import _dispatch
+from sora_kernels import _dispatch, _library
 from sora_kernels._dispatch import Unavailable
 from sora_kernels.qknorm_rope import reference as qknorm_rope
 from sora_kernels.testing import error_bound, max_error, poison_empty
@@ -33,8 +35,8 @@ from sora_kernels.testing import error_bound, max_error, poison_empty
 from .pipeline import Sora
 from .terminal import bars, console, error, forgive_encodings, notes, say
 
-PROMPT = "a red ball bounces around"
-SECONDS_PER_OP, COMPILE_BUDGET_S = 0.6, 60.0
+PROMPT, SEED = "a red ball rolls to the right behind a wall and comes out on the other side", 2
+SECONDS_A_ROW, COMPILE_BUDGET_S = 0.4, 90.0
 
 B, GRID, D, H, PATCH, C = 2, (5, 16, 16), 192, 6, (1, 2, 2), 24
 S = math.prod(GRID)
@@ -42,6 +44,8 @@ VIDEO = (1, C, 4, 64, 64)
 
 Case = tuple[dict[str, Any], Callable[..., Any]]
 """(arguments, the lines that a model has without the op)."""
+Results = dict[str, Tensor]
+"""Outputs and gradients, by name."""
 
 
 def cases(device: torch.device) -> dict[str, Case]:
@@ -89,6 +93,12 @@ def cases(device: torch.device) -> dict[str, Case]:
     def conv(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv3d(F.pad(x, (1, 1, 1, 1, 2, 0)), weight)
 
+    def gated(x: Tensor, gate: Tensor) -> Tensor:
+        return x * (2 * torch.sigmoid(gate)).unsqueeze(-1)
+
+    def to_bytes(video: Tensor) -> Tensor:
+        return video.permute(0, 2, 3, 4, 1).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
     def up(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv3d(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"), weight, padding=(0, 1, 1))
 
@@ -111,102 +121,186 @@ def cases(device: torch.device) -> dict[str, Case]:
         "spacetime_attention": (
             dict(q=heads(), k=heads(), v=heads()), attend
         ),
+        "gate_heads": (dict(x=heads(), gate=draw(B, S, H)), gated),
         "norm_silu": (dict(x=video, weight=draw(C)), silu),
         "causal_conv3d": (dict(x=video, weight=filters), conv),
         "upsample_conv3d": (dict(x=video, weight=plane), up),
         "downsample_conv3d": (dict(x=video, weight=plane), down),
+        "video_to_uint8": (dict(video=draw(1, 3, *VIDEO[2:])), to_bytes),
     }  # fmt: skip
 
 
-def main() -> None:
-    """Makes the clip, prints the table. Exit code 1 with one line for a bad prompt, 2 if an operation is wrong."""
+def main(part: str = "") -> None:
+    """Makes the clip ("clip"), prints the table ("check"), or both ("").
+
+    Exit code 1 with one line for a bad prompt or part, 2 if an operation is wrong.
+    """
     forgive_encodings()
     prompt, out = os.environ.get("PROMPT", "").strip() or PROMPT, console()
-    try:
-        generate(prompt, out)
-    except (ValueError, OSError, Unavailable) as failure:
-        error(console(stderr=True), failure)
+    if part not in ("", "clip", "check"):
+        error(console(stderr=True), f"the part of the demo must be clip, check or left out for both; got {part!r}")
         sys.exit(1)
-    sys.exit(2 if table(out) else 0)
+    if part != "check":
+        try:
+            generate(prompt, out)
+        except (ValueError, OSError, Unavailable) as failure:
+            error(console(stderr=True), failure)
+            sys.exit(1)
+    sys.exit(2 if part != "clip" and table(out) else 0)
 
 
 def generate(prompt: str, out: Console) -> None:
     started = time.perf_counter()
-    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "clip"
+    name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "clip"
     path = Path("out") / f"{name}.mp4"
     path.parent.mkdir(exist_ok=True)
     sora = Sora.from_pretrained()
     with notes(out), bars(out, transient=True) as progress:
-        sora.generate_to(path, prompt, progress=progress)
-    took = time.perf_counter() - started
-    say(out, f"“{prompt}” → ", Text(str(path), "bold"), f" in {took:.1f} s, on {sora.device}")
+        sora.generate_to(path, prompt, seed=SEED, progress=progress)
+    took, made = time.perf_counter() - started, sora.defaults
+    say(
+        out, f"“{prompt}” → ", Text(str(path), "bold"), f": {made.frames} frames of {made.size[1]}x{made.size[0]}, "
+        f"seed {SEED}, in {took:.1f} s on {sora.device} with {_kernels(sora.device)}",
+    )  # fmt: skip
+
+
+def _kernels(device: torch.device) -> str:
+    like = torch.empty(0, device=device)
+    if _dispatch.choose("norm_modulate", "auto", like) == "reference":
+        return "plain PyTorch (impl=reference), which needs nothing compiled"
+    return "the kernels of this project"
+
+
+@dataclass
+class Row:
+    """One operation: (error, bound) of what comes closest to its bound, and milliseconds, for each direction it has."""
+
+    op: str
+    impl: str
+    judged: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ms: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> bool:
+        return not all(off <= bound for off, bound in self.judged.values())
 
 
 def table(out: Console) -> list[str]:
     """Prints the table and returns the names of operations whose error exceeds its bound."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     result = Table(box=None, pad_edge=False)
-    for column in ("operation", "auto is", "error", "bound", "ms", "eager", "compile"):
-        result.add_column(column, justify="left" if column in ("operation", "auto is") else "right", no_wrap=True)
-    wrong, began, every = [], time.perf_counter(), cases(device)
-    drawn = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=out, transient=True
-    )
-    with drawn, torch.no_grad():
+    for column in ("operation", "auto is", "", "error", "ms", "eager", "compile"):
+        result.add_column(column, justify="left" if column in ("operation", "auto is", "") else "right", no_wrap=True)
+    every, rows = cases(device), []
+    drawn = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=out, transient=True)
+    # a compiled backward is timed again and again over one graph
+    with drawn, torch._functorch.config.patch(donated_buffer=False):
         task = drawn.add_task("checking and timing", total=len(every))
-        for op, (arguments, eager) in every.items():
-            drawn.update(task, description=f"checking and timing {op}")
-            first = next(value for value in arguments.values() if isinstance(value, Tensor))
-            function = getattr(sora_kernels, op)
-            wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-            exact = function(**wide, impl="reference")
-            with poison_empty():
-                actual = function(**arguments)
-            terms = arguments["weight"][0].numel() if op.endswith("conv3d") else 1
-            off, bound = judge(actual, exact, eager(**arguments), terms)
-            if not off <= bound:
-                wrong.append(op)
-            candidates = {
-                "ours": lambda f=function, a=arguments: f(**a),
-                "eager": lambda f=eager, a=arguments: f(**a),
-            }
-            if time.perf_counter() - began < COMPILE_BUDGET_S:
-                compiled = compile_quietly(eager, arguments)
-                if compiled is not None:
-                    candidates["compile"] = lambda f=compiled, a=arguments: f(**a)
-            ms = interleaved(candidates, device)
-            result.add_row(
-                op, _dispatch.choose(op, "auto", first),
-                f"{off:.1e}", Text(f"{bound:.1e}", "red" if op in wrong else "green"),
-                f"{ms['ours']:.3g}",
-                *(f"{ms[name] / ms['ours']:.2f}x" if name in ms else "-" for name in ("eager", "compile")),
-            )  # fmt: skip
-            drawn.advance(task)
+        for row in measure(every, device):
+            rows.append(row)
+            drawn.update(task, description=f"checking and timing {row.op}", advance=1)
+            for way in row.ms:
+                result.add_row(*((row.op, row.impl) if way == "fwd" else ("", "")), *_cells(row, way))
     out.print(result)
+    compiled = sum("compile" in ms for row in rows for ms in row.ms.values())
+    timed = sum(len(row.ms) for row in rows)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     out.print(
-        f"\nForward, fp32, {device.type}{threads}; {B} x {S} tokens of width {D}; video {list(VIDEO)}.\n"
-        "error: the largest, against fp64; bound: 2 x that of eager PyTorch + rounding.\n"
-        "eager, compile: their time over ours; 2x means that ours takes half of it."
+        f"\n{len(rows)} operations checked and timed on {device.type}{threads}, in fp32, by themselves:\n"
+        f"{B} x {S} tokens of width {D}, video {list(VIDEO)}.\n"
+        "error          the largest of an output (fwd) or gradient (bwd) against fp64,\n"
+        "               in % of its bound: 2 x the error of eager PyTorch + rounding\n"
+        "ms             the median of a call\n"
+        "eager, compile their time over ours: 2x means that ours takes half of it;\n"
+        f"               {compiled} of {timed} were compiled in the {COMPILE_BUDGET_S:.0f} s given to torch.compile"
     )
+    wrong = [row.op for row in rows if row.wrong]
     if wrong:
         say(out, Text("beyond its bound: ", "bold red"), ", ".join(wrong))
     return wrong
 
 
-def judge(actual: Any, exact: Any, plain: Any, terms: int = 1) -> tuple[float, float]:
-    """(error, bound) of the output that comes closest to its bound; `terms`: values summed into each element."""
-    outputs = zip(*(value if isinstance(value, tuple) else (value,) for value in (actual, exact, plain)), strict=True)
-    pairs = ((max_error(a, e), error_bound(e, p, terms)) for a, e, p in outputs)
+def _cells(row: Row, way: str) -> tuple[str | Text, ...]:
+    (off, bound), ms = row.judged[way], row.ms[way]
+    share = Text(f"{100 * off / bound:.0f}%", "green" if off <= bound else "red")
+    ratios = (f"{ms[name] / ms['ours']:.2f}x" if name in ms else "-" for name in ("eager", "compile"))
+    return way, share, f"{ms['ours']:.3g}", *ratios
+
+
+def measure(every: dict[str, Case], device: torch.device) -> Iterator[Row]:
+    """Checks every case against the reference in fp64, then times it beside eager and, within the budget, compile."""
+    began = time.perf_counter()
+    for op, (arguments, eager) in every.items():
+        first = next(value for value in arguments.values() if isinstance(value, Tensor))
+        function, row = getattr(sora_kernels, op), Row(op, _dispatch.choose(op, "auto", first))
+        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        of_video = op.endswith(("conv3d", "silu"))
+        terms = {  # summed into an element of an output, of a gradient
+            "fwd": arguments["weight"][0].numel() if op.endswith("conv3d") else 1,
+            "bwd": math.prod(VIDEO[2:]) if of_video else B * S,
+        }  # fmt: skip
+        ways = ("fwd", "bwd") if _library.impls(f"{op}_bwd") else ("fwd",)
+        for way in ways:
+            exact = run(lambda f=function, **a: f(**a, impl="reference"), wide, way)
+            with poison_empty():
+                actual = run(function, arguments, way)
+            row.judged[way] = judge(actual, exact, run(eager, arguments, way), terms[way])
+        candidates = {"ours": function, "eager": eager}
+        if time.perf_counter() - began < COMPILE_BUDGET_S and (compiled := compile_quietly(eager, arguments, ways)):
+            candidates["compile"] = compiled
+        for way in ways:
+            calls = {name: timed_call(candidate, arguments, way) for name, candidate in candidates.items()}
+            row.ms[way] = interleaved(calls, device)
+        yield row
+
+
+def run(function: Callable[..., Any], arguments: dict[str, Any], way: str) -> Results:
+    """Outputs by number (forward), or the gradients of every tensor (backward), of a fixed incoming gradient."""
+    if way == "fwd":
+        with torch.no_grad():
+            return {f"output {i}": value for i, value in enumerate(_several(function(**arguments)))}
+    outputs, leaves, grads = _recorded(function, arguments)
+    return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True))
+
+
+def timed_call(function: Callable[..., Any], arguments: dict[str, Any], way: str) -> Callable[[], object]:
+    """The forward alone, or the backward alone over one recorded graph."""
+    if way == "fwd":
+        return torch.no_grad()(lambda: function(**arguments))
+    outputs, leaves, grads = _recorded(function, arguments)
+    return lambda: torch.autograd.grad(outputs, list(leaves.values()), grads, retain_graph=True)
+
+
+def _recorded(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], Results, list]:
+    leaves = {name: v.detach().requires_grad_() for name, v in arguments.items() if isinstance(v, Tensor)}
+    outputs = _several(function(**(arguments | leaves)))
+    draws = (torch.randn(o.shape, generator=torch.Generator().manual_seed(1)) for o in outputs)
+    return outputs, leaves, [draw.to(o.device, o.dtype) for draw, o in zip(draws, outputs, strict=True)]
+
+
+def _several(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def judge(actual: Results, exact: Results, plain: Results, terms: int = 1) -> tuple[float, float]:
+    """(error, bound) of what comes closest to its bound; `terms`: values summed into each element. Integers may be one
+    off: fp64 may round the other way."""
+    pairs = []
+    for name, oracle in exact.items():
+        bound = error_bound(oracle, plain[name], terms) if plain[name].is_floating_point() else 1.0
+        pairs.append((max_error(actual[name], oracle.double()), bound))
     return max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-300))
 
 
-def compile_quietly(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[..., Any] | None:
+def compile_quietly(
+    function: Callable[..., Any], arguments: dict[str, Any], ways: tuple[str, ...]
+) -> Callable[..., Any] | None:
     """`torch.compile` of it, warmed up, or None where the compiler does not work here."""
     torch._dynamo.reset()
     compiled = torch.compile(function, dynamic=False)
     try:
-        compiled(**arguments)
+        for way in ways:
+            run(compiled, arguments, way)
     except Exception:  # a missing or broken compiler costs a column, not the demonstration
         return None
     return compiled
@@ -227,7 +321,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], device: torch.device) 
         name: max(1, min(100, int(1 / max(once(call, 1), once(call, 1), 1e-3)))) for name, call in candidates.items()
     }
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    end = time.perf_counter() + SECONDS_PER_OP
+    end = time.perf_counter() + SECONDS_A_ROW
     while time.perf_counter() < end or len(times["ours"]) < 5:
         for name, call in candidates.items():
             times[name].append(once(call, calls[name]))
@@ -235,4 +329,4 @@ def interleaved(candidates: dict[str, Callable[[], Any]], device: torch.device) 
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

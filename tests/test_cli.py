@@ -420,24 +420,35 @@ def test_the_module_runs_as_a_program(tiny_checkpoint, tmp_path):
 
 def test_the_demo_makes_the_clip_and_tells_a_wrong_operation_from_a_right_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "SECONDS_PER_OP", 1e-3)
+    monkeypatch.setattr(demo, "SECONDS_A_ROW", 1e-3)
     monkeypatch.setattr(demo, "COMPILE_BUDGET_S", 0)
+    for name, small in {"GRID": (2, 4, 4), "S": 32, "VIDEO": (1, 24, 2, 16, 16)}.items():
+        monkeypatch.setattr(demo, name, small)
     monkeypatch.setenv("PROMPT", "A red circle, bounces/../!")
     with pytest.raises(SystemExit) as done:
         demo.main()
     assert done.value.code == 0
     assert media.probe(tmp_path / "out" / "a-red-circle-bounces.mp4").frames == 17
 
+    def wrong_gradient(op, impl="auto", **arguments):
+        out = op(**arguments, impl=impl)
+        return out if impl == "reference" else out.detach() + (out - out.detach()) * 1.001
+
     def slightly_wrong(op, impl="auto", **arguments):
         return op(**arguments, impl=impl) * (1 if impl == "reference" else 1.001)
 
-    for name in ("gate_residual", "norm_silu"):
-        monkeypatch.setattr(sora_kernels, name, functools.partial(slightly_wrong, getattr(sora_kernels, name)))
+    faults = {"gate_residual": slightly_wrong, "norm_silu": slightly_wrong, "gate_heads": wrong_gradient}
+    for name, fault in faults.items():
+        monkeypatch.setattr(sora_kernels, name, functools.partial(fault, getattr(sora_kernels, name)))
     console = cli.console(record=True, width=100, file=io.StringIO())
-    assert demo.table(console) == ["gate_residual", "norm_silu"]
+    assert demo.table(console) == ["gate_residual", "gate_heads", "norm_silu"]
     printed = console.export_text()
-    assert "beyond its bound: gate_residual, norm_silu" in printed
-    assert all(op in printed for op in demo.cases(torch.device("cpu")))
+    assert "beyond its bound: gate_residual, gate_heads, norm_silu" in printed
+    public = {op.removesuffix("_fwd") for op in _library.ops() if op.endswith("_fwd")}
+    assert demo.cases(torch.device("cpu")).keys() == public and all(op in printed for op in public)
+    backward = {op.removesuffix("_bwd") for op in _library.ops() if op.endswith("_bwd")}
+    assert printed.count("fwd  ") >= len(public) and printed.count("bwd  ") >= len(backward)
+    assert f"0 of {len(public) + len(backward)} were compiled" in printed
 
     monkeypatch.setenv("PROMPT", "?!")
     with pytest.raises(SystemExit) as done:
