@@ -470,6 +470,22 @@ def test_given_freqs_of_any_dtype_and_layout(impl, require):
 
 
 @IMPLS
+@pytest.mark.parametrize("shape", [(1, 4), (1, 3, 4), (1, 1, 3, 4), (2, 1, 1, 4)])
+def test_strides_of_axes_of_one_element_do_not_matter(shape, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 1, 3, 8, requires_grad=True) for _ in range(2))
+    angle = torch.rand(shape) * 6
+    cos, sin = arrange(angle.cos(), "sliced"), angle.sin()
+    for keys in (None, (cos, sin)):
+        results = []
+        for tables in ((cos, sin), (cos.clone(memory_format=torch.contiguous_format), sin)):
+            q_out, k_out = qk_norm_rope(q, k, freqs=tables, k_freqs=keys, impl=impl)
+            results.append([q_out, k_out, *torch.autograd.grad((q_out * k_out.flip(0)).sum(), (q, k))])
+        assert cos.stride() != sin.stride() and all(map(torch.equal, *results))
+
+
+@IMPLS
 @pytest.mark.parametrize("case", GIVEN[2:])
 def test_tables_are_read_where_they_lie(case, impl, require, monkeypatch):
     """Those of LTX-2 are `[B, H, S, pairs]`; those of every clip and head may be one expanded row."""
@@ -596,6 +612,17 @@ def test_empty(shape, impl, require):
         dx, dw, db = torch.autograd.grad(q.sum() + k.sum(), (x, w, b))
     assert q.shape == k.shape == dx.shape == shape
     assert torch.equal(dw, torch.zeros(4)) and torch.equal(db, torch.zeros(4))
+
+
+@IMPLS
+@pytest.mark.parametrize("B, H", [(0, 2), (2, 0)])
+def test_nothing_turns_by_tables_of_its_own(B, H, impl, require):
+    require("qk_norm_rope", impl, grad=True)
+    q, k = (torch.empty(B, S, H, 4, requires_grad=True) for S in (6, 3))
+    tables = {name: (torch.ones(B, S, H, 2), torch.zeros(B, S, H, 2)) for name, S in (("freqs", 6), ("k_freqs", 3))}
+    q_out, k_out = qk_norm_rope(q, k, **tables, impl=impl)
+    grads = torch.autograd.grad(q_out.sum() + k_out.sum(), (q, k))
+    assert [t.shape for t in (q_out, k_out)] == [t.shape for t in grads] == [q.shape, k.shape]
 
 
 def test_too_wide_for_triton(require):

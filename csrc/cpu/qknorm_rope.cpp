@@ -427,7 +427,8 @@ Rotation rotation(const Tensor& x, const OptionalTensor& cos, const OptionalTens
     const int64_t dims = cos->dim();
     bool same = sin->dim() == dims;
     for (int64_t i = 0; same && i < dims; ++i) {
-      same = sin->size(i) == cos->size(i) && (sin->stride(i) == cos->stride(i) || cos->numel() <= 1);
+      const int64_t n = cos->size(i);  // of one element, or of none, the stride is never stepped over
+      same = sin->size(i) == n && (sin->stride(i) == cos->stride(i) || n == 1 || cos->numel() == 0);
     }
     SORA_CHECK(same, "sin: expected the shape and strides of ", describe(*cos), ", got ", describe(*sin));
     const int64_t token = dims == 4 ? 1 : 0;
@@ -475,7 +476,7 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
                       bool host, const Tensor& q_out, const Tensor& k_out) {
   const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
   const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
-  const Rotation& of_k = own.cos ? own : of_q;
+  const Rotation& of_k = k_cos ? own : of_q;
   Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
   Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
   pq.host = pk.host = host;
@@ -494,7 +495,7 @@ void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& 
                       const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
   const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
   const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
-  const Rotation& of_k = own.cos ? own : of_q;
+  const Rotation& of_k = k_cos ? own : of_q;
   Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
   Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
   pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);
