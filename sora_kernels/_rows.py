@@ -1,6 +1,7 @@
 """Modulation rows, as every family that modulates takes them: [D], [B, D], [B, 1, D], [B, F, D] or [B, S, D].
 
-Token s of S reads row s // (S / F) of its clip. Kernels take one F > 1 for all rows of a call, beside single rows.
+Token s of S reads row s // (S / F) of its clip; rows with 1 in the place of B are those of every clip. Kernels take one
+F > 1 for all rows of a call, beside single rows.
 With an index [B, S] the rows are [D], [R, D] or [B, R, D], and token s of clip b reads row index[b, s]: F is R then.
 """
 
@@ -34,9 +35,10 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
         if not known:
             _check.tensor(op, name, t, LAYOUTS)
         F = shape[1] if len(shape) == 3 else 1
-        if shape != (B, F, D) and shape != (B, D) and shape != (D,):
+        if shape != (B, F, D) and shape != (B, D) and shape != (D,) and shape != (1, F, D) and shape != (1, D):
             raise ValueError(
-                f"{op}: {name} must be {LAYOUTS} with B={B}, S={S}, D={D} from x; got {_check.shape_of(t)}"
+                f"{op}: {name} must be {LAYOUTS} with B={B} (or 1, for all clips), S={S}, D={D} from x; "
+                f"got {_check.shape_of(t)}"
             )
         if F != S and (F == 0 or S % F):
             raise ValueError(
@@ -98,11 +100,12 @@ def index_of(index: Tensor | None, *rows: Tensor | None) -> Tensor | None:
 
 
 def operand(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
-    """t as a forward takes it: as it is, unless it is not dense in D or has another number F > 1 of rows."""
-    if t is None or t.ndim < 3:
+    """t as a forward takes it: as it is, unless it is not dense in D, that of one clip for all or has another number
+    F > 1 of rows."""
+    if t is None or t.ndim == 1:
         return dense(t)
-    clips, rows, _ = t.shape
-    return dense(t) if rows in (1, frames) and (clips != 1 or x.shape[0] == 1) else view(t, x, frames)
+    rows = t.shape[1] if t.ndim == 3 else 1
+    return dense(t) if rows in (1, frames) and t.shape[0] == x.shape[0] else view(t, x, frames)
 
 
 def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
@@ -116,7 +119,7 @@ def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
     if shape == (B, frames, D):
         return t
     if len(shape) == 3 and (F := shape[1]) not in (1, frames):
-        t = t[:, :, None].expand(B, F, frames // F, D).reshape(B, frames, D)
+        t = t[:, :, None].expand(-1, F, frames // F, D).reshape(shape[0], frames, D)
     return t.expand(B, frames, D)
 
 
@@ -142,7 +145,7 @@ def sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:
         grad = grad.sum(1) if grad.shape[1] != 1 else grad
     elif t.shape[1] != grad.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
-    if t.ndim == 3 and t.shape[0] != grad.shape[0]:  # rows that an index chooses for all clips
+    if t.ndim > 1 and t.shape[0] != grad.shape[0]:  # rows of all clips
         grad = grad.sum(0)
     grad = grad.reshape(t.shape)
     return grad if grad.dtype == t.dtype else grad.to(t.dtype)

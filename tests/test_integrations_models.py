@@ -84,3 +84,16 @@ def test_an_attention_backend_gets_the_mask_that_a_length_stands_for(name, monke
         assert_matches_oracle(output(model, **batch), exact, plain)
     assert not ours and all(call["attn_mask"].dtype == torch.bool for call in theirs)
     assert len(theirs) == case.steps["spacetime_attention"]
+
+
+@pytest.mark.parametrize("name", ["Wan", "SkyReels-V2", "HunyuanVideo-1.5", "CogVideoX", "Cosmos", "Mochi"])
+def test_one_time_serves_all_clips(name):
+    case = hosts.cases()[name]
+    model = case.make()
+    inputs = case.inputs(model)
+    if not isinstance(inputs, dict):
+        inputs = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), inputs, strict=True))
+    inputs["timestep"] = inputs["timestep"][:1]
+    plain, exact = output(model, **inputs), exactly(model, **inputs)["output"]
+    patch_model(model)
+    assert_matches_oracle(output(model, **inputs), exact, plain)

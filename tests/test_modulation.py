@@ -27,6 +27,9 @@ ROWS = {
     "[B,1,D]": lambda B, S, D: (B, 1, D),
     "[B,F,D]": lambda B, S, D: (B, S // 3, D),
     "[B,S,D]": lambda B, S, D: (B, S, D),
+    "[1,D]": lambda B, S, D: (1, D),
+    "[1,F,D]": lambda B, S, D: (1, S // 3, D),
+    "[1,S,D]": lambda B, S, D: (1, S, D),
 }
 MODULATIONS = ("gate", "shift", "scale")
 ARGUMENTS = {
@@ -104,6 +107,9 @@ CASES = [  # B, S, D, rows, norm, absent
     (1, 1, 70, "[B,S,D]", "rms", ("bias",)),
     (2, 3, 24, "[B,S,D]", "layer", ("shift", "weight")),
     (1, 21, 320, "[B,F,D]", "layer", ("scale", "bias", "scale_table")),
+    (2, 5, 40, "[1,D]", "layer", ("bias",)),
+    (3, 6, 24, "[1,F,D]", "rms", ("shift_table",)),
+    (2, 4, 17, "[1,S,D]", "layer", ("weight", "bias")),
 ]
 GPU_CASES = [(2, 1024, 1536, "[B,1,D]", "layer", ()), (1, 260, 5376, "[B,S,D]", "rms", ())]
 CASE_IDS = [f"B{B}-S{S}-D{D}-{rows}-{norm}" for B, S, D, rows, norm, _ in CASES]

@@ -250,6 +250,7 @@ FINAL = [
     (1, (2, 1, 2), (1, 1, 2), 2, 6, (1, 2, 6), None, "layer", False),
     (2, (2, 5, 13), (1, 2, 2), 5, 130, (2, 1, 130), (130,), "layer", True),  # a modulation row over several chunks
     (2, (13, 3, 5), (1, 2, 2), 16, 70, (2, 13, 70), (2, 195, 70), "rms", True),  # rows of tokens side by side
+    (2, (2, 1, 3), (1, 1, 1), 2, 9, (1, 2, 9), (1, 9), "layer", True),  # rows of all clips
 ]
 FINAL_TILES = [  # several tiles of tokens, of D, of features and, where it is no power of two, a rest of each
     (1, (2, 5, 13), (1, 2, 2), 17, 40, (1, 2, 40), (1, 2, 40), "layer", True),

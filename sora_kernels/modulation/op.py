@@ -37,7 +37,8 @@ def norm_modulate(
 
     x                        [B, S, D], float32, bfloat16, float16 (float64 in `reference`), any strides
     shift, scale             one of [D], [B, D], [B, 1, D], [B, F, D] with F dividing S (each of F frames' S/F
-                             consecutive tokens shares a row), [B, S, D]; any strides, any float dtype; None: absent
+                             consecutive tokens shares a row), [B, S, D], with 1 instead of B for rows of every
+                             clip; any strides, any float dtype; None: absent
     weight, bias             [D], any float dtype
     shift_table, scale_table [D], float32, added to the rows inside the kernel
     index                    [B, S], int32 or int64, any strides: token s of clip b has row index[b, s] of shift and
