@@ -60,6 +60,18 @@ def standardize(x, mask, D, eps, RMS: tl.constexpr):
 
 
 @triton.jit
+def multiply_add(a, b, acc):
+    """acc + a·b; of fp32 in fp32, the product of a block added up by itself.
+
+    Plain cores multiply in one chain of additions, and a chain of thousands gathers the rounding of each.
+    """
+    if a.dtype == tl.float32:  # the last argument keeps the compiler from making one chain of the product and the sum
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
     """fp32 sums of ROWS rows whose columns are held in one or two parts."""
     FIRST: tl.constexpr = PARTS[0]  # triton 3.6 takes no element of a tuple as the side of a block

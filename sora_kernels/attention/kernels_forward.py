@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._triton import zeros
+from .._triton import multiply_add, zeros
 from . import config
 from .mode import Box, by_head
 from .plan import head_table, plan
@@ -69,7 +69,7 @@ def dot_t(a, b):
     """a bᵀ over all parts of the head: [rows of a, rows of b]."""
     product = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     if len(a) == 2:
-        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision="ieee")
+        product = multiply_add(a[1], tl.trans(b[1]), product)
     return product
 
 
@@ -77,11 +77,11 @@ def dot_t(a, b):
 def add_dot(sums, p, x):
     """sums + p x, part by part; p is rounded to x's dtype, as every matrix product on tensor cores must be."""
     p = p.to(x[0].dtype)
-    first = tl.dot(p, x[0], sums[0], input_precision="ieee")
+    first = multiply_add(p, x[0], sums[0])
     if len(sums) == 1:
         return (first,)
     else:
-        return (first, tl.dot(p, x[1], sums[1], input_precision="ieee"))
+        return (first, multiply_add(p, x[1], sums[1]))
 
 
 @triton.jit

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import load_vector, zeros
+from .._triton import load_vector, multiply_add, zeros
 from . import config
 
 # Sizes and places: one kernel serves all clips, chunks, phases and positions of a tile.
@@ -102,12 +102,12 @@ def add_product(
 ):  # fmt: skip
     """acc + x · weight, for each part of the output channels."""
     w = load_weight(ptr, c, n, stride_c, stride_n, C, N, BLOCK, PARTS[0])
-    head = tl.dot(x, w, acc[0], input_precision="ieee")
+    head = multiply_add(x, w, acc[0])
     if len(PARTS) == 1:
         return (head,)
     else:
         w = load_weight(ptr, c, n + PARTS[0], stride_c, stride_n, C, N, BLOCK, PARTS[1])
-        return (head, tl.dot(x, w, acc[1], input_precision="ieee"))
+        return (head, multiply_add(x, w, acc[1]))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import sum_partials, zeros
+from .._triton import multiply_add, sum_partials, zeros
 from . import config
 from .kernels_conv import SIZES, at_pixels, box_pixels, is_wide, load_pixels, strides_of
 
@@ -77,13 +77,13 @@ def dweight_kernel(
             video, earlier, x_t, x_h, x_w, first, T, H, W, past,
             x_stride_t, x_stride_h, x_stride_w, cache_stride_t, cache_stride_h, cache_stride_w, C, PARTS[0], WIDE,
         )  # fmt: skip
-        head = tl.dot(y, x, acc[0], input_precision="ieee")
+        head = multiply_add(y, x, acc[0])
         if len(PARTS) == 2:
             x = load_pixels(
                 video, earlier, x_t, x_h, x_w, first + PARTS[0], T, H, W, past,
                 x_stride_t, x_stride_h, x_stride_w, cache_stride_t, cache_stride_h, cache_stride_w, C, PARTS[1], WIDE,
             )  # fmt: skip
-            acc = (head, tl.dot(y, x, acc[1], input_precision="ieee"))
+            acc = (head, multiply_add(y, x, acc[1]))
         else:
             acc = (head,)
 

@@ -12,6 +12,7 @@ import math
 import triton
 import triton.language as tl
 
+from .._triton import multiply_add
 from .reference import patch_of
 
 # fp32 operands on tensor cores as three products of their bf16 halves: 16 bits of each operand, and bf16's range.
@@ -25,7 +26,7 @@ def dot(a, b, acc, TOKENS: tl.constexpr):
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return tl.dot(a, b, acc)
     elif TOKENS == tl.float32:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        return multiply_add(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=SPLIT)
 
