@@ -446,18 +446,33 @@ def test_channels_last_video(impl, on):
         torch.testing.assert_close(result, expected[n], rtol=tolerance, atol=tolerance)
 
 
+def check_each_alone(function, inputs, grad):
+    """Each gradient by itself has the bits that it has beside all others."""
+    together = outputs_and_grads(function, inputs, [grad])
+    for n in (n for n, t in inputs.items() if t is not None):
+        leaf = inputs[n].clone().requires_grad_()
+        with poison_empty():
+            (alone,) = torch.autograd.grad(function(**inputs | {n: leaf}), leaf, grad)
+        assert torch.equal(alone, together[f"grad {n}"]), n
+
+
 @pytest.mark.parametrize("name", calls())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_each_gradient_alone_equals_the_one_computed_with_all_others(impl, name, on):
     on(name, impl)
     function, inputs, grad = calls()[name]
-    inputs, grad = floats(inputs), grad.float()
-    together = outputs_and_grads(partial(function, impl=impl), inputs, [grad])
-    for n in (n for n, t in inputs.items() if t is not None):
-        leaf = inputs[n].clone().requires_grad_()
-        with poison_empty():
-            (alone,) = torch.autograd.grad(function(**inputs | {n: leaf}, impl=impl), leaf, grad)
-        assert torch.equal(alone, together[f"grad {n}"]), n
+    check_each_alone(partial(function, impl=impl), floats(inputs), grad.float())
+
+
+@pytest.mark.parametrize("pos", [2, 3])
+def test_triton_adds_tokens_in_one_order_whichever_gradients_are_wanted(pos, on, monkeypatch):
+    """Of several blocks of features, chunks of tokens, and clips that share pos."""
+    on("patch_embed3d", "triton")
+    from sora_kernels.patchify import kernels_embed
+
+    monkeypatch.setattr(kernels_embed, "REDUCERS", 6)
+    inputs = embed_inputs((3, 24, (1, 9, 10), (1, 2, 2), 40, True, pos), torch.float32)
+    check_each_alone(partial(patch_embed3d, impl="triton"), inputs, torch.randn(3, 90, 40))
 
 
 @pytest.mark.parametrize("name", calls())

@@ -50,24 +50,27 @@ def gate_heads_fwd_kernel(
     store_heads(out_ptr, row, x * (scale * share)[:, None], live, E, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dx_rows", "dgate_rows"])
 def gate_heads_bwd_kernel(
     dout_ptr, x_ptr, gate_ptr, dx_ptr, dgate_ptr, dout_stride_b, dout_stride_s, dout_stride_h,
     x_stride_b, x_stride_s, x_stride_h, gate_stride_b, gate_stride_s, gate_stride_h,
-    rows, S, scale, H: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    dx_rows, dgate_rows, rows, S, scale, H: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """dx = dout · scale σ,  dgate = Σ dout · x · scale σ (1 − σ)."""
+    """dx = dout · scale σ,  dgate = Σ dout · x · scale σ (1 − σ), of as many rows as are wanted of each: all or none.
+
+    One compiled kernel, so that dgate has the same bits beside dx and without it: another would lay out its tiles, and
+    add, in another way.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     b, s, h = row // H // S, row // H % S, row % H
     dout = load_heads(dout_ptr, dout_stride_b, dout_stride_s, dout_stride_h, b, s, h, live, E, COLS)
     share = load_share(gate_ptr, gate_stride_b, gate_stride_s, gate_stride_h, b, s, h, live)
-    if dx_ptr is not None:
-        store_heads(dx_ptr, row, dout * (scale * share)[:, None], live, E, COLS)
-    if dgate_ptr is not None:
-        x = load_heads(x_ptr, x_stride_b, x_stride_s, x_stride_h, b, s, h, live, E, COLS)
-        dgate = tl.sum(dout * x, 1) * (scale * share * (1.0 - share))
-        tl.store(dgate_ptr + row, dgate.to(dgate_ptr.dtype.element_ty), live)
+    store_heads(dx_ptr, row, dout * (scale * share)[:, None], row < dx_rows, E, COLS)
+    live = row < dgate_rows
+    x = load_heads(x_ptr, x_stride_b, x_stride_s, x_stride_h, b, s, h, live, E, COLS)
+    dgate = tl.sum(dout * x, 1) * (scale * share * (1.0 - share))
+    tl.store(dgate_ptr + row, dgate.to(dgate_ptr.dtype.element_ty), live)
 
 
 def _launch(x) -> tuple[int, tuple[int, int], dict]:
@@ -91,6 +94,8 @@ def gate_heads_bwd(dout, x, gate, scale, dx, dgate) -> None:
             dgate.zero_()
         return
     programs, sizes, config = _launch(x)
+    wanted = [0 if t is None else sizes[0] for t in (dx, dgate)]
+    dx, dgate = (like.new_empty(0) if t is None else t for t, like in ((dx, x), (dgate, gate)))
     gate_heads_bwd_kernel[(programs,)](
-        dout, x, gate, dx, dgate, *dout.stride()[:3], *x.stride()[:3], *gate.stride(), *sizes, scale, **config
+        dout, x, gate, dx, dgate, *dout.stride()[:3], *x.stride()[:3], *gate.stride(), *wanted, *sizes, scale, **config
     )

@@ -239,11 +239,13 @@ def patch_embed3d_bwd(dout, video, weight, bias, pos, dvideo, dweight, dbias, dp
     if dweight is None and dbias is None and dpos is None:
         return
     config = dweight_tile(K, dout.dtype)
-    summed = B if dpos is not None and dpos.shape[0] == 1 else 1
+    # The order of the sums, as in every backward, is no matter of which gradients are wanted.
+    summed = B if pos is not None and pos.shape[0] == 1 else 1
     tiles_per_video = triton.cdiv(S, config["BLOCK_S"])
     tiles = B // summed * tiles_per_video
-    programs = triton.cdiv(D, config["BLOCK_D"]) * (1 if dweight is None else triton.cdiv(K, config["BLOCK_K"]))
-    per_program = triton.cdiv(tiles, max(1, REDUCERS // programs))
+    blocks_d, blocks_k = triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(K, config["BLOCK_K"])
+    per_program = triton.cdiv(tiles, max(1, REDUCERS // (blocks_d * max(blocks_k, 1))))
+    programs = blocks_d * (1 if dweight is None else blocks_k)
     chunks = triton.cdiv(tiles, per_program)
     dweights = None if dweight is None else torch.empty((chunks, D, K), dtype=torch.float32, device=dout.device)
     dbiases = None if dbias is None else torch.empty((1, chunks, D), dtype=torch.float32, device=dout.device)
