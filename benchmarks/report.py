@@ -1,6 +1,6 @@
-"""Recorded results -> the README's tables, all tables, one HTML page with plots. Numbers are never written by hand.
+"""Recorded results -> tables of the README and of docs/, all tables, plots. Numbers are never written by hand.
 
-python -m benchmarks.report              regenerate the blocks of README.md, and results/README.md with every figure
+python -m benchmarks.report              regenerate the blocks of README.md and docs/, and all of results/*.{md,svg}
 python -m benchmarks.report --add DIR    first file a run's rows and test records under results/<device>/
 python -m benchmarks.report --html FILE  also one self-contained page with every row, plotted
 """
@@ -18,9 +18,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import compiled_report, machine, verified
+from . import compiled_report, machine, summary, verified
 
 README = machine.ROOT / "README.md"
+DOCS = machine.ROOT / "docs"
+FAMILIES = {  # page of docs/ -> the families of its figures
+    "attention": ("attention",), "causal_conv": ("causal_conv", "vae"), "modulation": ("modulation",),
+    "patchify": ("patchify",), "qknorm_rope": ("qknorm_rope",),
+}  # fmt: skip
 ALL = "benchmarks/results/README.md"
 Row = dict
 
@@ -225,7 +230,7 @@ def replace_block(text: str, name: str, body: str) -> str:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise BadResults(
-            f"the README needs one line {begin} and, after it, one line {end}: the table goes between them"
+            f"the page needs one line {begin} and, after it, one line {end}: the table goes between them"
         )
     head, rest = text.split(begin)
     return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
@@ -234,7 +239,7 @@ def replace_block(text: str, name: str, body: str) -> str:
 def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> bool:
     """Regenerate the block `figures` and, where they are, `verified`, `compiled` and `toy`; whether any changed."""
     before = readme.read_text(encoding="utf-8")
-    after = replace_block(before, "figures", figures(load_rows(results)))
+    after = replace_block(before, "figures", summary.table(load_rows(results)))
     for name, block in (
         ("verified", lambda: verification(results)),
         ("compiled", lambda: compiled_report.headline(results)),
@@ -245,6 +250,30 @@ def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> boo
     if after != before:
         verified.write_beside(readme, after)
     return after != before
+
+
+def update_pages(docs: Path = DOCS, results: Path = machine.RESULTS) -> list[Path]:
+    """Regenerate the figures of the families' pages; those that changed."""
+    changed, rows = [], load_rows(results)
+    for name, families in FAMILIES.items():
+        path = docs / f"{name}.md"
+        before = path.read_text(encoding="utf-8")
+        link = f"[every figure](../{ALL})"
+        table = figures(row for row in rows if row["family"] in families).replace(f"[{ALL}]({ALL})", link)
+        after = replace_block(before, "figures", table)
+        if after != before:
+            verified.write_beside(path, after)
+            changed.append(path)
+    return changed
+
+
+def update_plot(target: Path = machine.RESULTS / "summary.svg", results: Path = machine.RESULTS) -> bool:
+    """Draw the README's plot where it is not of these results; whether it was drawn."""
+    rows = load_rows(results)
+    if target.exists() and f"rows {summary.digest(rows)}" in target.read_text(encoding="utf-8"):
+        return False
+    verified.write_beside(target, summary.plot(rows))
+    return True
 
 
 def update_tables(target: Path = machine.ROOT / ALL, results: Path = machine.RESULTS) -> bool:
@@ -342,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
         updates = {args.readme: update_readme(args.readme, args.results)}
         if args.results == machine.RESULTS:
             updates[machine.ROOT / ALL] = update_tables()
+            updates |= dict.fromkeys(update_pages(), True)
+            updates[machine.RESULTS / "summary.svg"] = update_plot()
         for path, changed in updates.items():
             print(f"{path}: {'updated' if changed else 'already up to date'}")
         if args.html:

@@ -26,6 +26,7 @@ from benchmarks import (
     run,
     shapes,
     suite,
+    summary,
     targets,
     timing,
     verified,
@@ -361,7 +362,8 @@ def test_a_narrow_terminal_loses_the_lesser_columns_only():
 def make_row(impl="triton", p50=100.0, kind="ours", **changes):
     figures = {"p20_us": 0.9 * p50, "p50_us": p50, "p80_us": 1.2 * p50, "percent_copy": 8000 / p50}
     row = dict.fromkeys(FIELDS) | figures | {
-        "op": OP, "impl": impl, "kind": kind, "shape": "toy", "dtype": "float32", "mode": "fwd", "status": "ok",
+        "family": "modulation", "op": OP, "impl": impl, "kind": kind, "shape": "toy", "dtype": "float32", "mode": "fwd",
+        "status": "ok",
         "gb_s": 1.0, "tflop_s": 0.1, "percent_matmul": 1.0, "max_error": 1e-6, "error_bound": 2e-6,
         "device": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "copy_gb_s": 4300.0, "commit": "1a2b3c",
         "dirty": False, "date": "2026-11-20T10:00:00+00:00",
@@ -392,14 +394,43 @@ def test_the_readme_block_is_made_from_the_results_and_is_stable(tmp_path, resul
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert (
-        "| norm_modulate | toy | float32 | fwd | triton | 80 (72–96) | 100 "
-        "| 3.00× | **0.75× (slower)** | 5.00× (diffusers 0.42) |"
-    ) in text
+    assert "| `norm_modulate` | toy | **0.75× (slower)** | 3.00× | – | – |" in text
     assert "999" not in text  # an older figure of the same case gives way
     stamp = readme.stat().st_mtime_ns
     assert report.main(arguments) == 0
     assert readme.read_text() == text and readme.stat().st_mtime_ns == stamp
+
+
+def test_a_page_has_every_mode_and_peer_of_its_family(results, tmp_path):
+    for name in report.FAMILIES:
+        (tmp_path / f"{name}.md").write_text("<!-- figures:begin -->\nold\n<!-- figures:end -->\n")
+    assert len(report.update_pages(tmp_path, results)) == len(report.FAMILIES)
+    assert (
+        "| norm_modulate | toy | float32 | fwd | triton | 80 (72–96) | 100 "
+        "| 3.00× | **0.75× (slower)** | 5.00× (diffusers 0.42) |"
+    ) in (tmp_path / "modulation.md").read_text()
+    assert "No figures have been recorded yet." in (tmp_path / "attention.md").read_text()
+    assert not report.update_pages(tmp_path, results)
+
+
+def test_the_summary_prefers_rows_without_page_faults_and_the_largest_shape():
+    small, large = make_row(shape="small", bytes=10), make_row(shape="large", bytes=1000)
+    kept = make_row(shape="large", bytes=1000, allocator="jemalloc", p50=50.0)
+    eager = dict(impl="eager", kind="baseline", p50_us=75.0)
+    rows = [small, large, kept, kept | eager, large | eager | dict(p50_us=9999.0)]
+    (case,) = summary.cases(rows).popitem()[1].values()
+    assert case["fwd"]["ours"] is kept and summary.ratio(case, "fwd", "eager") == 1.5
+    assert summary.ratio(case, "fwd", "compile") is None and summary.ratio(case, "bwd", "eager") is None
+
+
+def test_the_plot_is_drawn_again_for_other_rows_only(results, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    target = tmp_path / "summary.svg"
+    assert report.update_plot(target, results) and not report.update_plot(target, results)
+    svg = target.read_text()
+    assert "norm_modulate" in svg and "forward vs torch.compile" in svg and "<dc:date>" not in svg
+    (results / "nvidia-h200" / "b.jsonl").write_text(json.dumps(make_row(p50=1.0, date="2026-12-19T10:00:00+00:00")))
+    assert report.update_plot(target, results)
 
 
 def test_the_readme_has_the_largest_shape_and_counts_the_rest_with_their_losses():

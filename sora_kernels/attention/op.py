@@ -94,7 +94,7 @@ def spacetime_attention(
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding, for the output and every gradient. A NaN
     of q, or of a key and value that a query sees, reaches that query's result; whether one of a value it does not see
     does, depends on how tiles lie. No atomics. Forward mode, torch.func and, under it, higher orders: by the
-    reference's formula (README, Derivatives), which computes the scores of all keys, a chunk of queries at a time, and
+    reference's formula (docs/numerics.md), which computes the scores of all keys, a chunk of queries at a time, and
     keeps them where autograd records it.
 
     Implementations: `reference` runs every mode, in chunks of queries, so that memory grows with S, not S². `triton`
@@ -241,7 +241,7 @@ def gate_heads(x: Tensor, gate: Tensor, *, scale: float = 2.0, impl: str = "auto
     and not an epilogue of ours: it costs two passes over x, where attention of S tokens costs S operations an element.
     Computed in fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus
     one rounding, for the output and both gradients, which two runs give bit for bit. Forward mode, torch.func and,
-    under it, higher orders: by the reference's formula (README, Derivatives).
+    under it, higher orders: by the reference's formula (docs/numerics.md).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: gated attention, arXiv 2505.06708.

@@ -39,7 +39,7 @@ def norm_silu(
     weight  [C]; bias [C] or None; of any float dtype.
     groups  divides C; read for norm="group" only.
     Returns a tensor like x, in channels_last_3d where x is. Gradients: x, weight, bias; forward mode, torch.func and,
-    under it, higher orders: by the reference's formula (README, Derivatives).
+    under it, higher orders: by the reference's formula (docs/numerics.md).
 
     Errors: TypeError for a dtype, ValueError for a shape, a device, an unknown `norm`, groups that do not divide C.
     Numerics: statistics and arithmetic in fp32 (fp64 for fp64), rounded once. Deterministic.

@@ -57,7 +57,7 @@ def norm_modulate(
     reduces each gradient to exactly the shape given, in fp32 and in a fixed order: two runs agree bit for bit. In
     compiled `triton` two memory layouts do so only where rows begin at multiples of 16 elements, as contiguous ones of
     such a D do: the compiler orders sums by what it knows of the addresses.
-    Forward mode, torch.func and, under it, higher orders: by the reference's formula (README, Derivatives).
+    Forward mode, torch.func and, under it, higher orders: by the reference's formula (docs/numerics.md).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: adaLN of Peebles & Xie, arXiv 2212.09748; tables of PixArt-α, arXiv 2310.00426.

@@ -29,7 +29,7 @@ def patch_embed3d(
     Returns [B, S, D] in video's dtype, dense, S = (T/pt)·(H/ph)·(W/pw) in t-major order. Products and sums are fp32,
     rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The
     gradients of weight, bias and pos are reduced in fp32 in a fixed order: two runs agree bit for bit. Forward mode,
-    torch.func and, under it, higher orders: by the reference's formula (README, Derivatives).
+    torch.func and, under it, higher orders: by the reference's formula (docs/numerics.md).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: tubelet embedding of ViViT, arXiv 2103.15691.
@@ -117,8 +117,8 @@ def final_layer(
     Returns [B, C, T·pt, H·ph, W·pw] in x's dtype, dense. Statistics, products and sums are fp32, rounded once at the
     store (and, where tensor cores multiply, once before); error against fp64 ≤ 2 × that of plain PyTorch in the same
     dtype plus one rounding. Each gradient is reduced to exactly the shape given, in fp32 and in a fixed order: two runs
-    agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the reference's formula (README,
-    Derivatives).
+    agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the reference's formula
+    (docs/numerics.md).
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Source: the final layer of DiT, arXiv 2212.09748.

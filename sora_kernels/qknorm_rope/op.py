@@ -81,7 +81,7 @@ def qk_norm_rope(
     Statistics and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the
     same dtype plus one rounding. The backward recomputes the statistics and reduces the parameters' gradients in fp32
     in a fixed order: two runs agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the
-    reference's formula (README, Derivatives).
+    reference's formula (docs/numerics.md).
 
     LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
     LTX-2 pairs split halves of each head, by angles that differ from head to head and clip to clip: pass its tables
