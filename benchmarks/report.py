@@ -222,7 +222,8 @@ def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" /
     ):
         shares = (result[key][question] for question in questions)
         lines.append(f"| {name} | {' | '.join('–' if s is None else f'{s:.0%}' for s in shares)} |")
-    return "\n".join(lines)
+    words = json.loads((evaluation.parent / "text_encoder" / "config.json").read_text())["words"]
+    return "\n".join([*lines, "", f"It knows {len(words)} words: {', '.join(words)}."])
 
 
 def replace_block(text: str, name: str, body: str) -> str:
@@ -237,12 +238,11 @@ def replace_block(text: str, name: str, body: str) -> str:
 
 
 def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> bool:
-    """Regenerate the block `figures` and, where they are, `verified`, `compiled` and `toy`; whether any changed."""
+    """Regenerate the block `figures` and, where they are, `verified` and `toy`; whether any changed."""
     before = readme.read_text(encoding="utf-8")
     after = replace_block(before, "figures", summary.table(load_rows(results)))
     for name, block in (
         ("verified", lambda: verification(results)),
-        ("compiled", lambda: compiled_report.headline(results)),
         ("toy", toy),
     ):
         if f"<!-- {name}:begin -->" in after:
@@ -253,14 +253,15 @@ def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> boo
 
 
 def update_pages(docs: Path = DOCS, results: Path = machine.RESULTS) -> list[Path]:
-    """Regenerate the figures of the families' pages; those that changed."""
-    changed, rows = [], load_rows(results)
+    """Regenerate the figures of the families' pages and the counts on that of numbers; those that changed."""
+    changed, rows, blocks = [], load_rows(results), {"numerics": ("compiled", compiled_report.headline(results))}
     for name, families in FAMILIES.items():
+        table = figures(row for row in rows if row["family"] in families)
+        blocks[name] = "figures", table.replace(f"[{ALL}]({ALL})", f"[every figure](../{ALL})")
+    for name, (block, body) in blocks.items():
         path = docs / f"{name}.md"
         before = path.read_text(encoding="utf-8")
-        link = f"[every figure](../{ALL})"
-        table = figures(row for row in rows if row["family"] in families).replace(f"[{ALL}]({ALL})", link)
-        after = replace_block(before, "figures", table)
+        after = replace_block(before, block, body)
         if after != before:
             verified.write_beside(path, after)
             changed.append(path)

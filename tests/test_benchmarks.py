@@ -404,7 +404,8 @@ def test_the_readme_block_is_made_from_the_results_and_is_stable(tmp_path, resul
 def test_a_page_has_every_mode_and_peer_of_its_family(results, tmp_path):
     for name in report.FAMILIES:
         (tmp_path / f"{name}.md").write_text("<!-- figures:begin -->\nold\n<!-- figures:end -->\n")
-    assert len(report.update_pages(tmp_path, results)) == len(report.FAMILIES)
+    (tmp_path / "numerics.md").write_text("<!-- compiled:begin -->\nold\n<!-- compiled:end -->\n")
+    assert len(report.update_pages(tmp_path, results)) == len(report.FAMILIES) + 1
     assert (
         "| norm_modulate | toy | float32 | fwd | triton | 80 (72–96) | 100 "
         "| 3.00× | **0.75× (slower)** | 5.00× (diffusers 0.42) |"

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -19,7 +20,7 @@ BLOCKS = {
 
 
 def test_there_are_python_blocks():
-    assert {name.split()[0] for name in BLOCKS} == {page.name for page in PAGES}
+    assert {name.split()[0] for name in BLOCKS} == {page.name for page in PAGES} - {"commands.md"}
     assert sum(name.startswith("README") for name in BLOCKS) >= 2
     for name, block in BLOCKS.items():
         assert block.count("\n") < 40, name
@@ -50,3 +51,30 @@ def test_generated_blocks_are_up_to_date(tmp_path):
     assert not report.update_pages(pages), "run python -m benchmarks.report and commit docs/"
     plot = shutil.copy(ROOT / "benchmarks" / "results" / "summary.svg", tmp_path)
     assert not report.update_plot(pathlib.Path(plot)), "run python -m benchmarks.report and commit summary.svg"
+
+
+def test_the_clip_is_what_its_command_makes(tmp_path, monkeypatch):
+    from PIL import Image, ImageSequence
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import readme_clip
+
+    command = f'sora generate "{readme_clip.PROMPT}" --seed {readme_clip.SEED}'
+    assert command in README.read_text()
+    frames = readme_clip.main(tmp_path / "clip.gif")
+    shown = [np.asarray(image.convert("RGB")) for image in ImageSequence.Iterator(Image.open(readme_clip.TARGET))]
+    assert readme_clip.TARGET.stat().st_size < 2**20
+    small = np.stack(shown)[:, :: readme_clip.SCALE, :: readme_clip.SCALE].astype(int)
+    # 256 colours a frame, and other processors round otherwise: within 2 of 255 on average
+    assert np.abs(small - frames).mean() < 2, "run python examples/readme_clip.py and look at docs/clip.gif"
+
+
+def test_the_page_of_commands_has_every_command():
+    from typer.main import get_command
+
+    from sora_model import cli
+
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for name, command in get_command(cli.app).commands.items():
+        for part in getattr(command, "commands", {"": None}):
+            assert f"`sora {name} {part}".rstrip() in text, f"{name} {part}"
