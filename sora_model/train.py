@@ -39,8 +39,6 @@ from .pipeline import Defaults
 from .presets import DIT
 from .text import WordTextConfig, WordTextEncoder
 from .vae import AttentionBlock, CausalVAE, Decoder, Downsample, Encoder, ResidualBlock, Upsample, VAEConfig
-from .world.captions import write as write_caption
-from .world.scenes import Dice
 
 FRAMES, SIZE, FPS = 17, (64, 64), 8.0
 TOY_DEFAULTS = Defaults(frames=FRAMES, size=SIZE, fps=FPS, steps=20, guidance=5.0, shift=3.0)
@@ -84,7 +82,7 @@ def vae_batch(settings: Settings, step: int) -> Tensor:
         window = np.array(SIZE) // 2
         shift = torch.randint(-10, 11, (clips, 2), generator=generator).numpy()
         for i, sample in enumerate(samples):
-            centre = sample.pixels[starts[i] + frames // 2, ::-1]
+            centre = sample.pixels[starts[i] + frames // 2, 0, ::-1]
             y, x = np.clip(np.rint(centre - window / 2).astype(int) + shift[i], 0, np.array(SIZE) - window)
             videos[i] = videos[i][:, y : y + window[0], x : x + window[1]]
     return to_video(np.stack(videos))
@@ -209,7 +207,7 @@ def _latents(run: Path, vae: CausalVAE, seeds: range, made_of: dict[str, str]) -
 def _captions(seed: int) -> list[str]:
     """Four true captions of a clip."""
     sample = world.sample(seed)
-    return [sample.caption, *(write_caption(Dice(k), sample.scene, sample.state) for k in range(3))]
+    return [sample.wording(k)[0] for k in range(4)]
 
 
 def train_dit(

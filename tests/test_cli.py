@@ -224,25 +224,13 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     assert code == 0 and "transformer" in out and "made for 64x64, 17 frames at 8 per second" in out
 
 
-PROMPTS = [
-    ("a red ball", {"scene": "bounce", "colour": "red", "shape": "circle", "direction": None, "reappears": None}),
-    ("a blue ring", {"scene": "bounce", "colour": "blue", "shape": "ring", "direction": "left", "reappears": None}),
-]
+PROMPTS = [(text, world.parse(text)) for text in ("a red ball", "a blue ring moves left")]
 
 
 def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint):
     """Clips of the world itself, in the place of generated ones, must score as the floor does."""
     sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
-    prompts = []
-    for seed in range(12):
-        sample = world.sample(seed, scene="bounce")
-        expected = {
-            "colour": sample.scene.colour,
-            "shape": sample.scene.shape,
-            "direction": None,
-            "held_out": seed == 0,
-        }
-        prompts.append((str(seed), expected))
+    prompts = [(str(seed), world.sample(seed, scene="bounce").program) for seed in range(6)]
 
     class Perfect:
         defaults, vae, device = sora.defaults, sora.vae, sora.device
@@ -253,9 +241,10 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
             )
 
     result = evaluate.evaluate(Perfect(), prompts=prompts, true_clips=4)
-    assert result["score"] == {"colour": 1.0, "shape": 1.0, "moves": None, "reappears": None}
-    wrong = [(prompt, expected | {"colour": "none"}) for prompt, expected in prompts]
-    assert evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1)["score"]["colour"] == 0.0
+    assert all(share in (None, 1.0) for share in result["score"].values()) and result["score"]["colour"] == 1.0
+    wrong = [(prompt, dataclasses.replace(program, style="neon")) for prompt, program in prompts]
+    styles = [program.style for _, program in prompts]
+    assert evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1)["score"]["style"] == styles.count("neon") / 6
 
 
 def test_bench_runs_in_a_checkout_from_any_folder_and_says_what_is_missing_elsewhere(sora, monkeypatch, tmp_path):

@@ -1,10 +1,10 @@
-"""The procedural world: captioned clips whose physics is known exactly, drawn from a seed at any size and
-length.
+"""The procedural world: captioned clips whose physics is known exactly, drawn from a seed at any size and length.
 
-    clip = world.sample(7, scene="occluder")  # .video uint8 [17,64,64,3], .caption, .state: the truth
+    clip = world.sample(7, scene="occluder")  # .video uint8 [17,64,64,3], .caption, .program, .state: the truth
     videos, captions, clips = world.batch(range(32))  # uint8 [32,17,64,64,3]
+    world.parse("a red ball hits a blue ring")  # the program that a caption says, None for other text
 
-``readout`` reads colour, shape, way and reappearance back from any clip and scores it against a prompt.
+``data`` feeds training, ``readout`` reads objects back from any clip.
 """
 
 from __future__ import annotations
@@ -12,52 +12,62 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
 from . import readout
-from .captions import VOCABULARY, can_write, eval_prompts, write
+from .base import HELD_OUT, SHAPES, SPLITS, Dice, Event, Scene, State, Thing, cast_of, draw_setting, known, pairs
+from .captions import Program, can_write, parse, vocabulary, write
+from .palette import BACKGROUNDS, COLOURS, STYLES
 from .render import paint
-from .scenes import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    HELD_OUT,
-    SCENES,
-    SHAPES,
-    SPLITS,
-    Dice,
-    Scene,
-    State,
-    Wall,
-    draw,
-    pairs,
-)
+from .scenes import REGISTRY
+
+SCENES: tuple[str, ...] = tuple(REGISTRY)
+VOCABULARY: tuple[str, ...] = vocabulary()
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "DIRECTIONS", "HELD_OUT", "SCENES", "SHAPES", "SPLITS", "VOCABULARY",
-    "Sample", "Scene", "State", "Wall", "batch", "can_write", "eval_prompts", "pairs", "readout", "sample",
+    "BACKGROUNDS", "COLOURS", "HELD_OUT", "SCENES", "SHAPES", "SPLITS", "STYLES", "VOCABULARY", "Event", "Program",
+    "Sample", "Scene", "State", "Thing", "batch", "can_write", "draw", "eval_prompts", "pairs", "parse", "readout",
+    "sample",
 ]  # fmt: skip
 
-MIN_SIDE, MAX_ASPECT, MAX_BYTES = 8, 16, 4 << 30
+MIN_SIDE, MAX_ASPECT, MAX_BYTES = 8, 4, 4 << 30
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip: ``video`` uint8 [T,H,W,3] sRGB, ``caption``, ``scene`` and its ``state`` in each frame."""
+    """A clip: its ``scene`` and ``state`` (the truth), ``caption`` and ``program``, and ``video`` uint8 [T,H,W,3] sRGB,
+    rendered when it is asked for."""
 
-    video: np.ndarray
-    caption: str
     scene: Scene
     state: State
+    size: tuple[int, int]
     fps: float
     seed: int
 
-    @property
+    @cached_property
+    def video(self) -> np.ndarray:
+        return paint(self.scene, self.state, self.size)
+
+    @cached_property
     def pixels(self) -> np.ndarray:
-        """Centroid in array coordinates: fp64 [T,2] (x, y), where a pixel's centre is a whole number."""
-        return self.state.position * min(self.video.shape[1:3]) - 0.5
+        """Centroids in array coordinates: fp64 [T,N,2] (x, y), where a pixel's centre is a whole number."""
+        return self.state.position * min(self.size) - 0.5
+
+    def wording(self, index: int) -> tuple[str, Program]:
+        """Caption number ``index`` of the clip, and what it says. Every one is true of the frames there are."""
+        return write(Dice((self.seed << 8) + index), self.scene, self.state)
+
+    @property
+    def caption(self) -> str:
+        return self.wording(0)[0]
+
+    @property
+    def program(self) -> Program:
+        return self.wording(0)[1]
 
 
 def sample(
@@ -68,45 +78,73 @@ def sample(
     size: tuple[int, int] = (64, 64),
     fps: float = 8,
     split: str = "train",
-    prompt_spec: Mapping[str, str] | None = None,
+    prompt_spec: Mapping[str, Any] | None = None,
 ) -> Sample:
     """The clip of a seed.
 
-    The same arguments give the same bytes. The scene depends on the seed and on the aspect ratio of ``size``
-    = (H, W) only: more frames continue the same clip, another ``fps`` samples the same motion, a larger size
-    of the same ratio shows the same scene finer. The caption is true of the frames there are, and so may
-    change with their number.
+    The same arguments give the same bytes. The motion depends on the seed, the scene and the aspect ratio of ``size`` =
+    (H, W) only: more frames continue the same clip, another ``fps`` samples the same motion, a larger size of the same
+    ratio shows it finer. Captions are true of the frames there are, and so may change with their number.
 
-    scene: one of ``SCENES``, drawn when None. split: ``"train"`` never shows a pair of ``HELD_OUT``,
-    ``"held_out"`` only those. prompt_spec: fixes any of colour, shape, direction, background. Raises
-    ValueError or TypeError naming the argument.
+    scene: one of ``SCENES``, drawn when None. split: ``"train"`` never shows a pair of ``HELD_OUT``, in
+    ``"held_out"`` the first object is one. prompt_spec: fixes any of colour and shape (of the first object), style,
+    background, count; another style or background leaves the motion as it is. Raises ValueError or TypeError naming
+    the argument.
     """
-    _check(seed, scene, frames, size, fps, split)
-    fixed = _check_spec(prompt_spec)
-    height, width = (int(n) for n in size)
+    _check(seed, frames, size, fps)
+    drawn = draw(seed, scene=scene, aspect=size[1] / size[0], split=split, prompt_spec=prompt_spec)
+    return Sample(drawn, drawn.state(np.arange(frames) / fps), (int(size[0]), int(size[1])), float(fps), int(seed))
+
+
+def draw(
+    seed: int,
+    *,
+    scene: str | None = None,
+    aspect: float = 1.0,
+    split: str = "train",
+    prompt_spec: Mapping[str, Any] | None = None,
+) -> Scene:
+    """The scene of a seed in a frame of width over height ``aspect``, as ``sample`` draws it: ``.state(times)`` gives
+    its truth at any times."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+    if scene is not None and scene not in REGISTRY:
+        raise ValueError(f"scene must be one of {', '.join(SCENES)} or None, got {scene!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    spec = known(prompt_spec or {})
     dice = Dice(int(seed))
-    kind = dice.pick(SCENES)
-    unit = min(height, width)
-    drawn = draw(dice, scene or kind, (width / unit, height / unit), split, fixed)
-    state = drawn.state(np.arange(frames) / fps)
-    return Sample(paint(drawn, state, (height, width)), write(dice, drawn, state), drawn, state, float(fps), int(seed))
+    kind = REGISTRY[dice.pick(SCENES)]
+    kind = REGISTRY[scene] if scene else kind
+    setting = draw_setting(dice, (max(1.0, aspect), max(1.0, 1 / aspect)), spec)
+    named = {key: value for key, value in spec.items() if key in ("colour", "shape")}
+    return kind.draw(dice, setting, cast_of(dice, split, named), spec.get("count"))
 
 
-def batch(seeds: Iterable[int], **options) -> tuple[np.ndarray, list[str], list[Sample]]:
-    """Clips of several seeds: (uint8 [N,T,H,W,3], captions, samples). ``options`` as for ``sample``."""
-    clips = [sample(seed, **options) for seed in seeds]
+def batch(seeds: Iterable[int], **settings) -> tuple[np.ndarray, list[str], list[Sample]]:
+    """Clips of several seeds: (uint8 [N,T,H,W,3], captions, samples). ``settings`` as for ``sample``."""
+    clips = [sample(seed, **settings) for seed in seeds]
     if not clips:
         raise ValueError("seeds is empty; give at least one seed")
     return np.stack([c.video for c in clips]), [c.caption for c in clips], clips
 
 
-def _check(seed, scene, frames, size, fps, split) -> None:
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
-    if scene is not None and scene not in SCENES:
-        raise ValueError(f"scene must be one of {', '.join(SCENES)} or None, got {scene!r}")
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+def eval_prompts(each: int = 4) -> list[tuple[str, Program]]:
+    """Fixed prompts, ``each`` of every scene from either split, with what they say. Those of the held-out split name
+    pairs of colour and shape that training never shows together; the seeds of the others are far from those of
+    training."""
+    return [
+        sample(_EVAL_SEED + seed, scene=scene, split=split).wording(0)
+        for split in ("held_out", "train")
+        for scene in SCENES
+        for seed in range(each)
+    ]
+
+
+_EVAL_SEED = 10**13
+
+
+def _check(seed, frames, size, fps) -> None:
     if not isinstance(frames, Integral) or isinstance(frames, bool) or frames < 1:
         raise ValueError(f"frames must be a whole number >= 1, got {frames!r}")
     if not isinstance(fps, Real) or isinstance(fps, bool) or not 0 < fps < math.inf:
@@ -124,17 +162,3 @@ def _check(seed, scene, frames, size, fps, split) -> None:
         fit = MAX_BYTES // (int(height) * int(width) * 3)
         advice = f"at this size at most {fit} frames fit" if fit else "choose a smaller size"
         raise ValueError(f"frames x size need {needed / 2**30:.1f} GiB, the limit is {MAX_BYTES >> 30} GiB; {advice}")
-
-
-def _check_spec(spec: Mapping[str, str] | None) -> Mapping[str, str]:
-    known = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "background": BACKGROUNDS}
-    if spec is None:
-        return {}
-    if not isinstance(spec, Mapping):
-        raise TypeError(f"prompt_spec must be a mapping, got {type(spec).__name__}")
-    for key, value in spec.items():
-        if key not in known:
-            raise ValueError(f"prompt_spec key {key!r} is unknown; it may hold {', '.join(known)}")
-        if value not in known[key]:
-            raise ValueError(f"prompt_spec {key} must be one of {', '.join(known[key])}, got {value!r}")
-    return spec

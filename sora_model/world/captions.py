@@ -1,202 +1,221 @@
-"""Captions: one small grammar that writes them, recognises them, and knows every word they can hold.
+"""Captions: a grammar that writes them from a clip's claims, and reads them back into the same program.
 
-A template is a sentence with slots in braces; ``SLOTS`` gives what may stand in each. Which templates are
-true of a clip is decided from its state. The fixed evaluation prompts are built here too, from other
-templates of the same words.
+Each scene has ``RULES``: (account, number of things, templates). A template is a sentence with slots in braces: ``{a}``
+``{b}`` ``{c}`` the things, ``{a_way}`` where one first heads, ``{camera}`` and ``{pace}``, and the free words of
+``SLOTS``. A rule may be used where its account is among the clip's claims. What a caption says is a ``Program``;
+``parse(write(...))`` gives it back.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from functools import cache
 
-from .scenes import BACKGROUNDS, COLOURS, DIRECTIONS, HELD_OUT, SHAPES, WALLS, Dice, Scene, State, pairs
+from .base import Claims, Dice, Scene, State, pairs
+from .palette import BACKGROUNDS, COLOURS
 
 NOUNS: dict[str, tuple[str, ...]] = {
     "circle": ("ball", "circle", "disc"),
     "square": ("square", "block"),
     "triangle": ("triangle",),
     "ring": ("ring", "hoop"),
+    "box": ("box", "crate"),
+    "line": ("line", "stroke"),
 }
 WAYS: dict[str, tuple[str, ...]] = {
     "right": ("right", "to the right", "towards the right"),
     "left": ("left", "to the left", "towards the left"),
     "up": ("up", "upwards"),
     "down": ("down", "downwards"),
+    "clockwise": ("clockwise",),
+    "counterclockwise": ("counterclockwise",),
 }
+PACES: dict[str, tuple[str, ...]] = {"slow": ("slowly",), "fast": ("quickly", "fast")}
 SLOTS: dict[str, tuple[str, ...]] = {
-    "go": ("moves", "glides", "slides", "rolls", "drifts", "travels"),
-    "pass": ("passes", "goes", "moves", "slides", "rolls"),
-    "behind": ("a wall", "the wall", *(f"a {c} wall" for c in WALLS), "a bar"),
-    "out": ("comes out on the other side", "comes out again", "reappears", "reappears on the other side"),
-    "way": tuple(w for ways in WAYS.values() for w in ways),
-    "pace": ("slowly", "quickly"),
-    "back": tuple(BACKGROUNDS),
+    "go": ("moves", "glides", "slides", "drifts", "travels"),
+    "and": ("and", "while"),
+    "behind": ("a wall", "the wall", "a pillar", "the pillars"),
+    "pass": ("passes", "goes", "slips"),
+    "return": ("comes out again", "reappears", "comes out on the other side"),
+    "hit": ("hits", "bumps into", "collides with"),
+    "edge": ("bounces off the edge", "bounces off a side"),
+    "look": ("turns away", "looks away", "pans away"),
+    "back": ("comes back", "turns back", "returns"),
 }
-THING = "{thing}"
-STILL = (THING,)
-MOVING = (THING, f"{THING} {{go}} {{way}}", f"{THING} {{go}} {{way}}")
-PACED = (f"{THING} {{go}} {{pace}} {{way}}", f"{THING} {{go}} {{way}} {{pace}}")
-BOUNCING = (
-    f"{THING} bounces around",
-    f"{THING} bounces off the edge",
-    f"{THING} {{go}} {{way}} and bounces",
-    f"{THING} {{go}} {{way}} and bounces off the edge",
-)
-BESIDE = (f"{THING} and {{behind}}",)
-NEARING = (f"{THING} {{go}} {{way}} towards {{behind}}",)
-HIDING = (
-    f"{THING} {{pass}} behind {{behind}}",
-    f"{THING} {{pass}} {{way}} behind {{behind}}",
-    f"{THING} disappears behind {{behind}}",
-    f"{THING} hides behind {{behind}}",
-)
-REAPPEARING = (
-    f"{THING} {{pass}} behind {{behind}}",
-    f"{THING} {{pass}} {{way}} behind {{behind}}",
-    f"{THING} {{pass}} behind {{behind}} and {{out}}",
-    f"{THING} {{pass}} {{way}} behind {{behind}} and {{out}}",
-    f"{THING} disappears behind {{behind}} and {{out}}",
-    f"{THING} is hidden by {{behind}} for a moment",
-)
-TAIL = " on a {back} background"
-TEMPLATES = tuple(dict.fromkeys(STILL + MOVING + PACED + BOUNCING + BESIDE + NEARING + HIDING + REAPPEARING))
-SLOW, QUICK = 0.48, 0.65
-_SEEN_MOVING = 0.03
+STYLE_WORDS: dict[str, tuple[str, ...]] = {
+    "flat": ("", "in flat colours"),
+    "outline": ("in outline", "as an outline", "in outline style"),
+    "neon": ("in neon", "in neon light", "in neon style"),
+    "sketch": ("as a sketch", "in sketch style", "as a pencil sketch"),
+}
+BACK = "on a {} background"
+_LETTERS = "abc"
 
 
-def write(dice: Dice, scene: Scene, state: State) -> str:
-    """A caption that is true of the clip: what it shows, where it first moves, and what becomes of it.
+@dataclass(frozen=True)
+class Program:
+    """What a caption says. things: (colour, shape) of each, in the order they are named · ways: where each first heads,
+    None when not said · account: what happens, in order · camera, pace, background: None when not said · style:
+    ``flat`` when not said."""
 
-    "slowly" and "quickly" mean below ``SLOW`` and above ``QUICK`` shorter sides per second, "bounces" that
-    the object meets an edge within the clip, "comes out" that ``state.reappears``, a way that it is where the
-    object first heads.
-    """
-    way = float(abs(state.position - state.position[:1]).max())
-    speed = float((state.velocity[0] ** 2).sum() ** 0.5)
-    if scene.wall is not None:
-        if state.reappears:
-            templates = REAPPEARING
-        elif state.hides:
-            templates = HIDING
-        else:
-            templates = NEARING if way >= _SEEN_MOVING else BESIDE
-    elif way < _SEEN_MOVING:
-        templates = STILL
-    elif state.bounces[-1] > 0:
-        templates = MOVING + BOUNCING
-    else:
-        templates = MOVING
-    if scene.wall is None and way >= _SEEN_MOVING and not SLOW <= speed <= QUICK and dice.chance(0.3):
-        templates = PACED
-    choices = dict(SLOTS)
-    choices["thing"] = _named(scene.colour, scene.shape)
-    choices["way"] = WAYS[scene.direction]
-    choices["pace"] = ("slowly",) if speed < SLOW else ("quickly",)
-    choices["back"] = (scene.background,)
-    if scene.wall is not None:
-        choices["behind"] = tuple(
-            b for b in SLOTS["behind"] if scene.wall.colour in b or not any(c in b for c in WALLS)
-        )
-    template = dice.pick(templates) + (TAIL if dice.chance(0.2) else "")
-    return re.sub(r"\{(\w+)\}", lambda m: dice.pick(choices[m.group(1)]), template)
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _named(colour: str, shape: str) -> tuple[str, ...]:
-    return tuple(f"{article} {colour} {noun}" for noun in NOUNS[shape] for article in (_article(colour), "the"))
-
-
-def _things(split: str) -> tuple[str, ...]:
-    return tuple(thing for pair in pairs(split) for thing in _named(*pair))
+    scene: str
+    things: tuple[tuple[str, str], ...]
+    ways: tuple[str | None, ...]
+    account: tuple[str, ...] = ()
+    camera: str | None = None
+    pace: str | None = None
+    style: str = "flat"
+    background: str | None = None
 
 
 @cache
-def _recogniser(split: str) -> re.Pattern[str]:
-    options = {**SLOTS, "thing": _things(split)}
-    patterns = (
-        re.sub(r"\{(\w+)\}", lambda m: "(?:" + "|".join(options[m.group(1)]) + ")", template)
-        for template in (t + tail for t in TEMPLATES for tail in ("", TAIL))
+def _grammar() -> tuple[tuple[str, tuple[str, ...], int, str], ...]:
+    """(scene, account, number of things, template) of every template."""
+    from .scenes import REGISTRY
+
+    return tuple(
+        (name, account, count, template)
+        for name, scene in REGISTRY.items()
+        for account, count, templates in scene.RULES
+        for template in templates
     )
-    return re.compile("|".join(patterns))
+
+
+def slots(template: str) -> list[str]:
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def write(dice: Dice, scene: Scene, state: State) -> tuple[str, Program]:
+    """A caption that is true of the clip, in one of its wordings, and what it says."""
+    claims = scene.claims(state)
+    count = len(state.things)
+    rules = [
+        (account, template)
+        for name, account, number, template in _grammar()
+        if name == scene.name and number == count and account in claims.accounts and _sayable(template, claims)
+    ]
+    account = dice.pick(sorted({account for account, _ in rules}))
+    template = dice.pick([t for a, t in rules if a == account])
+    things = tuple((t.colour, t.shape) for t in state.things)
+    program = Program(scene.name, things, (None,) * count, account, style=scene.setting.style)
+    return _fill(dice, template, program, claims, scene.setting.background)
+
+
+def _sayable(template: str, claims: Claims) -> bool:
+    for slot in slots(template):
+        if slot.endswith("_way") and claims.ways[_LETTERS.index(slot[0])] is None:
+            return False
+        if slot in ("camera", "pace") and getattr(claims, slot) is None:
+            return False
+    return True
+
+
+def _fill(dice: Dice, template: str, program: Program, claims: Claims, background: str) -> tuple[str, Program]:
+    ways = list(program.ways)
+    said: dict[str, str] = {}
+
+    def word(match: re.Match) -> str:
+        slot = match[1]
+        if slot in _LETTERS:
+            colour, shape = program.things[_LETTERS.index(slot)]
+            article = "the" if dice.chance(0.15) else "an" if colour[0] in "aeiou" else "a"
+            return f"{article} {colour} {dice.pick(NOUNS[shape])}"
+        if slot.endswith("_way"):
+            thing = _LETTERS.index(slot[0])
+            ways[thing] = claims.ways[thing]
+            return dice.pick(WAYS[ways[thing]])
+        if slot in ("camera", "pace"):
+            said[slot] = getattr(claims, slot)
+            return dice.pick((WAYS if slot == "camera" else PACES)[said[slot]])
+        return dice.pick(SLOTS[slot])
+
+    text = re.sub(r"\{(\w+)\}", word, template)
+    if dice.chance(0.25):
+        said["background"] = background
+        text += " " + BACK.format(background)
+    text = f"{text} {dice.pick(STYLE_WORDS[program.style])}".strip()
+    return text, replace(program, ways=tuple(ways), **said)
+
+
+def _any(words) -> str:
+    return "(?:" + "|".join(sorted(words, key=len, reverse=True)) + ")"
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str, tuple[str, ...], int], ...]:
+    nouns = _any(n for names in NOUNS.values() for n in names)
+
+    def pattern(match: re.Match) -> str:
+        slot = match[1]
+        if slot in _LETTERS:
+            return f"(?:an?|the) (?P<{slot}_colour>{_any(COLOURS)}) (?P<{slot}_noun>{nouns})"
+        if slot.endswith("_way") or slot == "camera":
+            return f"(?P<{slot}>{_any(w for ways in WAYS.values() for w in ways)})"
+        if slot == "pace":
+            return f"(?P<pace>{_any(w for words in PACES.values() for w in words)})"
+        return _any(SLOTS[slot])
+
+    styles = _any(w for words in STYLE_WORDS.values() for w in words if w)
+    tail = f"(?: on an? (?P<background>{_any(BACKGROUNDS)}) background)?(?: (?P<style>{styles}))?"
+    return tuple(
+        (re.compile(re.sub(r"\{(\w+)\}", pattern, _plain(template)) + tail), scene, account, count)
+        for scene, account, count, template in _grammar()
+    )
+
+
+def _plain(text: str) -> str:
+    """Lower case, no punctuation but the slots' braces, single spaces."""
+    return " ".join(re.sub(r"[^\w{} ]+", " ", text.lower()).split())
+
+
+def _which(table: dict[str, tuple[str, ...]], word: str | None) -> str | None:
+    return next((name for name, words in table.items() if word in words), None)
+
+
+def parse(text: str) -> Program | None:
+    """What a caption of this grammar says; None for any other text. Case and punctuation do not matter."""
+    text = _plain(text)
+    for pattern, scene, account, count in _patterns():
+        if (match := pattern.fullmatch(text)) is None:
+            continue
+        found = match.groupdict()
+        letters = _LETTERS[:count]
+        return Program(
+            scene,
+            tuple((found[f"{x}_colour"], _which(NOUNS, found[f"{x}_noun"])) for x in letters),
+            tuple(_which(WAYS, found.get(f"{x}_way")) for x in letters),
+            account,
+            camera=_which(WAYS, found.get("camera")),
+            pace=_which(PACES, found.get("pace")),
+            style=_which(STYLE_WORDS, found["style"] or "") or "flat",
+            background=found["background"],
+        )
+    return None
 
 
 def can_write(text: str, split: str = "train") -> bool:
     """True when ``text`` is a caption that some clip of ``split`` could bear."""
-    return _recogniser(split).fullmatch(text) is not None
+    program = parse(text)
+    return program is not None and set(program.things) <= set(pairs(split))
 
 
-def _words() -> tuple[str, ...]:
-    text = [*TEMPLATES, TAIL, *_things("all"), *(o for options in SLOTS.values() for o in options)]
-    return tuple(sorted({w for t in text for w in re.sub(r"\{\w+\}", " ", t).split()}))
+@cache
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a caption can hold, sorted."""
+    texts = [t for *_, t in _grammar()] + [BACK.format("x"), "a", "an", "the", *COLOURS, *BACKGROUNDS]
+    for table in (NOUNS, WAYS, PACES, SLOTS, STYLE_WORDS):
+        texts += [word for words in table.values() for word in words]
+    words = {w for t in texts for w in _plain(re.sub(r"\{\w+\}", " ", t)).split()}
+    return tuple(sorted(words - {"x"}))
 
 
-VOCABULARY: tuple[str, ...] = _words()
-
-# Wordings the grammar never writes: no article, or another order.
-_NOVEL_BOUNCE = (
-    "{thing} moves {way}",
-    "to the {side} rolls {a_thing}",
-    "the {noun} is {colour} and slides {way}",
-    "on a black background {a_thing} glides {way}",
-    "{thing} bounces",
-    "the {noun} moves {way} and is {colour}",
-)
-_NOVEL_OCCLUDER = (
-    "{thing} passes behind wall and reappears",
-    "behind a wall goes {a_thing} and comes out",
-    "the {noun} is {colour} and goes {way} behind a wall",
-    "a wall hides {a_thing} for a moment and the {noun} reappears",
-)
-
-
-def eval_prompts() -> list[tuple[str, dict]]:
-    """40 fixed prompts that no training clip bears, each with what its clip must show.
-
-    16 name the held-out (colour, shape) pairs, four each, half of them in the grammar's own wording; 24 name
-    other pairs in wordings the grammar never writes. ``expected``: scene, colour, shape, direction (None when
-    not said), reappears (True, or None where there is no wall), held_out.
-    """
-    prompts: list[tuple[str, dict]] = []
-
-    def add(template: str, colour: str, shape: str, noun: str, direction: str) -> None:
-        wall = "wall" in template
-        text = template.format(
-            thing=f"{colour} {noun}",
-            a_thing=f"{_article(colour)} {colour} {noun}",
-            colour=colour,
-            noun=noun,
-            side=direction,
-            way=WAYS[direction][-1],
-        )
-        says = any(s in template for s in ("{way}", "{side}"))
-        expected = {
-            "scene": "occluder" if wall else "bounce",
-            "colour": colour,
-            "shape": shape,
-            "direction": direction if says else None,
-            "reappears": True if wall else None,
-            "held_out": (colour, shape) in HELD_OUT,
-        }
-        prompts.append((text, expected))
-
-    sides = ("right", "left", "up", "down")
-    for i, (colour, shape) in enumerate(HELD_OUT):
-        nouns = NOUNS[shape]
-        add("{a_thing} moves {way}", colour, shape, nouns[0], sides[i])
-        add("{a_thing} passes behind a wall and reappears", colour, shape, nouns[-1], sides[i % 2])
-        add(_NOVEL_BOUNCE[0], colour, shape, nouns[-1], sides[(i + 1) % 4])
-        add(_NOVEL_OCCLUDER[i], colour, shape, nouns[0], sides[i % 2])
-    for i in range(24):
-        colour = list(COLOURS)[i % len(COLOURS)]
-        shape = SHAPES[(i + i // 8) % len(SHAPES)]
-        if (colour, shape) in HELD_OUT:
-            shape = SHAPES[(SHAPES.index(shape) + 3) % len(SHAPES)]
-        wall = i % 5 in (2, 4)
-        template = _NOVEL_OCCLUDER[i % 4] if wall else _NOVEL_BOUNCE[i % 6]
-        direction = list(DIRECTIONS)[(i + i // 4) % (2 if wall or "{side}" in template else 4)]
-        add(template, colour, shape, NOUNS[shape][i % len(NOUNS[shape])], direction)
-    return prompts
+def check_grammar() -> None:
+    """Raises ValueError for a scene whose rules cannot be used: an unknown slot, or a thing that is never named."""
+    for scene, account, count, template in _grammar():
+        used = slots(template)
+        own = {*_LETTERS[:count], *(f"{x}_way" for x in _LETTERS[:count]), "camera", "pace", *SLOTS}
+        if not set(used) <= own or any(used.count(x) != 1 for x in _LETTERS[:count]):
+            raise ValueError(
+                f"scene {scene!r}, account {account}: {template!r} must name each of its {count} things once"
+            )

@@ -1,122 +1,128 @@
-"""Reads a clip back: the object's colour and shape, where it is, when it is hidden, which way it goes.
+"""Reads objects back from any clip: which colours there are, where each is in every frame, how much of it, its shape
+and the style it is drawn in.
 
-It knows the world (a plain background, at most one full-height wall, one object of a named colour and shape)
-and nothing about the clip's seed, so it measures generated clips and true ones alike. On true clips it is a
-measure of itself: the read-out floor, kept by the tests, which every published figure should be read against.
-
-What it does, in order: the median of each column over frames and rows is the still part, background and wall;
-what differs from it is the object; its colour is the median of the most different pixels, named by hue; each
-pixel's coverage is its projection on the line from background to that colour; the centroid is the coverage's
-first moment; the shape is the one whose rendering, scaled to the measured area and perhaps out of focus,
-correlates with the coverage best.
+It knows the world's rule (``palette``): what is no object has the chroma of the background. So a pixel's chroma, less
+the background's, is a share times the chroma of one of the eight colours; the nearest angle says of which, the length
+says how much. The shares of one colour, over the least share inside a shape of that style, are its silhouette; their
+first moment is its position. Nothing of a clip's seed is used, so generated clips and true ones are read alike. On true
+clips it measures itself: the read-out floor, which every figure should be read against.
 """
 
 from __future__ import annotations
 
-import colorsys
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .render import coverage
-from .scenes import BACKGROUNDS, COLOURS, SHAPES, WALLS, area_left_of
+from .base import Setting, Thing
+from .palette import BACKGROUNDS, COLOURS, INSIDE, SHADE, STYLES, chroma, ink
+from .render import Canvas
+from .shapes import FIGURES, area
 
-# An object must stand out from what is still by this much (RGB distance) to count as there at all.
-_FAINTEST = 60.0
-_LEAST_AREA = 4.0
+# Shares of the frame's shorter side squared: below the first a colour is not there at all, below the second it is not
+# in that frame. The smallest object of the world covers 0.022.
+LEAST, FAINT = 0.006, 0.0012
+LOWEST = 0.15  # half the least share inside any shape
+
+
+@dataclass(frozen=True)
+class Track:
+    """One colour through T frames. Lengths in pixels, a pixel's centre at whole numbers.
+
+    position [T,2] (x, y) of the silhouette's centroid, NaN where absent · area [T] of the silhouette · present [T] ·
+    pieces [T], how many separate pieces of a size that counts · silhouette fp32 [T,H,W], 0 to 1 · whole: the area when
+    all of it shows.
+    """
+
+    colour: str
+    position: np.ndarray
+    area: np.ndarray
+    present: np.ndarray
+    pieces: np.ndarray
+    silhouette: np.ndarray
+    whole: float
+
+    @property
+    def visible(self) -> np.ndarray:
+        """Area over the whole area, [T]."""
+        return self.area / self.whole
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read. Lengths in pixels, arrays of length T.
+    """A clip as it was read: ``background`` (the nearest by name), ``style``, ``tracks`` by colour, the largest first,
+    and ``likeness`` of each to each flat shape, the cosine with its rendering, at best 1."""
 
-    colour, shape: names, None when no object is seen · position [T,2] (x, y) of the visible part's centroid,
-    where a pixel's centre is a whole number, NaN where absent · visible [T], area relative to the whole
-    object · present [T] bool · likeness: correlation with each shape, 1 is perfect · wall: (left, right)
-    columns, or None.
-    """
-
-    colour: str | None
-    shape: str | None
-    position: np.ndarray
-    visible: np.ndarray
-    present: np.ndarray
-    likeness: dict[str, float]
-    wall: tuple[int, int] | None
+    background: str
+    style: str
+    size: tuple[int, int]
+    tracks: dict[str, Track]
+    likeness: dict[str, dict[str, float]]
 
     @property
-    def reappears(self) -> bool:
-        """True when the object is seen, then all but gone while there is a wall, then seen again."""
-        if self.wall is None:
-            return False
-        seen, gone = self.visible >= 0.5, self.visible < 0.2
-        if not (seen.any() and gone.any()):
-            return False
-        later = np.flatnonzero(gone & (np.arange(len(gone)) > int(np.argmax(seen))))
-        return bool(len(later) and seen[later[0] :].any())
+    def colour(self) -> str | None:
+        """The colour of the largest object, None when there is none."""
+        return next(iter(self.tracks), None)
 
-    def heading(self, fps: float = 8) -> str | None:
-        """Where the object goes in its first half second in sight; None when it stays or is not seen."""
-        frames = np.flatnonzero(self.present)
-        if len(frames) < 2:
-            return None
-        window = frames[frames <= frames[0] + max(1, round(0.5 * fps))]
-        dx, dy = self.position[window[-1]] - self.position[window[0]]
-        if max(abs(dx), abs(dy)) < 0.5:
-            return None
-        if abs(dx) >= abs(dy):
-            return "right" if dx > 0 else "left"
-        return "down" if dy > 0 else "up"
+    def shape(self, colour: str | None = None) -> str | None:
+        """The flat shape that a colour's object (the largest one's) is most like."""
+        likeness = self.likeness.get(colour or self.colour)
+        return max(likeness, key=likeness.get) if likeness else None
 
 
-def read(video: np.ndarray) -> Reading:
-    """Read a clip [T,H,W,3], uint8 or floating point in [0, 1]. Raises ValueError for anything else."""
-    pixels = _pixels(video)
-    still = np.median(pixels, axis=(0, 1))
-    background, wall = _background(still, narrowest=min(pixels.shape[1:3]) / 8)
-    difference = pixels - still
-    distance = np.sqrt(np.einsum("thwc,thwc->thw", difference, difference))
-    if wall is not None:
-        distance[:, :, wall[0] : wall[1]] = 0
-    strongest = np.partition(distance.ravel(), -3)[-3]
-    if strongest < _FAINTEST:
-        return _nothing(len(pixels), wall)
-    colour = np.median(pixels[distance >= 0.7 * strongest], axis=0)
-
-    towards = colour - background
-    cover = difference @ (towards / (towards @ towards))
-    if wall is not None:
-        cover[:, :, wall[0] + 1 : max(wall[0] + 1, wall[1] - 1)] = 0
-    coarse, cover = _isolate(cover)
-    areas, position = _moments(cover, coarse)
-    if areas.max() < _LEAST_AREA:
-        return _nothing(len(pixels), wall)
-    whole = float(np.median(areas[areas >= 0.9 * areas.max()]))
-    visible = areas / whole
-    present = visible >= 0.1
-    position[~present] = np.nan
-    likeness = _likeness(cover, position, visible, whole)
-    return Reading(_name(colour), max(likeness, key=likeness.get), position, visible, present, likeness, wall)
+def read(video: np.ndarray, style: str | None = None) -> Reading:
+    """Read a clip [T,H,W,3], uint8 or floating point in [0, 1]. Its ``style`` is found out unless given. Raises
+    ValueError for anything else."""
+    image = pixels(video)
+    if style is not None and style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)} or None, got {style!r}")
+    size = image.shape[1:3]
+    background = background_of(image)
+    amounts = {c: a for c, a in shares(image, background).items() if _track(c, a, 2 * LOWEST) is not None}
+    style = style or _style(amounts, background)
+    setting = Setting((1.0, 1.0), style, background)
+    tracks, likeness = {}, {}
+    for colour, amount in amounts.items():
+        if (track := _track(colour, amount, _inside(amount, style))) is not None:
+            likeness[colour] = fits = _fits(track, amount, setting)
+            best = max(fits, key=fits.get)
+            tracks[colour] = track if style == "flat" or fits[best] < 0.9 else _centred(track, amount, setting, best)
+    order = sorted(tracks, key=lambda c: -tracks[c].whole)
+    return Reading(background, style, size, {c: tracks[c] for c in order}, {c: likeness[c] for c in order})
 
 
-def score(video: np.ndarray, expected: Mapping, fps: float = 8) -> dict[str, bool | None]:
-    """Whether a clip shows what is ``expected`` (as in ``eval_prompts``): colour, shape, moves, reappears.
-
-    An entry is None where ``expected`` says nothing (its ``direction`` or ``reappears`` is None or absent).
-    """
-    seen = read(video)
-    direction, reappears = expected.get("direction"), expected.get("reappears")
-    return {
-        "colour": seen.colour == expected["colour"],
-        "shape": seen.shape == expected["shape"],
-        "moves": None if direction is None else seen.heading(fps) == direction,
-        "reappears": None if reappears is None else seen.reappears == reappears,
-    }
+def _interior(amount: np.ndarray) -> np.ndarray:
+    """The shares [N] of the pixels that lie two pixels inside, or one where a shape is that thin."""
+    for shifts in ((-2, -1, 1, 2), (-1, 1)):
+        inner = amount > LOWEST
+        for axis in (1, 2):
+            for shift in shifts:
+                inner = inner & (np.roll(amount, shift, axis) > LOWEST)
+        if inner.sum() > 5 * len(inner):
+            break
+    return amount[inner]
 
 
-def _pixels(video: np.ndarray) -> np.ndarray:
+def _style(amounts: dict[str, np.ndarray], background: str) -> str:
+    """The style whose inside is as full as that of the objects there are."""
+    full = np.concatenate([_interior(a) for a in amounts.values()] or [np.ones(1)])
+    level = float(np.quantile(full, 0.2)) if len(full) else 1.0
+    if level > 0.57:
+        return "flat"
+    return "outline" if level < 0.36 else "sketch" if background == "cream" else "neon"
+
+
+def _inside(amount: np.ndarray, style: str) -> float:
+    """The least share inside a shape: a box in flat colours has faces in the shade."""
+    if style != "flat":
+        return INSIDE[style]
+    full = _interior(amount)
+    return SHADE if len(full) and np.mean(full < 0.93) > 0.3 else 1.0
+
+
+def pixels(video: np.ndarray) -> np.ndarray:
+    """fp32 [T,H,W,3] of 0 to 255."""
     video = np.asarray(video)
     if video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
         raise ValueError(f"video must be [T,H,W,3] and not empty, got shape {list(video.shape)}")
@@ -129,56 +135,35 @@ def _pixels(video: np.ndarray) -> np.ndarray:
     return video.astype(np.float32) * 255
 
 
-def _background(still: np.ndarray, narrowest: float) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Background colour and wall span from the colours [W,3] of the still columns."""
-    names = [(c, False) for c in BACKGROUNDS.values()] + [(c, True) for c in WALLS.values()]
-    palette = np.array([c for c, _ in names], np.float32)
-    nearest = np.argmin(((still[:, None] - palette) ** 2).sum(-1), axis=1)
-    is_wall = np.array([w for _, w in names])[nearest]
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], is_wall.astype(np.int8), [0]))))
-    left, right = max(edges.reshape(-1, 2).tolist(), key=lambda run: run[1] - run[0], default=(0, 0))
-    # A clip that is wall from side to side has no background to speak of: take the whole as background.
-    if right - left < narrowest or right - left == len(still):
-        return np.median(still, axis=0), None
-    # Edge columns are a blend of both; they belong to neither.
-    inner = np.ones(len(still), dtype=bool)
-    inner[max(0, left - 1) : right + 1] = False
-    background = np.median(still[inner if inner.any() else ~is_wall], axis=0)
-    return background, (left, right)
+def background_of(image: np.ndarray) -> str:
+    """The name of the background, from the most common of its pixels."""
+    names = list(BACKGROUNDS)
+    palette = np.array([BACKGROUNDS[n] for n in names], np.float32)
+    sparse = image[:: max(1, len(image) // 8), ::2, ::2].reshape(-1, 3)
+    gaps = np.linalg.norm(sparse[:, None] - palette, axis=-1)
+    return names[int(np.argmax(np.exp(-gaps / 12).sum(0)))]
 
 
-def _name(rgb: np.ndarray) -> str:
-    hue, saturation, _ = colorsys.rgb_to_hsv(*(float(v) / 255 for v in rgb))
-    if saturation < 0.3:
-        return "white"
+def shares(image: np.ndarray, background: str) -> dict[str, np.ndarray]:
+    """How much of each pixel is of each colour: fp32 [T,H,W] by colour, 1 where the colour is pure. A pixel is of the
+    colour nearest in angle alone."""
+    seen = chroma(image)
+    base = np.median(seen[:, ::2, ::2].reshape(-1, 2), axis=0)
+    seen -= base
+    axes = np.stack(
+        [chroma(ink(c, background)) - chroma(np.array(BACKGROUNDS[background], np.float32)) for c in COLOURS]
+    )
+    length = np.linalg.norm(axes, axis=1)
+    along = seen @ (axes / length[:, None]).T
+    nearest = along.argmax(-1)
+    most = np.maximum(np.take_along_axis(along, nearest[..., None], -1)[..., 0], 0) / length[nearest]
+    return {c: np.where(nearest == k, most, 0) for k, c in enumerate(COLOURS)}
 
-    def gap(name: str) -> float:
-        other = colorsys.rgb_to_hsv(*(v / 255 for v in COLOURS[name]))[0]
-        return min(abs(hue - other), 1 - abs(hue - other))
 
-    return min((name for name in COLOURS if name != "white"), key=gap)
-
-
-def _isolate(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each frame's object roughly is ([T,2], NaN where absent), and the coverage near it alone.
-
-    Rough is the median of the solid pixels. Near is within 2 pixels of a solid one that is no farther than a
-    shape of that area reaches; the rest, noise and stray spots, becomes 0.
-    """
-    solid = cover > 0.5
-    coarse = np.full((len(cover), 2), np.nan)
-    counts = solid.sum(axis=(1, 2))
-    reach = 1.8 * math.sqrt(float(np.quantile(counts, 0.9)) / math.pi) + 2
-    near = np.zeros_like(solid)
-    for t in np.flatnonzero(counts >= _LEAST_AREA):
-        rows, columns = np.nonzero(solid[t])
-        x, y = np.median(columns), np.median(rows)
-        coarse[t] = x, y
-        box = (
-            slice(max(0, math.floor(y - reach)), math.ceil(y + reach) + 1),
-            slice(max(0, math.floor(x - reach)), math.ceil(x + reach) + 1),
-        )
-        near[t][box] = solid[t][box]
+def silhouette(amount: np.ndarray, inside: float) -> np.ndarray:
+    """Shares [T,H,W] of a colour -> how much each pixel is inside its shape, near its solid part alone."""
+    shape = np.clip(amount / inside, 0, 1)
+    near = shape > 0.5
     for axis in (1, 2):
         grown = near.copy()
         for shift in (1, 2):
@@ -187,44 +172,97 @@ def _isolate(cover: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             grown[tuple(ahead)] |= near[tuple(behind)]
             grown[tuple(behind)] |= near[tuple(ahead)]
         near = grown
-    return coarse, np.where(near, cover, 0)
+    return np.where(near, shape, 0)
 
 
-def _moments(cover: np.ndarray, coarse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Area [T] and centroid [T,2] of the coverage."""
-    areas, position = np.zeros(len(cover)), np.full((len(cover), 2), np.nan)
-    found = ~np.isnan(coarse[:, 0]) & (cover.sum(axis=(1, 2)) >= 1)
-    rows, columns = np.arange(cover.shape[1]), np.arange(cover.shape[2])
-    part = cover[found].astype(np.float64)
-    areas[found] = part.sum(axis=(1, 2))
-    across, down = part.sum(axis=1) @ columns, part.sum(axis=2) @ rows
-    position[found] = np.stack([across, down], axis=-1) / areas[found, None]
-    return areas, position
+def centroids(shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Area [T] and centroid [T,2] of silhouettes [T,H,W], NaN where there is nothing."""
+    part = shape.astype(np.float64)
+    total = part.sum((1, 2))
+    moments = np.stack([part.sum(1) @ np.arange(part.shape[2]), part.sum(2) @ np.arange(part.shape[1])], -1)
+    return total, np.where(total[:, None] > 0, moments / np.maximum(total, 1e-9)[:, None], np.nan)
 
 
-def _likeness(cover: np.ndarray, position: np.ndarray, visible: np.ndarray, whole: float) -> dict[str, float]:
-    """Cosine of the coverage with each shape's rendering, sharp or out of focus.
+def rendered(thing: Thing, setting: Setting, position: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Silhouettes [T,H,W] of a flat shape drawn at ``position`` [T,2] (pixels), read as a clip's are."""
+    return silhouette(_drawn(thing, setting, position, size), INSIDE[setting.style])
 
-    Taken over up to 9 frames that show the whole object.
-    """
-    frames = np.argsort(np.abs(visible - 1))[:9]
-    frames = frames[np.abs(visible[frames] - 1) <= 0.1]
-    seen = cover[frames]
-    dx = np.arange(cover.shape[2]) - position[frames, 0, None, None]
-    dy = np.arange(cover.shape[1])[:, None] - position[frames, 1, None, None]
-    likeness = {}
-    for shape in SHAPES:
-        radius = math.sqrt(whole / float(area_left_of(shape, 1.0, np.array(math.inf))))
-        ideals = (coverage(shape, radius, dx, dy, ramp) for ramp in (1.0, 2.5, 4.0))
-        likeness[shape] = max(_cosine(seen, ideal) for ideal in ideals)
-    return likeness
+
+def _track(colour: str, amount: np.ndarray, inside: float) -> Track | None:
+    unit = min(amount.shape[1:])
+    shape = silhouette(amount, inside)
+    total, position = centroids(shape)
+    most = total.max()
+    if most < LEAST * unit**2:
+        return None
+    whole = float(np.median(total[total >= 0.9 * most]))
+    least = max(FAINT * unit**2, 0.05 * whole)
+    present = total >= least
+    position[~present] = np.nan
+    return Track(colour, position, total, present, pieces(shape > 0.5, least), shape, whole)
+
+
+def pieces(solid: np.ndarray, least: float) -> np.ndarray:
+    """[T]: how many 8-connected pieces of at least ``least`` pixels each frame of [T,H,W] bool has."""
+    frames, height, width = solid.shape
+    label = np.where(solid, np.arange(1, solid.size + 1, dtype=np.int64).reshape(solid.shape), 0)
+    padded = np.zeros((frames, height + 2, width + 2), np.int64)
+    while True:
+        padded[:, 1:-1, 1:-1] = label
+        best = padded[:, 1:-1]
+        best = np.maximum(np.maximum(padded[:, :-2], best), padded[:, 2:])
+        best = np.maximum(np.maximum(best[:, :, :-2], best[:, :, 1:-1]), best[:, :, 2:])
+        best = np.where(solid, best, 0)
+        best = np.where(solid, np.maximum(best, label.reshape(-1)[np.maximum(best - 1, 0)]), 0)  # two steps at once
+        if np.array_equal(best, label):
+            break
+        label = best
+    roots, sizes = np.unique(label[solid], return_counts=True)
+    frame = (roots[sizes >= least] - 1) // (height * width)
+    return np.bincount(frame, minlength=frames)
+
+
+def _fits(track: Track, amount: np.ndarray, setting: Setting) -> dict[str, float]:
+    """Cosine of up to 7 frames that show a colour whole with each flat shape."""
+    frames = np.flatnonzero(np.abs(track.visible - 1) <= 0.1)
+    frames = frames[np.linspace(0, len(frames) - 1, min(7, len(frames))).astype(int)]
+    seen = amount[frames] * (track.silhouette[frames] > 0)
+    fits = {}
+    for shape in FIGURES:
+        thing = Thing(track.colour, shape, radius_of(track, shape, setting, amount.shape[1:]))
+        fits[shape] = _cosine(seen, _drawn(thing, setting, track.position[frames], amount.shape[1:]))
+    return fits
+
+
+def _centred(track: Track, amount: np.ndarray, setting: Setting, shape: str) -> Track:
+    """The track with the first moments of the shares themselves, which unlike silhouettes of an outlined shape are
+    linear in them, less what hatching moves them by."""
+    _, position = centroids(np.where(track.silhouette > 0, amount, 0))
+    if setting.style == "sketch":
+        thing = Thing(track.colour, shape, radius_of(track, shape, setting, amount.shape[1:]))
+        middle = np.array([[amount.shape[2] / 2, amount.shape[1] / 2]])
+        drawn = _drawn(thing, setting, middle, amount.shape[1:])
+        position = position - (centroids(drawn)[1] - middle)
+    position[~track.present] = np.nan
+    return replace(track, position=position)
+
+
+def _drawn(thing: Thing, setting: Setting, position: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Shares [T,H,W] of a flat shape drawn at ``position`` [T,2] (pixels)."""
+    canvas = Canvas(setting, len(position), size)
+    canvas.figure(thing, (position + 0.5) / min(size))
+    return shares(np.moveaxis(canvas.image, 0, -1), setting.background)[thing.colour]
+
+
+def radius_of(track: Track, shape: str, setting: Setting, size: tuple[int, int]) -> float:
+    """The radius, in the frame's shorter side, at which a shape's rendering has the track's whole area."""
+    unit = min(size)
+    radius = math.sqrt(track.whole / area(shape, 1.0)) / unit
+    middle = np.array([[size[1] / 2, size[0] / 2]])
+    drawn = float(rendered(Thing(track.colour, shape, radius), setting, middle, size).sum())
+    return radius * math.sqrt(track.whole / max(drawn, 1e-6))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     norm = math.sqrt(float((a * a).sum()) * float((b * b).sum()))
     return float((a * b).sum()) / norm if norm > 0 else 0.0
-
-
-def _nothing(frames: int, wall: tuple[int, int] | None) -> Reading:
-    absent = np.zeros(frames)
-    return Reading(None, None, np.full((frames, 2), np.nan), absent, absent > 0, dict.fromkeys(SHAPES, 0.0), wall)
