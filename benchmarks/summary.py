@@ -119,7 +119,7 @@ def plot(rows: list[Row]) -> str:
         axes.axvline(1, color="#444", linewidth=0.8)
         axes.set_title(f"their time over ours, {device}: right of 1× ours is faster", fontsize=10, loc="left")
         axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=4)
         buffer = io.StringIO()
         metadata = {"Date": None, "Description": f"rows {digest(rows)}"}
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=metadata)

@@ -34,7 +34,10 @@ err = console(stderr=True)
 Weights = Annotated[
     str, typer.Option(help="Checkpoint folder (own, or Wan 2.1's in the diffusers layout), or 'toy'.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute.", show_default="cuda where there is a GPU, else cpu")
+]
+OWN = "the checkpoint's own"
 TrainDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same weights.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of training.")]
@@ -84,6 +87,8 @@ def info(weights: Weights = "toy") -> None:
     out.print(table)
     height, width = sora.defaults.size
     say(out, f"made for {width}x{height}, {sora.defaults.frames} frames at {sora.defaults.fps:g} per second")
+    if words := sora.text.words:
+        say(out, f"it knows {len(words)} words: {', '.join(words)}")
 
 
 @app.command()
@@ -91,14 +96,19 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the clip shows, such as 'a red circle bounces'.")],
     to: Annotated[Path, typer.Option("--out", help="The MP4 to write.")] = Path("out/clip.mp4"),
     weights: Weights = "toy",
-    seconds: Annotated[float | None, typer.Option(help="Length of the clip.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 64x64.")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length of the clip.", show_default=OWN)] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 64x64.", show_default=OWN)] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second.", show_default=OWN)] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)
+    ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="Self-attention: full, window=TxHxW[,stride=TxHxW][,sink=N], causal=frame.")
+        str | None,
+        typer.Option(
+            help="Self-attention: full, window=TxHxW[,stride=TxHxW][,sink=N], causal=frame.", show_default=OWN
+        ),
     ] = None,
     impl: Impl = "auto",
     device: Device = None,
@@ -132,9 +142,10 @@ def reconstruct(
     device: Device = None,
 ) -> None:
     """Send a video through a checkpoint's VAE and back, and say what that loses."""
+    from . import media
     from .machine import check_impl
     from .media import check_target
-    from .reconstruct import load_vae
+    from .reconstruct import knows_one_world, load_vae
     from .reconstruct import reconstruct as run
 
     check_impl(impl)
@@ -144,9 +155,15 @@ def reconstruct(
     vae = load_vae(weights, device=device)
     vae.impl = impl
     with bars(err) as progress:
-        result = run(vae, source, to, progress=lambda done, total: progress("frames", done, total))
-    if result.left_out:
-        note(err, f"not in it: {', '.join(result.left_out)}")
+
+        def told(done: int, total: int | None) -> None:
+            if not done and knows_one_world(weights):
+                note(err, "this VAE was trained on clips of the procedural world alone; real footage comes back badly")
+            if not done and (left_out := media.probe(source).left_out):
+                note(err, f"not in it: {', '.join(left_out)}")
+            progress("frames", done, total)
+
+        result = run(vae, source, to, progress=told)
     say(out, f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB")
 
 
@@ -227,8 +244,10 @@ def evaluate(
     weights: Weights = "toy",
     to: Annotated[Path, typer.Option("--out", help="The JSON file to write.")] = Path("out/eval.json"),
     seed: Annotated[int, typer.Option(help="Seed of every clip.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)
+    ] = None,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:

@@ -7,11 +7,14 @@ clip.save("out/clip.mp4")
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from sora_kernels import video_to_uint8
 
-from . import checks, flow, machine, media
+from . import checks, estimate, flow, machine, media
 from .attention import AttentionMode
 from .checkpoint import (
     CheckpointError,
@@ -91,6 +94,23 @@ class Clip:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes an H.264 MP4, whole or not at all, and returns its path. Raises `media.MediaError` if it cannot."""
         return media.write_video(path, self.frames, self.fps)
+
+    def __repr__(self) -> str:
+        count, height, width, _ = self.frames.shape
+        length = f"{count} frames of {width}x{height}, {count / self.fps:.3g} s"
+        return f"Clip({self.prompt!r}: {length}, seed {self.seed}, {self.steps} steps, guidance {self.guidance:g})"
+
+    def _repr_html_(self) -> str:
+        """The clip itself, playing in a notebook."""
+        with tempfile.TemporaryDirectory() as folder:
+            video = base64.b64encode(self.save(Path(folder) / "clip.mp4").read_bytes()).decode()
+        height, width = self.frames.shape[1:3]
+        scale = max(1, 256 // max(height, width))  # small clips enlarged by whole pixels
+        return (
+            f'<video controls autoplay loop muted playsinline width="{scale * width}" height="{scale * height}" '
+            f'style="image-rendering: pixelated" title="{html.escape(repr(self))}" '
+            f'src="data:video/mp4;base64,{video}"></video>'
+        )
 
 
 class Sora:
@@ -316,11 +336,6 @@ class Sora:
         height, width = self._check_size(defaults.size if size is None else size)
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt])
-            if (height, width) != tuple(defaults.size) or frames > defaults.frames:
-                made_for = f"{defaults.size[1]}x{defaults.size[0]} and up to {defaults.frames} frames"
-                warnings.warn(f"this checkpoint was trained on {made_for}; others may look wrong", stacklevel=3)
-        if unknown := self.text.unknown(prompt):
-            warnings.warn(f"this checkpoint does not know: {', '.join(unknown)}", stacklevel=3)
         padded = self._padded(frames)
         free = machine.available(self.device)
         tile, needed = self._memory(padded, height, width, impl, held, free)
@@ -330,7 +345,23 @@ class Sora:
                 + self._would_fit(padded, height, width, impl, held, free)
             )
         latents = vae.latent_shape(padded, height, width)
+        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance):
+            warnings.warn(remark, stacklevel=3)
         return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents, tile)
+
+    def _remarks(
+        self, prompt: str, frames: int, size: tuple[int, int], latents: Sequence[int], steps: int, guidance: float
+    ) -> Iterator[str]:
+        """What is worth knowing before the work begins."""
+        own, defaults = isinstance(self.text, WordTextEncoder), self.defaults
+        if own and (size != tuple(defaults.size) or frames > defaults.frames):
+            made_for = f"{defaults.size[1]}x{defaults.size[0]} and up to {defaults.frames} frames"
+            yield f"this checkpoint was trained on {made_for}; others may look wrong"
+        if unknown := self.text.unknown(prompt):
+            yield f"this checkpoint does not know: {', '.join(unknown)}. It knows: {', '.join(self.text.words)}"
+        duration = estimate.seconds(self.dit, self.vae, latents, steps=steps, guidance=guidance)
+        if duration > estimate.LONG:
+            yield f"this takes {estimate.in_words(duration)} on this machine, guessed from its rate of multiplication"
 
     def _padded(self, frames: int) -> int:
         """As many frames or a few more: those of latents that patches divide."""

@@ -59,6 +59,12 @@ def load_vae(source: str | os.PathLike[str] = "toy", *, device: str | torch.devi
     return vae.to(device, torch.float32).eval().requires_grad_(False)
 
 
+def knows_one_world(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint that `load_vae` takes was trained here: on clips of the procedural world alone."""
+    folder = TOY if os.fspath(source) == "toy" else Path(source)
+    return read_json(folder / "model_index.json").get("_class_name") == "Sora"
+
+
 def encode_file(
     vae: CausalVAE, path: str | os.PathLike[str], *, extra: str = "refuse", chunk: int = 1
 ) -> Iterator[Tensor]:
@@ -93,11 +99,14 @@ def reconstruct(
 
     A clip of other than 4n+1 frames is coded with its last frame repeated; what that adds is cut off again. Each frame
     keeps its time and the shape of its pixels; a turn that the source asks of players is made. Sound and whatever else
-    is no part of the video stream is left out. `progress` is told the frames done, and to do where they are counted.
+    is no part of the video stream is left out. `progress` is told the frames done, none before the first, and to do
+    where they are counted.
     Errors: as `encode_file`; `media.write_video`'s for a target that cannot be written.
     """
     info = media.probe(source)
     encode, decode = _tiles(vae, source, info, "encode", "decode")
+    if progress is not None:
+        progress(0, info.frames)
     original: deque[np.ndarray] = deque()  # the frames between the two: those of one chunk
     times: deque[Fraction] = deque()
     done = error = 0

@@ -41,13 +41,16 @@ def error(to: Console, message: object) -> None:
 
 @contextmanager
 def notes(to: Console) -> Iterator[None]:
-    """The warnings that are for the user, printed as notes once the block has ended well."""
-    with warnings.catch_warnings(record=True) as caught:
+    """The warnings that are for the user, printed as notes when they are given: before the work that they are about."""
+
+    def show(message: object, category: type[Warning], *place: object) -> None:
+        if category is UserWarning:
+            note(to, message)
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
         yield
-    for warning in caught:
-        if warning.category is UserWarning:
-            note(to, warning.message)
 
 
 @contextmanager

@@ -102,6 +102,11 @@ class WordTextEncoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(config.dim, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words that it knows."""
+        return self.config.words
+
     def unknown(self, prompt: str) -> list[str]:
         """The words of `prompt` that the vocabulary lacks, each once, in order."""
         return [word for word in dict.fromkeys(split_words(prompt)) if word not in self._ids]
@@ -147,6 +152,7 @@ class UMT5TextEncoder:
 
     max_tokens = 512
     masks_padding = False
+    words = ()  # pieces of words spell every one
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer

@@ -474,3 +474,51 @@ cli.main()
 
 def test_version_is_that_of_the_package(sora):
     assert sora("--version") == (0, f"sora {sora_kernels.__version__}\n", "")
+
+
+def test_notes_come_before_the_work(sora, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    said = []
+
+    def spy(work):
+        def begin(*args, **kwargs):
+            said.append(capsys.readouterr().err)
+            return work(*args, **kwargs)
+
+        return begin
+
+    arguments = ("--weights", tiny_checkpoint, "--steps", 1, "--seconds", 0.3, "--size", "32x32", "--out", "a.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Sora, "_frames", spy(Sora._frames))
+        code, _, err = sora("generate", "a red elephant", *arguments)
+    assert code == 0 and "note" not in err
+    assert "note: this checkpoint was trained on 64x64 and up to 17 frames; others may look wrong" in said[0]
+    assert "does not know: elephant. It knows: a, again," in said[0]
+
+    monkeypatch.setattr(media, "write_video", spy(media.write_video))
+    code, _, err = sora("reconstruct", "a.mp4", "--weights", tiny_checkpoint, "--out", "b.mp4")
+    assert code == 0 and "note" not in err
+    assert "note: this VAE was trained on clips of the procedural world alone" in said[1]
+
+
+def test_help_shows_the_default_of_every_option():
+    import typer.main
+    from click import Context
+
+    def options(command, path):
+        for name, part in getattr(command, "commands", {}).items():
+            yield from options(part, f"{path} {name}")
+        for option in command.params:
+            yield f"{path} {option.name}", option, command
+
+    missing = []
+    for path, option, command in options(typer.main.get_command(cli.app), "sora"):
+        if option.param_type_name == "option" and option.name not in ("help", "version") and "train" not in path:
+            record = option.get_help_record(Context(command))
+            if not option.is_flag and not option.required and "[default: " not in " ".join(record):
+                missing.append(path)
+    assert not missing
+
+
+def test_info_lists_the_words_of_a_checkpoint(sora, tiny_checkpoint):
+    code, out, _ = sora("info", "--weights", tiny_checkpoint)
+    assert code == 0 and f"it knows {len(world.VOCABULARY)} words: {', '.join(world.VOCABULARY)}" in out

@@ -3,8 +3,10 @@ be refused."""
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
+import re
 import shutil
 import struct
 import warnings
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import files, machine, media, reconstruct, world
+from sora_model import estimate, files, machine, media, reconstruct, world
 from sora_model.checkpoint import CheckpointError, read_json, read_tensors, write_json, write_tensors
 from sora_model.pipeline import TOY, Clip, Sora, TooLargeError
 from sora_model.text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -186,6 +188,28 @@ def test_progress_is_told_and_unknown_words_are_reported(toy):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         toy.generate("a red circle", steps=1, seconds=0.1)
+
+
+def test_a_clip_says_in_one_line_what_it_is_and_plays_in_a_notebook(toy, tmp_path):
+    clip = toy.generate("a <red> circle", steps=1, seconds=0.5, seed=3)
+    assert repr(clip) == "Clip('a <red> circle': 4 frames of 64x64, 0.5 s, seed 3, 1 steps, guidance 5)"
+    html = clip._repr_html_()
+    assert html.startswith("<video ") and "<red>" not in html and "&lt;red&gt;" in html
+    (data,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', html)
+    (tmp_path / "shown.mp4").write_bytes(base64.b64decode(data))
+    shown = np.stack(list(media.read_video(tmp_path / "shown.mp4")))
+    assert shown.shape == clip.frames.shape and np.abs(shown.astype(int) - clip.frames).mean() < 4
+
+
+def test_the_time_of_a_long_clip_is_said_before_it_is_made(toy, monkeypatch):
+    monkeypatch.setattr(estimate, "rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(toy, "_frames", lambda *args: iter([np.zeros((1, 64, 64, 3), np.uint8)]))
+    with pytest.warns(UserWarning, match=r"this takes about \d+ minutes on this machine"):
+        toy.generate("a red circle", steps=500)
+    monkeypatch.setattr(estimate, "rate", lambda device, dtype: 1e12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.generate("a red circle", steps=500)
 
 
 # --- Wan ---

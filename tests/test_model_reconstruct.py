@@ -99,7 +99,7 @@ def test_a_reconstruction_is_encode_then_decode_of_as_many_frames(vae, tmp_path,
     assert np.abs(np.stack(written).astype(int) - expected).max() <= 1
     error = np.square(np.stack(written).astype(float) - video).mean()
     assert result.psnr == pytest.approx(10 * math.log10(255**2 / error))
-    assert result.frames == frames and told[-1] == (frames, frames)
+    assert result.frames == frames and told[0] == (0, frames) and told[-1] == (frames, frames)
     info = media.probe(tmp_path / "out.mp4")
     assert (info.frames, info.fps, info.width, info.height) == (frames, 10, 24, 16)
 
