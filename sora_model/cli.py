@@ -1,4 +1,4 @@
-"""The `sora` command: info, generate, reconstruct, patch, train, eval, bench. A mistake is one line, an exit code of 1.
+"""The `sora` command: info, generate, reconstruct, patch, train, world, eval, bench. A mistake is a line, exit code 1.
 
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
 """
@@ -27,6 +27,8 @@ app = typer.Typer(
 )  # fmt: skip
 training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
 app.add_typer(training, name="train")
+worlds = typer.Typer(help="The procedural world: clips whose truth is known.", no_args_is_help=True)
+app.add_typer(worlds, name="world")
 
 out = console()
 err = console(stderr=True)
@@ -237,6 +239,38 @@ def train_dit(
 
     train.train_dit(run, coder, settings, clips=clips, device=device, impl=impl, on_save=save)
     say(out, f"wrote {checkpoint}")
+
+
+@worlds.command("render")
+def render(
+    to: Annotated[Path, typer.Option("--out", help="Folder for the clips; made when missing.")] = Path("out/world"),
+    scene: Annotated[str | None, typer.Option(help="bounce, parabola, occluder, ...; drawn when not given.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Clips.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip; each further one is one more.")] = 0,
+    seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 17 / 8,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, such as 64x64.")] = "256x256",
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 8,
+    style: Annotated[str | None, typer.Option(help="flat, outline, neon or sketch; drawn when not given.")] = None,
+    split: Annotated[str, typer.Option(help="train, held_out (pairs that training never shows) or all.")] = "train",
+) -> None:
+    """Write true clips of the world, each an MP4, and beside it its caption and state as JSON."""
+    from . import world
+    from .checkpoint import write_json
+    from .files import naming
+    from .media import write_video
+
+    if not 0 < seconds * fps < 1e6:
+        raise ValueError(f"--seconds x --fps must be from 1 to 1e6 frames, got {seconds:g} x {fps:g}")
+    spec = None if style is None else {"style": style}
+    options = dict(scene=scene, frames=max(1, round(seconds * fps)), size=_size(size), fps=fps, split=split)
+    for number in range(seed, seed + n):
+        clip = world.sample(number, prompt_spec=spec, **options)
+        with naming(to):
+            to.mkdir(parents=True, exist_ok=True)
+        name = f"{clip.scene.name}-{number}"
+        write_video(to / f"{name}.mp4", clip.video, fps)
+        write_json(to / f"{name}.json", clip.record())
+        say(out, f"wrote {to / name}.mp4: {clip.caption}")
 
 
 @app.command("eval")

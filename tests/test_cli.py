@@ -184,6 +184,23 @@ def test_a_transformer_is_trained_on_the_vae_of_a_finished_checkpoint(sora, tiny
         assert code == 1 and err.startswith(f"error: {wrong[0][2:]} must "), err
 
 
+def test_world_render_writes_clips_and_their_truth(sora, tmp_path):
+    arguments = ("--n", 2, "--seed", 3, "--size", "48x32", "--seconds", 1, "--out", "made/here")
+    code, out, err = sora("world", "render", "--scene", "occluder", "--style", "neon", *arguments)
+    assert code == 0, err
+    for seed in (3, 4):
+        clip = world.sample(seed, scene="occluder", frames=8, size=(32, 48), prompt_spec={"style": "neon"})
+        truth = json.loads((tmp_path / "made" / "here" / f"occluder-{seed}.json").read_text())
+        assert truth["caption"] == clip.caption in out and truth["position"] == clip.state.position.tolist()
+        frames = np.stack(list(media.read_video(tmp_path / "made" / "here" / f"occluder-{seed}.mp4")))
+        assert frames.shape == clip.video.shape and np.abs(frames.astype(int) - clip.video).mean() < 8
+    for wrong in (("--scene", "juggle"), ("--style", "oil"), ("--size", "0x8"), ("--seconds", "-1"), ("--fps", "nan"),
+                  ("--split", "test"), ("--size", "9x900")):  # fmt: skip
+        code, _, err = sora("world", "render", *wrong)
+        assert code == 1 and len(err.splitlines()) == 1 and wrong[0].strip("-")[:4] in err.lower(), err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments", [["fly"], ["generate"], ["generate", "a", "--steps", "many"], ["train", "gan"]])
 def test_wrong_usage_exits_with_2(sora, arguments):
     code, _, err = sora(*arguments)

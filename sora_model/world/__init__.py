@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
@@ -60,6 +60,31 @@ class Sample:
     def wording(self, index: int) -> tuple[str, Program]:
         """Caption number ``index`` of the clip, and what it says. Every one is true of the frames there are."""
         return write(Dice((self.seed << 8) + index), self.scene, self.state)
+
+    def record(self) -> dict[str, Any]:
+        """The truth as JSON can hold it: caption, program, setting, and the state, in the world's units."""
+        state, extra = self.state, {}
+        for name, value in self.state.extra.items():
+            extra[name] = np.asarray(value).tolist()
+        arrays = {
+            "times": state.times,
+            "position": state.position,
+            "velocity": state.velocity,
+            "visible": state.visible,
+        }
+        return {
+            "seed": self.seed,
+            "scene": self.scene.name,
+            "size": list(self.size),
+            "fps": self.fps,
+            "caption": self.caption,
+            "program": asdict(self.program),
+            "setting": asdict(self.scene.setting),
+            "things": [asdict(thing) for thing in state.things],
+            "events": [asdict(event) for event in state.events],
+            **{name: value.tolist() for name, value in arrays.items()},
+            "extra": extra,
+        }
 
     @property
     def caption(self) -> str:

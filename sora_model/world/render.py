@@ -135,7 +135,7 @@ class Canvas:
             if not len(seen):
                 continue
             p = ((corners[seen] - centre[seen, None]) * unit).astype(np.float32)
-            d = _quadrangle(p, dx[seen], dy[seen], exact=style == "neon")
+            d = _quadrangle(p, dx[seen], dy[seen])
             taken, given = inked(style, d, None if hatch is None else hatch[seen], unit)
             mask[seen] += taken
             amount[seen] += given * brightness[seen, None, None].astype(np.float32)
@@ -183,10 +183,10 @@ class Canvas:
             region += mask * (level - region)
 
 
-def _quadrangle(corners: np.ndarray, dx: np.ndarray, dy: np.ndarray, exact: bool) -> np.ndarray:
-    """Signed distance to convex quadrangles [T,4,2], clockwise on the screen; far outside a corner it is that to the
-    nearer edge's line unless it shall be ``exact``. Near the outline it is what gives the covered share: between two
-    opposite edges that is what both leave, so that a face seen from the side covers as little as it should."""
+def _quadrangle(corners: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Signed distance to convex quadrangles [T,4,2], clockwise on the screen. Near the outline it is what gives the
+    covered share: between two opposite edges that is what both leave, so that a face seen from the side covers as
+    little as it should."""
     edge = np.roll(corners, -1, axis=1) - corners
     length = np.maximum(np.linalg.norm(edge, axis=2), 1e-6)[..., None, None]
     along_x, along_y = np.moveaxis(edge[..., None, None] / length[..., None, :, :], 2, 0)
@@ -198,14 +198,13 @@ def _quadrangle(corners: np.ndarray, dx: np.ndarray, dy: np.ndarray, exact: bool
         outside = x * uy - y * ux
         bare.append(np.clip(outside + 0.5, 0, 1))
         deepest = outside if deepest is None else np.maximum(deepest, outside)
-        if exact:
-            along = x * ux + y * uy
-            beyond = np.maximum(np.maximum(-along, along - length[:, k]), 0)
-            square = outside * outside + beyond * beyond
-            nearest = square if nearest is None else np.minimum(nearest, square)
+        along = x * ux + y * uy
+        beyond = np.maximum(np.maximum(-along, along - length[:, k]), 0)
+        square = outside * outside + beyond * beyond
+        nearest = square if nearest is None else np.minimum(nearest, square)
     cover = np.maximum(1 - bare[0] - bare[2], 0) * np.maximum(1 - bare[1] - bare[3], 0)
     near = np.where(cover < 1, np.maximum(deepest, 0.5 - cover), deepest)
-    return np.where(deepest > 0.5, np.sqrt(nearest), near) if exact else near
+    return np.where(deepest > 0, np.maximum(np.sqrt(nearest), near), near)
 
 
 def _overlap(count: int, low, high) -> np.ndarray:
