@@ -35,7 +35,7 @@ class LayerNorm(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
         return normalize(self, x, "layer")
 
 
@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
         return normalize(self, x, "rms")
 
 
@@ -67,7 +67,7 @@ class NormSiLU(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
         return activate(self, x)
 
 
@@ -84,7 +84,7 @@ class PatchEmbed3d(nn.Module):
     has_backward = True
     can_torch_compile = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
         return embed(self, x)
 
 

@@ -68,6 +68,7 @@ def test_public_functions_are_exported_and_have_a_row_in_the_readme(family):
     for name in exported(family):
         assert name in sora_kernels.__all__
         assert f"`{name}`" in readme, f"{name} has no row in the README"
+        assert name in (ROOT / "docs" / f"{family}.md").read_text(), f"{name} is not on its family's page"
 
 
 def test_compiled_sources_bear_the_names_of_families():
