@@ -40,12 +40,13 @@ failed = { printf '\n%s\n    %s\n' $(1) $(2) >&2; exit 1; }
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
-# The clip first: where the libraries are not built yet, plain PyTorch makes it while they compile.
+# The clip first: where the libraries are not built yet, plain PyTorch makes it while they compile. Its threads sleep
+# when they wait for each other, or each would take a processor from the compiler and wait for one itself.
 demo: .venv/.model
 	@if $(SELF) -sq build; then exec $(PY) -m sora_model.demo; fi; \
 	$(call say,'compiling csrc/ in the background: build/demo.log'); mkdir -p build; \
-	$(SELF) -s build > build/demo.log 2>&1 & building=$$!; trap 'kill $$building 2>/dev/null || true' EXIT; \
-	SORA_KERNELS_IMPL=reference $(PY) -m sora_model.demo clip; \
+	nice $(SELF) -s build > build/demo.log 2>&1 & building=$$!; trap 'kill $$building 2>/dev/null || true' EXIT; \
+	OMP_WAIT_POLICY=passive SORA_KERNELS_IMPL=reference $(PY) -m sora_model.demo clip; \
 	$(call say,'waiting for the compiler'); \
 	wait $$building || { cat build/demo.log >&2; exit 1; }; \
 	$(PY) -m sora_model.demo check
@@ -88,7 +89,7 @@ install = SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/const
 .venv/.model: .venv/.torch pyproject.toml
 	@$(call say,'installing the package')
 	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
-	@$(call install,'.[triton$(comma)model]' 'ninja>=1.11' 'pybind11>=3.0')
+	@$(call install,'.[model]' 'ninja>=1.11' 'pybind11>=3.0')
 	@touch $@
 
 # Installed again when TORCH= names another torch than last time.
