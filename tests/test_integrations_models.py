@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import hosts
@@ -97,3 +98,23 @@ def test_one_time_serves_all_clips(name):
     plain, exact = output(model, **inputs), exactly(model, **inputs)["output"]
     patch_model(model)
     assert_matches_oracle(output(model, **inputs), exact, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("HunyuanVideo-1.5", "transformer_blocks"), ("AutoencoderKLHunyuanVideo15", "decoder.mid_block.resnets")],
+)
+def test_repeated_blocks_with_parts_that_are_replaced_compile_once(name, where):
+    case = hosts.cases()[name]
+    model = case.make()
+    blocks = model.get_submodule(where)
+    blocks.append(copy.deepcopy(blocks[0]))
+    inputs = case.inputs(model)
+    inputs = inputs if isinstance(inputs, dict) else {"sample": inputs[0]}
+    patch_model(model)
+    eager = output(model, **inputs)
+    torch.compiler.reset()
+    for block in blocks:
+        block.compile(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(output(model, **inputs), eager, rtol=0, atol=2e-6)

@@ -102,12 +102,30 @@ class How:
         return "once" if torch.is_grad_enabled() else self.rounding
 
 
-class Bound(functools.partial):
-    """`forward(module, impl, ...)` as one instance's `forward`. Unlike a bound method it can be pickled."""
+class Bound:
+    """What a module runs in place of its forward: `run(module, *arguments, ...)`.
+
+    `bound.forward`, a method of this object, is put into the module: it is copied and pickled with the module that it
+    belongs to, and the compiler, which compares the code of a method, compiles the blocks of a model once. Any other
+    callable it would tell from the next block's.
+    """
+
+    def __init__(self, run: Callable[..., Any], module: nn.Module, *arguments: Any) -> None:
+        self.run, self.module, self.arguments = run, module, arguments
 
     @property
-    def __signature__(self) -> inspect.Signature:  # pipelines look at the host's
-        return inspect.signature(types.MethodType(type(self.args[0]).forward, self.args[0]))
+    def forward(self) -> types.MethodType:
+        def forward(self: Bound, *args: Any, **kwargs: Any) -> Any:
+            return self.run(self.module, *self.arguments, *args, **kwargs)
+
+        forward.__signature__ = inspect.signature(type(self.module).forward)  # pipelines look at the host's
+        return types.MethodType(forward, self)
+
+
+def bound_of(module: nn.Module) -> Bound | None:
+    """What `module` runs in place of its forward, where that is ours."""
+    bound = getattr(vars(module).get("forward"), "__self__", None)
+    return bound if isinstance(bound, Bound) else None
 
 
 @dataclasses.dataclass
@@ -156,14 +174,14 @@ class Record:
 
 def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swap:
     """`forward(module, *arguments, ...)`, a function of some file's top level, for the `forward` of `module`."""
-    return Swap(module, Bound(forward, module, *arguments))
+    return Swap(module, Bound(forward, module, *arguments).forward)
 
 
 def _replicate(module: nn.Module) -> nn.Module:
     """A replica as nn.DataParallel makes them, whose `forward` runs on the replica's own parameters."""
     replica = type(module)._replicate_for_data_parallel(module)
-    if isinstance(forward := vars(replica).get("forward"), Bound):
-        replica.forward = Bound(forward.func, replica, *forward.args[1:])
+    if bound := bound_of(replica):
+        replica.forward = Bound(bound.run, replica, *bound.arguments).forward
     return replica
 
 
@@ -189,7 +207,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def _is_replaced(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    if forward is None or isinstance(forward, Bound):
+    if forward is None or bound_of(module):
         return False
     return getattr(forward, "__func__", None) is not type(module).forward  # its own: accelerate's hooks came and went
 
