@@ -41,11 +41,13 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
 # The clip first: where the libraries are not built yet, plain PyTorch makes it while they compile. Its threads sleep
-# when they wait for each other, or each would take a processor from the compiler and wait for one itself.
+# when they wait for each other, or each would take a processor from the compiler and wait for one itself. The build has a
+# process group of its own, so that it ends with the demo, whole.
 demo: .venv/.model
 	@if $(SELF) -sq build; then exec $(PY) -m sora_model.demo; fi; \
 	$(call say,'compiling csrc/ in the background: build/demo.log'); mkdir -p build; \
-	nice $(SELF) -s build > build/demo.log 2>&1 & building=$$!; trap 'kill $$building 2>/dev/null || true' EXIT; \
+	set -m; nice $(SELF) -s build > build/demo.log 2>&1 & building=$$!; set +m; \
+	trap 'kill -- -$$building 2>/dev/null || true' EXIT; \
 	OMP_WAIT_POLICY=passive SORA_KERNELS_IMPL=reference $(PY) -m sora_model.demo clip; \
 	$(call say,'waiting for the compiler'); \
 	wait $$building || { cat build/demo.log >&2; exit 1; }; \

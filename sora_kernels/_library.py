@@ -144,7 +144,7 @@ def load_error(name: str) -> str | None:
     """Load the compiled library `name` at the first call; afterwards None, or why it could not be loaded."""
     path = pathlib.Path(__file__).with_name(f"_{name}.so")
     if not path.exists():
-        remedy = f"in a copy of the project, SORA_KERNELS_BUILD={name} pip install . builds it"
+        remedy = f"in a copy of the project, SORA_KERNELS_BUILD={name} pip install -e . builds it"
         return f"the compiled library {path.name} is not built; {remedy}"
     try:
         torch.ops.load_library(str(path))
