@@ -278,12 +278,12 @@ def update_plot(target: Path = machine.RESULTS / "summary.svg", results: Path = 
 
 
 def update_tables(target: Path = machine.ROOT / ALL, results: Path = machine.RESULTS) -> bool:
-    """Write every figure into `target`; whether anything changed."""
-    text = f"# Every figure\n\nGenerated from the files beside this one.\n\n{figures(load_rows(results), every=True)}\n"
-    changed = not target.exists() or target.read_text(encoding="utf-8") != text
-    if changed:
-        verified.write_beside(target, text)
-    return changed
+    """Regenerate the block `figures` of `target`, which has every one; whether anything changed."""
+    before = target.read_text(encoding="utf-8")
+    after = replace_block(before, "figures", figures(load_rows(results), every=True))
+    if after != before:
+        verified.write_beside(target, after)
+    return after != before
 
 
 def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
