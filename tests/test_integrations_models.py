@@ -87,14 +87,20 @@ def test_an_attention_backend_gets_the_mask_that_a_length_stands_for(name, monke
     assert len(theirs) == case.steps["spacetime_attention"]
 
 
-@pytest.mark.parametrize("name", ["Wan", "SkyReels-V2", "HunyuanVideo-1.5", "CogVideoX", "Cosmos", "Mochi"])
-def test_one_time_serves_all_clips(name):
+TIME, TEXT = ("timestep",), ("encoder_hidden_states",)
+IMAGES = *TEXT, "encoder_hidden_states_image"
+SHARED = [(name, TIME) for name in ("Wan", "SkyReels-V2", "HunyuanVideo-1.5", "CogVideoX", "Cosmos", "Mochi")]
+SHARED += [("Wan", TEXT), ("Wan with an image", IMAGES), ("Cosmos", TEXT)]
+
+
+@pytest.mark.parametrize(("name", "shared"), SHARED, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_one_time_or_text_serves_all_clips(name, shared):
     case = hosts.cases()[name]
     model = case.make()
     inputs = case.inputs(model)
     if not isinstance(inputs, dict):
-        inputs = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), inputs, strict=True))
-    inputs["timestep"] = inputs["timestep"][:1]
+        inputs = dict(zip(("hidden_states", *TIME, *IMAGES), inputs, strict=False))
+    inputs |= {name: inputs[name][:1] for name in shared}
     plain, exact = output(model, **inputs), exactly(model, **inputs)["output"]
     patch_model(model)
     assert_matches_oracle(output(model, **inputs), exact, plain)

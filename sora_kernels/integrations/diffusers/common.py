@@ -86,6 +86,11 @@ def adaln(table: Tensor, temb: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor
     return rows.unbind(2), table.unbind(0)
 
 
+def of_clips(t: Tensor, x: Tensor) -> Tensor:
+    """t [B or 1, ...] for the clips of x [B, ...], which one text or image may serve all: hosts broadcast."""
+    return t.expand(len(x), *t.shape[1:]) if len(t) == 1 else t
+
+
 def learned(tables: tuple[Tensor, Tensor] | None) -> bool:
     """Whether gradients of rotary tables are asked for: to our operations they are constants."""
     return tables is not None and torch.is_grad_enabled() and any(t.requires_grad for t in tables)

@@ -24,6 +24,7 @@ from .common import (
     euler,
     in_16_bits,
     learned,
+    of_clips,
     why_not_norms,
     why_not_processor,
     why_not_projection,
@@ -190,7 +191,7 @@ class CosmosProcessor(Processor):
         rotary_emb: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
     ) -> Tensor:
-        q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in projected)                      # [B, S, H, E]
+        q, k, v = (of_clips(t, projected[0]).unflatten(2, (attn.heads, -1)) for t in projected)  # [B, S, H, E]
         rotary = {}
         if rotary_emb is not None:  # [S, E], each angle twice
             rotary = {"freqs": tuple(t[:, : t.shape[1] // 2] for t in rotary_emb), "interleaved": False}

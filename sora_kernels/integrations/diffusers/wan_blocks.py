@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from ...qknorm_rope import qk_norm_rope
 from ..patch import is_hooked
-from .common import Processor, affine, why_not_read, why_not_rms_norms
+from .common import Processor, affine, of_clips, why_not_read, why_not_rms_norms
 
 _NORM = (FP32LayerNorm,)
 
@@ -125,7 +125,8 @@ class WanProcessor(Processor):
         context, image = encoder_hidden_states, None
         if attn.add_k_proj is not None:  # 512 tokens of text, as diffusers has it
             image, context = context.split([context.shape[1] - 512, 512], 1)
-        q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in _project(attn, hidden_states, context))
+        projected = _project(attn, hidden_states, context)
+        q, k, v = (of_clips(t, hidden_states).unflatten(2, (attn.heads, -1)) for t in projected)
         norms = {"q_weight": attn.norm_q.weight, "k_weight": attn.norm_k.weight, "across": "width"}
         if rotary_emb is not None:  # [1, S, 1, E], each angle twice
             cos, sin = (t[0, :, 0, ::2] for t in rotary_emb)
@@ -137,7 +138,7 @@ class WanProcessor(Processor):
             mask, rules = None, mask._asdict()
         out = self.attend(q, k, v, mask, crossing=context is not None, **rules).type_as(q)
         if image is not None:
-            k, v = (t.unflatten(2, (attn.heads, -1)) for t in _project_image(attn, image))
+            k, v = (of_clips(t, q).unflatten(2, (attn.heads, -1)) for t in _project_image(attn, image))
             out = out + self.attend(q, k, v, crossing=True).type_as(q)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
