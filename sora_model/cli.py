@@ -244,13 +244,13 @@ def train_dit(
 @worlds.command("render")
 def render(
     to: Annotated[Path, typer.Option("--out", help="Folder for the clips; made when missing.")] = Path("out/world"),
-    scene: Annotated[str | None, typer.Option(help="bounce, parabola, occluder, ...; drawn when not given.")] = None,
+    scene: Annotated[str | None, typer.Option(help="bounce, parabola, occluder, ...", show_default="drawn")] = None,
     n: Annotated[int, typer.Option("--n", min=1, max=100_000, help="Clips.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip; each further one is one more.")] = 0,
     seconds: Annotated[float, typer.Option(help="Length of each clip.")] = 17 / 8,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, such as 64x64.")] = "256x256",
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8,
-    style: Annotated[str | None, typer.Option(help="flat, outline, neon or sketch; drawn when not given.")] = None,
+    style: Annotated[str | None, typer.Option(help="flat, outline, neon or sketch.", show_default="drawn")] = None,
     split: Annotated[str, typer.Option(help="train, held_out (pairs that training never shows) or all.")] = "train",
 ) -> None:
     """Write true clips of the world, each an MP4, and beside it its caption and state as JSON."""
