@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .dit import SoraDiT
+from .tiling import Stage
 from .vae import CausalVAE
 
 SHARE = 0.5  # of the rate of a large product, which a whole model comes to on a CPU: norms, small products, calls
@@ -32,8 +33,17 @@ def denoise_flops(dit: SoraDiT, latents: Sequence[int], *, evaluations: int) -> 
 
 def decode_flops(vae: CausalVAE, latents: Sequence[int]) -> int:
     """Floating-point operations of the decoder's convolutions on latents [C, T, H, W], in whole frames."""
-    positions, flops = math.prod(latents[1:]), 0
-    for stage in vae.decoder.stages:
+    return _convolutions(vae.decoder.stages, math.prod(latents[1:]))
+
+
+def encode_flops(vae: CausalVAE, video: Sequence[int]) -> int:
+    """Floating-point operations of the encoder's convolutions on a video [C, T, H, W], in whole frames."""
+    return _convolutions(vae.encoder.stages, math.prod(video[1:]))
+
+
+def _convolutions(stages: Sequence[Stage], positions: int) -> int:
+    flops = 0
+    for stage in stages:
         positions = positions * math.prod(stage.up) // math.prod(stage.down)
         past = () if stage.past is None else (stage.past,)
         flops += sum(2 * conv.weight.numel() * positions for conv in (*stage.convs, *past))
@@ -59,6 +69,13 @@ def seconds(dit: SoraDiT, vae: CausalVAE, latents: Sequence[int], *, steps: int,
     if denoise + decode < SMALL:
         return 0.0
     return (denoise / rate(weight.device, weight.dtype) + decode / rate(weight.device, torch.float32)) / SHARE
+
+
+def coding_seconds(vae: CausalVAE, frames: int, height: int, width: int) -> float:
+    """As `seconds`, of a video that is encoded and decoded."""
+    size = vae.config.latent_shape(frames + (1 - frames) % vae.config.temporal_factor, height, width)
+    flops = encode_flops(vae, (3, frames, height, width)) + decode_flops(vae, size)
+    return flops / rate(vae.quant_conv.weight.device, torch.float32) / SHARE if flops > SMALL else 0.0
 
 
 def in_words(duration: float) -> str:

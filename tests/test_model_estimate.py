@@ -38,7 +38,21 @@ def test_operations_of_the_decoder_are_those_counted():
     latents = torch.randn(1, 4, 9, 4, 4)
     theirs = counted(host.decode, latents)
     # the first latent becomes one frame where the others become four, and shortcuts and attention are left out
-    assert estimate.decode_flops(CausalVAE.from_wan(host), latents.shape[1:]) == pytest.approx(theirs, rel=0.15)
+    ours = CausalVAE.from_wan(host)
+    assert estimate.decode_flops(ours, latents.shape[1:]) == pytest.approx(theirs, rel=0.15)
+    video = torch.randn(1, 3, 33, 32, 32)
+    assert estimate.encode_flops(ours, video.shape[1:]) == pytest.approx(counted(host.encode, video), rel=0.15)
+    assert ours.config.latent_shape(33, 32, 32) == latents.shape[1:]
+
+
+def test_the_time_of_a_long_video_is_guessed_and_of_a_short_one_not(monkeypatch):
+    vae = CausalVAE()
+    monkeypatch.setattr(estimate, "rate", lambda device, dtype: 1e11)
+    assert estimate.coding_seconds(vae, 81, 480, 832) == pytest.approx(
+        2 * estimate.coding_seconds(vae, 41, 480, 832), rel=0.1
+    )
+    assert estimate.coding_seconds(vae, 82, 480, 832) > 1000
+    assert estimate.coding_seconds(vae, 1, 16, 16) == 0
 
 
 @pytest.mark.parametrize(
