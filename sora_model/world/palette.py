@@ -43,8 +43,8 @@ STYLES: dict[str, tuple[str, ...]] = {  # style -> the backgrounds it goes with
     "neon": ("black", "navy"),
     "sketch": ("cream",),
 }
-# The inside of a shape is covered by at least this much of its colour, and what glows outside by at most that: between
-# the two lies the outline.
+# The inside of a shape is covered by at least this much of its colour, and what glows outside of it in neon by at most
+# GLOW.
 INSIDE: dict[str, float] = {"flat": 1.0, "outline": 0.3, "neon": 0.5, "sketch": 0.4}
 GLOW = 0.3
 SHADE = 0.7  # the share of its colour on the darkest face of a flat box

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .base import Setting, Thing
-from .palette import BACKGROUNDS, COLOURS, INSIDE, SHADE, STYLES, chroma, ink
+from .palette import BACKGROUNDS, COLOURS, GLOW, INSIDE, SHADE, STYLES, chroma, ink
 from .render import Canvas
 from .shapes import FIGURES, area
 
@@ -84,7 +84,7 @@ def read(video: np.ndarray, style: str | None = None) -> Reading:
     setting = Setting((1.0, 1.0), style, background)
     tracks, likeness = {}, {}
     for colour, amount in amounts.items():
-        if (track := _track(colour, amount, _inside(amount, style))) is not None:
+        if (track := _track(colour, amount, _inside(amount, style), _outside(style))) is not None:
             likeness[colour] = fits = _fits(track, amount, setting)
             best = max(fits, key=fits.get)
             tracks[colour] = track if style == "flat" or fits[best] < 0.9 else _centred(track, amount, setting, best)
@@ -93,24 +93,32 @@ def read(video: np.ndarray, style: str | None = None) -> Reading:
 
 
 def _interior(amount: np.ndarray) -> np.ndarray:
-    """The shares [N] of the pixels that lie two pixels inside, or one where a shape is that thin."""
-    for shifts in ((-2, -1, 1, 2), (-1, 1)):
-        inner = amount > LOWEST
-        for axis in (1, 2):
-            for shift in shifts:
-                inner = inner & (np.roll(amount, shift, axis) > LOWEST)
-        if inner.sum() > 5 * len(inner):
-            break
+    """The shares [N] of the pixels that lie at least two pixels inside."""
+    inner = amount > LOWEST
+    for axis in (1, 2):
+        for shift in (-2, -1, 1, 2):
+            inner = inner & (np.roll(amount, shift, axis) > LOWEST)
     return amount[inner]
 
 
 def _style(amounts: dict[str, np.ndarray], background: str) -> str:
-    """The style whose inside is as full as that of the objects there are."""
-    full = np.concatenate([_interior(a) for a in amounts.values()] or [np.ones(1)])
-    level = float(np.quantile(full, 0.2)) if len(full) else 1.0
+    """The style whose inside is as full as that of the objects there are, or, where their shapes are too thin to have
+    one, whose renderings they are most like."""
+    full = [_interior(a) for a in amounts.values()]
+    if amounts and max(map(len, full)) < 6 * len(next(iter(amounts.values()))):
+        styles = [s for s in STYLES if background in STYLES[s]]
+        return max(
+            styles, key=lambda s: sum(_likest(c, a, Setting((1.0, 1.0), s, background)) for c, a in amounts.items())
+        )
+    level = float(np.quantile(np.concatenate(full), 0.2)) if full else 1.0
     if level > 0.57:
         return "flat"
     return "outline" if level < 0.36 else "sketch" if background == "cream" else "neon"
+
+
+def _likest(colour: str, amount: np.ndarray, setting: Setting) -> float:
+    track = _track(colour, amount, INSIDE[setting.style], _outside(setting.style))
+    return 0.0 if track is None else max(_fits(track, amount, setting).values())
 
 
 def _inside(amount: np.ndarray, style: str) -> float:
@@ -118,7 +126,11 @@ def _inside(amount: np.ndarray, style: str) -> float:
     if style != "flat":
         return INSIDE[style]
     full = _interior(amount)
-    return SHADE if len(full) and np.mean(full < 0.93) > 0.3 else 1.0
+    return SHADE if len(full) > 40 and np.mean(full < 0.93) > 0.3 else 1.0
+
+
+def _outside(style: str) -> float:
+    return GLOW if style == "neon" else 0.0
 
 
 def pixels(video: np.ndarray) -> np.ndarray:
@@ -160,9 +172,10 @@ def shares(image: np.ndarray, background: str) -> dict[str, np.ndarray]:
     return {c: np.where(nearest == k, most, 0) for k, c in enumerate(COLOURS)}
 
 
-def silhouette(amount: np.ndarray, inside: float) -> np.ndarray:
-    """Shares [T,H,W] of a colour -> how much each pixel is inside its shape, near its solid part alone."""
-    shape = np.clip(amount / inside, 0, 1)
+def silhouette(amount: np.ndarray, inside: float, outside: float = 0.0) -> np.ndarray:
+    """Shares [T,H,W] of a colour -> how much each pixel is inside its shape, near its solid part alone. Inside the
+    share is at least ``inside``, outside at most ``outside``."""
+    shape = np.clip((amount - outside) / (inside - outside), 0, 1)
     near = shape > 0.5
     for axis in (1, 2):
         grown = near.copy()
@@ -185,12 +198,12 @@ def centroids(shape: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def rendered(thing: Thing, setting: Setting, position: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Silhouettes [T,H,W] of a flat shape drawn at ``position`` [T,2] (pixels), read as a clip's are."""
-    return silhouette(_drawn(thing, setting, position, size), INSIDE[setting.style])
+    return silhouette(_drawn(thing, setting, position, size), INSIDE[setting.style], _outside(setting.style))
 
 
-def _track(colour: str, amount: np.ndarray, inside: float) -> Track | None:
+def _track(colour: str, amount: np.ndarray, inside: float, outside: float = 0.0) -> Track | None:
     unit = min(amount.shape[1:])
-    shape = silhouette(amount, inside)
+    shape = silhouette(amount, inside, outside)
     total, position = centroids(shape)
     most = total.max()
     if most < LEAST * unit**2:

@@ -70,7 +70,8 @@ class Bite(Scene):
         for k in range(number):
             direction = np.array([math.cos(angle + k * turn), math.sin(angle + k * turn)])
             edge = _edge(shape, thing.radius, direction)
-            at, outside = direction * (edge - 0.25 * radius), direction * (edge + 2.0 * radius)
+            depth = min(edge - 0.25 * radius, thing.radius)  # at a corner deep enough to take all of it
+            at, outside = direction * depth, direction * (edge + 2.0 * radius)
             far = direction * (edge + 4 * radius)
             if k == 0:
                 path.append((0.0, *far))
