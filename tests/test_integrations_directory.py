@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import hosts
 import pytest
@@ -42,7 +44,7 @@ def test_the_config_of_one_model_is_enough(pipeline):
     assert part.verification is None and "not verified" in str(part) and not part.report.left
     assert part.before.passes > 2 * part.after.passes
     assert part.after.products == pytest.approx(part.before.products, rel=0.01)
-    with pytest.raises(ValueError, match="a WanTransformer3DModel of this config does not take 2x3x99 tokens"):
+    with pytest.raises(ValueError, match="a WanTransformer3DModel of .*config.json does not take 2x3x99 tokens"):
         list(directory.inspect(pipeline / "transformer", (2, 3, 99)))
 
 
@@ -90,6 +92,63 @@ def test_a_folder_without_a_known_model(tmp_path, content, message):
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         list(directory.inspect(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"num_layers": 10**8}, r"config.json must have at most 1000 layers; got {'num_layers': 100000000}"),
+     ({"num_layers": "two"}, "no WanTransformer3DModel can be made of .*config.json; TypeError: 'str' object"),
+     ({"attention_head_dim": 7}, "no WanTransformer3DModel can be made of .*config.json; AssertionError"),
+     ({"patch_size": [1, 0, 2]}, "of .*config.json does not take 2x3x4 tokens; ZeroDivisionError"),
+     ({"eps": "small"}, "of .*config.json does not take 2x3x4 tokens; TypeError")],
+)  # fmt: skip
+def test_a_config_that_its_class_stumbles_over(pipeline, tmp_path, changes, message):
+    config = json.loads((pipeline / "transformer" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        list(directory.inspect(tmp_path, (2, 3, 4)))
+
+
+def test_json_without_an_end_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json must be JSON; maximum recursion depth"):
+        list(directory.inspect(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "{}/elsewhere"])
+def test_an_index_leads_nowhere_outside_of_its_folder(pipeline, tmp_path, name):
+    (tmp_path / "elsewhere").symlink_to(pipeline / "transformer")
+    (tmp_path / "folder").mkdir()
+    index = {name.format(tmp_path): ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="folder must hold one of the .*; got no models"):
+        list(directory.inspect(tmp_path / "folder"))
+
+
+HEADERS = {
+    "empty": b"", "a pointer": b"version https://git-lfs.github.com/spec/v1", "endless": b"\xff" * 16,
+    "a list": struct.pack("<Q", 2) + b"[]", "without tensors": struct.pack("<Q", 2) + b"{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_weights_that_are_none_are_named(pipeline, tmp_path, header):
+    (tmp_path / "config.json").symlink_to(pipeline / "transformer" / "config.json")
+    (tmp_path / "a.safetensors").write_bytes(HEADERS[header])
+    with pytest.raises(ValueError, match="a.safetensors must (be a file of safetensors|hold tensors)"):
+        list(directory.inspect(tmp_path, (2, 3, 4)))
+
+
+def test_weights_are_regular_files_of_safetensors_and_nothing_else_is_loaded(pipeline, tmp_path):
+    (tmp_path / "config.json").symlink_to(pipeline / "transformer" / "config.json")
+    (tmp_path / "._a.safetensors").write_bytes(b"of a Mac")
+    (tmp_path / "a.safetensors").mkdir()
+    os.mkfifo(tmp_path / "b.safetensors")
+    (part,) = directory.inspect(tmp_path, (2, 3, 4))
+    assert part.before is not None
+    torch.save(wan(num_layers=1).state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model.safetensors"):
+        list(directory.inspect(tmp_path, (2, 3, 4), verify=True))
 
 
 @pytest.mark.parametrize("grid", ["2x3", "0x3x4", "axbxc", "1x2x3x4"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 from .patch import Report, class_of, host_of, known, patch_model, patched, unpatch_model
 from .verify import Verification, verify_patch
 
+CONFIG = "config.json"
+LAYERS = 1000  # or blocks; with more of a kind no model is made
 _PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution", "linear")  # of aten
 _TOUCH_NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 _PRODUCT_OPS = ("attention", "conv3d", "final_layer", "patch_embed3d")  # parts of names, aten's attention included
@@ -66,7 +69,8 @@ def inspect(folder: str | Path, grid: tuple[int, int, int] = (21, 30, 52), *, ve
     grid    tokens of a transformer's input: frames, rows, columns of patches. 21x30x52 is 81 frames of 832x480 for Wan
     verify  load the weights too and run `verify_patch` on small inputs
 
-    Raises ValueError where the folder holds no config, or no model of a known class.
+    Raises ValueError where the folder holds no config, no model of a known class, one that its class does not make of
+    its config, or broken weights; OSError where `verify` finds no weights in safetensors, the only ones that are read.
     """
     folder = Path(folder)
     configs = _configs(folder)
@@ -87,26 +91,49 @@ def traffic(model: nn.Module, *inputs: Any, **kwargs: Any) -> Traffic:
 
 
 def _part(name: str, cls: type[nn.Module], folder: Path, grid: tuple[int, int, int], verify: bool) -> Part:
+    dtype = _dtype(folder)
     with FakeTensorMode():
-        model = _cast(cls.from_config(cls.load_config(folder)), _dtype(folder))
-        inputs = host_of(model).example(model, grid)
+        model = _cast(_made(cls, folder), dtype)
         try:
+            inputs = host_of(model).example(model, grid)
             before = traffic(model, *inputs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             before = None
-        except RuntimeError as error:
+        except Exception as error:  # of the host's, whatever it is that its code trips over
             size = "x".join(map(str, grid))
-            raise ValueError(f"inspect: a {cls.__name__} of this config does not take {size} tokens; {error}") from None
+            raise ValueError(
+                f"inspect: a {cls.__name__} of {folder / CONFIG} does not take {size} tokens; {_said(error)}"
+            ) from None
         with patched(model) as report:
             after = None if before is None else traffic(model, *inputs)
     verification = None
     if verify:
-        real = cls.from_pretrained(folder, torch_dtype=_dtype(folder), local_files_only=True)
+        real = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
         patch_model(real)
         verification = verify_patch(real)
         if verification.ok:
             unpatch_model(real)
     return Part(name, report, before, after, verification)
+
+
+def _made(cls: type[nn.Module], folder: Path) -> nn.Module:
+    """The model of a config. Its class may stumble over values in any way."""
+    config = _read(folder / CONFIG)
+    counts = {key: value for key, value in config.items() if "layers" in key or "blocks" in key}
+    if many := {key: n for key, value in counts.items() for n in tree_leaves(value) if _above(n)}:
+        raise ValueError(f"inspect: {folder / CONFIG} must have at most {LAYERS} layers; got {many}")
+    try:
+        return cls.from_config(cls.load_config(folder))
+    except Exception as error:
+        raise ValueError(f"inspect: no {cls.__name__} can be made of {folder / CONFIG}; {_said(error)}") from None
+
+
+def _above(n: Any) -> bool:
+    return isinstance(n, int | float) and n > LAYERS
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -120,9 +147,10 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _configs(folder: Path) -> dict[str, Path]:
-    index, own = folder / "model_index.json", folder / "config.json"
+    index, own = folder / "model_index.json", folder / CONFIG
     if index.is_file():
-        return {name: path for name in _read(index) if (path := folder / name / "config.json").is_file()}
+        names = filter(str.isidentifier, _read(index))  # nothing outside of the folder
+        return {name: path for name in names if (path := folder / name / CONFIG).is_file()}
     if not own.is_file():
         raise ValueError(f"inspect: {folder} must hold a model_index.json or config.json of diffusers; it has neither")
     return {"": own}
@@ -131,7 +159,7 @@ def _configs(folder: Path) -> dict[str, Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"inspect: {path} must be JSON; {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"inspect: {path} must be an object of JSON; got {type(content).__name__}")
@@ -140,12 +168,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _dtype(folder: Path) -> torch.dtype:
     """What most weights are stored in, by the header of the first file of safetensors; without one, bfloat16."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        kinds = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
+    for path in filter(Path.is_file, sorted(folder.glob("[!.]*.safetensors"))):
+        kinds = _kinds(path)
         return {"F32": torch.float32, "F16": torch.float16}.get(max(kinds, key=kinds.count), torch.bfloat16)
     return torch.bfloat16
+
+
+def _kinds(path: Path) -> list[str]:
+    """The dtype of each tensor in a file of safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = [file.get_slice(name).get_dtype() for name in file.keys()]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"inspect: {path} must be a file of safetensors; {error}") from None
+    if not kinds:
+        raise ValueError(f"inspect: {path} must hold tensors; it has none")
+    return kinds
 
 
 class _Count(TorchDispatchMode):
