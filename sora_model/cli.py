@@ -294,41 +294,47 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)
     ] = None,
+    each: Annotated[int, typer.Option(min=1, max=1000, help="Prompts of each scene, trained pairs and unseen.")] = 4,
+    continuations: Annotated[
+        int, typer.Option(min=0, max=1000, help="True clips of each scene to continue; 0 for none.")
+    ] = 2,
+    long: Annotated[float | None, typer.Option(help="Measure clips of so many seconds too.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Other sizes to try, such as 96x64,64x96.")] = None,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:
-    """Score a checkpoint: do clips of prompts it never saw show what they say?"""
+    """Measure a checkpoint against the world: JSON, tables, and a page with clips side by side beside the JSON."""
     from . import evaluate as measure
+    from . import world
     from .files import naming, write_atomically
     from .machine import check_impl
+    from .page import write_page
     from .pipeline import Sora
 
     check_impl(impl)
+    others = [_size(size) for size in sizes.split(",")] if sizes else []
+    if long is not None and not 4 <= long <= 3600:
+        raise ValueError(f"--long must be from 4 to 3600 seconds, got {long:g}")
     if to == Path("out/eval.json"):
         to.parent.mkdir(exist_ok=True)
-    with write_atomically(to) as part:
+    page, clips = to.with_suffix(".html"), []
+    if page == to:
+        raise ValueError(f"--out is the JSON file, beside which the page {page.name} is written; name it .json")
+    with write_atomically(to) as part, write_atomically(page) as document:
         sora = Sora.from_pretrained(weights, device=device)
-        with bars(err) as progress:
+        with notes(err), bars(err) as progress:
             result = measure.evaluate(
-                sora, seed=seed, steps=steps, guidance=guidance, impl=impl,
-                progress=lambda done, total: progress("clips", done, total),
+                sora, prompts=world.eval_prompts(each), seed=seed, steps=steps, guidance=guidance, impl=impl,
+                continuations=continuations, long=long, sizes=others, progress=progress,
+                keep=lambda *clip: clips.append(clip),
             )  # fmt: skip
         with naming(to):
             part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    table = Table(title=f"{result['prompts']} prompts never trained on, seed {seed}")
-    for column in ("", *measure.QUESTIONS):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, key in (
-        ("clips", "score"),
-        ("of unseen pairs", "held_out"),
-        ("true clips", "floor"),
-        ("true clips, coded", "vae"),
-    ):
-        table.add_row(
-            name, *("-" if (share := result[key][q]) is None else f"{share:.0%}" for q in measure.QUESTIONS)
-        )
-    out.print(table)
-    say(out, f"VAE: {result['vae']['psnr']} dB; wrote {to}")
+        with naming(page):
+            write_page(document, result, clips, sora.defaults.fps)
+    for table in measure.tables(result):
+        out.print(table)
+    say(out, f"VAE: {result['vae']['psnr']} dB; wrote {to} and {page}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

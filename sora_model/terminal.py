@@ -41,10 +41,13 @@ def error(to: Console, message: object) -> None:
 
 @contextmanager
 def notes(to: Console) -> Iterator[None]:
-    """The warnings that are for the user, printed as notes when they are given: before the work that they are about."""
+    """The warnings that are for the user, printed as notes when they are first given: before the work that they are
+    about."""
+    told: set[str] = set()
 
     def show(message: object, category: type[Warning], *place: object) -> None:
-        if category is UserWarning:
+        if category is UserWarning and str(message) not in told:
+            told.add(str(message))
             note(to, message)
 
     with warnings.catch_warnings():

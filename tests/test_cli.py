@@ -214,7 +214,7 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     )
     dit = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16)
     monkeypatch.setitem(train.DIT, "toy", dit)
-    monkeypatch.setattr(world, "eval_prompts", lambda: PROMPTS)
+    monkeypatch.setattr(world, "eval_prompts", lambda each: PROMPTS)
     true_clips = evaluate._true_clips
     monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: true_clips(sora, 3))
     assert sora("train", "vae", "--run", "vae", "--steps", 2, "--batch", 4)[0] == 0
@@ -231,9 +231,13 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     code, _, err = sora("train", "dit", "--run", "other", "--vae", "none")
     assert code == 1 and "missing" in err
 
-    code, out, err = sora("eval", "--weights", "made", "--out", "eval.json", "--steps", 1)
+    monkeypatch.setattr(world, "SCENES", ("occluder", "bite"))
+    arguments = ("--steps", 1, "--continuations", 1, "--long", 4, "--sizes", "96x64")
+    code, out, err = sora("eval", "--weights", "made", "--out", "eval.json", *arguments)
     assert code == 0, err
-    assert "of unseen pairs" in out
+    assert "of unseen pairs" in out and "constant velocity" in out.replace("\n", " ") and "96x64" in out
+    page = (tmp_path / "eval.html").read_text()
+    assert page.count("<video") > 8 and "http" not in page and "Half-lives" in page
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["prompts"] == 2 and result["steps"] == 1 and result["floor"]["colour"] == 1.0
 
@@ -257,11 +261,14 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
                 world.sample(int(prompt), scene="bounce").video, 8
             )
 
-    result = evaluate.evaluate(Perfect(), prompts=prompts, true_clips=4)
+    result = evaluate.evaluate(Perfect(), prompts=prompts, true_clips=4, continuations=0)
     assert all(share in (None, 1.0) for share in result["score"].values()) and result["score"]["colour"] == 1.0
     wrong = [(prompt, dataclasses.replace(program, style="neon")) for prompt, program in prompts]
     styles = [program.style for _, program in prompts]
-    assert evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1)["score"]["style"] == styles.count("neon") / 6
+    assert (
+        evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1, continuations=0)["score"]["style"]
+        == styles.count("neon") / 6
+    )
 
 
 def test_bench_runs_in_a_checkout_from_any_folder_and_says_what_is_missing_elsewhere(sora, monkeypatch, tmp_path):
@@ -351,13 +358,12 @@ def test_outputs_are_tried_before_any_work(sora, tmp_path, monkeypatch):
 
 
 def test_what_is_replaced_keeps_its_permissions_and_its_link(sora, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "eval_prompts", lambda: PROMPTS[:1])
+    monkeypatch.setattr(world, "eval_prompts", lambda each: PROMPTS[:1])
     (tmp_path / "secret").write_text("old")
     (tmp_path / "secret").chmod(0o600)
     (tmp_path / "link").symlink_to("secret")
-    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: (dict.fromkeys(evaluate.QUESTIONS),
-                        dict.fromkeys(evaluate.QUESTIONS) | {"psnr": 1.0}))  # fmt: skip
-    code, _, err = sora("eval", "--weights", tiny_checkpoint, "--steps", 1, "--out", "link")
+    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: ([], [], 1.0))
+    code, _, err = sora("eval", "--weights", tiny_checkpoint, "--steps", 1, "--out", "link", "--continuations", 0)
     assert code == 0, err
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "secret").read_text())["prompts"] == 1
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import Sample
 from .base import HIDDEN, SHOWN, Setting, Thing
+from .captions import Program
 from .readout import Reading, Track, radius_of, read, rendered
 from .shapes import FIGURES, gap
 
@@ -132,6 +133,30 @@ def own_rigidity(reading: Reading, colour: str, shape: str) -> list[float]:
     setting = Setting((1.0, 1.0), reading.style, reading.background)
     thing = Thing(colour, shape, radius_of(track, shape, setting, reading.size))
     return shape_scores(track, thing, setting, reading.size, np.flatnonzero(track.visible > SHOWN))
+
+
+def prompted(video: np.ndarray, program: Program, fps: float, reading: Reading | None = None) -> dict[str, list[float]]:
+    """What can be measured of a clip of which only the caption's program is known: ``rigidity`` of each named flat
+    shape, ``counted`` and ``count_errors`` of the objects (those of scenes that hide some may be out of sight)."""
+    reading = read(video) if reading is None else reading
+    named = dict(program.things)
+    scores = []
+    if program.scene not in ("bite", "paint", "orbit"):
+        for colour, shape in program.things:
+            scores += own_rigidity(reading, colour, shape)
+    hides = program.scene in ("occluder", "turn_back", "bite", "paint", "orbit")
+    wrong = np.zeros(len(video), bool)
+    for colour in {*named, *reading.tracks}:
+        track = reading.tracks.get(colour)
+        pieces = np.zeros(len(video), int) if track is None else track.pieces
+        most = 0 if colour not in named else 3 if hides else 1
+        wrong |= (pieces > most) | (pieces < (colour in named and not hides))
+    begun = wrong & ~np.concatenate([[False], wrong[:-1]])
+    return {
+        "rigidity": scores,
+        "counted": [float(1 - wrong.mean())],
+        "count_errors": [float(begun.sum() * fps / len(video))],
+    }
 
 
 def permanence(pair: Pair) -> dict[str, list[float]]:

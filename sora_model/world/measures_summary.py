@@ -24,7 +24,15 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "energy_error": ("energy, off by", "", False),
     "gravity_error": ("gravity, off by", "", False),
     "penetration": ("in one another", "px", False),
+    "seam": ("jump at the seam", "px", False),
 }
+
+
+def label(name: str) -> str:
+    """A measure's name in words, with its unit."""
+    kind, _, horizon = name.partition("@")
+    about, unit, _ = MEASURES.get(kind, (kind.replace("_", " "), "", True))
+    return about + (f" to {horizon}" if horizon else "") + (f", {unit}" if unit else "")
 
 
 def mean_of(clips: Sequence[dict[str, list[float]]], name: str, seed: int = 0) -> dict[str, float] | None:
