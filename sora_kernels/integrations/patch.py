@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import inspect
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import nn
 
 from .. import _check, _dispatch, _library
 from . import diffusers
+from ._bound import Bound, bound_of, replicate
 
 HOSTS = {"diffusers": diffusers.CLASSES}  # library and folder -> file -> the classes that it plans for
 OPS = (
@@ -102,32 +102,6 @@ class How:
         return "once" if torch.is_grad_enabled() else self.rounding
 
 
-class Bound:
-    """What a module runs in place of its forward: `run(module, *arguments, ...)`.
-
-    `bound.forward`, a method of this object, is put into the module: it is copied and pickled with the module that it
-    belongs to, and the compiler, which compares the code of a method, compiles the blocks of a model once. Any other
-    callable it would tell from the next block's.
-    """
-
-    def __init__(self, run: Callable[..., Any], module: nn.Module, *arguments: Any) -> None:
-        self.run, self.module, self.arguments = run, module, arguments
-
-    @property
-    def forward(self) -> types.MethodType:
-        def forward(self: Bound, *args: Any, **kwargs: Any) -> Any:
-            return self.run(self.module, *self.arguments, *args, **kwargs)
-
-        forward.__signature__ = inspect.signature(type(self.module).forward)  # pipelines look at the host's
-        return types.MethodType(forward, self)
-
-
-def bound_of(module: nn.Module) -> Bound | None:
-    """What `module` runs in place of its forward, where that is ours."""
-    bound = getattr(vars(module).get("forward"), "__self__", None)
-    return bound if isinstance(bound, Bound) else None
-
-
 @dataclasses.dataclass
 class Swap:
     """A `forward` for one module, or (processor=True) an attention processor; not a frozen one: copies rebind it."""
@@ -143,7 +117,7 @@ class Swap:
             self.module.processor = self.new
         else:
             self.module.forward = self.new
-            self.module._replicate_for_data_parallel = functools.partial(_replicate, self.module)
+            self.module._replicate_for_data_parallel = functools.partial(replicate, self.module)
 
     def in_place(self) -> bool:
         return (self.module.processor if self.processor else vars(self.module).get("forward")) is self.new
@@ -175,14 +149,6 @@ class Record:
 def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swap:
     """`forward(module, *arguments, ...)`, a function of some file's top level, for the `forward` of `module`."""
     return Swap(module, Bound(forward, module, *arguments).forward)
-
-
-def _replicate(module: nn.Module) -> nn.Module:
-    """A replica as nn.DataParallel makes them, whose `forward` runs on the replica's own parameters."""
-    replica = type(module)._replicate_for_data_parallel(module)
-    if bound := bound_of(replica):
-        replica.forward = Bound(bound.run, replica, *bound.arguments).forward
-    return replica
 
 
 def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
