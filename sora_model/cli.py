@@ -399,7 +399,7 @@ def main() -> None:
         # the reader, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except (ValueError, OSError, FloatingPointError, Unavailable) as failure:
+    except (ValueError, OSError, FloatingPointError, Unavailable, extras.MissingExtra) as failure:
         error(err, failure)
         sys.exit(1)
 

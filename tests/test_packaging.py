@@ -243,10 +243,11 @@ def test_a_command_that_lacks_an_extra_names_it_in_one_line(installed, tmp_path,
 
 
 def test_a_command_for_diffusers_names_its_extra(installed, tmp_path):
-    script = WITHOUT.format(missing=["diffusers"], arguments=["patch", "."])
-    script += "from sora_model.__main__ import main; main()"
-    result = python("-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert result.returncode == 1 and "extra [diffusers]" in result.stderr and "Traceback" not in result.stderr
+    for module in ("__main__", "cli"):
+        script = WITHOUT.format(missing=["diffusers"], arguments=["patch", "."])
+        script += f"from sora_model.{module} import main; main()"
+        result = python("-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+        assert result.returncode == 1 and "extra [diffusers]" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_python_names_the_extra_that_a_class_needs(installed, tmp_path):
