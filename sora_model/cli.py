@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,7 +146,7 @@ def reconstruct(
     """Send a video through a checkpoint's VAE and back, and say what that loses."""
     from .machine import check_impl
     from .media import check_target
-    from .reconstruct import knows_one_world, load_vae
+    from .reconstruct import load_vae, remarks
     from .reconstruct import reconstruct as run
 
     check_impl(impl)
@@ -159,26 +158,12 @@ def reconstruct(
     with bars(err) as progress:
 
         def told(done: int, total: int | None) -> None:
-            for remark in [] if done else _remarks_on(source, vae, knows_one_world(weights)):
+            for remark in [] if done else remarks(source, vae, weights):
                 note(err, remark)
             progress("frames", done, total)
 
         result = run(vae, source, to, progress=told)
     say(out, f"wrote {result.path}: {result.frames} frames, PSNR {result.psnr:.2f} dB")
-
-
-def _remarks_on(source: Path, vae: Any, one_world: bool) -> Iterator[str]:
-    """What is worth knowing of a video file before it is sent through a VAE."""
-    from . import estimate, media
-
-    info = media.probe(source)
-    if one_world:
-        yield "this VAE was trained on clips of the procedural world alone; real footage comes back badly"
-    if info.left_out:
-        yield f"not in it: {', '.join(info.left_out)}"
-    duration = estimate.coding_seconds(vae, info.frames, info.height, info.width) if info.frames else 0
-    if duration > estimate.LONG:
-        yield f"this takes {estimate.in_words(duration)} on this machine, guessed from its rate of multiplication"
 
 
 @app.command()

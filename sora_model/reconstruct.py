@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import machine, media
+from . import estimate, machine, media
 from .checkpoint import CheckpointError, read_json, read_part
 from .machine import TooLargeError, choose_device, gib
 from .pipeline import TOY, to_pixels
@@ -59,10 +59,16 @@ def load_vae(source: str | os.PathLike[str] = "toy", *, device: str | torch.devi
     return vae.to(device, torch.float32).eval().requires_grad_(False)
 
 
-def knows_one_world(source: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint that `load_vae` takes was trained here: on clips of the procedural world alone."""
-    folder = TOY if os.fspath(source) == "toy" else Path(source)
-    return read_json(folder / "model_index.json").get("_class_name") == "Sora"
+def remarks(path: str | os.PathLike[str], vae: CausalVAE, source: str | os.PathLike[str]) -> Iterator[str]:
+    """What is worth knowing of a video file before it is sent through the VAE of the checkpoint `source`."""
+    info, folder = media.probe(path), TOY if os.fspath(source) == "toy" else Path(source)
+    if read_json(folder / "model_index.json").get("_class_name") == "Sora":
+        yield "this VAE was trained on clips of the procedural world alone; real footage comes back badly"
+    if info.left_out:
+        yield f"not in it: {', '.join(info.left_out)}"
+    duration = estimate.coding_seconds(vae, info.frames, info.height, info.width) if info.frames else 0
+    if duration > estimate.LONG:
+        yield f"this takes {estimate.in_words(duration)} on this machine, guessed from its rate of multiplication"
 
 
 def encode_file(
