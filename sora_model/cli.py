@@ -283,8 +283,8 @@ def evaluate(
     continuations: Annotated[
         int, typer.Option(min=0, max=1000, help="True clips of each scene to continue; 0 for none.")
     ] = 2,
-    long: Annotated[float | None, typer.Option(help="Measure clips of so many seconds too.")] = None,
-    sizes: Annotated[str | None, typer.Option(help="Other sizes to try, such as 96x64,64x96.")] = None,
+    long: Annotated[float | None, typer.Option(help="Also clips of so many seconds.", show_default="none")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Other sizes, such as 96x64,64x96.", show_default="none")] = None,
     impl: Impl = "auto",
     device: Device = None,
 ) -> None:
