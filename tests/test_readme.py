@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -29,6 +30,7 @@ def test_there_are_python_blocks():
 @pytest.mark.parametrize("name", BLOCKS)
 def test_code_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     exec(compile(BLOCKS[name], name, "exec"), {})
 
 
