@@ -19,13 +19,14 @@ import typer
 from rich.table import Table
 
 from . import extras
+from .arguments import Device, Impl, Weights
+from .cli_train import training
 from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
 app.add_typer(training, name="train")
 worlds = typer.Typer(help="The procedural world: clips whose truth is known.", no_args_is_help=True)
 app.add_typer(worlds, name="world")
@@ -33,20 +34,7 @@ app.add_typer(worlds, name="world")
 out = console()
 err = console(stderr=True)
 
-Weights = Annotated[
-    str, typer.Option(help="Checkpoint folder (own, or Wan 2.1's in the diffusers layout), or 'toy'.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="Where to compute.", show_default="cuda where there is a GPU, else cpu")
-]
 OWN = "the checkpoint's own"
-TrainDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same weights.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of training.")]
-Batch = Annotated[int | None, typer.Option(help="Clips in a step.")]
-Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
-Run = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")]
-Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -183,59 +171,6 @@ def patch(
         say(out, str(part))
         if part.verification is not None and not part.verification.ok:
             raise ValueError(f"{part.name or folder} does not agree with the host; see above")
-
-
-@training.command("vae")
-def train_vae(
-    run: Run = Path("out/train/vae"),
-    steps: Steps = None,
-    batch: Batch = None,
-    lr: Rate = None,
-    seed: Seed = None,
-    impl: Impl = "auto",
-    device: TrainDevice = "cpu",
-) -> None:
-    """Train the VAE on clips of the procedural world."""
-    from . import train
-    from .machine import check_impl
-
-    check_impl(impl)
-    settings = _changed(train.VAE_SETTINGS, steps=steps, batch=batch, lr=lr, seed=seed)
-    train.train_vae(run, settings, device=device, impl=impl)
-    say(out, f"wrote {run / 'model.safetensors'}")
-
-
-@training.command("dit")
-def train_dit(
-    run: Run = Path("out/train/dit"),
-    vae: Annotated[Path, typer.Option(help="Folder of a VAE run, or vae/ of a checkpoint.")] = Path("out/train/vae"),
-    checkpoint: Annotated[Path, typer.Option(help="Where every save writes the checkpoint.")] = Path("out/toy"),
-    steps: Steps = None,
-    batch: Batch = None,
-    lr: Rate = None,
-    seed: Seed = None,
-    clips: Annotated[int, typer.Option(min=1, help="Clips to encode and learn from.")] = 5000,
-    impl: Impl = "auto",
-    device: TrainDevice = "cpu",
-) -> None:
-    """Train the transformer and its text encoder on the VAE's latents, and write a checkpoint."""
-    from . import train
-    from .files import naming
-    from .machine import check_impl
-    from .pipeline import Sora
-
-    check_impl(impl)
-    settings = _changed(train.DIT_SETTINGS, steps=steps, batch=batch, lr=lr, seed=seed)
-    coder = train.load_vae(vae)
-    with naming(checkpoint):
-        checkpoint.mkdir(parents=True, exist_ok=True)
-
-    def save(dit: Any, text: Any, step: int) -> None:
-        Sora(dit, coder.cpu(), text, train.TOY_DEFAULTS).save_pretrained(checkpoint)
-        train.write_record(checkpoint, vae=vae, dit=run, command=["sora", *sys.argv[1:]], step=step)
-
-    train.train_dit(run, coder, settings, clips=clips, device=device, impl=impl, on_save=save)
-    say(out, f"wrote {checkpoint}")
 
 
 @worlds.command("render")

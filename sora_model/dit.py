@@ -14,11 +14,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sora_kernels import (
     final_layer,
@@ -32,6 +34,7 @@ from sora_kernels import (
 
 from . import checks
 from .attention import AttentionMode, Grid
+from .memory import Memory, Past
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +147,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Tokens see those that the mode says; the rotation of q and k tells how far apart two of them are."""
 
-    def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str, past: Past | None = None) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))        # [B, S, H, E]
-        norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps}
-        q, k = qk_norm_rope(q, k, grid=grid, **norms, impl=impl)
+        norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps, "impl": impl}
+        if past is None:
+            q, k = qk_norm_rope(q, k, grid=grid, **norms)
+        else:
+            q, k, v, grid = past.joined(q, k, v, grid, norms)
         out = spacetime_attention(q, k, v, **mode.keywords(grid), impl=impl)                 # [B, S, H, E]
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
@@ -184,13 +190,14 @@ class Block(nn.Module):
         grid: Grid,
         mode: AttentionMode,
         impl: str,
+        past: Past | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)                        # [B, N, D]
         tables = self.table[0].unbind(0)                                                     # 6 x [D]
         how = {"eps": self.eps, "impl": impl}
 
         h = norm_modulate(x, shift1, scale1, shift_table=tables[0], scale_table=tables[1], **how)
-        y = self.self_attn(h, grid, mode, impl)                                              # [B, S, D]
+        y = self.self_attn(h, grid, mode, impl, past)                                              # [B, S, D]
         if self.cross_norm is None:
             x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
         else:
@@ -205,13 +212,16 @@ class Block(nn.Module):
 class SoraDiT(nn.Module):
     """Predicts the velocity of noisy latents from their timesteps and a text.
 
+    checkpointing  keep of each block its input alone, and compute it again in the backward: a third more work in the
+                   memory of one block
+
     The weights may be of one dtype, or as Wan keeps them: half precision, with the tables, the time embedding
     and the norms before cross-attention in fp32 (`from_wan(..., dtype=torch.bfloat16)`).
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, checkpointing
         dim, text_dim = config.dim, config.text_dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -242,6 +252,8 @@ class SoraDiT(nn.Module):
         text_lens: Tensor | None = None,
         *,
         attention: AttentionMode | None = None,
+        memory: Memory | None = None,
+        remember: bool = False,
         impl: str = "auto",
     ) -> Tensor:
         """The velocity of the latents, in their shape (but `out_channels` channels) and dtype.
@@ -251,7 +263,9 @@ class SoraDiT(nn.Module):
                     [B, T'] or token [B, S], in t-major order
         text        [B, L, text_dim]
         text_lens   [B] integers: how many of the L tokens count; None: all, as Wan sees its texts' padding
-        attention   the mode of self-attention; None: that of the config
+        attention   the mode of self-attention; None: that of the config, or causal by frames where there is a memory
+        memory      the latents are the frames that follow those remembered, which they see; with `remember` they are
+                    remembered too
         impl        handed to every sora_kernels function
 
         Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
@@ -262,9 +276,16 @@ class SoraDiT(nn.Module):
         time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
         rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
         text = self.text_embedding(text)                                                     # [B, L, D]
-        mode = self.config.attention if attention is None else attention
-        for block in self.blocks:
-            x = block(x, rows, text, text_lens, grid, mode, impl)                            # [B, S, D]
+        mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
+        if remember and memory is None:
+            raise ValueError("remember needs a memory")
+        again = self.checkpointing and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            past = None if memory is None else Past(memory, memory.layer(index), remember)
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x = run(x, rows, text, text_lens, grid, mode, impl, past)                        # [B, S, D]
+        if remember:
+            memory.frames += grid[0]
         shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]
         how = {"grid": grid, "patch": self.config.patch, "eps": self.config.eps, "impl": impl}
         return final_layer(x, shift, scale, self.head.weight, self.head.bias, **how)         # [B, C, T, H, W]
@@ -320,6 +341,10 @@ class SoraDiT(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(_kept_in(name, dtype))
         return self
+
+    def weights_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights as `to_dtype` converts them, for `torch.func.functional_call`: gradients reach the parameters."""
+        return {name: parameter.to(_kept_in(name, dtype)) for name, parameter in self.named_parameters()}
 
     @classmethod
     def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:

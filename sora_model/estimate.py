@@ -20,13 +20,15 @@ LONG = 60.0  # seconds from which on it is worth a note
 SMALL = 10**11  # operations that no machine needs that long for: not worth a measurement
 
 
-def denoise_flops(dit: SoraDiT, latents: Sequence[int], *, evaluations: int) -> int:
-    """Floating-point operations of so many evaluations of the transformer on latents [C, T, H, W], text left out."""
+def denoise_flops(dit: SoraDiT, latents: Sequence[int], *, evaluations: int, seen: int | None = None) -> int:
+    """Floating-point operations of so many evaluations of the transformer on latents [C, T, H, W], text left out; of
+    which a token sees `seen` frames, by default all."""
     tokens = math.prod(latents[1:]) // math.prod(dit.config.patch)
     linear = [m for block in dit.blocks for m in block.modules() if isinstance(m, nn.Linear)]
     of_text = [m for block in dit.blocks for m in (block.cross_attn.k, block.cross_attn.v)]
     weights = sum(m.weight.numel() for m in linear) - sum(m.weight.numel() for m in of_text)
-    attention = 4 * tokens * tokens * dit.config.dim * dit.config.layers  # every pair, whatever a window hides
+    keys = tokens if seen is None else tokens * seen // latents[1]
+    attention = 4 * tokens * keys * dit.config.dim * dit.config.layers  # every pair, whatever a window hides
     ends = 2 * 2 * dit.patch_embedding.weight.numel() * tokens
     return evaluations * (2 * weights * tokens + attention + ends)
 
@@ -61,10 +63,13 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * 1024**3 / statistics.median(taken)
 
 
-def seconds(dit: SoraDiT, vae: CausalVAE, latents: Sequence[int], *, steps: int, guidance: float) -> float:
-    """About how long a clip of latents [C, T, H, W] takes here, right within a factor of three; 0 for a moment."""
+def seconds(
+    dit: SoraDiT, vae: CausalVAE, latents: Sequence[int], *, steps: int, guidance: float, seen: int | None = None
+) -> float:
+    """About how long a clip of latents [C, T, H, W] takes here, right within a factor of three; 0 for a moment.
+    `seen`: as `denoise_flops`."""
     weight = dit.patch_embedding.weight
-    denoise = denoise_flops(dit, latents, evaluations=steps * (1 if guidance == 1 else 2))
+    denoise = denoise_flops(dit, latents, evaluations=steps * (1 if guidance == 1 else 2), seen=seen)
     decode = decode_flops(vae, latents)
     if denoise + decode < SMALL:
         return 0.0

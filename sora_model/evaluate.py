@@ -20,8 +20,8 @@ from rich.table import Table
 from sora_kernels import video_to_uint8
 
 from . import machine, world
+from .frames import to_video
 from .pipeline import Sora
-from .train import to_video
 from .world import baselines, measures
 from .world.captions import Program
 from .world.measures_summary import label, mean_of, permanence_curve, summary

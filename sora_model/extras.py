@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXTRAS = {  # module -> the extra that brings it
-    "PIL": "model", "av": "model", "numpy": "model", "rich": "model", "safetensors": "model", "typer": "model",
-    "diffusers": "diffusers", "transformers": "diffusers", "matplotlib": "bench", "triton": "triton",
+    "PIL": "model", "av": "model", "numpy": "model", "omegaconf": "model", "rich": "model", "safetensors": "model",
+    "typer": "model", "diffusers": "diffusers", "transformers": "diffusers", "matplotlib": "bench", "triton": "triton",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from sora_kernels import video_to_uint8
 
 from . import checks, estimate, flow, machine, media
 from .attention import AttentionMode
@@ -38,15 +36,20 @@ from .checkpoint import (
     write_tensors,
 )
 from .dit import DiTConfig, SoraDiT
+from .frames import to_pixels
 from .machine import TooLargeError, choose_device, gib
+from .sampling import Sampler
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
+from .verbs import Verbs
 
 TOY = Path(__file__).parent / "checkpoints" / "toy"
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called as a clip is made."""
 
+_LONG = ("once", "stream", "pieces")
+_CHUNK = 4  # frames that a stream makes at once
 _MAX_SIDE, _MAX_STEPS, _MAX_FRAMES = 8192, 10_000, 10_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = {
@@ -113,7 +116,7 @@ class Clip:
         )
 
 
-class Sora:
+class Sora(Verbs):
     """A text-to-video model ready to use. Build it by `from_pretrained`."""
 
     def __init__(
@@ -223,6 +226,7 @@ class Sora:
         steps: int | None = None,
         guidance: float | None = None,
         attention: AttentionMode | str | None = None,
+        long: str | None = None,
         impl: str = "auto",
         progress: Progress | None = None,
     ) -> Clip:
@@ -234,6 +238,10 @@ class Sora:
         steps      of the Euler sampler; more is slower and finer
         guidance   how strongly to follow the prompt; 1 is not at all beyond the training data
         attention  mode of self-attention: an `AttentionMode`, or text such as "window=3x4x4" or "causal=frame"
+        long       how to make what is longer than the clips of training: "once", all frames together; "stream", a few
+                   at a time that see the last ones made and the first, in constant memory; "pieces", clips of that
+                   length that begin with the end of the last, in constant memory. Checkpoints whose latents are frames
+                   have all three, and "stream" by default; others have "once"
         impl       of every kernel: "auto", "reference", "cpu" or "triton"
 
         What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
@@ -243,7 +251,7 @@ class Sora:
         """
         plan = self._plan(
             prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance,
-            attention=attention, impl=impl,
+            attention=attention, long=long, impl=impl,
         )  # fmt: skip
         with machine.own_dtypes(self.device):
             frames = np.concatenate(list(self._frames(plan, impl, progress)))
@@ -256,7 +264,7 @@ class Sora:
         Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "attention")
+        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "attention", "long")
         if unknown := sorted(options.keys() - set(known)):
             raise TypeError(
                 f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
@@ -267,42 +275,48 @@ class Sora:
             return media.write_video(path, frames, plan.fps)
 
     @torch.no_grad()
-    def _frames(self, plan: _Plan, impl: str, progress: Progress | None) -> Iterator[np.ndarray]:
-        """The clip's frames, a chunk at a time as the VAE decodes it: uint8 `[t, H, W, 3]`."""
-        dtype = self.dit.patch_embedding.weight.dtype
-        text, lens = self.text.encode([plan.prompt, ""])
-        text, lens = text.to(self.device, dtype), lens.to(self.device) if self.text.masks_padding else None
-        prompt, null = ((text[i : i + 1], None if lens is None else lens[i : i + 1]) for i in range(2))
-
-        def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
-            times = flow.TIME_SCALE * t.float()
-            return self.dit(x.to(dtype), times, text, lens, attention=plan.attention, impl=impl).float()
-
-        noise = flow.draw_noise(
-            (1, *plan.latents), generator=torch.Generator().manual_seed(plan.seed), device=self.device
-        )
-        latents = flow.sample(
-            flow.guided(model, prompt, null, plan.guidance),
-            noise,
-            steps=plan.steps,
-            shift=self.defaults.shift,
-            progress=None if progress is None else lambda done, total: progress("denoise", done, total),
-        )
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError(
-                f"the transformer gives NaN or infinite latents ({dtype}, guidance={plan.guidance:g}, "
-                f"shift={self.defaults.shift:g}): its weights or the text encoder's are damaged, or {dtype} is too "
-                "narrow for them"
-            )
+    def _frames(self, plan: _Plan, impl: str, progress: Progress | None, **how: Any) -> Iterator[np.ndarray]:
+        """The clip's frames, uint8 `[t, H, W, 3]`, a chunk at a time as the VAE decodes it; `how`: `Sampler.draw`'s."""
+        sampler = Sampler(
+            self.dit, self.text, plan.prompt, steps=plan.steps, guidance=plan.guidance, shift=self.defaults.shift,
+            attention=plan.attention, impl=impl,
+        )  # fmt: skip
+        latents = self._latents(plan, sampler, progress, how)
         self.vae.impl = impl
         done = 0
-        for video in self.vae.decode_stream(self.vae.denormalize(latents), clamp=False, tile=plan.tile):
+        for video in self.vae.decode_stream(map(self.vae.denormalize, latents), clamp=False, tile=plan.tile):
             pixels = to_pixels(video, impl)[: plan.frames - done]
             done += len(pixels)
             if progress is not None:
                 progress("decode", done, plan.frames)
             if len(pixels):
                 yield pixels
+
+    def _latents(
+        self, plan: _Plan, sampler: Sampler, progress: Progress | None, how: Mapping[str, Any]
+    ) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(plan.seed)
+        if plan.long == "once":
+            noise = flow.draw_noise((1, *plan.latents), generator=generator, device=self.device)
+            told = None if progress is None else lambda done, total: progress("denoise", done, total)
+            parts = iter([sampler.draw(noise, progress=told, **how)])
+        elif plan.long == "stream":
+            window = self.defaults.frames - _CHUNK
+            parts = sampler.stream(plan.latents, generator=generator, window=window, chunk=_CHUNK)
+        else:
+            length = self.defaults.frames
+            parts = sampler.pieces(plan.latents, generator=generator, length=length, overlap=length // 2)
+        for part in parts:
+            if not torch.isfinite(part).all():
+                raise FloatingPointError(
+                    f"the transformer gives NaN or infinite latents ({sampler.dtype}, guidance={plan.guidance:g}, "
+                    f"shift={self.defaults.shift:g}): its weights or the text encoder's are damaged, or "
+                    f"{sampler.dtype} is too narrow for them"
+                )
+            yield part
+
+    def _clip(self, plan: _Plan, frames: np.ndarray) -> Clip:
+        return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance)
 
     def _plan(
         self,
@@ -315,6 +329,7 @@ class Sora:
         steps: Any = None,
         guidance: Any = None,
         attention: Any = None,
+        long: Any = None,
         impl: str = "auto",
         held: bool = True,
     ) -> _Plan:
@@ -334,23 +349,45 @@ class Sora:
         if not isinstance(attention, AttentionMode | None):
             raise TypeError(f"attention must be an AttentionMode, text or None; got {type(attention).__name__}")
         height, width = self._check_size(defaults.size if size is None else size)
+        long = self._long(long, frames, attention)
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt])
         padded = self._padded(frames)
         free = machine.available(self.device)
-        tile, needed = self._memory(padded, height, width, impl, held, free)
+        at_once = padded if long == "once" else min(padded, defaults.frames)
+        tile, needed = self._memory(padded, height, width, impl, held, free, at_once)
         if needed > free:
             raise TooLargeError(
                 f"{width}x{height} with {frames} frames needs about {gib(needed)} and {gib(free)} are free; "
                 + self._would_fit(padded, height, width, impl, held, free)
             )
         latents = vae.latent_shape(padded, height, width)
-        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance):
+        seen = None if long == "once" else at_once
+        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance, seen):
             warnings.warn(remark, stacklevel=3)
-        return _Plan(prompt, frames, fps, seed, steps, guidance, attention, latents, tile)
+        return _Plan(prompt, frames, (height, width), fps, seed, steps, guidance, attention, long, latents, tile)
+
+    def _long(self, long: Any, frames: int, attention: AttentionMode | None) -> str:
+        if long not in (None, *_LONG):
+            raise ValueError(f"long must be one of {', '.join(_LONG)} or None; got {long!r}")
+        able = self.vae.config.temporal_factor == self.dit.config.patch[0] == 1 and self.defaults.frames > _CHUNK
+        if long is None:
+            return "stream" if able and attention is None and frames > self.defaults.frames else "once"
+        if long != "once" and not able:
+            raise ValueError(
+                f"long={long!r} needs a checkpoint whose latents and tokens are single frames; this one has once only"
+            )
+        return long
 
     def _remarks(
-        self, prompt: str, frames: int, size: tuple[int, int], latents: Sequence[int], steps: int, guidance: float
+        self,
+        prompt: str,
+        frames: int,
+        size: tuple[int, int],
+        latents: Sequence[int],
+        steps: int,
+        guidance: float,
+        seen: int | None,
     ) -> Iterator[str]:
         """What is worth knowing before the work begins."""
         own, defaults = isinstance(self.text, WordTextEncoder), self.defaults
@@ -359,7 +396,7 @@ class Sora:
             yield f"this checkpoint was trained on {made_for}; others may look wrong"
         if unknown := self.text.unknown(prompt):
             yield f"this checkpoint does not know: {', '.join(unknown)}. It knows: {', '.join(self.text.words)}"
-        duration = estimate.seconds(self.dit, self.vae, latents, steps=steps, guidance=guidance)
+        duration = estimate.seconds(self.dit, self.vae, latents, steps=steps, guidance=guidance, seen=seen)
         if duration > estimate.LONG:
             yield f"this takes {estimate.in_words(duration)} on this machine, guessed from its rate of multiplication"
 
@@ -390,14 +427,15 @@ class Sora:
         return int(height), int(width)
 
     def _memory(
-        self, frames: int, height: int, width: int, impl: str, held: bool, free: int
+        self, frames: int, height: int, width: int, impl: str, held: bool, free: int, at_once: int | None = None
     ) -> tuple[tuple[int, int], int]:
         """The tile to decode with, and about the bytes that a clip needs beyond the weights.
 
-        Those of the larger of its two stages, and, where it is `held`, of its frames.
+        Those of the larger of its two stages, the first of `at_once` frames, by default all, and, where the clip is
+        `held`, of its frames.
         """
         dit, vae = self.dit.config, self.vae.config
-        cells = math.prod(vae.latent_shape(frames, height, width)[1:])
+        cells = math.prod(vae.latent_shape(at_once or frames, height, width)[1:])
         tokens = 2 * cells // math.prod(dit.patch)
         wide = self.dit.patch_embedding.weight.element_size()
         denoise = tokens * (10 * dit.dim + 2 * dit.ffn_dim) * wide + 8 * cells * vae.z_dim * 4
@@ -430,22 +468,17 @@ class Sora:
         return f"{' or '.join(offers)} would fit" if offers else "ask for a smaller and shorter clip"
 
 
-def to_pixels(video: Tensor, impl: str) -> np.ndarray:
-    """A decoded clip `[1, 3, T, H, W]` as uint8 `[T, H, W, 3]`; FloatingPointError where it is not finite."""
-    if not torch.isfinite(video).all():
-        raise FloatingPointError("the VAE gives NaN or infinite pixels: its weights are damaged, or what it was given")
-    return video_to_uint8(video, impl=impl)[0].cpu().numpy()
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     prompt: str
     frames: int
+    size: tuple[int, int]
     fps: float
     seed: int
     steps: int
     guidance: float
     attention: AttentionMode | None
+    long: str
     latents: tuple[int, int, int, int]
     tile: tuple[int, int]
 

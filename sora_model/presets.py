@@ -8,7 +8,9 @@ import math
 from .dit import DiTConfig, Grid
 
 DIT: dict[str, DiTConfig] = {
-    "toy": DiTConfig(dim=192, heads=6, layers=6, ffn_dim=512, text_dim=128, freq_dim=128),
+    "toy": DiTConfig(
+        dim=192, heads=6, layers=6, ffn_dim=768, in_channels=12, out_channels=12, text_dim=128, freq_dim=128
+    ),
     "wan2.1-1.3b": DiTConfig(dim=1536, heads=12, layers=30, ffn_dim=8960),
     "wan2.1-14b": DiTConfig(dim=5120, heads=40, layers=40, ffn_dim=13824),
     "wan2.2-5b": DiTConfig(dim=3072, heads=24, layers=30, ffn_dim=14336, in_channels=48, out_channels=48),

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from . import estimate, machine, media
 from .checkpoint import CheckpointError, read_json, read_part
+from .frames import to_pixels, to_video
 from .machine import TooLargeError, choose_device, gib
-from .pipeline import TOY, to_pixels
+from .pipeline import TOY
 from .tiling import Tile
-from .train import to_video
 from .vae import CausalVAE, VAEConfig
 
 EXTRA = ("refuse", "pad", "trim")

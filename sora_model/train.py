@@ -1,7 +1,10 @@
-"""Training of the toy checkpoint on the procedural world: first the VAE, then the transformer with its text encoder.
+"""Training of a checkpoint on the procedural world: first the VAE, then the transformer with its text encoder.
 
     sora train vae --run out/train/vae
     sora train dit --run out/train/dit --vae out/train/vae --checkpoint out/toy
+
+What both depend on is a `Recipe`. Clips are drawn, rendered and coded as they are needed, each step's from the seed and
+the step alone: no clip comes twice, and a run that was stopped goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -9,83 +12,67 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import files, flow, world
-from .checkpoint import (
-    CheckpointError,
-    fingerprint,
-    load_into,
-    read_json,
-    read_metadata,
-    read_part,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
-from .dit import DiTConfig, SoraDiT
-from .fit import Settings, fit, generator_of, read_log, torch_threads
+from .attention import AttentionMode
+from .checkpoint import fingerprint, load_into, read_json, read_part, write_json, write_tensors
+from .conditioning import Known, draw_mask, token_times
+from .dit import SoraDiT
+from .fit import fit, generator_of, read_log
+from .frames import to_video
 from .machine import choose_device
-from .pipeline import Defaults
-from .presets import DIT
+from .pipeline import Sora
+from .recipe import Recipe
 from .text import WordTextConfig, WordTextEncoder
 from .vae import AttentionBlock, CausalVAE, Decoder, Downsample, Encoder, ResidualBlock, Upsample, VAEConfig
+from .world.data import Bucket, WorldData
+from .world.render import paint
 
-FRAMES, SIZE, FPS = 17, (64, 64), 8.0
-TOY_DEFAULTS = Defaults(frames=FRAMES, size=SIZE, fps=FPS, steps=20, guidance=5.0, shift=3.0)
 _VALIDATION_SEED = 10**12
 
-TOY_VAE: dict[str, Any] = dict(base_dim=12, z_dim=8, num_res_blocks=1)
-TOY_TEXT: dict[str, Any] = dict(layers=1, heads=4, max_tokens=32)
-VAE_SETTINGS = Settings(steps=2300, batch=8, lr=7e-4, save_every=100, weight_decay=0.0)
-DIT_SETTINGS = Settings(steps=3700, batch=32, lr=1e-3, warmup=200, decay=0.65, ema=0.998, save_every=250)
 
+def vae_batch(recipe: Recipe, step: int) -> Tensor:
+    """Videos of a VAE training step: uint8 `[B, T, H, W, 3]`.
 
-def to_video(frames: np.ndarray | Tensor) -> Tensor:
-    """uint8 `[B, T, H, W, 3]` -> fp32 `[B, 3, T, H, W]` in [-1, 1]."""
-    return torch.as_tensor(frames).movedim(-1, 1).float().div_(127.5).sub_(1)
-
-
-def vae_batch(settings: Settings, step: int) -> Tensor:
-    """Videos of a VAE training step: fp32 `[B, 3, T, H, W]`.
-
-    T is 1 for the first tenth of the steps and then 5, 9 or 17, as a rule in windows of half the height and width near
-    the object: most of the learning for a quarter of the price. The last fifth takes whole frames and 17 of them in
-    turn.
+    Of one frame for the first tenth of the steps and then of 5 or 9, from anywhere in the first six seconds of a clip.
+    Three in four batches are windows of half the height and width around a thing, from four times as many clips: there
+    is what has to be learnt.
     """
+    settings, unit = recipe.vae_fit, recipe.vae.temporal_factor
     generator = generator_of(settings.seed, step)
-    draw = torch.rand(1, generator=generator, dtype=torch.float32).item()
-    last = step >= settings.steps - settings.steps // 5
-    whole = last and draw < 0.5
-    half = max(1, settings.batch // 2)
-    if step < settings.steps // 10:
-        frames, clips = 1, 2 * settings.batch
-    elif last:
-        frames, clips = 5 if whole else FRAMES, half
-    else:
-        frames = 5 if draw < 0.65 else 9 if draw < 0.95 else FRAMES
-        clips = settings.batch if frames == 5 else half
-    starts = torch.randint(0, FRAMES - frames + 1, (clips,), generator=generator).tolist()
-    first = ((settings.seed << 32) + step) * 64
-    samples = [world.sample(first + i) for i in range(clips)]
-    videos = [sample.video[start : start + frames] for sample, start in zip(samples, starts, strict=True)]
-    if not whole:
-        window = np.array(SIZE) // 2
-        shift = torch.randint(-10, 11, (clips, 2), generator=generator).numpy()
-        for i, sample in enumerate(samples):
-            centre = sample.pixels[starts[i] + frames // 2, 0, ::-1]
-            y, x = np.clip(np.rint(centre - window / 2).astype(int) + shift[i], 0, np.array(SIZE) - window)
-            videos[i] = videos[i][:, y : y + window[0], x : x + window[1]]
-    return to_video(np.stack(videos))
+    narrow, long = (torch.rand(2, generator=generator) < torch.tensor([0.75, 0.3])).tolist()
+    frames = 1 if step < settings.steps // 10 else 1 + -(-(8 if long else 4) // unit) * unit
+    bucket = WorldData(buckets=recipe.buckets, seed=settings.seed).bucket(step)
+    names, weights = zip(*recipe.scenes.items(), strict=True)
+    clips = settings.batch * (4 if narrow else 1)
+    kinds = torch.multinomial(
+        torch.tensor(weights, dtype=torch.float32), clips, replacement=True, generator=generator
+    ).tolist()
+    starts = (6 * torch.rand(clips, generator=generator)).tolist()
+    first = (settings.seed << 44) + (step << 12)
+    scenes = [world.draw(first + i, scene=names[kind], aspect=bucket.size[1] / bucket.size[0])
+              for i, kind in enumerate(kinds)]  # fmt: skip
+    videos = []
+    for scene, start in zip(scenes, starts, strict=True):
+        state = scene.state(start + np.arange(frames) / bucket.fps)
+        video = paint(scene, state, bucket.size)
+        if narrow:
+            window = np.array(bucket.size) // 2
+            things = state.position[frames // 2] * min(bucket.size)
+            thing = things[int(torch.randint(len(things), (), generator=generator))][::-1]
+            shift = torch.randint(-10, 11, (2,), generator=generator).numpy()
+            y, x = np.clip(np.rint(thing - window / 2).astype(int) + shift, 0, np.array(bucket.size) - window)
+            video = video[:, y : y + window[0], x : x + window[1]]
+        videos.append(video)
+    return torch.from_numpy(np.stack(videos))
 
 
 @torch.no_grad()
@@ -124,8 +111,7 @@ def start_direct(vae: CausalVAE) -> None:
 
 def train_vae(
     run: str | Path,
-    settings: Settings = VAE_SETTINGS,
-    config: VAEConfig | None = None,
+    recipe: Recipe,
     *,
     measured: int = 64,
     device: str | torch.device = "cpu",
@@ -136,30 +122,42 @@ def train_vae(
     Then takes the mean and standard deviation of each latent channel over `measured` other clips, and writes
     `run/model.safetensors` and `run/config.json`.
     """
-    device = choose_device(device)
+    device, settings = choose_device(device), recipe.vae_fit
     torch.manual_seed(settings.seed)
-    vae = CausalVAE(config or VAEConfig(**TOY_VAE), impl=impl).to(device, torch.float32)
+    vae = CausalVAE(recipe.vae, impl=impl).to(device, torch.float32)
     start_direct(vae)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
-        video = vae_batch(settings, step)
-        latents = (len(video), *vae.config.latent_shape(*video.shape[2:]))
+        video = vae_batch(recipe, step)
+        latents = (len(video), *vae.config.latent_shape(*video.shape[1:4]))
         return video, flow.draw_noise(latents, generator=generator_of(settings.seed + 1, step))
 
     def loss_of(video: Tensor, noise: Tensor) -> Tensor:
-        video, noise = video.to(device), noise.to(device)
+        video, noise = to_video(video.to(device)), noise.to(device)
         mean, logvar = vae.encode(video)
         error = vae.decode(mean + torch.exp(0.5 * logvar) * noise, clamp=False) - video
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
 
-    made_with = {"model": dataclasses.asdict(vae.config)}
+    made_with = {"recipe": recipe.only("vae", "buckets", "scenes")}
     load_into(vae, fit(vae, batch_at, loss_of, settings, run, label="VAE", made_with=made_with), str(run))
-    latents = encode_clips(vae, range(_VALIDATION_SEED, _VALIDATION_SEED + measured), progress=False)
-    vae.set_latent_statistics(latents.mean((0, 2, 3, 4)).tolist(), latents.std((0, 2, 3, 4)).tolist())
+    mean, std = latent_statistics(vae, recipe.buckets[0], range(_VALIDATION_SEED, _VALIDATION_SEED + measured))
+    vae.set_latent_statistics(mean, std)
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
     write_json(Path(run) / "config.json", dataclasses.asdict(vae.config))
     return vae.eval()
+
+
+@torch.no_grad()
+def latent_statistics(vae: CausalVAE, bucket: Bucket, seeds: range) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the latents of the world's clips with these seeds."""
+    device, sums = next(vae.parameters()).device, []
+    for seed in seeds:
+        clip = world.sample(seed, frames=bucket.frames, size=bucket.size, fps=bucket.fps)
+        z = vae.encode(to_video(clip.video[None]).to(device))[0].double()
+        sums.append(torch.stack([z.mean((0, 2, 3, 4)), z.square().mean((0, 2, 3, 4))]))
+    mean, square = torch.stack(sums).mean(0)
+    return mean.tolist(), (square - mean.square()).sqrt().tolist()
 
 
 def load_vae(run: str | Path) -> CausalVAE:
@@ -167,121 +165,113 @@ def load_vae(run: str | Path) -> CausalVAE:
     return read_part(Path(run), CausalVAE, VAEConfig)
 
 
-def encode_clips(vae: CausalVAE, seeds: range, *, frames: int = FRAMES, progress: bool = True) -> Tensor:
-    """Latents of the world's clips, as they are: fp32 `[N, C, T', H', W']`."""
-    device = next(vae.parameters()).device
-
-    def encode(chunk: range) -> Tensor:
-        with torch.no_grad():
-            videos = np.stack([world.sample(seed, frames=frames).video for seed in chunk])
-            return vae.encode(to_video(videos).to(device))[0].cpu()
-
-    chunks = [seeds[i : i + 8] for i in range(0, len(seeds), 8)]
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    with Progress(disable=not progress) as bar, torch_threads(1), ThreadPoolExecutor(workers) as pool:
-        try:
-            return torch.cat(list(bar.track(pool.map(encode, chunks), total=len(chunks), description="latents")))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # or the end of the pool waits for every clip
-            raise
-
-
-def _latents(run: Path, vae: CausalVAE, seeds: range, made_of: dict[str, str]) -> Tensor:
-    """The clips' latents, read from `run/latents.safetensors` or, where that is missing, encoded and written there."""
-    cache = run / "latents.safetensors"
-    with files.exclusive(run):
-        settings = run / "settings.json"
-        if settings.exists() and "clips" not in read_json(settings):
-            raise CheckpointError(f"{run} is the folder of another kind of run; use a folder of its own")
-        if not cache.exists():
-            write_tensors(cache, {"latents": encode_clips(vae, seeds)}, metadata=made_of)
-        before = read_metadata(cache)
-        for name, value in made_of.items():
-            if before.get(name) != value:
-                raise CheckpointError(
-                    f"{cache} was made with {name}={before.get(name)}, not {value}; use another folder, or remove it"
-                )
-        return read_tensors(cache)["latents"]
-
-
-def _captions(seed: int) -> list[str]:
-    """Four true captions of a clip."""
-    sample = world.sample(seed)
-    return [sample.wording(k)[0] for k in range(4)]
-
-
 def train_dit(
     run: str | Path,
     vae: CausalVAE,
-    settings: Settings = DIT_SETTINGS,
-    config: DiTConfig | None = None,
+    recipe: Recipe,
     *,
-    clips: int = 5000,
+    start: tuple[SoraDiT, WordTextEncoder] | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
     impl: str = "auto",
     on_save: Callable[[SoraDiT, WordTextEncoder, int], None] | None = None,
 ) -> tuple[SoraDiT, WordTextEncoder]:
-    """Trains the transformer and its text encoder on `clips` clips of the world, encoded once and kept in
-    `run/latents.safetensors`.
+    """Trains the transformer and its text encoder on the latents of the world's clips.
 
-    Those latents are of one seed, number of clips and VAE: with others the run is refused with `CheckpointError`.
-    Loss: mean square error of the velocity at logit-normal times shifted by 1.5. Each time a clip is seen it bears
-    one of four true captions; a tenth of the captions is dropped, and 3 % of the words are forgotten. Every save
-    also calls `on_save(dit, text, step)` with the averaged weights.
+    Loss: mean square error of the velocity, where the clip is not known beforehand, at logit-normal times. Each clip
+    of a batch is used `recipe.draws` times, with other noise, times and known cells (`conditioning.draw_mask`); in a
+    share `recipe.apart` each frame has a time of its own, and in a share `recipe.causal` of the steps frames see
+    earlier ones only, so that the same weights make a clip at once or go on frame by frame. A tenth of the captions is
+    dropped and 3 % of the words are forgotten.
+
+    start          weights to begin with instead of random ones, of the same sizes
+    dtype          in which the transformer computes; parameters, their average and the optimiser stay in fp32
+    checkpointing  less memory for more work, as `SoraDiT` has it
+    Every save also calls `on_save(dit, text, step)` with the averaged weights.
     """
-    if isinstance(clips, bool) or not isinstance(clips, int) or not 1 <= clips <= 2**32:
-        raise ValueError(f"clips must be a whole number from 1 to {2**32}, got {clips!r}")
-    run, device = Path(run), choose_device(device)
-    first = (settings.seed << 32) + (1 << 40)
-    seeds = range(first, first + clips)
-    made_of = {"seed": settings.seed, "clips": clips, "frames": FRAMES, "vae": fingerprint(vae)}
-    stored = _latents(run, vae.to(device), seeds, {name: str(value) for name, value in made_of.items()})
-    latents = vae.cpu().normalize(stored)
+    run, device, settings = Path(run), choose_device(device), recipe.dit_fit
+    if device.type != "cpu" or dtype != torch.float32:  # a device needs no second thread; a functional call takes none
+        settings = dataclasses.replace(settings, workers=1)
+    vae = vae.to(device).requires_grad_(False)
     torch.manual_seed(settings.seed)
-    channels = latents.shape[1]
-    config = dataclasses.replace(config or DIT["toy"], in_channels=channels, out_channels=channels)
-    words = WordTextConfig(words=world.VOCABULARY, dim=config.text_dim, **TOY_TEXT)
-    model = nn.ModuleDict({"dit": SoraDiT(config), "text": WordTextEncoder(words)})
+    words = WordTextConfig(words=world.VOCABULARY, dim=recipe.dit.text_dim, **recipe.text)
+    model = nn.ModuleDict({"dit": SoraDiT(recipe.dit, checkpointing=checkpointing), "text": WordTextEncoder(words)})
     for embedding in (model["dit"].text_embedding, model["dit"].time_embedding):
         for layer in (embedding[0], embedding[2]):
             nn.init.xavier_uniform_(layer.weight)
+    for name, part in zip(("dit", "text"), start or (), strict=False):
+        load_into(model[name], part.state_dict(), f"start: {name}")
     model.to(device, torch.float32)
-    captions = [_captions(seed) for seed in seeds]
+    data = WorldData(settings.batch, recipe.buckets, recipe.scenes, settings.seed)
+    patch, draws = recipe.dit.patch, recipe.draws
 
-    def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch_at(step: int) -> tuple[Tensor, ...]:
+        """Of B clips: uint8 videos, and of each draw the tokens of a caption, noise, times and what is known."""
         generator = generator_of(settings.seed, step)
-        rows = torch.randint(0, clips, (settings.batch,), generator=generator)
-        which = torch.randint(0, 4, (settings.batch,), generator=generator).tolist()
-        ids = model["text"].tokenize([captions[row][k] for row, k in zip(rows.tolist(), which, strict=True)])
+        video, captions, _ = data.at(step)
+        B, latents = len(video), vae.config.latent_shape(*video.shape[1:4])
+        ids = model["text"].tokenize([caption for caption in captions for _ in range(draws)])
         ids = model["text"].forget(ids, words=0.03, prompts=0.1, generator=generator)
-        x0 = latents[rows]
-        noise = flow.draw_noise(tuple(x0.shape), generator=generator)
-        return ids, x0, noise, flow.sample_times(settings.batch, generator=generator, shift=1.5)
+        noise = flow.draw_noise((B, draws, *latents), generator=generator)
+        times = flow.sample_times(B * draws * latents[1], generator=generator, shift=recipe.shift)
+        times = times.view(B, draws, latents[1])
+        apart = torch.rand(B, draws, 1, generator=generator) < recipe.apart
+        times = torch.where(apart, times, times[..., :1])
+        grid = tuple(n // p for n, p in zip(latents[1:], patch, strict=True))
+        masks = torch.stack([draw_mask(grid, generator=generator) for _ in range(B * draws)])
+        causal = torch.rand((), generator=generator) < recipe.causal
+        return video, ids.view(B, draws, -1), noise, times, masks.view(B, draws, *grid), causal.expand(B)
 
-    def loss_of(ids: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        ids, x0, noise, t = (value.to(device) for value in (ids, x0, noise, t))
+    def loss_of(video: Tensor, ids: Tensor, noise: Tensor, t: Tensor, tokens: Tensor, causal: Tensor) -> Tensor:
+        with torch.no_grad():
+            x0 = vae.normalize(vae.encode(to_video(video.to(device)))[0])
+        x0 = x0.repeat_interleave(draws, 0)
+        ids, noise, t, mask = (value.to(device).flatten(0, 1) for value in (ids, noise, t, tokens))
+        for axis, size in enumerate(patch, 1):
+            mask = mask.repeat_interleave(size, axis)
+        mask = mask[:, None]  # [N, 1, T', H', W']
+        x = Known(x0, mask).hold(flow.interpolate(x0, noise, t))
         text, lens = model["text"](ids)
-        v = model["dit"](flow.interpolate(x0, noise, t), flow.TIME_SCALE * t, text, lens, impl=impl)
-        return F.mse_loss(v.float(), flow.velocity_target(x0, noise))
+        mode = AttentionMode(causal="frame") if causal[0] else None
+        inputs = x.to(dtype), flow.TIME_SCALE * token_times(t, mask, patch), text.to(dtype), lens
+        dit, how = model["dit"], {"attention": mode, "impl": impl}
+        v = dit(*inputs, **how) if dtype == torch.float32 else functional_call(dit, dit.weights_in(dtype), inputs, how)
+        error = (v.float() - flow.velocity_target(x0, noise)).square().masked_fill(mask, 0)
+        drawn = (~mask).flatten(1).sum(1) * x0.shape[1]
+        return (error.flatten(1).sum(1) / drawn).mean()
 
     def save(step: int, weights: dict[str, Tensor]) -> None:
-        copies = []
         for name in ("dit", "text"):
             copy = type(model[name])(model[name].config)
-            load_into(
-                copy,
-                {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")},
-                str(run),
-            )
-            copies.append(copy.eval())
-        kept.update(dit=copies[0], text=copies[1])
+            begins = f"{name}."
+            mine = {key.removeprefix(begins): value for key, value in weights.items() if key.startswith(begins)}
+            load_into(copy, mine, str(run))
+            kept[name] = copy.eval()
         if on_save is not None:
-            on_save(copies[0], copies[1], step)
+            on_save(kept["dit"], kept["text"], step)
 
     kept: dict[str, nn.Module] = {}
-    made_with = made_of | {"model": dataclasses.asdict(config)}
+    names = ("dit", "text", "buckets", "scenes", "draws", "causal", "apart", "shift")
+    made_with = {
+        "recipe": recipe.only(*names),
+        "vae": fingerprint(vae),
+        "start": [fingerprint(part) for part in start or ()],
+    }
     fit(model, batch_at, loss_of, settings, run, label="DiT", made_with=made_with, on_save=save)
     return kept["dit"], kept["text"]
+
+
+def write_sheet(path: str | Path, sora: Sora, prompts: Sequence[str], *, impl: str = "auto") -> None:
+    """A PNG of what the model makes of prompts, a row each, of every fourth frame; 10 steps, seed 0."""
+    from PIL import Image
+
+    clips = [sora.generate(prompt, steps=10, impl=impl).frames[::4] for prompt in prompts]
+    rows = [np.concatenate(list(frames), axis=1) for frames in clips]
+    with files.naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with files.write_atomically(path) as part, files.naming(path):
+        Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
 
 
 def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, command: list[str], step: int) -> None:

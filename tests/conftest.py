@@ -93,17 +93,18 @@ def for_any_threads():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory):
     """A whole checkpoint of the project's own layout, tiny and untrained. Copy it before changing it."""
-    from sora_model import train, world
+    from sora_model import recipe, train, world
+    from sora_model.dit import DiTConfig
     from sora_model.pipeline import Sora
     from sora_model.text import WordTextConfig, WordTextEncoder
 
     torch.manual_seed(0)
-    sizes = dict(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    dit = train.SoraDiT(dataclasses.replace(train.DIT["toy"], **sizes))
+    sizes = dict(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=128)
+    dit = train.SoraDiT(DiTConfig(**sizes))
     torch.nn.init.normal_(dit.head.weight, std=0.3)
     vae = train.CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
     vae.set_latent_statistics([0.1] * 4, [1.5] * 4)
     text = WordTextEncoder(WordTextConfig(words=world.VOCABULARY, dim=16))
     folder = tmp_path_factory.mktemp("own") / "checkpoint"
-    Sora(dit, vae, text, train.TOY_DEFAULTS).save_pretrained(folder)
+    Sora(dit, vae, text, recipe.load().defaults).save_pretrained(folder)
     return folder

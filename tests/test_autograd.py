@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import itertools
 
@@ -18,8 +17,7 @@ from torch.utils import _pytree as pytree
 import sora_kernels as sk
 from sora_kernels import _dispatch
 from sora_kernels.testing import assert_matches_oracle
-from sora_model import train
-from sora_model.dit import SoraDiT
+from sora_model.dit import DiTConfig, SoraDiT
 
 
 def rows(n, *shape):
@@ -438,7 +436,7 @@ def test_tangents_do_not_depend_on_grad_mode_or_autocast(call):
 def test_a_mean_flow_step_of_a_transformer():
     """A loss with the stopped total derivative of a network: parameters get the gradients they get without kernels."""
     sizes = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    dit = SoraDiT(dataclasses.replace(train.DIT["toy"], **sizes))
+    dit = SoraDiT(DiTConfig(**sizes))
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.3)
     (z, v), text = torch.randn(2, 1, 4, 3, 4, 4), torch.randn(1, 5, 16)

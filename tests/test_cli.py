@@ -23,7 +23,7 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from benchmarks import shapes
 from sora_kernels import _library
-from sora_model import cli, demo, evaluate, media, reconstruct, train, world
+from sora_model import cli, demo, evaluate, media, reconstruct, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 
@@ -166,22 +166,33 @@ def test_a_command_that_is_told_to_end_leaves_nothing(sora, tiny_checkpoint, tmp
     assert code == 128 + number and not out and list(tmp_path.iterdir()) == []
 
 
+TINY = (
+    "vae={base_dim: 4, z_dim: 4, dim_mult: [1, 1, 1, 1], num_res_blocks: 1, temporal_downsample: [false, true, true]}",
+    "dit={dim: 24, heads: 2, layers: 1, ffn_dim: 32, in_channels: 4, out_channels: 4, text_dim: 16}",
+    "buckets=[{frames: 5, size: [32, 32]}]", "draws=2",
+)  # fmt: skip
+
+
 def test_a_transformer_is_trained_on_the_vae_of_a_finished_checkpoint(sora, tiny_checkpoint, tmp_path, monkeypatch):
     """Of which there is no run, and so no settings and no log."""
-    dit = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16)
-    monkeypatch.setitem(train.DIT, "toy", dit)
-    arguments = ("train", "dit", "--run", "dit", "--vae", tiny_checkpoint / "vae", "--steps", 1, "--batch", 1)
-    code, _, err = sora(*arguments, "--clips", 1, "--checkpoint", "made")
+    arguments = ("train", "dit", *TINY, "dit_fit.steps=1", "dit_fit.batch=1", "--run", "dit")
+    arguments += ("--vae", tiny_checkpoint / "vae")
+    code, _, err = sora(*arguments, "--checkpoint", "made")
     assert code == 0, err
     record = json.loads((tmp_path / "made" / "training.json").read_text())
     assert record["vae"] == str(tiny_checkpoint / "vae") and record["dit"]["batch"] == 1
     assert not (tmp_path / "made" / "vae_log.jsonl").exists()
+    assert (tmp_path / "dit" / "samples" / "000001.png").exists()
     (tmp_path / "file").touch()
-    code, _, err = sora(*arguments, "--clips", 1, "--checkpoint", "file")
+    code, _, err = sora(*arguments, "--checkpoint", "file")
     assert code == 1 and "cannot write 'file': File exists" in err
-    for wrong in (("--clips", 2**33), ("--seed", 2**40), ("--lr", "inf"), ("--device", "abacus")):
-        code, _, err = sora(*arguments, "--clips", 1, *wrong)
-        assert code == 1 and err.startswith(f"error: {wrong[0][2:]} must "), err
+    for wrong, said in (
+        (["dit_fit.seed=1099511627776"], "seed must"), (["dit_fit.lr=.inf"], "lr must"), (["fit=1"], "KEY=VALUE"),
+        (["--device", "abacus"], "device must"), (["--dtype", "fp8"], "dtype must be one of fp32, bf16, auto"),
+        (["--config", "none.yaml"], "there is no file none.yaml"), (["--start", "none"], "no checkpoint at none"),
+    ):  # fmt: skip
+        code, _, err = sora(*arguments, *wrong)
+        assert code == 1 and err.startswith("error: ") and said in err, err
 
 
 def test_world_render_writes_clips_and_their_truth(sora, tmp_path):
@@ -208,25 +219,17 @@ def test_wrong_usage_exits_with_2(sora, arguments):
 
 
 def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeypatch):
-    vae = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
-    monkeypatch.setattr(
-        train, "TOY_VAE", {k: getattr(vae, k) for k in ("base_dim", "z_dim", "dim_mult", "num_res_blocks")}
-    )
-    dit = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16)
-    monkeypatch.setitem(train.DIT, "toy", dit)
     monkeypatch.setattr(world, "eval_prompts", lambda each: PROMPTS)
     true_clips = evaluate._true_clips
     monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: true_clips(sora, 3))
-    assert sora("train", "vae", "--run", "vae", "--steps", 2, "--batch", 4)[0] == 0
-    arguments = ("--run", "dit", "--vae", "vae", "--checkpoint", "made", "--batch", 4, "--clips", 4)
+    assert sora("train", "vae", *TINY, "vae_fit.steps=2", "vae_fit.batch=4", "--run", "vae")[0] == 0
+    arguments = ("train", "dit", *TINY, "dit_fit.batch=2", "--run", "dit", "--vae", "vae", "--checkpoint", "made")
     for steps in (2, 3):  # the second run resumes the first
-        code, _, err = sora("train", "dit", *arguments, "--steps", steps)
+        code, _, err = sora(*arguments, f"dit_fit.steps={steps}")
         assert code == 0, err
     record = json.loads((tmp_path / "made" / "training.json").read_text())
     assert record["step"] == 3 and record["dit"]["steps"] == 3 and record["vae"]["batch"] == 4
-    code, _, err = sora(
-        "train", "dit", "--run", "dit", "--vae", "vae", "--lr", 0.5, "--steps", 3, "--batch", 4, "--clips", 4
-    )
+    code, _, err = sora(*arguments, "dit_fit.lr=0.5")
     assert code == 1 and "begun with lr=" in err
     code, _, err = sora("train", "dit", "--run", "other", "--vae", "none")
     assert code == 1 and "missing" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 
@@ -11,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_model_pipeline import change_config, edit, make_wan_directory
 
-from sora_model import checkpoint, flow, machine, train
+from sora_model import checkpoint, flow, machine, recipe, train
 from sora_model.checkpoint import CheckpointError, read_json, read_wan_directory, write_json, write_tensors
-from sora_model.dit import SoraDiT
+from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.pipeline import _PARTS, Defaults, Sora
 from sora_model.vae import CausalVAE
 
@@ -338,11 +337,11 @@ def test_tokens_that_the_text_encoder_lacks_are_refused(wan, tmp_path):
 def test_patches_of_several_frames_generate_clips_of_any_length(quietly, monkeypatch, patch):
     torch.manual_seed(0)
     sizes = dict(dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
-    dit = SoraDiT(dataclasses.replace(train.DIT["toy"], **sizes, patch=(patch, 2, 2)))
+    dit = SoraDiT(DiTConfig(**sizes, patch=(patch, 2, 2)))
     torch.nn.init.normal_(dit.head.weight, std=0.3)
     vae = CausalVAE(train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
     text = train.WordTextEncoder(train.WordTextConfig(words=train.world.VOCABULARY, dim=16))
-    sora = Sora(dit, vae, text, train.TOY_DEFAULTS)
+    sora = Sora(dit, vae, text, recipe.load().defaults)
     for frames in (1, 2, 5, 6, 13, 14):
         clip = sora.generate(PROMPT, steps=1, size=(32, 32), seconds=frames / 8)
         assert len(clip.frames) == frames and clip.frames.std() > 0

@@ -15,6 +15,7 @@ from sora_model import presets
 from sora_model.attention import AttentionMode
 from sora_model.checkpoint import CheckpointError
 from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
+from sora_model.memory import Memory
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -488,3 +489,82 @@ def test_bad_input(change, error, message):
     assert model(**given).shape == (1, 4, 2, 4, 4)
     with pytest.raises(error, match=message):
         model(**given | change)
+
+
+# --- frame after frame ---
+
+
+def streamed(model, x, times, text, chunks, **memory):
+    """What the model makes of a clip's frames in chunks, each remembered."""
+    held, parts, at = Memory(**memory), [], 0
+    for frames in chunks:
+        piece, t = x[:, :, at : at + frames], times[:, at : at + frames]
+        again = model(piece, t, text, memory=held)
+        parts.append(model(piece, t, text, memory=held, remember=True))
+        assert torch.equal(again, parts[-1])
+        at += frames
+    return torch.cat(parts, 2), held
+
+
+@pytest.fixture(scope="module")
+def streaming():
+    torch.manual_seed(0)
+    model = SoraDiT(DiTConfig(dim=24, heads=2, layers=3, ffn_dim=32, in_channels=3, out_channels=3, text_dim=8))
+    for name, p in model.named_parameters():
+        if "head" in name or p.ndim == 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.requires_grad_(False), torch.randn(2, 3, 9, 4, 6), 1000 * torch.rand(2, 9), torch.randn(2, 4, 8)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("chunks", "memory"),
+    [((1,) * 9, {"window": 9}), ((4, 5), {"window": 9}), ((2, 3, 4), {"window": 7, "sink": 2}), ((9,), {"window": 1})],
+)
+def test_a_clip_in_chunks_is_the_causal_clip(streaming, chunks, memory, impl):
+    """While nothing is forgotten, whatever is kept as a sink."""
+    model, x, times, text = streaming
+    whole = model(x, times, text, attention=AttentionMode(causal="frame"), impl=impl)
+    parts, held = streamed(lambda *a, **k: model(*a, impl=impl, **k), x, times, text, chunks, **memory)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5 * whole.abs().max().item())
+    assert held.frames == 9
+
+
+@pytest.mark.parametrize("sink", [0, 1, 2])
+def test_what_is_forgotten_is_not_seen_and_the_sink_lies_just_before_the_window(streaming, sink):
+    """The last frame, of one layer: as in a clip of nothing but the sink, the window and itself."""
+    model, x, times, text = streaming
+    shallow = SoraDiT(dataclasses.replace(model.config, layers=1)).requires_grad_(False)
+    shallow.load_state_dict({name: value for name, value in model.state_dict().items() if name in shallow.state_dict()})
+    parts, held = streamed(shallow, x, times, text, (1,) * 9, window=3, sink=sink)
+    seen = [*range(sink), 5, 6, 7, 8]
+    alone = shallow(x[:, :, seen], times[:, seen], text, attention=AttentionMode(causal="frame"))
+    torch.testing.assert_close(parts[:, :, -1], alone[:, :, -1], rtol=0, atol=2e-5 * alone.abs().max().item())
+    changed = x.clone()
+    changed[:, :, sink:5] += 1
+    other, _ = streamed(shallow, changed, times, text, (1,) * 9, window=3, sink=sink)
+    assert torch.equal(other[:, :, -1], parts[:, :, -1])
+    assert held.layer(0).keys.shape[1] == 3 * 6 and held.layer(0).sink_keys.shape[1] == sink * 6
+
+
+def test_memory_does_not_grow(streaming):
+    model, x, times, text = streaming
+    held, sizes = Memory(window=3, sink=1), []
+    for _ in range(40):
+        model(x[:, :, :2], times[:, :2], text, memory=held, remember=True)
+        sizes.append(held.layer(2).keys.untyped_storage().nbytes() + held.layer(2).values.untyped_storage().nbytes())
+    assert held.frames == 80 and max(sizes[2:]) == sizes[-1] == sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model, *a: model(*a, remember=True), "remember needs a memory"),
+        (lambda *_: Memory(window=0), "window must be a whole number from 1 to 1048576; got 0"),
+        (lambda *_: Memory(window=1, sink=-1), "sink must be a whole number"),
+    ],
+)
+def test_memories_that_cannot_be(streaming, call, said):
+    model, x, times, text = streaming
+    with pytest.raises(ValueError, match=said):
+        call(model, x, times, text)

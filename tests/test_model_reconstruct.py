@@ -13,9 +13,9 @@ from test_model_pipeline import make_wan_directory
 
 from sora_model import machine, media, reconstruct, world
 from sora_model.checkpoint import CheckpointError
+from sora_model.frames import to_video
 from sora_model.machine import TooLargeError
 from sora_model.reconstruct import encode_file, load_vae
-from sora_model.train import to_video
 
 
 @pytest.fixture(scope="module")

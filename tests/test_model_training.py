@@ -9,20 +9,36 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import fit, train, world
-from sora_model.checkpoint import CheckpointError, read_json, write_tensors
+from sora_model import fit, presets, recipe, train, world
+from sora_model.checkpoint import CheckpointError, read_json
+from sora_model.dit import DiTConfig
 from sora_model.files import WriteError
+from sora_model.frames import to_video
+from sora_model.recipe import Recipe
+from sora_model.world.data import Bucket
 
 TINY_VAE = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
-TINY_DIT = dataclasses.replace(train.DIT["toy"], dim=24, heads=2, layers=1, ffn_dim=32, text_dim=16, freq_dim=16)
+TINY_DIT = DiTConfig(
+    dim=24, heads=2, layers=1, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=16
+)  # fmt: skip
 
 
 def tiny(settings: fit.Settings, **changes) -> fit.Settings:
-    return dataclasses.replace(settings, batch=4, save_every=2, warmup=1, **changes)
+    return dataclasses.replace(settings, **{"batch": 4, "save_every": 2, "warmup": 1} | changes)
+
+
+def recipe_of(**changes) -> Recipe:
+    """That of the shipped checkpoint with tiny parts; `vae_fit` and `dit_fit` may be given as what to change."""
+    base = recipe.load()
+    for name in ("vae_fit", "dit_fit"):
+        changes[name] = tiny(getattr(base, name), **changes.get(name, {}))
+    buckets = (Bucket(5, (32, 32)), Bucket(9, (16, 32), batch=2))
+    return dataclasses.replace(base, **{"vae": TINY_VAE, "dit": TINY_DIT, "buckets": buckets, "draws": 2} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +84,13 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "generator_of", generator_of)
 
-    settings = dataclasses.replace(tiny(train.DIT_SETTINGS, steps=6), batch=2)
+    how = recipe_of(vae_fit={"steps": 6, "batch": 1}, dit_fit={"steps": 6, "batch": 2})
 
     def run(name: str) -> dict[str, torch.Tensor]:
         if kind == "vae":
-            weights = train.train_vae(
-                tmp_path / name, dataclasses.replace(settings, weight_decay=0.0), TINY_VAE, measured=1
-            ).state_dict()
+            weights = train.train_vae(tmp_path / name, how, measured=1).state_dict()
         else:
-            dit, text = train.train_dit(tmp_path / name, vae, settings, TINY_DIT, clips=8)
+            dit, text = train.train_dit(tmp_path / name, vae, how)
             weights = dit.state_dict() | {f"text.{key}": value for key, value in text.state_dict().items()}
         return weights | load_file(tmp_path / name / "state.safetensors")
 
@@ -150,12 +164,11 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
 STOPPED = """
 import os, signal, sys
 from sora_model import cli, train
-train.TOY_VAE = dict(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 draw = train.vae_batch
-def vae_batch(settings, step):
+def vae_batch(recipe, step):
     if step == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return draw(settings, step)
+    return draw(recipe, step)
 train.vae_batch = vae_batch
 cli.main()
 """
@@ -163,13 +176,15 @@ cli.main()
 
 def test_sigterm_ends_the_command_after_a_save_and_the_next_one_goes_on_from_it(tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-c", STOPPED, "train", "vae", "--run", run, "--steps", 3, "--batch", 2]
+    changes = ["vae_fit.steps=3", "vae_fit.batch=1", "vae.base_dim=4", "vae.z_dim=4", "dit.in_channels=4"]
+    changes += ["dit.out_channels=4"]
+    command = [sys.executable, "-c", STOPPED, "train", "vae", *changes, "--run", run]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr
     assert "stopped at step 2; the same command resumes from" in done.stdout
     left = sorted(entry.name for entry in run.iterdir())
     assert left == [".lock", "log.jsonl", "settings.json", "state.safetensors"] and saved_step(run) == 2
-    train.train_vae(run, dataclasses.replace(train.VAE_SETTINGS, steps=3, batch=2), TINY_VAE, measured=1)
+    train.train_vae(run, recipe.load(overrides=changes), measured=1)
     assert saved_step(run) == 3
 
 
@@ -251,7 +266,7 @@ def test_a_folder_in_use_is_refused(tmp_path, vae):
     def meanwhile(step):
         for other in (
             lambda: fit.fit(*ramp(), settings, tmp_path, label="test"),
-            lambda: train.train_dit(tmp_path, vae, settings, TINY_DIT, clips=2),
+            lambda: train.train_dit(tmp_path, vae, recipe_of()),
         ):
             with pytest.raises(WriteError, match="is in use by another run; wait for it, or use another folder"):
                 other()
@@ -262,57 +277,24 @@ def test_a_folder_in_use_is_refused(tmp_path, vae):
     assert len(refused) == 2
 
 
-def test_the_folder_of_another_kind_of_run_is_refused_before_any_clip_is_encoded(tmp_path, vae, monkeypatch):
-    model, batch_at, loss_of = ramp()
-    fit.fit(model, batch_at, loss_of, tiny(fit.Settings(steps=1, batch=4, lr=1e-2)), tmp_path, label="test")
-    before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(train, "encode_clips", lambda *args, **options: pytest.fail("clips were encoded"))
-    with pytest.raises(CheckpointError, match="is the folder of another kind of run; use a folder of its own"):
-        train.train_dit(tmp_path, vae, tiny(train.DIT_SETTINGS, steps=1), TINY_DIT, clips=2)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_latents_of_another_seed_number_or_vae_are_refused(tmp_path, vae, monkeypatch):
-    """Left by a run that ended before its first save: nothing else tells what captions they go with."""
-    settings = tiny(train.DIT_SETTINGS, steps=1)
-    monkeypatch.setattr(train, "fit", lambda *args, **options: pytest.fail("these latents were taken"))
-    latents = train.encode_clips(vae, range(4), progress=False)
-    write_tensors(tmp_path / "old" / "latents.safetensors", {"latents": latents, "mean": vae.latents_mean})
-    with pytest.raises(CheckpointError, match="was made with seed=None, not 0; use another folder, or remove it"):
-        train.train_dit(tmp_path / "old", vae, settings, TINY_DIT, clips=4)
-
-    class Ended(Exception):
-        pass
-
-    def end(*args, **options):
-        raise Ended
-
-    with monkeypatch.context() as patch, pytest.raises(Ended):
-        patch.setattr(train, "fit", end)
-        train.train_dit(tmp_path, vae, settings, TINY_DIT, clips=4)
+def test_the_folder_of_another_run_is_refused(tmp_path, vae):
+    """Of another kind, VAE or recipe, or one that began with other weights: every loss would depend on it."""
+    how = recipe_of(vae_fit={"steps": 1, "batch": 1}, dit_fit={"steps": 1, "batch": 1})
+    train.train_vae(tmp_path / "vae", how, measured=1)
+    begun = train.train_dit(tmp_path / "dit", vae, how)
+    before = sorted(entry.name for entry in tmp_path.glob("*/*"))
+    with pytest.raises(CheckpointError, match="vae was begun with"):
+        train.train_dit(tmp_path / "vae", vae, how)
     other = train.CausalVAE(TINY_VAE).requires_grad_(False)
-    for said, coder, changed, clips in (
-        ("seed=0, not 1", vae, dataclasses.replace(settings, seed=1), 4),
-        ("clips=4, not 5", vae, settings, 5),
-        ("vae=", other, settings, 4),
+    for said, coder, changed, start in (
+        ("vae=", other, how, None),
+        ("start=", vae, how, begun),
+        ("recipe=", vae, dataclasses.replace(how, draws=3), None),
+        ("recipe=", vae, dataclasses.replace(how, buckets=how.buckets[:1]), None),
     ):
-        with pytest.raises(CheckpointError, match=f"latents.safetensors was made with {said}"):
-            train.train_dit(tmp_path, coder, changed, TINY_DIT, clips=clips)
-
-
-def test_ctrl_c_while_clips_are_encoded_does_not_wait_for_all_of_them(vae, monkeypatch):
-    encoded = []
-
-    def encode(video):
-        encoded.append(1)
-        if len(encoded) == 2:
-            raise KeyboardInterrupt
-        return torch.zeros(1, 1), None
-
-    monkeypatch.setattr(vae, "encode", encode)
-    with pytest.raises(KeyboardInterrupt):
-        train.encode_clips(vae, range(400), frames=1, progress=False)
-    assert len(encoded) < 25  # of 50 chunks, several at once
+        with pytest.raises(CheckpointError, match=f"dit was begun with {said}"):
+            train.train_dit(tmp_path / "dit", coder, changed, start=start)
+    assert sorted(entry.name for entry in tmp_path.glob("*/*")) == before
 
 
 # --- what is not finite ---
@@ -375,35 +357,200 @@ def test_fit_descends(tmp_path):
     torch.testing.assert_close(weight, torch.ones(1, 3), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_vae_trains_on_batches_of_any_size(tmp_path, batch):
-    """Also in the steps that take half as many clips."""
-    settings = dataclasses.replace(train.VAE_SETTINGS, steps=5, batch=batch)
-    sizes = {len(train.vae_batch(settings, step)) for step in range(5)}
-    assert max(1, batch // 2) in sizes
-    train.train_vae(tmp_path, settings, TINY_VAE, measured=1)
-    assert saved_step(tmp_path) == 5
+def test_batches_of_the_vae_are_frames_of_the_world_and_windows_of_them():
+    how = recipe_of(vae_fit={"steps": 40, "batch": 2})
+    shapes = set()
+    for step in range(40):
+        videos = train.vae_batch(how, step)
+        assert torch.equal(videos, train.vae_batch(how, step)) and videos.dtype == torch.uint8
+        shapes.add(tuple(videos.shape[:4]))
+        assert videos.float().std((1, 2, 3)).max() > 5  # something is to be seen
+    assert {shape[1] for shape in shapes if shape[0] == 2} == {1, 5, 9}
+    assert {(8, 5, 16, 16), (2, 5, 32, 32)} <= shapes and {shape[0] for shape in shapes} == {2, 8}
+    assert {shape[1] for step in range(4) for shape in [tuple(train.vae_batch(how, step).shape)]} == {1}
 
 
 def test_vae_training_learns_and_measures_its_latents(tmp_path):
     config = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
-    videos = train.to_video(world.batch(range(10**12, 10**12 + 2), frames=5)[0])
+    how = recipe_of(vae=config, vae_fit={"steps": 12, "batch": 2, "lr": 3e-3})
+    videos = to_video(world.batch(range(10**12, 10**12 + 2), frames=5)[0])
 
     def error(vae: train.CausalVAE) -> float:
         with torch.no_grad():
             return (vae(videos, sample=False)[0] - videos).square().mean().item()
 
-    settings = dataclasses.replace(tiny(train.VAE_SETTINGS, steps=12), lr=3e-3)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(how.vae_fit.seed)
     fresh = train.CausalVAE(config)
     train.start_direct(fresh)
-    vae = train.train_vae(tmp_path, settings, config, measured=8)
+    vae = train.train_vae(tmp_path, how, measured=8)
     assert error(vae) < 0.5 * error(fresh)
     again = train.load_vae(tmp_path)
     assert again.config == vae.config and min(vae.config.latents_std) > 0
-    latents = vae.normalize(train.encode_clips(vae, range(10**12, 10**12 + 8), progress=False))
-    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
-    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
+    clips = [world.sample(10**12 + i, frames=5, size=(32, 32)).video for i in range(8)]
+    with torch.no_grad():
+        latents = vae.normalize(vae.encode(to_video(np.stack(clips)))[0])
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 1e-4
+    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 1e-3
+
+
+# --- the transformer's steps ---
+
+
+def steps_of(monkeypatch, tmp_path, vae, how, **options):
+    """`batch_at` and `loss_of` of a run, and its model."""
+    taken = {}
+
+    def fit(model, batch_at, loss_of, *args, on_save, **rest):
+        taken.update(model=model, batch_at=batch_at, loss_of=loss_of)
+        on_save(0, {name: value.detach() for name, value in model.state_dict().items()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", fit)
+        train.train_dit(tmp_path, vae, how, **options)
+    torch.nn.init.normal_(taken["model"]["dit"].head.weight, std=0.3)
+    return taken["model"], taken["batch_at"], taken["loss_of"]
+
+
+def test_a_step_draws_every_kind_of_clip_and_depends_on_its_number_alone(monkeypatch, tmp_path, vae):
+    how = recipe_of(causal=0.5, apart=0.5, draws=3)
+    model, batch_at, _ = steps_of(monkeypatch, tmp_path, vae, how)
+    grids, causal, apart, known = set(), [], [], []
+    for step in range(60):
+        batch = batch_at(step)
+        assert all(torch.equal(a, b) for a, b in zip(batch, batch_at(step), strict=True))
+        video, ids, noise, times, tokens, by_frame = batch
+        clips, frames = video.shape[:2]
+        assert ids.shape[:2] == noise.shape[:2] == times.shape[:2] == tokens.shape[:2] == (clips, 3)
+        assert noise.shape[3] == times.shape[2] == tokens.shape[2] == (frames - 1) // 4 + 1
+        grids.add((clips, *video.shape[1:4]))
+        causal.append(by_frame.float().mean().item())
+        apart += (times != times[..., :1]).any(-1).flatten().tolist()
+        known += [share for share in tokens.flatten(2).float().mean(-1).flatten().tolist()]
+        assert (ids < 3 + len(world.VOCABULARY)).all() and ((0 < times) & (times < 1)).all()
+    assert grids == {(4, 5, 32, 32), (2, 9, 16, 32)}
+    assert set(causal) == {0.0, 1.0} and 0.3 < np.mean(causal) < 0.7
+    assert 0.4 < np.mean(apart) < 0.6 and max(known) < 1 and 0.2 < np.mean(np.array(known) == 0) < 0.7
+
+
+def test_the_loss_is_that_of_what_is_not_known(monkeypatch, tmp_path, vae):
+    """Noise where a clip is known changes nothing; by hand, the error of the velocity over all other cells."""
+    _, batch_at, loss_of = steps_of(monkeypatch, tmp_path, vae, recipe_of(causal=0.0))
+    for step in range(8):
+        video, ids, noise, times, tokens, causal = batch_at(step)
+        if tokens.any():
+            break
+    loss = loss_of(video, ids, noise, times, tokens, causal)
+    mask = tokens.repeat_interleave(2, 3).repeat_interleave(2, 4)[:, :, None].expand_as(noise)
+    assert loss == loss_of(video, ids, torch.where(mask, 7.0, noise), times, tokens, causal)
+    assert loss != loss_of(video, ids, torch.where(mask, noise, 7.0), times, tokens, causal)
+
+
+def test_causal_steps_see_no_later_frame(monkeypatch, tmp_path, vae):
+    how = recipe_of(buckets=(Bucket(9, (16, 16), batch=1),), draws=1, apart=1.0)
+    model, batch_at, loss_of = steps_of(monkeypatch, tmp_path, vae, how)
+    seen = []
+    forward = model["dit"].forward
+    monkeypatch.setattr(model["dit"], "forward", lambda *a, **k: seen.append(forward(*a, **k)) or seen[-1])
+    video, ids, noise, times, tokens, _ = batch_at(0)
+    none = torch.zeros_like(tokens)
+    for causal in (True, False):
+        for last in (noise[:, :, :, -1:], noise[:, :, :, -1:] + 1):
+            changed = torch.cat([noise[:, :, :, :-1], last], 3)
+            loss_of(video, ids, changed, times, none, torch.tensor([causal]))
+    assert torch.equal(seen[0][:, :, :-1], seen[1][:, :, :-1])
+    assert not torch.equal(seen[2][:, :, :-1], seen[3][:, :, :-1])
+
+
+def test_checkpointing_changes_no_bit_and_bf16_only_rounds(monkeypatch, tmp_path, vae):
+    def step(**options):
+        model, batch_at, loss_of = steps_of(monkeypatch, tmp_path, vae, recipe_of(), **options)
+        loss = loss_of(*batch_at(3))
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    torch.manual_seed(0)
+    loss, slopes = step()
+    again, same = step(checkpointing=True)
+    assert loss == again and all(torch.equal(a, b) for a, b in zip(slopes, same, strict=True))
+    rounded, near = step(dtype=torch.bfloat16)
+    assert 0 < abs(rounded - loss) < 0.05 * loss and {t.dtype for t in near} == {torch.float32}
+    whole = torch.cat([t.flatten() for t in slopes])
+    assert (torch.cat([t.flatten() for t in near]) - whole).norm() < 0.1 * whole.norm()
+
+
+def test_training_begins_with_the_weights_it_is_given(monkeypatch, tmp_path, vae):
+    torch.manual_seed(3)
+    how = recipe_of(dit_fit={"steps": 1})
+    start = train.train_dit(tmp_path / "first", vae, how)
+    model, *_ = steps_of(monkeypatch, tmp_path, vae, how, start=start)
+    for name, part in zip(("dit", "text"), start, strict=True):
+        for key, value in part.state_dict().items():
+            if key != "head.weight":
+                assert torch.equal(model[name].state_dict()[key], value), key
+    wider = recipe_of(dit=dataclasses.replace(TINY_DIT, dim=32))
+    with pytest.raises(CheckpointError, match="start: dit"):
+        train.train_dit(tmp_path / "second", vae, wider, start=start)
+
+
+def test_fused_and_reference_losses_agree_over_hundreds_of_steps(tmp_path, vae):
+    how = recipe_of(buckets=(Bucket(5, (16, 16), batch=2),), draws=1, dit_fit={"steps": 200, "save_every": 1000})
+    for impl in ("auto", "reference"):
+        train.train_dit(tmp_path / impl, vae, how, impl=impl)
+    fused, plain = (np.array([loss for _, loss in losses(tmp_path / impl)]) for impl in ("auto", "reference"))
+    assert len(fused) == 20 and fused[-5:].mean() < 0.9 * fused[:2].mean()
+    np.testing.assert_allclose(fused, plain, rtol=2e-3)
+
+
+def test_a_sheet_shows_each_prompt_in_a_row(tmp_path, tiny_checkpoint):
+    from PIL import Image
+
+    from sora_model.pipeline import Sora
+
+    file = tmp_path / "samples" / "1.png"
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    train.write_sheet(file, sora, ["a red circle", "a ring"])
+    sheet = np.asarray(Image.open(file))
+    assert sheet.shape == (2 * 64, 5 * 64, 3)
+    clip = sora.generate("a red circle", steps=10, seed=0)
+    assert np.array_equal(sheet[:64, 64:128], clip.frames[4])
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["dit_fit.steps=0"], "dit_fit does not describe a Settings: steps must be a whole number from 1"),
+        (["dit.layers=x"], "dit does not describe a DiTConfig: .*layers must be a whole number"),
+        (["dit.colour=1"], "dit does not describe a DiTConfig: .*colour"),
+        (["speed=1"], "'speed=1' must be KEY=VALUE, KEY beginning with one of vae, dit, text"),
+        (["draws"], "'draws' must be KEY=VALUE"),
+        (["draws=0"], "draws must be a whole number from 1 to 1024; got 0"),
+        (["vae.z_dim=8"], "dit.in_channels and dit.out_channels must be vae.z_dim=8; got 12"),
+        (["buckets=[]"], "buckets must be a list of settings by name, at least one"),
+        (["buckets=[{frames: 17, size: [64, 72]}]"], "which patches of .* do not divide"),
+        (["buckets=[{frames: 17, size: [64, 70]}]"], "the width of a video must be a multiple of 8"),
+        (["vae=3"], "vae must hold settings by name; got 3"),
+        (["dit_fit.lr=${nothing}"], "cannot be read as YAML settings"),
+    ],
+)
+def test_a_recipe_names_what_is_wrong(changes, said):
+    with pytest.raises(CheckpointError, match=said):
+        recipe.load(overrides=changes)
+
+
+def test_recipes_come_from_files(tmp_path):
+    assert recipe.load().dit == presets.DIT["toy"]
+    assert recipe.load(overrides=["dit.layers=3", "dit_fit.lr=5e-4"]).dit.layers == 3
+    file = tmp_path / "mine.yaml"
+    with pytest.raises(CheckpointError, match="there is no file"):
+        recipe.load(file)
+    for text, said in (("[1, 2]", "must hold settings by name"), ("a: [", "cannot be read as YAML"), ("", "vae must")):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            recipe.load(file)
+    file.write_text(recipe.TOY.read_text().replace("draws: 4", "draws: 7"))
+    assert recipe.load(file).draws == 7
 
 
 @pytest.mark.parametrize(
@@ -426,7 +573,7 @@ def test_vae_training_learns_and_measures_its_latents(tmp_path):
 )
 def test_settings_name_what_is_wrong(changes, said):
     with pytest.raises(ValueError, match=said):
-        dataclasses.replace(train.DIT_SETTINGS, **changes)
+        dataclasses.replace(recipe.load().dit_fit, **changes)
 
 
 def test_write_record_keeps_logs_and_draws_the_curve(tmp_path):

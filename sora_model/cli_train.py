@@ -1,0 +1,91 @@
+"""`sora train`: the VAE, then the transformer, by a recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .arguments import Impl
+from .terminal import console, say
+
+training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
+
+out = console()
+
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; that of the toy checkpoint by default.")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Over the settings, such as dit_fit.steps=2000.")
+]
+TrainDevice = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Run = Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is resumed.")]
+
+
+@training.command("vae")
+def train_vae(
+    changes: Changes = None,
+    config: Config = None,
+    run: Run = Path("out/train/vae"),
+    impl: Impl = "auto",
+    device: TrainDevice = "cpu",
+) -> None:
+    """Train the VAE on clips of the procedural world."""
+    from . import recipe, train
+    from .machine import check_impl
+
+    check_impl(impl)
+    train.train_vae(run, recipe.load(config or recipe.TOY, changes or ()), device=device, impl=impl)
+    say(out, f"wrote {run / 'model.safetensors'}")
+
+
+@training.command("dit")
+def train_dit(
+    changes: Changes = None,
+    config: Config = None,
+    run: Run = Path("out/train/dit"),
+    vae: Annotated[Path, typer.Option(help="Folder of a VAE run, or vae/ of a checkpoint.")] = Path("out/train/vae"),
+    checkpoint: Annotated[Path, typer.Option(help="Where every save writes the checkpoint.")] = Path("out/toy"),
+    start: Annotated[
+        Path | None, typer.Option(help="Checkpoint to begin with instead of random weights, of the same sizes.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="In which the transformer computes: fp32, bf16, or auto: bf16 on a GPU.")
+    ] = "auto",
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Keep no activations inside of blocks: less memory, a third more work."),
+    ] = False,
+    impl: Impl = "auto",
+    device: TrainDevice = "cpu",
+) -> None:
+    """Train the transformer and its text encoder on the VAE's latents; every save writes a checkpoint, and a sheet of
+    samples into RUN/samples."""
+    import torch
+
+    from . import recipe, train
+    from .files import naming
+    from .machine import check_impl
+    from .pipeline import Sora
+
+    check_impl(impl)
+    computes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    computes["auto"] = computes["fp32" if device == "cpu" else "bf16"]
+    if dtype not in computes:
+        raise ValueError(f"dtype must be one of {', '.join(computes)}; got {dtype!r}")
+    how = recipe.load(config or recipe.TOY, changes or ())
+    coder = train.load_vae(vae)
+    begun = None if start is None else Sora.from_pretrained(start, device="cpu")
+    with naming(checkpoint):
+        checkpoint.mkdir(parents=True, exist_ok=True)
+
+    def save(dit: Any, text: Any, step: int) -> None:
+        sora = Sora(dit, coder, text, how.defaults)
+        sora.save_pretrained(checkpoint)
+        train.write_record(checkpoint, vae=vae, dit=run, command=["sora", *sys.argv[1:]], step=step)
+        if how.samples:
+            train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)
+
+    train.train_dit(run, coder, how, start=begun and (begun.dit, begun.text), device=device, impl=impl, on_save=save)
+    say(out, f"wrote {checkpoint}")

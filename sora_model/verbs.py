@@ -1,0 +1,263 @@
+"""What a model makes of what is there: an image comes alive, a clip goes on, two clips meet, a clip is changed.
+
+    clip = sora.animate(image, "a red circle bounces around")
+    longer = sora.extend(clip, "a red circle bounces around", seconds=10)
+    round_and_round = sora.loop(clip, "a red circle bounces around")
+
+All of it is `conditioning`: what is given keeps its latents while the rest is drawn. Given are frames, uint8
+`[T, H, W, 3]` or an image `[H, W, 3]`, a `Clip`, or the path of an image or a video. Of another size than asked for,
+they are scaled to cover it and cut around the centre; a file of another rate gives the frames that it shows at the
+model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import machine, media
+from .conditioning import Known, place
+from .frames import covering, to_video
+
+if TYPE_CHECKING:
+    from .pipeline import Clip
+
+Given = Any
+"""Frames, a clip, or a path."""
+
+
+class Verbs:
+    """The methods of `Sora` that begin with frames. `options` are those of `generate`.
+
+    Frames of the result that were given are the given ones, not what the VAE makes of them. Raises as `generate`;
+    ValueError where frames are missing or do not fit; `media.MediaError` for a file that cannot be read.
+    """
+
+    def animate(self, image: Given, prompt: str, *, last: Given = None, **options: Any) -> Clip:
+        """A clip that begins with `image`, and ends with `last` if that is given."""
+        plan, impl, progress = self._planned(prompt, options)
+        parts = {0: self._given("image", image, plan)[:1]}
+        if last is not None:
+            parts[-self.vae.config.temporal_factor] = self._given("last", last, plan)[-1:]
+        return self._clip(plan, self._around(plan, parts, impl, progress))
+
+    def extend(
+        self, clip: Given, prompt: str, *, seconds: float = 1.0, backward: bool = False, **options: Any
+    ) -> Clip:
+        """The clip and `seconds` more: after its end, or before its beginning.
+
+        Piece by piece, each as long as the clips that the model was trained on and half of it known. As the prompt
+        names the motion, that of the end should still be what it says.
+        """
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        frames = self._given("clip", clip, plan)
+        wanted = self._count("seconds", seconds, plan)
+        length = len(frames) + wanted
+        seed = plan.seed
+        while len(frames) < length:
+            known = self._fitting(min(len(frames), plan.frames // 2), begins=not backward)
+            new = min(plan.frames - known, length - len(frames))
+            piece = dataclasses.replace(plan, seed=seed)
+            if backward:
+                made = self._around(piece, {-known: frames[:known]}, impl, progress)[: plan.frames - known]
+                frames = np.concatenate([made[-new:], frames])
+            else:
+                made = self._around(piece, {0: frames[-known:]}, impl, progress)[known:]
+                frames = np.concatenate([frames, made[:new]])
+            seed += 1
+        return self._clip(plan, frames)
+
+    def connect(self, first: Given, second: Given, prompt: str, *, seconds: float = 1.0, **options: Any) -> Clip:
+        """The first clip, `seconds` that lead from it to the second one, and that one."""
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        before, after = self._given("first", first, plan), self._given("second", second, plan)
+        between = self._bridge(plan, before, after, self._count("seconds", seconds, plan), impl, progress)
+        return self._clip(plan, np.concatenate([before, between, after]))
+
+    def loop(self, clip: Given, prompt: str, *, seconds: float = 1.0, **options: Any) -> Clip:
+        """The clip and `seconds` that lead from its end to its beginning, so that it may be played in a circle."""
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        frames = self._given("clip", clip, plan)
+        between = self._bridge(plan, frames, frames, self._count("seconds", seconds, plan), impl, progress)
+        return self._clip(plan, np.concatenate([frames, between]))
+
+    def interpolate(self, clip: Given, prompt: str, *, factor: int = 2, **options: Any) -> Clip:
+        """`factor` times as many frames at as many times the rate: the clip's own, and others between them.
+
+        In pieces of as many frames as the model was trained on. For a VAE that codes every frame by itself alone.
+        """
+        if self.vae.config.temporal_factor != 1:
+            raise ValueError(
+                f"interpolate needs a VAE whose latents are frames; in this one's a latent is "
+                f"{self.vae.config.temporal_factor} frames, which would all have to be known"
+            )
+        if isinstance(factor, bool) or not isinstance(factor, Integral) or not 2 <= factor <= 64:
+            raise ValueError(f"factor must be a whole number from 2 to 64; got {factor!r}")
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        frames = self._given("clip", clip, plan)
+        step = max(1, (plan.frames - 1) // factor)  # of the clip's frames, from one piece to the next
+        made = [frames[:1]]
+        for at in range(0, len(frames) - 1, step):
+            own = frames[at : at + step + 1]
+            piece = dataclasses.replace(self._sized(plan, (len(own) - 1) * factor + 1), seed=plan.seed + at)
+            parts = {i * factor: own[i : i + 1] for i in range(len(own))}
+            made.append(self._around(piece, parts, impl, progress)[1:])
+        whole = self._clip(plan, np.concatenate(made))
+        return dataclasses.replace(whole, fps=plan.fps * factor)
+
+    def edit(self, clip: Given, prompt: str, *, strength: float = 0.6, **options: Any) -> Clip:
+        """The clip made into what `prompt` says: mixed with noise of `strength`, 0 (none) to 1 (nothing else), and
+        drawn anew from there (SDEdit, arXiv:2108.01073). The less, the more of the clip is left."""
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+            raise ValueError(f"strength must be a number from 0 to 1; got {strength!r}")
+        frames = self._given("clip", clip, plan)
+        plan = self._sized(plan, len(frames))
+        latents = self._encoded(self._padded_frames(frames, plan), begins=True, impl=impl)
+        return self._clip(plan, self._drawn(plan, impl, progress, clip=latents, strength=float(strength)))
+
+    def restyle(self, clip: Given, prompt: str, *, strength: float = 0.8, **options: Any) -> Clip:
+        """`edit`, with as much noise as leaves the motion and takes the look; the prompt names the new one."""
+        return self.edit(clip, prompt, strength=strength, **options)
+
+    def inpaint(self, clip: Given, prompt: str, *, box: Sequence[int], **options: Any) -> Clip:
+        """The clip with what lies in `box` = (left, top, right, bottom), pixels of the result, drawn anew in all
+        frames. The box is widened to whole tokens."""
+        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        frames = self._given("clip", clip, plan)
+        plan = self._sized(plan, len(frames))
+        rows, columns = self._box(box, plan.size)
+        latents = self._encoded(self._padded_frames(frames, plan), begins=True, impl=impl)
+        mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.bool)
+        factor = self.vae.config.spatial_factor
+        mask[..., rows.start // factor : rows.stop // factor, columns.start // factor : columns.stop // factor] = False
+        made = self._drawn(plan, impl, progress, known=Known(latents, mask.to(latents.device)))
+        result = frames.copy()
+        result[:, rows, columns] = made[:, rows, columns]
+        return self._clip(plan, result)
+
+    # --- frames that are given ---
+
+    def _given(self, name: str, given: Given, plan: Any) -> np.ndarray:
+        """uint8 `[T, H, W, 3]` of the plan's size."""
+        if isinstance(given, str | os.PathLike):
+            given = _read(given, plan.fps)
+        frames = np.asarray(getattr(given, "frames", given))
+        frames = frames[None] if frames.ndim == 3 else frames
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(
+                f"{name} must be frames, uint8 [T, H, W, 3] or one [H, W, 3], a Clip, or the path of an image or a "
+                f"video; got {frames.dtype} {list(frames.shape)}"
+            )
+        return covering(frames, plan.size)
+
+    def _count(self, name: str, seconds: Any, plan: Any) -> int:
+        frames = round(seconds * plan.fps)
+        if frames < 1:
+            raise ValueError(f"{name}={seconds} at {plan.fps:g} frames per second is less than one frame")
+        return frames
+
+    def _fitting(self, frames: int, *, begins: bool) -> int:
+        """So many frames, or the next fewer that are whole latents at the beginning of a clip or elsewhere."""
+        factor = self.vae.config.temporal_factor
+        return max(1, (frames - 1) // factor * factor + 1) if begins else max(factor, frames // factor * factor)
+
+    def _box(self, box: Sequence[int], size: tuple[int, int]) -> tuple[slice, slice]:
+        whole = isinstance(box, Sequence) and len(box) == 4
+        if not whole or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in box):
+            raise ValueError(f"box must be four whole numbers (left, top, right, bottom); got {box!r}")
+        left, top, right, bottom = map(int, box)
+        height, width = size
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(f"box must lie within {width}x{height}, left of right and top above bottom; got {box}")
+        units = (self.vae.config.spatial_factor * patch for patch in self.dit.config.patch[1:])
+        spans = zip((top, left), (bottom, right), units, strict=True)
+        rows, columns = (slice(least // unit * unit, -(-most // unit) * unit) for least, most, unit in spans)
+        if (rows.stop - rows.start, columns.stop - columns.start) == size:
+            raise ValueError(f"box {box} leaves nothing of {width}x{height} in whole tokens: nothing is known; edit it")
+        return rows, columns
+
+    # --- around them ---
+
+    def _planned(self, prompt: str, options: Mapping[str, Any]) -> tuple[Any, str, Any]:
+        options = dict(options)
+        impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
+        return self._plan(prompt, **options, impl=impl), impl, progress
+
+    def _bridge(self, plan: Any, before: np.ndarray, after: np.ndarray, frames: int, impl: str, progress: Any):
+        """So many frames that lead from the end of one clip to the beginning of another."""
+        ends = self._fitting(min(len(before), plan.frames // 4 + 1), begins=True)
+        begins = self._fitting(min(len(after), plan.frames // 4 + 1), begins=False)
+        frames = self._fitting(frames, begins=False)
+        plan = self._sized(plan, ends + frames + begins)
+        parts = {0: before[-ends:], -begins: after[:begins]}
+        return self._around(plan, parts, impl, progress)[ends : ends + frames]
+
+    def _around(self, plan: Any, parts: Mapping[int, np.ndarray], impl: str, progress: Any) -> np.ndarray:
+        """Frames of the plan around those given, each part from the frame of its key on; negative: from the end."""
+        factor, shape = self.vae.config.temporal_factor, (1, *plan.latents)
+        total = 1 + factor * (plan.latents[1] - 1)
+        latents = {}
+        for key, frames in parts.items():
+            start = key + total if key < 0 else key
+            frames = frames if start == 0 else np.concatenate([frames, *[frames[-1:]] * (-len(frames) % factor)])
+            latents[-(-start // factor)] = self._encoded(frames, begins=start == 0, impl=impl)
+        made = self._drawn(dataclasses.replace(plan, frames=total), impl, progress, known=place(shape, latents))
+        for key, frames in parts.items():
+            start = key + total if key < 0 else key
+            made[start : start + len(frames)] = frames
+        return made
+
+    def _encoded(self, frames: np.ndarray, *, begins: bool, impl: str) -> Tensor:
+        """Normalised latents `[1, C, T', H', W']`; of frames that do not begin a clip, as if the first of them had
+        stood still before."""
+        self.vae.impl = impl
+        frames = frames if begins else np.concatenate([frames[:1], frames])
+        with torch.no_grad(), machine.own_dtypes(self.device):
+            video = to_video(torch.as_tensor(frames[None]).to(self.device))
+            means = torch.cat([mean for mean, _ in self.vae.encode_stream(video)], 2)
+            return self.vae.normalize(means if begins else means[:, :, 1:])
+
+    def _padded_frames(self, frames: np.ndarray, plan: Any) -> np.ndarray:
+        missing = 1 + self.vae.config.temporal_factor * (plan.latents[1] - 1) - len(frames)
+        return np.concatenate([frames, *[frames[-1:]] * missing])
+
+    def _sized(self, plan: Any, frames: int) -> Any:
+        """The plan for another number of frames."""
+        height, width = plan.size
+        return dataclasses.replace(
+            plan, frames=frames, latents=self.vae.config.latent_shape(self._padded(frames), height, width)
+        )
+
+    def _drawn(self, plan: Any, impl: str, progress: Any, **how: Any) -> np.ndarray:
+        with machine.own_dtypes(self.device):
+            return np.concatenate(list(self._frames(plan, impl, progress, **how)))
+
+
+def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
+    """The frames that an image or a video shows at `fps`."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) == 1:
+                return np.asarray(image.convert("RGB"))[None]
+    except UnidentifiedImageError:
+        pass
+    except OSError as error:
+        if not os.path.exists(path):
+            raise media.MediaError(f"there is no file {os.fspath(path)!r}") from error
+        raise media.MediaError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
+    frames, shown = [], []
+    for time, frame in media.read_video(path, times=True):
+        shown.append(float(time))
+        frames.append(frame)
+    wanted = np.arange(max(1, round((shown[-1] - shown[0]) * fps) + 1)) / fps + shown[0]
+    return np.stack([frames[i] for i in np.searchsorted(shown, wanted + 1e-6, side="right") - 1])
