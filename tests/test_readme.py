@@ -34,6 +34,10 @@ def test_code_blocks_run(name, tmp_path, monkeypatch):
     exec(compile(BLOCKS[name], name, "exec"), {})
 
 
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) < 180, "move it to docs/ and link"
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
