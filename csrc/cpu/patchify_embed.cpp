@@ -244,7 +244,7 @@ void patch_embed3d_bwd(const Tensor& dout, const Tensor& video, const Tensor& we
     check_sizes("dpos", *dpos, "the shape of pos", {pos->size(0), S, D});
     check_dense("dpos", *dpos);
     advise_huge_pages(*dpos);
-    if (B == 0) std::memset(dpos->data_ptr(), 0, dpos->numel() * dpos->element_size());
+    if (B == 0 && dpos->numel() > 0) std::memset(dpos->data_ptr(), 0, dpos->numel() * dpos->element_size());
   }
   isa();  // throws here, if at all: torch's parallel_for does not pass messages on
 
