@@ -130,6 +130,7 @@ def model() -> None:
     clip = sora.generate("a red ball", seconds=1 / 8, steps=1)
     assert_type(clip, sora_model.Clip)
     assert_type(clip.fps, float)
+    assert_type(sora.animate(clip.frames[0], "a red ball", seconds=1 / 8, steps=1), sora_model.Clip)
     assert_type(sora.vae, sora_model.CausalVAE)
     assert_type(sora_model.AttentionMode.parse("causal=frame"), sora_model.AttentionMode)
 
