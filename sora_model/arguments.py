@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
 
+OWN = "the checkpoint's own"
 Weights = Annotated[str, typer.Option(help="Checkpoint folder (own, or Wan 2.1's in the diffusers layout), or 'toy'.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to compute.", show_default="cuda where there is a GPU, else cpu")
 ]
 Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    if not (match := re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", text.strip())):
+        raise ValueError(f"--size must be WIDTHxHEIGHT in pixels, such as 64x64, got {text!r}")
+    return int(match[2]), int(match[1])

@@ -158,7 +158,11 @@ def _continuations(sora: Sora, each: int, seed: int, tell: Progress, keep, optio
     for done in range(total):
         scene, number = world.SCENES[done % len(world.SCENES)], done // len(world.SCENES)
         truth = world.sample(
-            _TRUE_SEED + number, scene=scene, frames=2 * known + known // 2, size=defaults.size, fps=defaults.fps
+            _TRUE_SEED + 1000 * (done % len(world.SCENES)) + number,
+            scene=scene,
+            frames=2 * known + known // 2,
+            size=defaults.size,
+            fps=defaults.fps,
         )
         made = {name: make(truth, known) for name, make in makers.items()}
         for name, video in made.items():

@@ -30,7 +30,8 @@ h3 { font-size: .95rem; font-weight: 500; margin: 1.25rem 0 .4rem; } p { color: 
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
-td small { color: var(--soft); } .row { display: flex; flex-wrap: wrap; gap: .9rem; }
+td small { color: var(--soft); display: block; font-size: .72rem; line-height: 1; }
+.row { display: flex; flex-wrap: wrap; gap: .9rem; }
 figure { margin: 0; width: 168px; } figcaption { font-size: .8rem; color: var(--soft); margin-top: .2rem; }
 video { width: 168px; border-radius: 8px; display: block; background: var(--card); border: 1px solid var(--line); }
 svg { background: var(--card); border: 1px solid var(--line); border-radius: 8px; max-width: 100%; height: auto; }
@@ -52,7 +53,15 @@ def write_page(path: str | os.PathLike[str], result: Mapping[str, Any], clips: S
         groups.setdefault(clip[0], []).append(clip)
     for group, members in groups.items():
         parts.append(f"<h2>{html.escape(group.capitalize())}</h2>")
-        parts += [_side_by_side(title, frames, fps) for _, title, frames in members]
+        if all(len(frames) == 1 for *_, frames in members):  # nothing to set beside each: all of them in rows
+            figures = [
+                _figure(f"{title} — {name}", video, fps) for _, title, one in members for name, video in one.items()
+            ]
+            parts.append(f'<div class="row">{"".join(figures)}</div>')
+            continue
+        for _, title, frames in members:
+            figures = [_figure(name, video, fps) for name, video in frames.items()]
+            parts.append(f'<h3>{html.escape(title)}</h3><div class="row">{"".join(figures)}</div>')
     document = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>sora eval</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
@@ -143,7 +152,7 @@ def _sizes(result: Mapping[str, Any]) -> str:
 
 def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, width: int = 640) -> str:
     """An SVG of lines through (x, y), from 0 to `top` or the largest y."""
-    height, left, right, bottom = 220, 40, 12, 26
+    height, left, right, bottom = 220, 40, 28, 26
     points = [p for line in lines.values() for p in line]
     if not points:
         return "<p>Nothing to show.</p>"
@@ -170,14 +179,9 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, 
     return f'<svg viewBox="0 0 {width} {height}" width="{width}">{"".join(drawn)}</svg><p>{legend}</p>'
 
 
-def _side_by_side(title: str, clips: Mapping[str, np.ndarray], fps: float) -> str:
-    figures = []
-    for name, frames in clips.items():
-        with tempfile.TemporaryDirectory() as folder:
-            large = np.repeat(np.repeat(frames, 2, 1), 2, 2)
-            data = base64.b64encode(media.write_video(Path(folder) / "clip.mp4", large, fps).read_bytes()).decode()
-        figures.append(
-            f'<figure><video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
-            f"<figcaption>{html.escape(name)}</figcaption></figure>"
-        )
-    return f'<h3>{html.escape(title)}</h3><div class="row">{"".join(figures)}</div>'
+def _figure(caption: str, frames: np.ndarray, fps: float) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        large = np.repeat(np.repeat(frames, 2, 1), 2, 2)
+        data = base64.b64encode(media.write_video(Path(folder) / "clip.mp4", large, fps).read_bytes()).decode()
+    video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
+    return f"<figure>{video}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -23,7 +23,7 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from benchmarks import shapes
 from sora_kernels import _library
-from sora_model import cli, demo, evaluate, media, reconstruct, world
+from sora_model import cli, cli_world, demo, evaluate, media, reconstruct, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 
@@ -39,7 +39,8 @@ def sora(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["sora", *map(str, arguments)])
         # the consoles of the module were bound to the streams of another test
         for name, stderr in (("out", False), ("err", True)):
-            monkeypatch.setattr(cli, name, cli.console(stderr=stderr, width=200))
+            for module in (cli, cli_world):
+                monkeypatch.setattr(module, name, cli.console(stderr=stderr, width=200))
         try:
             cli.main()
             code = 0

@@ -159,9 +159,9 @@ def eval_prompts(each: int = 4) -> list[tuple[str, Program]]:
     pairs of colour and shape that training never shows together; the seeds of the others are far from those of
     training."""
     return [
-        sample(_EVAL_SEED + seed, scene=scene, split=split).wording(0)
-        for split in ("held_out", "train")
-        for scene in SCENES
+        sample(_EVAL_SEED + 2000 * number + 1000 * half + seed, scene=scene, split=split).wording(0)
+        for half, split in enumerate(("held_out", "train"))
+        for number, scene in enumerate(SCENES)
         for seed in range(each)
     ]
 

@@ -100,7 +100,8 @@ def motion(pair: Pair) -> dict[str, list[float]]:
 
 
 def rigidity(pair: Pair) -> dict[str, list[float]]:
-    """IoU of each silhouette with the true shape drawn at the read position, where the true one is whole."""
+    """IoU of each silhouette that there is with the true shape drawn at the read position, where the true one is
+    whole."""
     state, scores = pair.truth.state, []
     if pair.truth.scene.name in ("bite", "paint", "orbit"):
         return {}
@@ -112,16 +113,12 @@ def rigidity(pair: Pair) -> dict[str, list[float]]:
 
 
 def shape_scores(track: Track | None, thing: Thing, setting: Setting, size, frames: np.ndarray) -> list[float]:
-    """Soft IoU of a track's silhouettes with a thing drawn where they are, frame by frame; 0 where there is none."""
-    if track is None:
-        return [0.0] * len(frames)
-    there = frames[track.present[frames]]
-    scores = [0.0] * (len(frames) - len(there))
-    if len(there):
-        ideal = rendered(thing, setting, track.position[there], size)
-        own = track.silhouette[there]
-        scores += (np.minimum(own, ideal).sum((1, 2)) / np.maximum(own, ideal).sum((1, 2))).tolist()
-    return scores
+    """Soft IoU of a track's silhouettes with a thing drawn where they are, in each of the frames that has one."""
+    there = frames[:0] if track is None else frames[track.present[frames]]
+    if not len(there):
+        return []
+    ideal, own = rendered(thing, setting, track.position[there], size), track.silhouette[there]
+    return (np.minimum(own, ideal).sum((1, 2)) / np.maximum(own, ideal).sum((1, 2))).tolist()
 
 
 def own_rigidity(reading: Reading, colour: str, shape: str) -> list[float]:
@@ -129,7 +126,7 @@ def own_rigidity(reading: Reading, colour: str, shape: str) -> list[float]:
     than half of it away from the frame's edges."""
     track = reading.tracks.get(colour)
     if track is None or shape not in FIGURES:
-        return [0.0] if track is None else []
+        return []
     setting = Setting((1.0, 1.0), reading.style, reading.background)
     thing = Thing(colour, shape, radius_of(track, shape, setting, reading.size))
     return shape_scores(track, thing, setting, reading.size, np.flatnonzero(track.visible > SHOWN))
