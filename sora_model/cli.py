@@ -29,7 +29,6 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(training, name="train")
 app.add_typer(worlds, name="world")
-app.command("eval")(evaluate)
 
 out = console()
 err = console(stderr=True)
@@ -167,6 +166,9 @@ def patch(
         say(out, str(part))
         if part.verification is not None and not part.verification.ok:
             raise ValueError(f"{part.name or folder} does not agree with the host; see above")
+
+
+app.command("eval")(evaluate)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
