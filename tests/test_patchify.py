@@ -592,7 +592,7 @@ ERRORS = {
             (dict(x=tokens[0]), ValueError, "x must be"),
             (dict(grid=(1, 2, 3)), ValueError, "makes 6 tokens; x has 12; text tokens must be cut off first"),
             (dict(shift=torch.zeros(2, 5, 12)), ValueError, "shift has F=5 rows, which must divide S=12"),
-            (dict(scale=torch.zeros(3, 12)), ValueError, "scale must be .*B=2, S=12, D=12.*got .3, 12."),
+            (dict(scale=torch.zeros(3, 12)), ValueError, "scale must be .*B=2 .*S=12, D=12.*got .3, 12."),
             (dict(weight=torch.zeros(8, 11)), ValueError, "x's width D=12; got 11"),
             (dict(weight=torch.zeros(7, 12)), ValueError, r"multiple of pt\*ph\*pw = 4 rows for patch .*; got 7"),
             (dict(bias=torch.zeros(7)), ValueError, r"bias must have shape \[8\]"),
