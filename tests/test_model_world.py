@@ -525,6 +525,7 @@ def test_batch_is_its_samples():
         ({"prompt_spec": {"color": "red"}}, "color"),
         ({"prompt_spec": {"colour": "mauve"}}, "mauve"),
         ({"prompt_spec": {"colour": "green", "shape": "circle"}, "scene": "bounce"}, "split"),
+        ({"prompt_spec": {"count": 3}, "scene": "bite"}, "count"),
         ({"prompt_spec": {"style": "neon", "background": "cream"}}, "neon"),
         ({"prompt_spec": {"shape": "box"}, "scene": "loop"}, "box"),
     ],

@@ -143,7 +143,10 @@ def draw(
     kind = REGISTRY[scene] if scene else kind
     setting = draw_setting(dice, (max(1.0, aspect), max(1.0, 1 / aspect)), spec)
     named = {key: value for key, value in spec.items() if key in ("colour", "shape")}
-    return kind.draw(dice, setting, cast_of(dice, split, named), spec.get("count"))
+    drawn = kind.draw(dice, setting, cast_of(dice, split, named), spec.get("count"))
+    if spec.get("count") not in (None, len(drawn.things)):
+        raise ValueError(f"prompt_spec count {spec['count']}: scene {kind.name!r} shows {len(drawn.things)} at most")
+    return drawn
 
 
 def batch(seeds: Iterable[int], **settings) -> tuple[np.ndarray, list[str], list[Sample]]:
