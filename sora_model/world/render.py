@@ -193,15 +193,17 @@ def _quadrangle(corners: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarr
     deepest = nearest = None
     bare = []
     for k in range(4):
-        ux, uy = along_x[:, k], along_y[:, k]
-        x, y = dx - corners[:, k, :1, None], dy - corners[:, k, 1:, None]
+        ux, uy, half = along_x[:, k], along_y[:, k], length[:, k] / 2
+        x, y = dx - corners[:, k, :1, None], dy - corners[:, k, 1:, None]  # of one axis each: cheap
         outside = x * uy - y * ux
         bare.append(np.clip(outside + 0.5, 0, 1))
         deepest = outside if deepest is None else np.maximum(deepest, outside)
-        along = x * ux + y * uy
-        beyond = np.maximum(np.maximum(-along, along - length[:, k]), 0)
-        square = outside * outside + beyond * beyond
-        nearest = square if nearest is None else np.minimum(nearest, square)
+        beyond = np.abs(x * ux + (y * uy - half))
+        beyond -= half
+        np.maximum(beyond, 0, out=beyond)
+        beyond *= beyond
+        beyond += outside * outside
+        nearest = beyond if nearest is None else np.minimum(nearest, beyond)
     cover = np.maximum(1 - bare[0] - bare[2], 0) * np.maximum(1 - bare[1] - bare[3], 0)
     near = np.where(cover < 1, np.maximum(deepest, 0.5 - cover), deepest)
     return np.where(deepest > 0, np.maximum(np.sqrt(nearest), near), near)
