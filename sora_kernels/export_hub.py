@@ -78,6 +78,10 @@ tags: [kernels]
 
 def export(directory: pathlib.Path, *, version: int = 0, repo_id: str | None = None) -> dict[str, str]:
     """Write the repository to `directory`, which must be empty or not exist. Returns variant -> its id."""
+    if repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"export_hub: repo_id must be OWNER/NAME of letters, digits, . _ and -; got {repo_id!r}")
+    if version < 0:
+        raise ValueError(f"export_hub: version must be 0 or more; got {version}")
     if directory.exists() and any(directory.iterdir()):
         raise FileExistsError(f"export_hub: DIR must be empty or not exist; {directory} has files: choose another")
     backends = {"torch-cpu": "cpu", "torch-cuda": "cuda"}
@@ -138,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         ids = export(arguments.directory, version=arguments.version, repo_id=arguments.repo_id)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
     for variant, identity in ids.items():
         print(f"{arguments.directory / 'build' / variant}  id {identity}")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -84,6 +85,19 @@ def test_a_directory_with_files_is_left_alone(repository, capsys):
     with pytest.raises(SystemExit):
         export_hub.main([str(repository)])
     assert "must be empty or not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--repo-id", 'me/"kernel"'], "repo_id must be OWNER/NAME .*; got 'me/\"kernel\"'"),
+     (["--repo-id", "kernel"], "repo_id must be OWNER/NAME .*; got 'kernel'"),
+     (["--version", "-1"], "version must be 0 or more; got -1")],
+)  # fmt: skip
+def test_what_its_files_could_not_hold_is_refused(tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as end:
+        export_hub.main([str(tmp_path / "new"), *arguments])
+    assert end.value.code == 1 and re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_glibc_that_a_library_asks_for(tmp_path):
