@@ -490,6 +490,15 @@ def test_a_pipeline_one_part_of_which_cannot_be_patched_stays_whole():
     assert "forward" not in vars(pipe.transformer)
 
 
+def test_a_part_that_a_pipeline_has_twice_is_one():
+    pipe = pipeline()
+    pipe.transformer_2 = pipe.transformer
+    report = patch_model(pipe)
+    assert {step.where.split(".")[0] for step in report.replaced} == {"transformer", "vae"}
+    unpatch_model(pipe)
+    assert all("forward" not in vars(module) for part in (pipe.transformer, pipe.vae) for module in part.modules())
+
+
 def test_a_pipeline_without_a_known_part_is_refused():
     pipe = diffusers.DDPMPipeline(unet=diffusers.UNet2DModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
@@ -571,7 +580,13 @@ def test_verification_says_that_gradients_were_not_compared():
     unpatch_model(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     patch_model(model)
-    assert "not compared, parameters are offloaded, sharded or quantized" in str(verify_patch(model, *inputs(model)))
+    reason = "not compared, parameters are offloaded, sharded, quantized or made in inference mode"
+    assert reason in str(verify_patch(model, *inputs(model)))
+    with torch.inference_mode():
+        model = wan()
+    patch_model(model)
+    verification = verify_patch(model, *inputs(model))
+    assert verification.ok and reason in str(verification)
 
 
 @pytest.mark.parametrize(
@@ -707,10 +722,15 @@ def test_an_unknown_impl_is_refused():
         patch_model(wan(), impl="fastest")
 
 
-@pytest.mark.parametrize("ops", ["norm_modulate", ("norm",), (3,)], ids=str)
+@pytest.mark.parametrize("ops", ["norm_modulate", ("norm",), (3,), None, 3, b"all"], ids=str)
 def test_unknown_ops_are_refused(ops):
     with pytest.raises(ValueError, match="ops must be 'all' or a tuple of names out of causal_conv3d, .*; got"):
         patch_model(wan(), ops)
+
+
+def test_strict_is_true_or_false():
+    with pytest.raises(TypeError, match="strict must be True or False; got 'no'"):
+        patch_model(wan(), strict="no")
 
 
 def test_a_model_without_weights_is_refused():

@@ -214,6 +214,7 @@ def patch_model(
     """
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
     _check.choice("patch_model", "rounding", rounding, ("host", "once"))
+    _check.flag("patch_model", "strict", strict)
     how = How(impl, rounding, _left(ops, impl))
     parts = [(name, part, _plan(part, how)) for name, part in parts_of("patch_model", model).items()]
     report = _joined(model, how, [(name, report) for name, _, (report, _) in parts])
@@ -261,18 +262,21 @@ def patched(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
 
 
 def parts_of(function: str, model: Any) -> dict[str, nn.Module]:
-    """{"": model}, or the parts of a pipeline that are of a known class, by name."""
+    """{"": model}, or the parts of a pipeline that are of a known class, each once, by name."""
     if isinstance(model, nn.Module):
         host_of(model, function)
         return {"": model}
     components = getattr(model, "components", None)
     if not isinstance(components, dict):
         raise TypeError(f"{function}: {_expected()}; got {_named(model)}")
-    parts = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _file_of(part)}
-    if not parts:
+    names: dict[nn.Module, str] = {}
+    for name, part in components.items():
+        if isinstance(part, nn.Module) and _file_of(part):
+            names.setdefault(part, name)
+    if not names:
         held = ", ".join(f"{name}: {type(part).__name__}" for name, part in components.items())
         raise TypeError(f"{function}: {_expected()}; got a {type(model).__name__} of {held or 'no parts'}")
-    return parts
+    return {name: part for part, name in names.items()}
 
 
 def host_of(model: nn.Module, function: str = "patch_model") -> types.ModuleType:
@@ -313,8 +317,8 @@ def known() -> str:
 
 
 def _left(ops: str | tuple[str, ...], impl: str) -> dict[str, str]:
-    names = OPS if ops == "all" else ops
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not set(names) <= set(OPS):
+    names = OPS if isinstance(ops, str) and ops == "all" else ops
+    if not isinstance(names, tuple | list | set) or any(name not in OPS for name in names):
         raise ValueError(f"patch_model: ops must be 'all' or a tuple of names out of {', '.join(OPS)}; got {ops!r}")
     left = {op: f"{op} is not among the chosen ops" for op in OPS if op not in names}
     impl = _dispatch.FORCED if impl == "auto" else impl

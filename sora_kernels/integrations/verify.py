@@ -123,8 +123,8 @@ def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], g
     if not inputs and not kwargs:
         inputs = host.example(model)
     left = None if gradients else "as asked"
-    if any(p.is_meta or type(p) is not nn.Parameter for p in model.parameters()):
-        left = "parameters are offloaded, sharded or quantized"
+    if any(p.is_meta or p.is_inference() or type(p) is not nn.Parameter for p in model.parameters()):
+        left = "parameters are offloaded, sharded, quantized or made in inference mode"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
