@@ -208,14 +208,3 @@ def vocabulary() -> tuple[str, ...]:
         texts += [word for words in table.values() for word in words]
     words = {w for t in texts for w in _plain(re.sub(r"\{\w+\}", " ", t)).split()}
     return tuple(sorted(words - {"x"}))
-
-
-def check_grammar() -> None:
-    """Raises ValueError for a scene whose rules cannot be used: an unknown slot, or a thing that is never named."""
-    for scene, account, count, template in _grammar():
-        used = slots(template)
-        own = {*_LETTERS[:count], *(f"{x}_way" for x in _LETTERS[:count]), "camera", "pace", *SLOTS}
-        if not set(used) <= own or any(used.count(x) != 1 for x in _LETTERS[:count]):
-            raise ValueError(
-                f"scene {scene!r}, account {account}: {template!r} must name each of its {count} things once"
-            )

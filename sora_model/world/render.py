@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import Scene, Setting, State, Thing
 from .palette import BACKGROUNDS, GLOW, INSIDE, grey, ink
-from .shapes import distance, extent
+from .shapes import distance, extent, reach
 
 # Pixels painted at a time: bounds the memory of a long or large clip.
 _BLOCK = 1 << 22
@@ -96,6 +96,8 @@ class Canvas:
         margin = _GLOW_REACH if style == "neon" else 0.0
         index, dx, dy = self.box(position, tuple(e + margin for e in extent(thing.shape, thing.radius)))
         d = distance(thing.shape, thing.radius * unit, dx, dy)
+        if style == "neon":  # round corners, or their glow would run out in spikes
+            d = np.maximum(d, np.sqrt(dx * dx + dy * dy) - reach(thing.shape, thing.radius) * unit)
         for (x, y), radius, first in cut:
             if first < len(d):
                 hole = radius * unit - np.sqrt((dx[first:] - x * unit) ** 2 + (dy[first:] - y * unit) ** 2)
