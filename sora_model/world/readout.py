@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -31,22 +32,27 @@ class Track:
     """One colour through T frames. Lengths in pixels, a pixel's centre at whole numbers.
 
     position [T,2] (x, y) of the silhouette's centroid, NaN where absent · area [T] of the silhouette · present [T] ·
-    pieces [T], how many separate pieces of a size that counts · silhouette fp32 [T,H,W], 0 to 1 · whole: the area when
-    all of it shows.
+    silhouette fp32 [T,H,W], 0 to 1 · whole: the area when all of it shows · least: the area from which something is
+    there.
     """
 
     colour: str
     position: np.ndarray
     area: np.ndarray
     present: np.ndarray
-    pieces: np.ndarray
     silhouette: np.ndarray
     whole: float
+    least: float
 
     @property
     def visible(self) -> np.ndarray:
         """Area over the whole area, [T]."""
         return self.area / self.whole
+
+    @cached_property
+    def pieces(self) -> np.ndarray:
+        """How many separate pieces of a size that counts, [T]."""
+        return pieces(self.silhouette > 0.5, self.least)
 
 
 @dataclass(frozen=True)
@@ -212,14 +218,18 @@ def _track(colour: str, amount: np.ndarray, inside: float, outside: float = 0.0)
     least = max(FAINT * unit**2, 0.05 * whole)
     present = total >= least
     position[~present] = np.nan
-    return Track(colour, position, total, present, pieces(shape > 0.5, least), shape, whole)
+    return Track(colour, position, total, present, shape, whole, least)
 
 
 def pieces(solid: np.ndarray, least: float) -> np.ndarray:
     """[T]: how many 8-connected pieces of at least ``least`` pixels each frame of [T,H,W] bool has."""
+    rows, columns = (np.flatnonzero(solid.any(axis)) for axis in ((0, 2), (0, 1)))
+    if not len(rows):
+        return np.zeros(len(solid), np.int64)
+    solid = solid[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     frames, height, width = solid.shape
-    label = np.where(solid, np.arange(1, solid.size + 1, dtype=np.int64).reshape(solid.shape), 0)
-    padded = np.zeros((frames, height + 2, width + 2), np.int64)
+    label = np.where(solid, np.arange(1, solid.size + 1, dtype=np.int32).reshape(solid.shape), 0)
+    padded = np.zeros((frames, height + 2, width + 2), np.int32)
     while True:
         padded[:, 1:-1, 1:-1] = label
         best = padded[:, 1:-1]

@@ -86,9 +86,8 @@ class Bite(Scene):
         way = np.array([math.cos(angle), math.sin(angle)])
         turn = 2 * math.pi / period
         swing = amplitude * (np.sin(turn * times + phase) - math.sin(phase))
-        return np.array(self.centre) + swing[:, None] * way, (amplitude * turn * np.cos(turn * times + phase))[
-            :, None
-        ] * way
+        rate = amplitude * turn * np.cos(turn * times + phase)
+        return np.array(self.centre) + swing[:, None] * way, rate[:, None] * way
 
     def state(self, times: np.ndarray) -> State:
         times = np.asarray(times, dtype=np.float64)
