@@ -49,10 +49,9 @@ The rows tell them by class.
 _PARAMETERS = "channels' parameters, a few bytes a lane, from L1"
 _SUMS = "lanes that hold one sum all store it: no bank conflicts"
 _FRAMES = "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; else: single bytes, 3 apart"
-_OPERANDS = {"fp32": "products without tensor cores read operands where copies left them, a row apart: in few banks"}
-_TOKENS = {
-    "per token": "ldmatrix of rows of scale, and of x beside them: Triton's pipeline does not swizzle the buffer of a "
-    "tile that is wanted in two layouts",
+_OPERANDS = {
+    "fp32": "products without tensor cores read two rows of their left operand at a time, which Triton leaves a row "
+    "apart: in the same banks",
 }
 NOTES = {
     "norm_modulate_kernel": {
@@ -81,9 +80,9 @@ NOTES = {
     "unpatchify3d_kernel": {"sectors": "lines of 208 bytes end within a sector"},
     "final_layer_fwd_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, written 2 bytes a lane; so are scale and shift read"
-    ) | {"wavefronts": _TOKENS | _OPERANDS},
+    ) | {"wavefronts": _OPERANDS},
     "final_layer_bwd_kernel": {
-        "16 bytes": "statistics, 4 bytes a lane, from L1", "wavefronts": _TOKENS | _OPERANDS,
+        "16 bytes": "statistics, 4 bytes a lane, from L1", "wavefronts": _OPERANDS,
     },
     "video_to_uint8_kernel": dict.fromkeys(("sectors", "16 bytes"), _FRAMES),
     "norm_silu_fwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},

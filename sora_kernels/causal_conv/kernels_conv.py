@@ -259,6 +259,8 @@ def convolve(
     """
     if out.numel() == 0:
         return
+    if x.dtype == torch.float32 and weight.stride(0) != 1:  # plain cores read columns side by side, or from one bank
+        weight = weight.movedim(0, -1).contiguous().movedim(-1, 0)
     N, C, kt, kh, kw = weight.shape
     frames, height, width = out.shape[2:]
     tile = config.forward(C, N, x.dtype, config.capability(x.device))

@@ -34,6 +34,16 @@ def load_patches(
 
 
 @triton.jit
+def load_features(ptr, k, cols, K: tl.constexpr, D, TURNED: tl.constexpr):
+    """Features k of the columns of the weight [D, K], or of [K, D] where TURNED: [k, cols] in its own dtype."""
+    mask = (k < K)[:, None] & (cols < D)[None, :]
+    if TURNED:
+        return tl.load(ptr + k.to(tl.int64)[:, None] * D + cols[None, :], mask, 0.0)
+    else:
+        return tl.load(ptr + cols.to(tl.int64)[None, :] * K + k[:, None], mask, 0.0)
+
+
+@triton.jit
 def patch_embed3d_fwd_kernel(
     video_ptr, weight_ptr, bias_ptr, pos_ptr, out_ptr, stride_b, stride_c, stride_t, stride_h, stride_w, pos_stride_b,
     rows, S, grid_h, grid_w, D, blocks, blocks_per_program,
@@ -42,6 +52,7 @@ def patch_embed3d_fwd_kernel(
 ):  # fmt: skip
     """A program has BLOCK_S tokens and several blocks of D. Patches that fit one block of K are gathered once."""
     K: tl.constexpr = C * PT * PH * PW
+    TURNED: tl.constexpr = video_ptr.dtype.element_ty == tl.float32
     programs = tl.cdiv(blocks, blocks_per_program)
     first = tl.program_id(0) % programs * blocks_per_program
     row = tl.program_id(0) // programs * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -53,10 +64,9 @@ def patch_embed3d_fwd_kernel(
         patches = load_patches(video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW)
     for i in range(blocks_per_program):
         cols = (first + i) * BLOCK_D + tl.arange(0, BLOCK_D)
-        weight = weight_ptr + cols.to(tl.int64)[None, :] * K
         acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
         if K <= BLOCK_K:
-            w = tl.load(weight + k[:, None], (k < K)[:, None] & (cols < D)[None, :], 0.0)
+            w = load_features(weight_ptr, k, cols, K, D, TURNED)
             acc = dot(patches, w, acc, video_ptr.dtype.element_ty)
         else:
             for start in range(0, K, BLOCK_K):
@@ -64,7 +74,7 @@ def patch_embed3d_fwd_kernel(
                 patches = load_patches(
                     video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW
                 )
-                w = tl.load(weight + k[:, None], (k < K)[:, None] & (cols < D)[None, :], 0.0)
+                w = load_features(weight_ptr, k, cols, K, D, TURNED)
                 acc = dot(patches, w, acc, video_ptr.dtype.element_ty)
         mask = live[:, None] & (cols < D)[None, :]
         acc += load_vector(bias_ptr, cols, D, 0.0)[None, :]
@@ -211,6 +221,8 @@ def patch_embed3d_fwd(video, weight, bias, pos, out):
     config = tile(weight[0].numel(), video.dtype)
     blocks, tiles = triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(B * S, config["BLOCK_S"])
     per_program = triton.cdiv(blocks, triton.cdiv(PROGRAMS, tiles))
+    if video.dtype == torch.float32:
+        weight = weight.flatten(1).t().contiguous()  # plain cores read columns side by side, or from one bank
     pos_stride = pos.stride(0) if pos is not None and pos.shape[0] > 1 else 0
     patch_embed3d_fwd_kernel[(tiles * triton.cdiv(blocks, per_program),)](
         video, weight, bias, pos, out, *video.stride(), pos_stride, B * S, S, *grid[1:], D, blocks, per_program,

@@ -31,9 +31,10 @@ PROGRAMS = 256  # of the backward: two per SM of a large GPU, and the bound of t
 
 
 @triton.jit
-def load_weight(ptr, n, cols, N: tl.constexpr, D):
-    """Columns of the weight [N, D], transposed: [cols, n] in its own dtype."""
-    return tl.load(ptr + n[None, :] * D + cols[:, None], (n < N)[None, :] & (cols < D)[:, None], 0.0)
+def load_weight(ptr, n, cols, N: tl.constexpr, D, TURNED: tl.constexpr):
+    """Columns of the weight [N, D], transposed, or of [D, N] where TURNED: [cols, n] in its own dtype."""
+    at = ptr + cols[:, None] * N + n[None, :] if TURNED else ptr + n[None, :] * D + cols[:, None]
+    return tl.load(at, (n < N)[None, :] & (cols < D)[:, None], 0.0)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def final_layer_fwd_kernel(
                 mask = live[:, None] & (cols < D)[None, :]
                 mod_mask = mod_live[:, None] & (cols < D)[None, :]
                 x = load_rows(x_ptr, x_row, cols, mask)
-                w = load_weight(weight_ptr, n, cols, N, D)
+                w = load_weight(weight_ptr, n, cols, N, D, TOKENS == tl.float32)
                 if not RMS:
                     x = tl.where(mask, x - pivot[:, None], 0.0)
                     x_sum += folded(x, SUMS)
@@ -165,10 +166,13 @@ def tokens_of(tile, group, tokens_per_group, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(ptr, row, live, S, stride_b, stride_s, cols, D):
-    """Columns of the tokens of [B, S, D], in its own dtype: [rows, cols]."""
-    offsets = (row // S).to(tl.int64) * stride_b + (row % S).to(tl.int64) * stride_s
-    return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
+def load_tokens(ptr, row, live, S, each, stride_b, stride_s, cols, D):
+    """Columns of what tokens have in [B, S / each, D], in its own dtype: [rows, cols]; a zero without one."""
+    if ptr is None:
+        return tl.zeros([1, 1], tl.float32)
+    else:
+        offsets = (row // S).to(tl.int64) * stride_b + (row % S // each).to(tl.int64) * stride_s
+        return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
 
 
 @triton.jit
@@ -198,9 +202,12 @@ def final_layer_bwd_kernel(
     chunk = program // blocks_d // blocks_n % chunks
     group = program // blocks_d // blocks_n // chunks
     inside = cols < D
-    w = load_weight(weight_ptr, n, cols, N, D)
+    w = load_weight(weight_ptr, n, cols, N, D, False)
     scale, shift = tl.full([BLOCK_D], 1.0, tl.float32), tl.zeros([BLOCK_D], tl.float32)
-    if not PER_TOKEN:
+    scales_ptr, shifts_ptr = None, None
+    if PER_TOKEN:
+        scales_ptr, shifts_ptr = scale_ptr, shift_ptr
+    else:
         frame = (group * tokens_per_group).to(tl.int64)
         video, frame = frame // S, frame % S // tokens_per_frame
         if scale_ptr is not None:
@@ -212,14 +219,15 @@ def final_layer_bwd_kernel(
     P = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
     Q = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # The next tile of x waits in registers: a buffer of Triton's pipeline is not swizzled where a tile is wanted in two
-    # layouts, and each ldmatrix would take eight wavefronts a matrix.
+    # The next tile of x and of rows of one token each waits in registers: a buffer of Triton's pipeline is not swizzled
+    # where a tile is wanted in two layouts, and each ldmatrix would take eight wavefronts a matrix.
     row, live = tokens_of(tiles - 1 - chunk, group, tokens_per_group, BLOCK_S)
-    x = load_tokens(x_ptr, row, live, S, x_stride_b, x_stride_s, cols, D)
+    x = load_tokens(x_ptr, row, live, S, 1, x_stride_b, x_stride_s, cols, D)
+    scales = load_tokens(scales_ptr, row, live, S, tokens_per_frame, scale_stride_b, scale_stride_f, cols, D)
+    shifts = load_tokens(shifts_ptr, row, live, S, tokens_per_frame, shift_stride_b, shift_stride_f, cols, D)
     for i in range(tiles_per_program):
         tile = tiles - 1 - (i * chunks + chunk)
         row, live = tokens_of(tile, group, tokens_per_group, BLOCK_S)
-        b, s = (row // S).to(tl.int64), row % S
         mask = live[:, None] & inside[None, :]
         x_hat = x.to(tl.float32)
         if not RMS:
@@ -227,17 +235,18 @@ def final_layer_bwd_kernel(
         rstd = tl.load(rstd_ptr + row, live, 0.0)[:, None]
         x_hat *= rstd
         next_row, next_live = tokens_of(tile - chunks, group, tokens_per_group, BLOCK_S)
-        x = load_tokens(x_ptr, next_row, next_live, S, x_stride_b, x_stride_s, cols, D)
+        x = load_tokens(x_ptr, next_row, next_live, S, 1, x_stride_b, x_stride_s, cols, D)
+        factor, h = scale[None, :], x_hat
+        if scales_ptr is not None:
+            factor += scales.to(tl.float32)
+            h *= factor
+        if shifts_ptr is not None:
+            h += shifts.to(tl.float32)
+        place = next_row, next_live, S, tokens_per_frame
+        scales = load_tokens(scales_ptr, *place, scale_stride_b, scale_stride_f, cols, D)
+        shifts = load_tokens(shifts_ptr, *place, shift_stride_b, shift_stride_f, cols, D)
         dy_rows = dy_ptr + row.to(tl.int64)[:, None] * N
         dy = tl.load(dy_rows + n[None, :], live[:, None] & (n < N)[None, :], 0.0)
-        factor, h = scale[None, :], x_hat
-        if PER_TOKEN:
-            f = (s // tokens_per_frame).to(tl.int64)
-            if scale_ptr is not None:
-                factor += load_rows(scale_ptr, b * scale_stride_b + f * scale_stride_f, cols, mask)
-                h *= factor
-            if shift_ptr is not None:
-                h += load_rows(shift_ptr, b * shift_stride_b + f * shift_stride_f, cols, mask)
         P += dy.to(tl.float32)
         Q = dot(tl.trans(dy), h.to(dy.dtype), Q, dy.dtype)
 
@@ -249,7 +258,7 @@ def final_layer_bwd_kernel(
                 for first in range(0, N, BLOCK_N):
                     m = first + tl.arange(0, BLOCK_N)
                     dy_block = tl.load(dy_rows + m[None, :], live[:, None] & (m < N)[None, :], 0.0)
-                    dh = dot(dy_block, tl.trans(load_weight(weight_ptr, m, cols, N, D)), dh, dy.dtype)
+                    dh = dot(dy_block, tl.trans(load_weight(weight_ptr, m, cols, N, D, False)), dh, dy.dtype)
             # dx and rows of one token each are freshly allocated: dense [B, S, D]
             if PER_TOKEN and dshift_ptr is not None:
                 store_rows(dshift_ptr, row.to(tl.int64) * D, cols, dh, mask)
@@ -284,6 +293,8 @@ def tile(N: int, dtype: torch.dtype, split: bool, per_token: bool) -> dict[str, 
     """Constexprs of the forward: as many tokens share a tile of the weight as the registers hold sums for.
 
     SUMS columns hold those of x: the 8 that a thread loads at once are added first where a thread has several such.
+    Rows of one token each take no pipeline, whose buffers would not be swizzled, as in the backward; each of the two
+    programs that an SM of sm_90 then holds loads while the other multiplies (an estimate, not yet measured).
     """
     block = min(max(triton.next_power_of_2(N), 16), 256)
     if dtype == torch.float32:
@@ -292,7 +303,7 @@ def tile(N: int, dtype: torch.dtype, split: bool, per_token: bool) -> dict[str, 
         wide, block = (32, min(block, 128)) if split else (64, block)
         return dict(BLOCK_S=32, BLOCK_D=wide, BLOCK_N=block, SUMS=wide, num_warps=8)
     if split or per_token:
-        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=block, SUMS=32, num_warps=8)
+        return dict(BLOCK_S=64, BLOCK_D=32, BLOCK_N=block, SUMS=32, num_warps=8, num_stages=1 if per_token else 3)
     return dict(BLOCK_S=128, BLOCK_D=64, BLOCK_N=64, SUMS=8, num_warps=8, num_stages=4)
 
 
@@ -324,6 +335,8 @@ def _forward(x, shift, scale, weight, bias, grid_h, grid_w, patch, rms, eps, out
     B, S, _ = x.shape
     if B * S == 0:
         return
+    if x.dtype == torch.float32:
+        weight = weight.t().contiguous()  # plain cores read features side by side, or from one bank
     split = x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16
     groups, tokens, frame, per_token = _groups(x, (shift, scale), B * S)
     config = tile(N, x.dtype, split, per_token)
