@@ -76,6 +76,10 @@ class Benchmark:
         into = (with_out(impl) for impl in IMPLS if self.outputs)
         return (*IMPLS, *into, *map(call_of, IMPLS), "eager", "compile", *self.peers)
 
+    def has(self, name: str, mode: str) -> bool:
+        """Whether the candidate has something to time in that mode."""
+        return mode == "fwd" or (name == impl_of(name) and bool(self.differentiable))
+
 
 def with_out(impl: str) -> str:
     """The forward into buffers that are used again."""
@@ -165,10 +169,8 @@ def measure(
 ) -> Iterator[Result]:
     """Check every candidate against the fp64 oracle, then time those that passed, in turns, mode by mode."""
     device = torch.device(device)
-    case = _Case(benchmark, make_inputs(benchmark, shape, dtype, device, seed))
-    smaller = benchmark.checked(shape)
-    judge = case if smaller == shape else _Case(benchmark, make_inputs(benchmark, smaller, dtype, device, seed))
-    judge.consult_oracle(with_grads="bwd" in modes)
+    prepared = Prepared(benchmark, shape, dtype, device, seed, with_grads="bwd" in modes)
+    case = prepared.case
     beside, moved = {}, 0
     # A CPU is seldom idle: its copy bandwidth is taken in the same rounds. Not beside small things, which are not bound
     # by memory and would find the caches cold.
@@ -179,30 +181,19 @@ def measure(
         calls: dict[str, Callable[[], object]] = {}
         recording = partial(torch.set_grad_enabled, mode == "bwd")  # around the calls, of which it would be a part
         for name in candidates:
-            if mode == "bwd" and (name != impl_of(name) or not benchmark.differentiable):
+            if not benchmark.has(name, mode):
                 continue
             try:
-                fn = _load(benchmark, name, case.inputs, mode)
-                verdict = {}
-                if name not in benchmark.unchecked and not is_call(name):
-                    judged = fn if judge is case else _load(benchmark, name, judge.inputs, mode)
-                    worst, bound, where = judge.check(judged, mode)
-                    verdict = dict(max_error=worst, error_bound=bound, error_in=where)
-                    if not worst <= bound * (1 if impl_of(name) in IMPLS else PEER_SLACK):
-                        reason = f"wrong: error {worst:.3g} in {where} exceeds its bound {bound:.3g}"
-                        results[name] = Result(name, mode, "failed", reason, **verdict)
-                        continue
-                calls[name] = case.call(fn, mode)
+                calls[name], verdict = prepared.candidate(name, mode)
                 with recording():
                     peak = timing.peak_memory(calls[name], device)
                     if graph and mode == "fwd":
                         calls[name] = timing.captured(calls[name])
                 results[name] = Result(name, mode, "ok", peak_memory=peak, **verdict)
-            except peers.Missing as error:
-                results[name] = Result(name, mode, "unavailable", str(error))
-            except _dispatch.Unavailable as error:
-                why = _dispatch.why_not(benchmark.op, name, device.type, dtype, mode == "bwd")
-                results[name] = Result(name, mode, "unavailable", why or str(error).splitlines()[0])
+            except Wrong as error:
+                results[name] = Result(name, mode, "failed", str(error), **error.verdict)
+            except (peers.Missing, _dispatch.Unavailable) as error:
+                results[name] = Result(name, mode, "unavailable", prepared.why_not(name, mode, error))
             except Exception as error:  # one candidate's crash must not take the others' figures
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 calls.pop(name, None)
@@ -219,6 +210,47 @@ def measure(
                 work = dict(bytes=least, flops=flops, copy=copy)
                 result = Result(**(vars(result) | dict(stats=times[name]) | work))
             yield result
+
+
+class Wrong(Exception):
+    """A candidate computes something else: further from fp64 than its bound. `verdict`: of `Result`, by name."""
+
+    def __init__(self, worst: float, bound: float, where: str) -> None:
+        super().__init__(f"wrong: error {worst:.3g} in {where} exceeds its bound {bound:.3g}")
+        self.verdict = dict(max_error=worst, error_bound=bound, error_in=where)
+
+
+class Prepared:
+    """A benchmark at a shape: the inputs to time on, and those, perhaps smaller, on which candidates are judged."""
+
+    def __init__(
+        self, benchmark: Benchmark, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0, *,
+        with_grads: bool = True,
+    ) -> None:  # fmt: skip
+        self.benchmark, self.dtype, self.device = benchmark, dtype, device
+        self.case = self.judge = _Case(benchmark, make_inputs(benchmark, shape, dtype, device, seed))
+        if (smaller := benchmark.checked(shape)) != shape:
+            self.judge = _Case(benchmark, make_inputs(benchmark, smaller, dtype, device, seed))
+        self.judge.consult_oracle(with_grads)
+
+    def candidate(self, name: str, mode: str) -> tuple[Callable[[], object], dict[str, Any]]:
+        """(the call to time, its verdict), once it was found right. Raises `Wrong`, `peers.Missing`, `Unavailable`, or
+        whatever the candidate does."""
+        fn, verdict = _load(self.benchmark, name, self.case.inputs, mode), {}
+        if name not in self.benchmark.unchecked and not is_call(name):
+            judged = fn if self.judge is self.case else _load(self.benchmark, name, self.judge.inputs, mode)
+            worst, bound, where = self.judge.check(judged, mode)
+            verdict = dict(max_error=worst, error_bound=bound, error_in=where)
+            if not worst <= bound * (1 if impl_of(name) in IMPLS else PEER_SLACK):
+                raise Wrong(worst, bound, where)
+        return self.case.call(fn, mode), verdict
+
+    def why_not(self, name: str, mode: str, error: Exception) -> str:
+        """In a line, why a candidate is missing or unavailable."""
+        if isinstance(error, peers.Missing):
+            return str(error)
+        why = _dispatch.why_not(self.benchmark.op, name, self.device.type, self.dtype, mode == "bwd")
+        return why or str(error).splitlines()[0]
 
 
 def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callable[..., Any]:

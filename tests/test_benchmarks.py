@@ -596,3 +596,52 @@ def test_attention_is_timed_with_boxes_in_both_directions(require, monkeypatch):
     plain = functools.partial(sora_kernels.spacetime_attention, **mode, impl="triton")
     expected = outputs_and_grads(plain, inputs, grads)
     assert len(described) == 6 and all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+# pytest-benchmark
+
+
+def pytest_benchmarks(folder, *arguments):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_suite_runs_as_pytest_benchmarks(tmp_path):
+    """Every candidate of a case, with what the record of a run has, in the file that --benchmark-compare reads."""
+    file = tmp_path / "saved.json"
+    asked = ("--op", "norm_modulate", "--shape", "tiny", "--benchmark-max-time=0.02", f"--benchmark-json={file}")
+    done = pytest_benchmarks(tmp_path, *asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = json.loads(file.read_text())["benchmarks"]
+    rows = {f"{row['params']['mode']} {row['params']['candidate']}": row for row in saved}
+    assert set(rows) == {"fwd cpu", "fwd cpu+call", "fwd eager", "bwd cpu", "bwd eager"}
+    for name, row in rows.items():
+        assert row["group"] == f"norm_modulate tiny {name.split()[0]} float32"
+        if "+call" in name:
+            assert row["extra_info"] == {}
+            continue
+        info = row["extra_info"]
+        assert info["max_error"] <= info["error_bound"] and info["bytes"] > 0 and info["flops"] > 0
+        assert info["gb_s"] == pytest.approx(info["bytes"] / row["stats"]["median"] / 1e9)
+        assert info["percent_copy"] == pytest.approx(100 * info["gb_s"] / info["copy_gb_s"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [(["--op", "nrom"], "--op: there is no 'nrom'; there are"), (["--shape", "huge"], "--shape: there is no 'huge'"),
+     (["--op", "norm_modulate", "--impl", "abacus"], "--impl: there is no 'abacus'; there are cpu, triton")],
+)  # fmt: skip
+def test_what_there_is_not_is_named_by_pytest_too(tmp_path, asked, said):
+    done = pytest_benchmarks(tmp_path, *asked)
+    assert done.returncode != 0 and said in done.stdout + done.stderr
+
+
+def test_a_wrong_candidate_is_not_timed_by_pytest(monkeypatch):
+    prepared = suite.Prepared(suite.discover()[OP], shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    right, verdict = prepared.candidate("cpu", "fwd")
+    assert verdict["max_error"] <= verdict["error_bound"] and right() is not None
+    plain = sora_kernels.norm_modulate
+    monkeypatch.setattr(sora_kernels, "norm_modulate", lambda **kwargs: plain(**kwargs) * 1.01)
+    with pytest.raises(suite.Wrong, match="wrong: error .* in output 0 exceeds its bound"):
+        prepared.candidate("cpu", "fwd")
