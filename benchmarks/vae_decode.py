@@ -71,6 +71,8 @@ def theirs(vae: CausalVAE) -> Callable[[Tensor], Tensor]:
     module = peers._import("diffusers", "diffusers")
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(vae.config).items() if v is not None}
     config["temperal_downsample"] = config.pop("temporal_downsample")
+    patch = config.pop("patch")
+    config["patch_size"] = None if patch == 1 else patch
     with torch.device("meta"):
         model = module.AutoencoderKLWan(**config)
     state = dict(vae.state_dict())

@@ -435,7 +435,7 @@ def test_tangents_do_not_depend_on_grad_mode_or_autocast(call):
 
 def test_a_mean_flow_step_of_a_transformer():
     """A loss with the stopped total derivative of a network: parameters get the gradients they get without kernels."""
-    sizes = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16)
+    sizes = dict(dim=24, heads=2, layers=2, ffn_dim=32, in_channels=4, out_channels=4, text_dim=16, freq_dim=128)
     dit = SoraDiT(DiTConfig(**sizes))
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.3)

@@ -603,7 +603,8 @@ def test_attention_is_timed_with_boxes_in_both_directions(require, monkeypatch):
 
 def pytest_benchmarks(folder, *arguments):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

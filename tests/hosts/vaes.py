@@ -55,7 +55,7 @@ CASES = {
     ),
     "AutoencoderKLCogVideoX": Case(
         partial(make, "CogVideoX", **COGVIDEOX), clip, {"norm_silu": 7, "causal_conv3d": 78}, {BY_PIXEL: 11},
-        compiled=("encoder.mid_block.resnets",), draws=4,
+        compiled=("encoder.mid_block.resnets",), draws=12,
     ),
     "AutoencoderKLLTXVideo": Case(
         partial(make, "LTXVideo", **LTX), clip, {"norm_silu": 12, "causal_conv3d": 12},
