@@ -87,5 +87,8 @@ def train_dit(
         if how.samples:
             train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)
 
-    train.train_dit(run, coder, how, start=begun and (begun.dit, begun.text), device=device, impl=impl, on_save=save)
+    train.train_dit(
+        run, coder, how, start=begun and (begun.dit, begun.text), device=device, dtype=computes[dtype],
+        checkpointing=checkpointing, impl=impl, on_save=save,
+    )  # fmt: skip
     say(out, f"wrote {checkpoint}")

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sora_kernels import (
@@ -282,8 +282,12 @@ class SoraDiT(nn.Module):
         again = self.checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             past = None if memory is None else Past(memory, memory.layer(index), remember)
-            run = partial(checkpoint, block, use_reentrant=False) if again else block
-            x = run(x, rows, text, text_lens, grid, mode, impl, past)                        # [B, S, D]
+            inputs = x, rows, text, text_lens, grid, mode, impl, past
+            if again:  # the weights of now: a functional call around this one is over when the backward asks for them
+                weights = dict(block.named_parameters())
+                x = checkpoint(functional_call, block, weights, inputs, use_reentrant=False)  # [B, S, D]
+            else:
+                x = block(*inputs)                                                           # [B, S, D]
         if remember:
             memory.frames += grid[0]
         shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]

@@ -191,7 +191,7 @@ def train_dit(
     Every save also calls `on_save(dit, text, step)` with the averaged weights.
     """
     run, device, settings = Path(run), choose_device(device), recipe.dit_fit
-    if device.type != "cpu" or dtype != torch.float32:  # a device needs no second thread; a functional call takes none
+    if device.type != "cpu" or dtype != torch.float32 or checkpointing:  # a GPU needs one thread, functional calls too
         settings = dataclasses.replace(settings, workers=1)
     vae = vae.to(device).requires_grad_(False)
     torch.manual_seed(settings.seed)
@@ -247,7 +247,7 @@ def train_dit(
             begins = f"{name}."
             mine = {key.removeprefix(begins): value for key, value in weights.items() if key.startswith(begins)}
             load_into(copy, mine, str(run))
-            kept[name] = copy.eval()
+            kept[name] = copy.eval().to(device)  # where the VAE is, with which `on_save` may generate
         if on_save is not None:
             on_save(kept["dit"], kept["text"], step)
 
@@ -257,6 +257,7 @@ def train_dit(
         "recipe": recipe.only(*names),
         "vae": fingerprint(vae),
         "start": [fingerprint(part) for part in start or ()],
+        "dtype": str(dtype),
     }
     fit(model, batch_at, loss_of, settings, run, label="DiT", made_with=made_with, on_save=save)
     return kept["dit"], kept["text"]

@@ -23,7 +23,7 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from benchmarks import shapes
 from sora_kernels import _library
-from sora_model import cli, cli_world, demo, evaluate, media, reconstruct, world
+from sora_model import cli, cli_world, demo, evaluate, media, reconstruct, train, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 
@@ -184,6 +184,15 @@ def test_a_transformer_is_trained_on_the_vae_of_a_finished_checkpoint(sora, tiny
     assert record["vae"] == str(tiny_checkpoint / "vae") and record["dit"]["batch"] == 1
     assert not (tmp_path / "made" / "vae_log.jsonl").exists()
     assert (tmp_path / "dit" / "samples" / "000001.png").exists()
+    assert json.loads((tmp_path / "dit" / "settings.json").read_text())["dtype"] == "torch.float32"
+    seen, plain = [], train.train_dit
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_dit", lambda *args, **options: seen.append(options) or plain(*args, **options))
+        code, _, err = sora(*arguments[:-4], "--run", "half", *arguments[-2:], "--dtype", "bf16", "--checkpointing",
+                            "--checkpoint", "made")  # fmt: skip
+    assert code == 0, err
+    assert seen[0]["dtype"] == torch.bfloat16 and seen[0]["checkpointing"]
+    assert json.loads((tmp_path / "half" / "settings.json").read_text())["dtype"] == "torch.bfloat16"
     (tmp_path / "file").touch()
     code, _, err = sora(*arguments, "--checkpoint", "file")
     assert code == 1 and "cannot write 'file': File exists" in err

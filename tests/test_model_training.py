@@ -294,6 +294,8 @@ def test_the_folder_of_another_run_is_refused(tmp_path, vae):
     ):
         with pytest.raises(CheckpointError, match=f"dit was begun with {said}"):
             train.train_dit(tmp_path / "dit", coder, changed, start=start)
+    with pytest.raises(CheckpointError, match="dit was begun with .*=.*, not "):
+        train.train_dit(tmp_path / "dit", vae, how, dtype=torch.bfloat16)
     assert sorted(entry.name for entry in tmp_path.glob("*/*")) == before
 
 
@@ -473,6 +475,8 @@ def test_checkpointing_changes_no_bit_and_bf16_only_rounds(monkeypatch, tmp_path
     assert loss == again and all(torch.equal(a, b) for a, b in zip(slopes, same, strict=True))
     rounded, near = step(dtype=torch.bfloat16)
     assert 0 < abs(rounded - loss) < 0.05 * loss and {t.dtype for t in near} == {torch.float32}
+    both, alike = step(dtype=torch.bfloat16, checkpointing=True)
+    assert both == rounded and all(torch.equal(a, b) for a, b in zip(near, alike, strict=True))
     whole = torch.cat([t.flatten() for t in slopes])
     assert (torch.cat([t.flatten() for t in near]) - whole).norm() < 0.1 * whole.norm()
 
