@@ -34,7 +34,7 @@ Given = Any
 
 
 class Verbs:
-    """The methods of `Sora` that begin with frames. `options` are those of `generate`.
+    """The methods of `Sora` that begin with frames. `options` are those of `generate` but `long`.
 
     Frames of the result that were given are the given ones, not what the VAE makes of them. Raises as `generate`;
     ValueError where frames are missing or do not fit; `media.MediaError` for a file that cannot be read.
@@ -45,7 +45,8 @@ class Verbs:
         plan, impl, progress = self._planned(prompt, options)
         parts = {0: self._given("image", image, plan)[:1]}
         if last is not None:
-            parts[-self.vae.config.temporal_factor] = self._given("last", last, plan)[-1:]
+            factor = self.vae.config.temporal_factor  # frames of a latent: the last one stands still in it
+            parts[-factor] = np.repeat(self._given("last", last, plan)[-1:], factor, axis=0)
         return self._clip(plan, self._around(plan, parts, impl, progress))
 
     def extend(
@@ -187,9 +188,11 @@ class Verbs:
     # --- around them ---
 
     def _planned(self, prompt: str, options: Mapping[str, Any]) -> tuple[Any, str, Any]:
+        if "long" in options:
+            raise TypeError("what begins with frames is made all at once; it takes no argument 'long'")
         options = dict(options)
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        return self._plan(prompt, **options, impl=impl), impl, progress
+        return self._plan(prompt, **options, long="once", impl=impl), impl, progress
 
     def _bridge(self, plan: Any, before: np.ndarray, after: np.ndarray, frames: int, impl: str, progress: Any):
         """So many frames that lead from the end of one clip to the beginning of another."""

@@ -51,7 +51,16 @@ def test_an_image_comes_alive(sora, clip):
     ends = sora.animate(clip[0], PROMPT, last=clip[-1], **FAST)
     step = sora.vae.config.temporal_factor
     assert np.array_equal(ends.frames[0], clip[0]) and np.array_equal(ends.frames[-step], clip[-1])
+    assert np.array_equal(ends.frames[-1], clip[-1])
     assert not np.array_equal(ends.frames[4], made.frames[4])
+
+
+def test_what_is_given_is_seen_in_a_clip_longer_than_those_of_training(sora, clip, recwarn):
+    """All frames together, whatever a long clip of `generate` is made by."""
+    made, other = (sora.animate(image, PROMPT, seconds=2, **FAST).frames for image in (clip[0], 255 - clip[0]))
+    assert len(made) >= 16 and not np.array_equal(made[1:], other[1:])
+    with pytest.raises(TypeError, match="what begins with frames is made all at once; it takes no argument 'long'"):
+        sora.animate(clip[0], PROMPT, long="stream", **FAST)
 
 
 @pytest.mark.parametrize("backward", [False, True])
