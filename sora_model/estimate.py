@@ -78,7 +78,7 @@ def seconds(
 
 def coding_seconds(vae: CausalVAE, frames: int, height: int, width: int) -> float:
     """As `seconds`, of a video that is encoded and decoded."""
-    size = vae.config.latent_shape(frames + (1 - frames) % vae.config.temporal_factor, height, width)
+    size = vae.config.latent_shape(vae.config.fitting(frames), height, width)
     flops = encode_flops(vae, (3, frames, height, width)) + decode_flops(vae, size)
     return flops / rate(vae.quant_conv.weight.device, torch.float32) / SHARE if flops > SMALL else 0.0
 

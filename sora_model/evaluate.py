@@ -17,10 +17,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from sora_kernels import video_to_uint8
-
 from . import machine, world
-from .frames import to_video
+from .frames import held, to_pixels, to_video
 from .pipeline import Sora
 from .world import baselines, measures
 from .world.captions import Program
@@ -121,17 +119,14 @@ def _true_clips(sora: Sora, count: int) -> tuple[list[dict], list[dict], float]:
 @torch.no_grad()
 def reconstructed(sora: Sora, video: np.ndarray) -> np.ndarray:
     """A clip uint8 `[T, H, W, 3]` through the VAE and back."""
-    factor = sora.vae.config.temporal_factor
-    padded = -(-(len(video) - 1) // factor) * factor + 1
-    whole = np.concatenate([video, np.repeat(video[-1:], padded - len(video), 0)])
+    whole = held(video, sora.vae.config.fitting(len(video)))
     with machine.own_dtypes(sora.device):
         back = sora.vae.decode(sora.vae.encode(to_video(whole[None]).to(sora.device))[0])
-        return video_to_uint8(back)[0].cpu().numpy()[: len(video)]
+        return to_pixels(back, sora.vae.impl)[: len(video)]
 
 
 def predictors(sora: Sora, seed: int, options: dict[str, Any]) -> dict[str, Callable[[world.Sample, int], np.ndarray]]:
-    """What continues a true clip from its first `known` frames, by name: the checkpoint where it can, the floors, the
-    baselines."""
+    """What continues a true clip from its first `known` frames, by name: the checkpoint, the floors, the baselines."""
 
     def checkpoint(truth: world.Sample, known: int) -> np.ndarray:
         wanted = len(truth.state.times)
@@ -140,8 +135,8 @@ def predictors(sora: Sora, seed: int, options: dict[str, Any]) -> dict[str, Call
         made = sora.extend(truth.video[:known], prompt, seconds=seconds, fps=truth.fps, seed=seed, **options).frames
         return np.concatenate([truth.video[:known], made[known:wanted]])
 
-    found = {"checkpoint": checkpoint} if hasattr(sora, "extend") else {}
-    return found | {
+    return {
+        "checkpoint": checkpoint,
         "copy last frame": baselines.copy_last,
         "constant velocity": baselines.constant_velocity,
         "true clips": lambda truth, known: truth.video,
@@ -181,7 +176,7 @@ def _continuations(sora: Sora, each: int, seed: int, tell: Progress, keep, optio
 def _length(sora: Sora, seconds: float, seed: int, tell: Progress, keep, options) -> dict[str, Any]:
     """Drift of clips of so many seconds by windows, beside that of true ones."""
     found: dict[str, list] = {"checkpoint": [], "true clips": []}
-    scenes = tuple(s for s in ("bounce", "loop", "occluder") if s in world.SCENES)
+    scenes = ("bounce", "loop", "occluder")
     for done, scene in enumerate(scenes, 1):
         fps, size = sora.defaults.fps, sora.defaults.size
         truth = world.sample(_TRUE_SEED, scene=scene, frames=round(seconds * fps), size=size, fps=fps)

@@ -21,6 +21,11 @@ def to_pixels(video: Tensor, impl: str) -> np.ndarray:
     return video_to_uint8(video, impl=impl)[0].cpu().numpy()
 
 
+def held(frames: np.ndarray, count: int) -> np.ndarray:
+    """As many as `count` frames: the last one stands still."""
+    return np.concatenate([frames, np.repeat(frames[-1:], count - len(frames), axis=0)])
+
+
 def covering(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Frames uint8 `[T, H, W, 3]` scaled to cover `size` = (height, width), and cut around the centre."""
     from PIL import Image

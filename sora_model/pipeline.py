@@ -255,7 +255,7 @@ class Sora(Verbs):
         )  # fmt: skip
         with machine.own_dtypes(self.device):
             frames = np.concatenate(list(self._frames(plan, impl, progress)))
-        return Clip(frames, plan.fps, prompt, plan.seed, plan.steps, plan.guidance)
+        return self._clip(plan, frames)
 
     def generate_to(self, path: str | os.PathLike[str], prompt: str, **options: Any) -> Path:
         """`generate(prompt, **options)` straight into an MP4: written as it is decoded, whole or not at all.

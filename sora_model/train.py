@@ -46,22 +46,16 @@ def vae_batch(recipe: Recipe, step: int) -> Tensor:
     Three in four batches are windows of half the height and width around a thing, from four times as many clips: there
     is what has to be learnt.
     """
-    settings, unit = recipe.vae_fit, recipe.vae.temporal_factor
+    settings = recipe.vae_fit
     generator = generator_of(settings.seed, step)
     narrow, long = (torch.rand(2, generator=generator) < torch.tensor([0.75, 0.3])).tolist()
-    frames = 1 if step < settings.steps // 10 else 1 + -(-(8 if long else 4) // unit) * unit
-    bucket = WorldData(buckets=recipe.buckets, seed=settings.seed).bucket(step)
-    names, weights = zip(*recipe.scenes.items(), strict=True)
-    clips = settings.batch * (4 if narrow else 1)
-    kinds = torch.multinomial(
-        torch.tensor(weights, dtype=torch.float32), clips, replacement=True, generator=generator
-    ).tolist()
-    starts = (6 * torch.rand(clips, generator=generator)).tolist()
-    first = (settings.seed << 44) + (step << 12)
-    scenes = [world.draw(first + i, scene=names[kind], aspect=bucket.size[1] / bucket.size[0])
-              for i, kind in enumerate(kinds)]  # fmt: skip
+    frames = 1 if step < settings.steps // 10 else recipe.vae.fitting(9 if long else 5)
+    data = WorldData(settings.batch * (4 if narrow else 1), recipe.buckets, recipe.scenes, settings.seed)
+    bucket = data.bucket(step)
+    starts = (6 * torch.rand(data.batch, generator=generator)).tolist()
     videos = []
-    for scene, start in zip(scenes, starts, strict=True):
+    for start, (seed, _, kind) in zip(starts, data.drawn(step, data.batch), strict=True):
+        scene = world.draw(seed, scene=kind, aspect=bucket.size[1] / bucket.size[0])
         state = scene.state(start + np.arange(frames) / bucket.fps)
         video = paint(scene, state, bucket.size)
         if narrow:

@@ -106,6 +106,10 @@ class VAEConfig:
         """Frames per latent frame, after the first, which stands for one."""
         return 2 ** sum(self.temporal_downsample)
 
+    def fitting(self, frames: int) -> int:
+        """As many frames or a few more: those of whole latents."""
+        return frames + (1 - frames) % self.temporal_factor
+
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """[z_dim, T', H', W'] of a video's latents; ValueError names the sizes that would fit."""
         t, s = self.temporal_factor, self.spatial_factor

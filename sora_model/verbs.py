@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import machine, media
 from .conditioning import Known, place
-from .frames import covering, to_video
+from .frames import covering, held, to_video
 
 if TYPE_CHECKING:
     from .pipeline import Clip
@@ -121,7 +121,7 @@ class Verbs:
             raise ValueError(f"strength must be a number from 0 to 1; got {strength!r}")
         frames = self._given("clip", clip, plan)
         plan = self._sized(plan, len(frames))
-        latents = self._encoded(self._padded_frames(frames, plan), begins=True, impl=impl)
+        latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
         return self._clip(plan, self._drawn(plan, impl, progress, clip=latents, strength=float(strength)))
 
     def restyle(self, clip: Given, prompt: str, *, strength: float = 0.8, **options: Any) -> Clip:
@@ -135,7 +135,7 @@ class Verbs:
         frames = self._given("clip", clip, plan)
         plan = self._sized(plan, len(frames))
         rows, columns = self._box(box, plan.size)
-        latents = self._encoded(self._padded_frames(frames, plan), begins=True, impl=impl)
+        latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
         mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.bool)
         factor = self.vae.config.spatial_factor
         mask[..., rows.start // factor : rows.stop // factor, columns.start // factor : columns.stop // factor] = False
@@ -210,7 +210,7 @@ class Verbs:
         latents = {}
         for key, frames in parts.items():
             start = key + total if key < 0 else key
-            frames = frames if start == 0 else np.concatenate([frames, *[frames[-1:]] * (-len(frames) % factor)])
+            frames = frames if start == 0 else held(frames, len(frames) + -len(frames) % factor)
             latents[-(-start // factor)] = self._encoded(frames, begins=start == 0, impl=impl)
         made = self._drawn(dataclasses.replace(plan, frames=total), impl, progress, known=place(shape, latents))
         for key, frames in parts.items():
@@ -228,9 +228,8 @@ class Verbs:
             means = torch.cat([mean for mean, _ in self.vae.encode_stream(video)], 2)
             return self.vae.normalize(means if begins else means[:, :, 1:])
 
-    def _padded_frames(self, frames: np.ndarray, plan: Any) -> np.ndarray:
-        missing = 1 + self.vae.config.temporal_factor * (plan.latents[1] - 1) - len(frames)
-        return np.concatenate([frames, *[frames[-1:]] * missing])
+    def _padded_frames(self, frames: np.ndarray) -> np.ndarray:
+        return held(frames, self._padded(len(frames)))
 
     def _sized(self, plan: Any, frames: int) -> Any:
         """The plan for another number of frames."""

@@ -76,18 +76,24 @@ class WorldData(Dataset):
 
     def at(self, step: int) -> tuple[torch.Tensor, list[str], list[Sample]]:
         """Batch number ``step``."""
-        bucket, first = self.bucket(step), self._first(step)
+        bucket = self.bucket(step)
         clips, captions = [], []
-        for i in range(bucket.batch or self.batch):
-            dice = Dice(first + 1 + i)
+        for seed, dice, scene in self.drawn(step, bucket.batch or self.batch):
             clip = sample(
-                first + 1 + i, scene=_drawn(dice, self.scenes), frames=bucket.frames, size=bucket.size, fps=bucket.fps,
+                seed, scene=scene, frames=bucket.frames, size=bucket.size, fps=bucket.fps,
                 split=self.split, prompt_spec=self.prompt_spec,
             )  # fmt: skip
             clips.append(clip)
             captions.append(clip.wording(int(dice.uniform(0, self.wordings)))[0])
         video = torch.from_numpy(np.stack([clip.video for clip in clips]))
         return video, captions, [replace(clip) for clip in clips]  # without their own copies of the video
+
+    def drawn(self, step: int, count: int) -> Iterator[tuple[int, Dice, str]]:
+        """Of so many clips of a batch: the seed, the dice for whatever else is drawn of it, and the scene."""
+        first = self._first(step) + 1
+        for seed in range(first, first + count):
+            dice = Dice(seed)
+            yield seed, dice, _drawn(dice, self.scenes)
 
     def _first(self, step: int) -> int:
         if not 0 <= step < self.steps:
