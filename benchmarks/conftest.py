@@ -30,28 +30,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "candidate" not in metafunc.fixturenames:
         return
-    option, known = metafunc.config.getoption, suite.discover()
-    device = torch.device(option("device"))
-    ops = _named("--op", option("op"), known) or list(known)
-    ids = _named("--shape", option("shape"), shapes.SHAPES) or list(shapes.DEFAULT[device.type])
+    option, known = metafunc.config.option, suite.discover()
+    device = torch.device(option.device)
+    ops = _named("--op", option.op, known) or list(known)
+    ids = _named("--shape", option.shape, shapes.SHAPES) or list(shapes.DEFAULT[device.type])
     cases = []
     for shape in ids:
         for op in ops:
-            benchmark = known[op]
-            names = _named("--impl", option("impl"), benchmark.names) or _usual(benchmark, device, option("peers"))
-            for mode in MODES[option("mode")]:
-                cases += [(op, shape, mode, name) for name in names if benchmark.has(name, mode)]
+            _named("--impl", option.impl, known[op].names)
+            for mode in MODES[option.mode]:
+                names = run.candidates(known[op], shapes.SHAPES[shape], option, device)
+                cases += [(op, shape, mode, name) for name in names if known[op].has(name, mode)]
     metafunc.parametrize(("op", "shape", "mode", "candidate"), cases, ids=["-".join(case) for case in cases])
-
-
-def _usual(benchmark: suite.Benchmark, device: torch.device, with_peers: bool) -> list[str]:
-    ours = suite.our_impls(benchmark.op, device)
-    others = ("compile", *benchmark.peers) if with_peers else ()
-    return [*ours, *map(suite.call_of, ours[:1]), "eager", *others]
 
 
 def _named(option: str, given: list[str], known) -> list[str]:
     for name in given:
         if name not in known:
             raise pytest.UsageError(f"{option}: there is no {name!r}; there are {', '.join(known)}")
-    return list(given)
+    return given

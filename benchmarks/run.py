@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
             break
         results = suite.measure(
-            benchmark, shape, _candidates(benchmark, shape, args, device), modes=modes, dtype=dtype,
+            benchmark, shape, candidates(benchmark, shape, args, device), modes=modes, dtype=dtype,
             device=device, budget_s=args.budget, graph=args.graph, seed=args.seed,
         )  # fmt: skip
         try:
@@ -167,7 +167,7 @@ def record(
     }  # fmt: skip
 
 
-def _candidates(
+def candidates(
     benchmark: Benchmark, shape: shapes.Shape, args: argparse.Namespace, device: torch.device
 ) -> tuple[str, ...]:
     """Ours, then eager, which every ratio is taken against, then what --peers adds."""

@@ -616,7 +616,7 @@ def test_the_suite_runs_as_pytest_benchmarks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     saved = json.loads(file.read_text())["benchmarks"]
     rows = {f"{row['params']['mode']} {row['params']['candidate']}": row for row in saved}
-    assert set(rows) == {"fwd cpu", "fwd cpu+call", "fwd eager", "bwd cpu", "bwd eager"}
+    assert set(rows) == {"fwd cpu", "fwd cpu+out", "fwd cpu+call", "fwd eager", "bwd cpu", "bwd eager"}
     for name, row in rows.items():
         assert row["group"] == f"norm_modulate tiny {name.split()[0]} float32"
         if "+call" in name:
