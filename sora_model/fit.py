@@ -85,7 +85,7 @@ def fit(
 
     `batch_at(step)` gives tensors of one length, that of the step's clips; `loss_of` the mean loss of the clips it is
     given. Each of `settings.workers` threads takes a share of them and their gradients are averaged in order, so that
-    cores meet once a step: small models and busy machines gain much by it.
+    cores meet once a step: small models and busy machines gain much by it. One more thread draws the next step's batch.
 
     `run` is a folder, held against other runs, that receives `state.safetensors`, `settings.json` and `log.jsonl`
     (step, loss, lr, norm, seconds); one that holds them already is resumed. It is refused with `CheckpointError` when
@@ -131,13 +131,17 @@ def fit(
             Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar,
             torch_threads(max(1, torch.get_num_threads() // settings.workers)),
             ThreadPoolExecutor(settings.workers) as pool,
+            ThreadPoolExecutor(1) as ahead,
             _noted_signals() as stop,
         ):
             task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
+            following = ahead.submit(batch_at, step)
             while step < settings.steps and not stop:
                 for group in optimiser.param_groups:
                     group["lr"] = settings.rate(step)
-                batch = batch_at(step)
+                batch = following.result()
+                if step + 1 < settings.steps:
+                    following = ahead.submit(batch_at, step + 1)
                 clips = len(batch[0])
                 parts = [[t[k :: settings.workers] for t in batch] for k in range(min(clips, settings.workers))]
                 losses, slopes = zip(*pool.map(gradients, parts), strict=True)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +60,23 @@ def ramp(size: int = 4):
     return model, batch_at, lambda x, y: (model(x) - y).square().mean()
 
 
+def acting(act, model, batch_at, loss_of):
+    """The same task, with `act(step)` called once while a step is computed."""
+    acted: list[int] = []
+
+    def loss(x, y, steps):
+        if (step := int(steps[0])) not in acted:
+            acted.append(step)
+            act(step)
+        return loss_of(x, y)
+
+    def numbered(step):
+        x, y = batch_at(step)
+        return x, y, torch.full((len(x),), step)
+
+    return model, numbered, loss
+
+
 def saved_step(run) -> int:
     return int(load_file(run / "state.safetensors")["step"])
 
@@ -74,15 +92,15 @@ def losses(run) -> list[float]:
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeypatch, vae, kind):
     """The weights, their moving average, the moments of the optimiser and the losses; stopped at two places."""
     stop_at: set[int] = set()
-    draw = train.generator_of
+    optimise, steps = torch.optim.AdamW.step, []
 
-    def generator_of(seed, step):
-        if step in stop_at and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            stop_at.remove(step)
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) in stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(seed, step)
+        optimise(self, *args)
 
-    monkeypatch.setattr(train, "generator_of", generator_of)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
 
     how = recipe_of(vae_fit={"steps": 6, "batch": 1}, dit_fit={"steps": 6, "batch": 2})
 
@@ -95,7 +113,8 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeypatc
         return weights | load_file(tmp_path / name / "state.safetensors")
 
     whole = run("whole")
-    stop_at |= {1, 3}
+    steps.clear()
+    stop_at |= {2, 4}
     for saved in (2, 4):
         with pytest.raises(KeyboardInterrupt):
             run("parts")
@@ -147,16 +166,16 @@ def test_a_signal_inside_the_optimiser_waits_for_the_end_of_the_step(tmp_path, m
 
 
 def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
-    model, batch_at, loss_of = ramp()
-
     def twice(step):
-        for _ in range(2 if step == 3 else 0):
+        if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return batch_at(step)
+            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # until the first one is noted
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2))
+    settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2), workers=1)
     with pytest.raises(KeyboardInterrupt):
-        fit.fit(model, twice, loss_of, settings, tmp_path, label="test")
+        fit.fit(*acting(twice, *ramp()), settings, tmp_path, label="test")
     assert saved_step(tmp_path) == 2
     assert not list(tmp_path.glob(".sora-*"))
 
@@ -164,12 +183,13 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
 STOPPED = """
 import os, signal, sys
 from sora_model import cli, train
-draw = train.vae_batch
-def vae_batch(recipe, step):
-    if step == 1:
+prepare, steps = train.to_video, []
+def to_video(frames):
+    steps.append(1)
+    if len(steps) == 2:
         os.kill(os.getpid(), signal.SIGTERM)
-    return draw(recipe, step)
-train.vae_batch = vae_batch
+    return prepare(frames)
+train.to_video = to_video
 cli.main()
 """
 
@@ -177,7 +197,7 @@ cli.main()
 def test_sigterm_ends_the_command_after_a_save_and_the_next_one_goes_on_from_it(tmp_path):
     run = tmp_path / "run"
     changes = ["vae_fit.steps=3", "vae_fit.batch=1", "vae.base_dim=4", "vae.z_dim=4", "dit.in_channels=4"]
-    changes += ["dit.out_channels=4"]
+    changes += ["dit.out_channels=4", "vae_fit.workers=1"]
     command = [sys.executable, "-c", STOPPED, "train", "vae", *changes, "--run", run]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr
@@ -190,18 +210,16 @@ def test_sigterm_ends_the_command_after_a_save_and_the_next_one_goes_on_from_it(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_whoever_acts_upon_a_signal_is_told_after_the_save(tmp_path, number):
-    model, batch_at, loss_of = ramp()
-
     def hang_up(step):
         if step == 3:
             os.kill(os.getpid(), number)
-        return batch_at(step)
 
     told = []
     before = signal.signal(number, lambda *args: told.append(saved_step(tmp_path)))
     try:
         with pytest.raises(KeyboardInterrupt):
-            fit.fit(model, hang_up, loss_of, tiny(fit.Settings(steps=9, batch=4, lr=1e-2)), tmp_path, label="test")
+            settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2))
+            fit.fit(*acting(hang_up, *ramp()), settings, tmp_path, label="test")
     finally:
         signal.signal(number, before)
     assert told == [4]
@@ -260,7 +278,6 @@ def test_a_log_that_a_crash_cut_short_is_read_up_to_there(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path, vae):
-    model, batch_at, loss_of = ramp()
     settings, refused = tiny(fit.Settings(steps=1, batch=4, lr=1e-2)), []
 
     def meanwhile(step):
@@ -271,9 +288,8 @@ def test_a_folder_in_use_is_refused(tmp_path, vae):
             with pytest.raises(WriteError, match="is in use by another run; wait for it, or use another folder"):
                 other()
             refused.append(other)
-        return batch_at(step)
 
-    fit.fit(model, meanwhile, loss_of, settings, tmp_path, label="test")
+    fit.fit(*acting(meanwhile, *ramp()), settings, tmp_path, label="test")
     assert len(refused) == 2
 
 
@@ -306,13 +322,13 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_touches_the_weights(
     """Of a finite loss: the slope of a square root at zero."""
     model, batch_at, loss_of = ramp()
 
-    def steep(x, y):
-        return loss_of(x, y) + ((0 * model.weight).sqrt().sum() if len(calls) == 3 else 0)
+    def steep(x, y, steps):
+        return loss_of(x, y) + ((0 * model.weight).sqrt().sum() if steps[0] == 2 else 0)
 
-    calls: list[int] = []
     settings = tiny(fit.Settings(steps=8, batch=4, lr=1e-2))
     with pytest.raises(FloatingPointError, match="norm of its gradients nan at step 2; lower the learning rate"):
-        fit.fit(model, lambda step: calls.append(step) or batch_at(step), steep, settings, tmp_path, label="test")
+        numbered = acting(lambda step: None, model, batch_at, loss_of)[1]
+        fit.fit(model, numbered, steep, settings, tmp_path, label="test")
     assert torch.isfinite(model.weight).all() and saved_step(tmp_path) == 2
 
 
@@ -324,16 +340,15 @@ def test_a_loss_that_is_not_finite_is_refused(tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
-    model, batch_at, loss_of = ramp()
+    model, *task = ramp()
     model.register_buffer("spare", torch.zeros(2))
 
     def spoil(step):
         model.spare.fill_(0.0 if step < 3 else float("nan"))
-        return batch_at(step)
 
-    settings = tiny(fit.Settings(steps=8, batch=4, lr=1e-2))
+    settings = tiny(fit.Settings(steps=8, batch=4, lr=1e-2), workers=1)
     with pytest.raises(FloatingPointError, match="cannot write .*state.safetensors.*'model.spare' holds NaN"):
-        fit.fit(model, spoil, loss_of, settings, tmp_path, label="test")
+        fit.fit(*acting(spoil, model, *task), settings, tmp_path, label="test")
     assert saved_step(tmp_path) == 2
 
 
