@@ -1,12 +1,12 @@
-"""The diffusion transformer over spacetime patches: Wan 2.1 and 2.2 text-to-video, in one file.
+"""The diffusion transformer over spacetime patches: Wan 2.1 and 2.2, from text and from images, in one file.
 
-    latents -> tokens -> layers x [ self-attention, text cross-attention, feed-forward ] -> latents
+    latents -> tokens -> layers x [ self-attention, cross-attention to text and image, feed-forward ] -> latents
 
 A token is one patch of latent cells. The timestep reaches every block as six rows (adaLN: shift, scale, gate,
 twice), made once and shared by the blocks, each of which adds a table of its own. Source: arXiv 2503.20314.
 
-In the margin: B clips, S = T'·H'·W' tokens, N timesteps a clip (1, T' or S), L text tokens, width D, heads H
-(in a video: height) of E = D/H.
+In the margin: B clips, S = T'·H'·W' tokens, N timesteps a clip (1, T' or S), L text tokens, I image tokens,
+width D, heads H (in a video: height) of E = D/H.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ from .memory import Memory, Past
 class DiTConfig:
     """The sizes of a SoraDiT; `DiTConfig(**config.to_dict())` is the same config again, through JSON too.
 
+    image_dim     width of an image's tokens, which cross-attention sees beside the text (Wan 2.1 image-to-video)
+    image_tokens  how many there are, of the first and the last frame together, each with a place of its own; None: any
+                  number of one image
+
     Raises ValueError naming the field that is no positive integer within reason, or does not fit the others.
     """
 
@@ -53,6 +57,8 @@ class DiTConfig:
     text_dim: int = 4096
     freq_dim: int = 256
     patch: Grid = (1, 2, 2)
+    image_dim: int | None = None
+    image_tokens: int | None = None
     cross_attn_norm: bool = True
     eps: float = 1e-6
     attention: AttentionMode = AttentionMode()
@@ -73,6 +79,11 @@ class DiTConfig:
         for field in dataclasses.fields(self):
             if field.type == "int":  # annotations are kept as strings
                 _check_size(field.name, getattr(self, field.name), 2**20)
+        for name in ("image_dim", "image_tokens"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name), 2**20)
+        if self.image_tokens is not None and self.image_dim is None:
+            raise ValueError(f"DiTConfig: image_tokens={self.image_tokens} needs an image_dim too")
         for size in self.patch:
             _check_size("patch", size, 64)
         if self.dim % self.heads or self.dim // self.heads % 2:
@@ -95,7 +106,11 @@ class DiTConfig:
         time = d * (self.freq_dim + 1) + d * (d + 1) + 6 * d * (d + 1)
         text = d * (self.text_dim + 1) + d * (d + 1)
         patches = d * (self.in_channels * cells + 1) + self.out_channels * cells * (d + 1)
-        return patches + time + text + self.layers * block + 2 * d
+        image = 0
+        if (i := self.image_dim) is not None:
+            image = i * (i + 1) + d * (i + 1) + 2 * i + 2 * d + (self.image_tokens or 0) * i
+            block += 2 * d * (d + 1) + d
+        return patches + time + text + image + self.layers * block + 2 * d
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"patch": list(self.patch)}
@@ -104,30 +119,33 @@ class DiTConfig:
     def from_wan(cls, config: Mapping[str, Any]) -> DiTConfig:
         """From the config of a diffusers WanTransformer3DModel.
 
-        ValueError for that of another class, one with a field that is not known here, or one that wants an image.
+        ValueError for that of another class, or one with a field that is not known here.
         """
         names = {"num_attention_heads": "heads", "num_layers": "layers", "patch_size": "patch"}
+        named_image = {"image_dim": "image_dim", "pos_embed_seq_len": "image_tokens"}
         if missing := [name for name in (*names, "attention_head_dim", "ffn_dim") if name not in config]:
             raise ValueError(f"not the config of a WanTransformer3DModel: it lacks {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)} - {"attention"}
-        named = known - {"dim", *names.values()} | {"attention_head_dim", "qk_norm", *names, *_NO_IMAGE, *_UNUSED}
+        named = known - {"dim", "image_tokens", *names.values()} | {*names, *named_image, *_OTHERS}
         checks.only(config, "WanTransformer3DModel", named)
         for name in ("num_attention_heads", "attention_head_dim"):
             _check_size(name, config[name], 2**20)
-        for name in _NO_IMAGE:
-            if config.get(name) is not None:
-                raise ValueError(f"{name}={config[name]}: only text-to-video Wan models are supported")
         if config.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', Wan's own; got {config['qk_norm']!r}")
-        sizes = {names.get(name, name): value for name, value in config.items()}
+        sizes = {(names | named_image).get(name, name): value for name, value in config.items()}
         sizes["dim"] = config["num_attention_heads"] * config["attention_head_dim"]
+        if (width := config.get("added_kv_proj_dim")) != (sizes["dim"] if config.get("image_dim") else None):
+            raise ValueError(
+                f"added_kv_proj_dim must be the model's width {sizes['dim']} where there is an image_dim, else null; "
+                f"got {width} with image_dim={config.get('image_dim')}"
+            )
         if config.get("out_channels") is None:
             sizes["out_channels"] = config.get("in_channels", cls.in_channels)
         return cls(**{name: value for name, value in sizes.items() if name in known})
 
 
-_NO_IMAGE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-_UNUSED = ("rope_max_seq_len",)  # how long diffusers makes its tables of angles; ours are computed on the way
+# fields without a size of ours; rope_max_seq_len is how long diffusers makes its tables of angles, ours need none
+_OTHERS = ("attention_head_dim", "qk_norm", "added_kv_proj_dim", "rope_max_seq_len")
 
 
 class Attention(nn.Module):
@@ -159,18 +177,46 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Every token sees every token of its clip's text."""
+    """Every token sees every token of its clip's text; and of its image, apart: the two results are added."""
 
-    def forward(self, x: Tensor, text: Tensor, text_lens: Tensor | None, impl: str) -> Tensor:
-        q = norm_modulate(self.q(x), None, None, norm="rms", weight=self.norm_q, eps=self.eps, impl=impl)
-        k = norm_modulate(self.k(text), None, None, norm="rms", weight=self.norm_k, eps=self.eps, impl=impl)
-        q, k, v = self.split(q), self.split(k), self.split(self.v(text))                     # [B, L, H, E]
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config)
+        if config.image_dim is not None:
+            self.k_image, self.v_image = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_image = nn.Parameter(torch.ones(config.dim))
+
+    def forward(self, x: Tensor, text: Tensor, text_lens: Tensor | None, image: Tensor | None, impl: str) -> Tensor:
+        def normed(x: Tensor, weight: Tensor) -> Tensor:
+            return self.split(norm_modulate(x, None, None, norm="rms", weight=weight, eps=self.eps, impl=impl))
+
+        q = normed(self.q(x), self.norm_q)                                                   # [B, S, H, E]
+        k, v = normed(self.k(text), self.norm_k), self.split(self.v(text))                   # [B, L, H, E]
         out = spacetime_attention(q, k, v, kv_lens=text_lens, impl=impl)                     # [B, S, H, E]
+        if image is not None:
+            k, v = normed(self.k_image(image), self.norm_k_image), self.split(self.v_image(image))  # [B, I, H, E]
+            out = out + spacetime_attention(q, k, v, impl=impl)
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
 
+class ImageEmbedding(nn.Module):
+    """The tokens of CLIP's image encoder at the transformer's width, each normalised before and after."""
+
+    def __init__(self, image_dim: int, dim: int, tokens: int | None) -> None:
+        super().__init__()
+        self.place = None if tokens is None else nn.Parameter(torch.zeros(1, tokens, image_dim))
+        self.norm_in, self.norm_out = nn.LayerNorm(image_dim), nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(image_dim, image_dim), nn.GELU(), nn.Linear(image_dim, dim))
+
+    def forward(self, image: Tensor, impl: str) -> Tensor:                                   # [B, I, image_dim]
+        def normed(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+            return norm_modulate(x, None, None, weight=norm.weight, bias=norm.bias, eps=norm.eps, impl=impl)
+
+        image = image if self.place is None else image + self.place
+        return normed(self.ffn(normed(image, self.norm_in)), self.norm_out)                  # [B, I, D]
+
+
 class Block(nn.Module):
-    """Self-attention and feed-forward, modulated and gated by the timestep; between them, the text."""
+    """Self-attention and feed-forward, modulated and gated by the timestep; between them, the text and the image."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -187,6 +233,7 @@ class Block(nn.Module):
         rows: Tensor,
         text: Tensor,
         text_lens: Tensor | None,
+        image: Tensor | None,
         grid: Grid,
         mode: AttentionMode,
         impl: str,
@@ -197,20 +244,20 @@ class Block(nn.Module):
         how = {"eps": self.eps, "impl": impl}
 
         h = norm_modulate(x, shift1, scale1, shift_table=tables[0], scale_table=tables[1], **how)
-        y = self.self_attn(h, grid, mode, impl, past)                                              # [B, S, D]
+        y = self.self_attn(h, grid, mode, impl, past)                                        # [B, S, D]
         if self.cross_norm is None:
             x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
         else:
             affine = {"weight": self.cross_norm.weight, "bias": self.cross_norm.bias}
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, gate_table=tables[2], **affine, **how)
-        y = self.cross_attn(h, text, text_lens, impl)                                        # [B, S, D]
+        y = self.cross_attn(h, text, text_lens, image, impl)                                 # [B, S, D]
         tables2 = {"shift_table": tables[3], "scale_table": tables[4]}
         x, h = gate_residual_norm_modulate(x, y, None, shift2, scale2, **tables2, **how)
         return gate_residual(x, self.ffn(h), gate2, gate_table=tables[5], impl=impl)         # [B, S, D]
 
 
 class SoraDiT(nn.Module):
-    """Predicts the velocity of noisy latents from their timesteps and a text.
+    """Predicts the velocity of noisy latents from their timesteps, a text and, where it takes one, an image.
 
     checkpointing  keep of each block its input alone, and compute it again in the backward: a third more work in the
                    memory of one block
@@ -225,6 +272,8 @@ class SoraDiT(nn.Module):
         dim, text_dim = config.dim, config.text_dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        image = (config.image_dim, dim, config.image_tokens)
+        self.image_embedding = None if config.image_dim is None else ImageEmbedding(*image)
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -251,6 +300,7 @@ class SoraDiT(nn.Module):
         text: Tensor,
         text_lens: Tensor | None = None,
         *,
+        image: Tensor | None = None,
         attention: AttentionMode | None = None,
         memory: Memory | None = None,
         remember: bool = False,
@@ -263,6 +313,8 @@ class SoraDiT(nn.Module):
                     [B, T'] or token [B, S], in t-major order
         text        [B, L, text_dim]
         text_lens   [B] integers: how many of the L tokens count; None: all, as Wan sees its texts' padding
+        image       [B, I, image_dim], where the config has an image_dim: CLIP's last but one hidden states of the first
+                    frame, or of the first and then the last
         attention   the mode of self-attention; None: that of the config, or causal by frames where there is a memory
         memory      the latents are the frames that follow those remembered, which they see; with `remember` they are
                     remembered too
@@ -270,19 +322,20 @@ class SoraDiT(nn.Module):
 
         Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
         """
-        grid = self._check(latents, timesteps, text, text_lens)
+        grid = self._check(latents, timesteps, text, text_lens, image)
         patches = self.patch_embedding
         x = patch_embed3d(latents, patches.weight, patches.bias, impl=impl)                  # [B, S, D]
         time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
         rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
         text = self.text_embedding(text)                                                     # [B, L, D]
+        image = None if image is None else self.image_embedding(image, impl)                 # [B, I, D]
         mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
         if remember and memory is None:
             raise ValueError("remember needs a memory")
         again = self.checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             past = None if memory is None else Past(memory, memory.layer(index), remember)
-            inputs = x, rows, text, text_lens, grid, mode, impl, past
+            inputs = x, rows, text, text_lens, image, grid, mode, impl, past
             if again:  # the weights of now: a functional call around this one is over when the backward asks for them
                 weights = dict(block.named_parameters())
                 x = checkpoint(functional_call, block, weights, inputs, use_reentrant=False)  # [B, S, D]
@@ -303,15 +356,17 @@ class SoraDiT(nn.Module):
         angles = times[..., None] * powers.exp()                                             # [B, N, half]
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], -1).to(weight.dtype))
 
-    def _check(self, latents: Tensor, timesteps: Tensor, text: Tensor, text_lens: Tensor | None) -> Grid:
+    def _check(
+        self, latents: Tensor, timesteps: Tensor, text: Tensor, text_lens: Tensor | None, image: Tensor | None
+    ) -> Grid:
         config, weight = self.config, self.patch_embedding.weight
-        given = {"latents": latents, "timesteps": timesteps, "text": text, "text_lens": text_lens}
+        given = {"latents": latents, "timesteps": timesteps, "text": text, "text_lens": text_lens, "image": image}
         for name, t in given.items():
-            if not isinstance(t, Tensor) and (t is not None or name != "text_lens"):
+            if not isinstance(t, Tensor) and (t is not None or name not in ("text_lens", "image")):
                 raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
             if t is not None and t.device != weight.device:
                 raise ValueError(f"{name} must be on {weight.device} like the weights; got {t.device}")
-            if name in ("latents", "text") and t.dtype != weight.dtype:
+            if t is not None and name in ("latents", "text", "image") and t.dtype != weight.dtype:
                 raise TypeError(f"{name} must be {weight.dtype} like the weights; got {t.dtype}")
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
             raise ValueError(f"latents must be [B, {config.in_channels}, T, H, W]; got {list(latents.shape)}")
@@ -338,6 +393,15 @@ class SoraDiT(nn.Module):
         if text_lens is not None and (text_lens.shape != (batch,) or text_lens.dtype.is_floating_point):
             got = f"{list(text_lens.shape)} {text_lens.dtype}"
             raise ValueError(f"text_lens must be [{batch}] integers; got {got}")
+        if (image is None) != (config.image_dim is None):
+            raise ValueError(
+                f"image must be [{batch}, I, {config.image_dim}]: this model sees one; got None" if image is None else
+                f"image must be None: this model sees none; got {list(image.shape)}"
+            )
+        if image is not None:
+            tokens = config.image_tokens or (image.shape[1] if image.ndim == 3 else "I")
+            if tuple(image.shape) != (batch, tokens, config.image_dim):
+                raise ValueError(f"image must be [{batch}, {tokens}, {config.image_dim}]; got {list(image.shape)}")
         return frames, height, width
 
     def to_dtype(self, dtype: torch.dtype) -> SoraDiT:
@@ -355,8 +419,8 @@ class SoraDiT(nn.Module):
         """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in.
 
         The weights are copied, in the dtypes they have, or in `dtype` save those that Wan keeps in fp32.
-        Raises CheckpointError for what cannot be read or does not fit together, ValueError for a model that
-        wants an image, and for another class, however much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
+        Raises CheckpointError for what cannot be read or does not fit together, ValueError for another class, however
+        much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
         """
         # the model itself needs no safetensors
         from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_wan_directory
@@ -369,7 +433,7 @@ class SoraDiT(nn.Module):
         else:
             sizes, state = read_wan_directory(source)
         config, where = DiTConfig.from_wan(sizes), type(source).__name__ if is_module else str(source)
-        given = {_name_from_wan(name): value.detach() for name, value in state.items()}
+        given = {_name_from_wan(name): value.detach() for name, value in state.items() if "norm_added_q" not in name}
         check_dtypes({name: value.dtype for name, value in given.items()}, where)
         shapes = {name: tuple(value.shape) for name, value in given.items()}
         wanted = planned_shapes(cls, config, shapes.values(), where)
@@ -392,12 +456,20 @@ _NAMES_FROM_WAN = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "image_embedding.ffn.0",
+    "condition_embedder.image_embedder.ff.net.2": "image_embedding.ffn.2",
+    "condition_embedder.image_embedder.norm1": "image_embedding.norm_in",
+    "condition_embedder.image_embedder.norm2": "image_embedding.norm_out",
+    "condition_embedder.image_embedder.pos_embed": "image_embedding.place",
     "attn1.": "self_attn.",
     "attn2.": "cross_attn.",
     "attn.to_out.0": "attn.o",
     "attn.to_": "attn.",
     "attn.norm_q.weight": "attn.norm_q",
     "attn.norm_k.weight": "attn.norm_k",
+    "attn.add_k_proj": "attn.k_image",
+    "attn.add_v_proj": "attn.v_image",
+    "attn.norm_added_k.weight": "attn.norm_k_image",
     "norm2.": "cross_norm.",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
@@ -407,7 +479,7 @@ _NAMES_FROM_WAN = {
 
 def _kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a weight in a model of `dtype`: never less than fp32 for what Wan keeps in it."""
-    wide = name.endswith("table") or name.startswith("time_embedding") or "cross_norm" in name
+    wide = name.endswith("table") or name.startswith(("time_embedding", "image_embedding.norm")) or "cross_norm" in name
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 

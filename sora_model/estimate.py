@@ -21,12 +21,13 @@ SMALL = 10**11  # operations that no machine needs that long for: not worth a me
 
 
 def denoise_flops(dit: SoraDiT, latents: Sequence[int], *, evaluations: int, seen: int | None = None) -> int:
-    """Floating-point operations of so many evaluations of the transformer on latents [C, T, H, W], text left out; of
-    which a token sees `seen` frames, by default all."""
+    """Floating-point operations of so many evaluations of the transformer on latents [C, T, H, W], text and image left
+    out; of which a token sees `seen` frames, by default all."""
     tokens = math.prod(latents[1:]) // math.prod(dit.config.patch)
     linear = [m for block in dit.blocks for m in block.modules() if isinstance(m, nn.Linear)]
-    of_text = [m for block in dit.blocks for m in (block.cross_attn.k, block.cross_attn.v)]
-    weights = sum(m.weight.numel() for m in linear) - sum(m.weight.numel() for m in of_text)
+    given = ("k", "v", "k_image", "v_image")  # of text and image, which are few
+    of_given = [m for block in dit.blocks for name, m in block.cross_attn.named_children() if name in given]
+    weights = sum(m.weight.numel() for m in linear) - sum(m.weight.numel() for m in of_given)
     keys = tokens if seen is None else tokens * seen // latents[1]
     attention = 4 * tokens * keys * dit.config.dim * dit.config.layers  # every pair, whatever a window hides
     ends = 2 * 2 * dit.patch_embedding.weight.numel() * tokens

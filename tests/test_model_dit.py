@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sora_kernels.testing import assert_matches_oracle, max_error
 from sora_model import presets
@@ -23,6 +24,7 @@ TINY = {
     "patch_size": [1, 2, 2], "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4,
     "out_channels": 4, "text_dim": 20, "freq_dim": 32, "ffn_dim": 56, "num_layers": 2, "rope_max_seq_len": 64,
 }  # fmt: skip
+IMAGE = {"image_dim": 18, "added_kv_proj_dim": 48}  # diffusers takes the last 512 tokens for the text's
 CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
     "heads of 24, an odd grid": ({}, (3, 6, 10), "clip", 7),
     "heads of 32, a timestep per token": ({"attention_head_dim": 32}, (5, 2, 6), "token", 5),
@@ -33,6 +35,12 @@ CASES = {  # config beyond TINY; latent grid; timesteps per; text tokens
         {"patch_size": [2, 3, 1], "out_channels": 6}, (4, 9, 5), "token", 6
     ),
     "one row": ({}, (1, 2, 10), "clip", 3),
+    "an image": (IMAGE, (3, 6, 2), "clip", 512),
+    "a first and a last image, each token in its place": (IMAGE | {"pos_embed_seq_len": 10}, (2, 2, 6), "token", 512),
+    "an image in 36 channels, no norm before it": (
+        IMAGE | {"in_channels": 36, "out_channels": 16, "cross_attn_norm": False, "num_layers": 1},
+        (1, 6, 2), "clip", 512,
+    ),
 }
 
 
@@ -73,22 +81,28 @@ def inputs(config, sizes, per="clip", length=7, batch=2, seed=1):
         torch.randn(batch, config.in_channels, *sizes),
         torch.rand(times) * 1000,
         torch.randn(batch, length, config.text_dim),
+        *([torch.randn(batch, 10, config.image_dim)] if config.image_dim else []),
     )
 
 
-def run(model, latents, timesteps, text, **how):
-    """Output and gradients of a fixed loss: {"output", "grad latents", "grad text", "grad <parameter>"}."""
+def run(model, latents, timesteps, *context, **how):
+    """Output and gradients of a fixed loss: {"output", "latents", "text", "image", <parameter>}.
+
+    context: text, and an image's tokens where the model sees one, which are those of two for a place for each.
+    """
     dtype = next(model.parameters()).dtype
-    latents, text = (t.detach().to(dtype).requires_grad_() for t in (latents, text))
+    given = [t.detach().to(dtype).requires_grad_() for t in (latents, *context)]
+    latents, text, image = (*given, None)[:3]
     if isinstance(model, SoraDiT):
-        out = model(latents, timesteps, text, **how)
+        out = model(latents, timesteps, text, image=image, **how)
     else:
-        out = model(latents, timesteps, text, return_dict=False)[0]
+        pairs = image.unflatten(1, (2, -1)).flatten(0, 1) if model.config.pos_embed_seq_len else image
+        out = model(latents, timesteps, text, pairs, return_dict=False)[0]
     weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad((out * weights).sum(), (latents, text, *parameters))
-    names = names if isinstance(model, SoraDiT) else map(_name_from_wan, names)
-    return {"output": out.detach()} | dict(zip(("latents", "text", *names), grads, strict=True))
+    grads = torch.autograd.grad((out * weights).sum(), (*given, *parameters))
+    names = [*("latents", "text", "image")[: len(given)], *map(_name_from_wan, names)]  # ours stay as they are
+    return {"output": out.detach()} | dict(zip(names, grads, strict=True))
 
 
 def assert_rounds_like(baseline, actual, oracle):
@@ -130,19 +144,21 @@ def test_same_output_and_gradients_as_wan(case):
         assert_rounds_like(plain, result, exact)
 
 
-def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path):
-    wan().save_pretrained(tmp_path)
+@pytest.mark.parametrize("changes", [{}, IMAGE], ids=["text", "image"])
+def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path, changes):
+    wan(**changes).save_pretrained(tmp_path)
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     ours = SoraDiT.from_wan(tmp_path, dtype=torch.bfloat16)
     dtypes = {_name_from_wan(name): p.dtype for name, p in theirs.named_parameters()}
     assert dtypes == {name: p.dtype for name, p in ours.named_parameters()}
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
-    latents, timesteps, text = inputs(theirs.config, (3, 6, 10))
-    latents, text = latents.bfloat16(), text.bfloat16()
+    latents, timesteps, *context = inputs(theirs.config, (3, 6, 10), length=512 if changes else 7)
+    latents, *context = (t.bfloat16() for t in (latents, *context))
     with float_means_double(), torch.no_grad():
-        exact = double(theirs)(latents.double(), timesteps, text.double()).sample
+        exact = double(theirs)(latents.double(), timesteps, *(t.double() for t in context)).sample
     with torch.no_grad():
-        assert_matches_oracle(ours(latents, timesteps, text), exact, theirs(latents, timesteps, text).sample)
+        actual = ours(latents, timesteps, context[0], **({"image": context[1]} if changes else {}))
+        assert_matches_oracle(actual, exact, theirs(latents, timesteps, *context).sample)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
@@ -155,6 +171,43 @@ def test_a_saved_directory_gives_the_same_model_as_the_module(tmp_path, sharded)
     assert read.state_dict().keys() == taken.state_dict().keys()
     assert all(torch.equal(value, taken.state_dict()[name]) for name, value in read.state_dict().items())
     assert all(p.requires_grad for p in read.parameters())
+
+
+@pytest.mark.parametrize("layout", ["expanded", "channels last", "slices"])
+def test_any_layout_of_a_batch(layout):
+    """Latents, text and image of one clip for three timesteps; other strides; slices of larger tensors."""
+    model = SoraDiT.from_wan(wan(**IMAGE, num_layers=1))
+    latents, times, text, image = inputs(model.config, (3, 4, 6), length=5, batch=3)
+    if layout == "expanded":
+        latents, text, image = (t[:1].expand_as(t) for t in (latents, text, image))
+    elif layout == "channels last":
+        latents = latents.contiguous(memory_format=torch.channels_last_3d)
+        text, image = (t.mT.contiguous().mT for t in (text, image))
+    else:
+        latents, text, image = (torch.cat([t, t], -1)[..., : t.shape[-1]] for t in (latents, text, image))
+    with torch.no_grad():
+        clips = [[t[i : i + 1].clone() for t in (latents, times, text, image)] for i in range(3)]
+        alone = torch.cat([model(*clip[:3], image=clip[3]) for clip in clips])
+        torch.testing.assert_close(model(latents, times, text, image=image), alone, rtol=0, atol=2e-6)
+
+
+def test_checkpointing_hands_the_image_on():
+    models = [SoraDiT.from_wan(wan(**IMAGE)) for _ in range(2)]
+    models[1].checkpointing = True
+    batch = inputs(models[0].config, (1, 2, 4), length=3)
+    results = [run(model, *batch) for model in models]
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def test_what_older_image_to_video_files_hold_besides_is_left_out(tmp_path):
+    """`norm_added_q` normalises nothing: diffusers ignores it too."""
+    theirs = wan(**IMAGE)
+    theirs.save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    state = load_file(file) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(48)}
+    save_file(state, file, metadata={"format": "pt"})
+    read, taken = SoraDiT.from_wan(tmp_path).state_dict(), SoraDiT.from_wan(theirs).state_dict()
+    assert read.keys() == taken.keys() and all(torch.equal(value, taken[name]) for name, value in read.items())
 
 
 def test_weights_are_copied_from_the_module():
@@ -283,6 +336,9 @@ def test_impl_reaches_every_op(monkeypatch):
 def test_initialisation_is_that_of_wan():
     torch.manual_seed(0)
     config = dataclasses.replace(presets.DIT["toy"], layers=1)
+    for image in ({"image_dim": 18}, {"image_dim": 18, "image_tokens": 10}):
+        other = dataclasses.replace(config, **image)
+        assert sum(p.numel() for p in SoraDiT(other).parameters()) == other.parameters
     model = SoraDiT(config)
     parameters = dict(model.named_parameters())
     assert sum(p.numel() for p in parameters.values()) == config.parameters
@@ -350,6 +406,8 @@ def test_config_survives_json():
 
 
 def test_presets_are_the_public_models():
+    image = dict(image_dim=1280, in_channels=36)
+    assert round(dataclasses.replace(presets.DIT["wan2.1-14b"], **image).parameters / 1e9, 2) == 16.39
     billions = {"wan2.1-1.3b": 1.42, "wan2.1-14b": 14.29, "wan2.2-5b": 5.0}
     assert {name: round(presets.DIT[name].parameters / 1e9, 2) for name in billions} == billions
     for name, shape in presets.SHAPES.items():
@@ -388,8 +446,11 @@ def test_bad_config(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_dim": 1280}, "image_dim=1280: only text-to-video"),
-        ({"added_kv_proj_dim": 48}, "added_kv_proj_dim=48: only text-to-video"),
+        ({"image_dim": 1280}, "added_kv_proj_dim must be the model's width 48 .* got None with image_dim=1280"),
+        ({"added_kv_proj_dim": 48}, "added_kv_proj_dim must be .* got 48 with image_dim=None"),
+        ({"image_dim": 18, "added_kv_proj_dim": 40}, "added_kv_proj_dim must be .* got 40 with image_dim=18"),
+        ({"pos_embed_seq_len": 514}, "image_tokens=514 needs an image_dim"),
+        ({"image_tokens": 514}, "image_tokens=514 is no field"),
         ({"qk_norm": "layer_norm"}, "qk_norm must be"),
         ({"patch_size": None}, "patch must be"),
         ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number"),
@@ -480,6 +541,7 @@ def test_foreign_configs_and_weights_are_refused(tmp_path):
         ({"text": torch.zeros(1, 3, 20).double()}, TypeError, "text must be torch.float32"),
         ({"text_lens": torch.zeros(1)}, ValueError, r"text_lens must be \[1\] integers"),
         ({"text_lens": torch.zeros(3).long()}, ValueError, "text_lens must be"),
+        ({"image": torch.zeros(1, 5, 18)}, ValueError, r"image must be None: this model sees none; got \[1, 5, 18\]"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -489,6 +551,22 @@ def test_bad_input(change, error, message):
     assert model(**given).shape == (1, 4, 2, 4, 4)
     with pytest.raises(error, match=message):
         model(**given | change)
+
+
+@pytest.mark.parametrize(
+    ("image", "tokens", "message"),
+    [
+        (None, None, r"image must be \[1, I, 18\]: this model sees one; got None"),
+        (torch.zeros(1, 5, 17), None, r"image must be \[1, 5, 18\]; got \[1, 5, 17\]"),
+        (torch.zeros(2, 5, 18), None, r"image must be \[1, 5, 18\]; got \[2, 5, 18\]"),
+        (torch.zeros(5, 18), None, r"image must be \[1, I, 18\]; got \[5, 18\]"),
+        (torch.zeros(1, 5, 18), 10, r"image must be \[1, 10, 18\]; got \[1, 5, 18\]"),
+    ],
+)
+def test_bad_images(image, tokens, message):
+    model = SoraDiT(DiTConfig.from_wan(TINY | IMAGE | {"num_layers": 1, "pos_embed_seq_len": tokens}))
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(1, 4, 2, 4, 4), torch.zeros(1), torch.zeros(1, 3, 20), image=image)
 
 
 # --- frame after frame ---
