@@ -1,15 +1,14 @@
-"""Recorded results -> tables of the README and of docs/, all tables, plots. Numbers are never written by hand.
+"""Recorded results -> tables of the README and of docs/, all tables, a plot. Numbers are never written by hand.
 
 python -m benchmarks.report              regenerate the blocks of README.md and docs/, and all of results/*.{md,svg}
 python -m benchmarks.report --add DIR    first file a run's rows and test records under results/<device>/
-python -m benchmarks.report --html FILE  also one self-contained page with every row, plotted
+
+`benchmarks.page` makes one page of any results, to look at.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
-import io
 import json
 import math
 import re
@@ -28,6 +27,14 @@ FAMILIES = {  # page of docs/ -> the families of its figures
 }  # fmt: skip
 ALL = "benchmarks/results/README.md"
 Row = dict
+FORMAT = 1  # raised when a field of the rows changes its meaning
+REQUIRED = frozenset((
+    "op", "family", "impl", "kind", "impl_version", "shape", "dims", "dtype", "mode", "status", "reason", "p20_us",
+    "p50_us", "p80_us", "bytes", "gb_s", "percent_copy", "flops", "tflop_s", "percent_matmul", "copy_gb_s",
+    "matmul_tflop_s", "max_error", "error_bound", "error_in", "peak_memory", "device", "driver", "threads", "torch",
+    "commit", "dirty", "date",
+))  # fmt: skip
+ANOTHER = "another version of the suite may have written it: measure again, or read it with that version"
 
 
 class BadResults(Exception):
@@ -36,24 +43,37 @@ class BadResults(Exception):
 
 def load_rows(results: Path = machine.RESULTS) -> list[Row]:
     """Every row of `results/<device>/*.jsonl`; of rows that measure the same thing, the newest."""
-    newest: dict[tuple, Row] = {}
-    for path in sorted(results.glob("*/*.jsonl")):
-        for row in [] if path.parent.name == compiled_report.FOLDER else read_jsonl(path):  # counts, not times
-            key = *_machine(row), *(row[f] for f in ("op", "shape", "dtype", "mode", "impl"))
-            if key not in newest or row["date"] >= newest[key]["date"]:
-                newest[key] = row
-    return list(newest.values())
+    paths = (path for path in sorted(results.glob("*/*.jsonl")) if path.parent.name != compiled_report.FOLDER)  # counts
+    return newest(row for path in paths for row in read_jsonl(path))
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def newest(rows: Iterable[Row]) -> list[Row]:
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        key = *machine_of(row), *(row[f] for f in ("op", "shape", "dtype", "mode", "impl"))
+        if key not in found or row["date"] >= found[key]["date"]:
+            found[key] = row
+    return list(found.values())
+
+
+def read_jsonl(path: Path, or_these: frozenset[str] = REQUIRED) -> list[Row]:
+    """The rows of a file, without the lines that say where a run took place; each has the fields of a row, or these."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadResults(
-                f"{path}:{number} is not a line of JSON ({error.msg}); delete the line or the file"
-            ) from error
+            half = "half a line: the run was stopped while it wrote" if line.startswith("{") else "no line of JSON"
+            raise BadResults(f"{path}:{number} is {half} ({error.msg}); delete the line or the file") from error
+        if not isinstance(row, dict) or row.get("format", FORMAT) != FORMAT:
+            found = f"format {row['format']}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise BadResults(f"{path}:{number}: expected rows of format {FORMAT}, got {found}; {ANOTHER}")
+        if "machine" in row:
+            continue
+        if not (REQUIRED <= row.keys() or or_these <= row.keys()):
+            lacking = ", ".join(sorted(REQUIRED - row.keys())[:4])
+            raise BadResults(f"{path}:{number}: expected a row of a benchmark, got one without {lacking}; {ANOTHER}")
+        rows.append(row)
     return rows
 
 
@@ -92,13 +112,13 @@ def figures(rows: Iterable[Row], *, every: bool = False) -> str:
     """
     by_device: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        by_device[_machine(row)].append(row)
+        by_device[machine_of(row)].append(row)
     if not by_device:
         return "No figures have been recorded yet."
     return "\n\n".join(_device_table(own, every) for _, own in sorted(by_device.items()))
 
 
-def _machine(row: Row) -> tuple[str, int, str]:
+def machine_of(row: Row) -> tuple[str, int, str]:
     """Rows of different machines, threads or allocators are not compared."""
     return row["device"], row["threads"] or 0, row.get("allocator") or ""
 
@@ -286,83 +306,9 @@ def update_tables(target: Path = machine.ROOT / ALL, results: Path = machine.RES
     return after != before
 
 
-def page(rows: list[Row], results: Path = machine.RESULTS) -> str:
-    """One HTML page without outside references: a plot per op and device, and every row."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BadResults("--html draws with matplotlib, which is not installed (the extra [bench])") from error
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "sora_kernels"  # the same rows give the same file
-    parts = []
-    plots: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["status"] == "ok":
-            plots[row["device"], row["op"], row["mode"], row["dtype"]].append(row)
-    for (device, op, mode, dtype), own in sorted(plots.items()):
-        parts.append(f"<h2>{html.escape(f'{op}, {mode}, {dtype}')} <small>{html.escape(device)}</small></h2>")
-        parts.append(_plot(own))
-    columns = (
-        "device", "threads", "op", "shape", "dtype", "mode", "impl", "impl_version", "status",
-        "p20_us", "p50_us", "p80_us", "gb_s", "percent_copy", "tflop_s", "percent_matmul",
-        "max_error", "error_bound", "peak_memory", "torch", "commit", "date", "reason",
-    )  # fmt: skip
-    head = "".join(f"<th>{c}</th>" for c in columns)
-    ordered = sorted(rows, key=lambda r: tuple(str(r[c]) for c in columns[:7]))
-    body = "".join("<tr>" + "".join(f"<td>{_show(row[c])}</td>" for c in columns) + "</tr>\n" for row in ordered)
-    style = (
-        "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:72rem;padding:0 1rem;color:#222}"
-        "small{color:#777;font-weight:normal}svg{max-width:100%;height:auto}"
-        "table{border-collapse:collapse;font-size:12px;display:block;overflow-x:auto}"
-        "td,th{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}"
-    )
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>sora_kernels benchmarks</title>"
-        f"<style>{style}</style><h1>sora_kernels benchmarks</h1><p>Share of the copy bandwidth "
-        f"measured in the same run, counting the fewest bytes each op can move; "
-        f"whiskers from p20 to p80.</p>\n{''.join(parts)}"
-        f"<h2>Every row</h2><table><tr>{head}</tr>\n{body}</table></html>\n"
-    )
-
-
-def _plot(rows: list[Row]) -> str:
-    from matplotlib.figure import Figure
-
-    names = sorted({r["impl"] for r in rows}, key=lambda n: (n not in ("cuda", "triton", "cpu", "reference"), n))
-    shapes = sorted({r["shape"] for r in rows})
-    figure = Figure(figsize=(10, 0.6 + 0.22 * len(shapes) * (len(names) + 1)))
-    axes = figure.add_subplot()
-    palette = ("#2a6f97", "#e07a5f", "#81b29a", "#f2cc8f", "#6d597a", "#b56576", "#9a8c98", "#355070")
-    for index, name in enumerate(names):
-        own = {r["shape"]: r for r in rows if r["impl"] == name}
-        at = [s * (len(names) + 1) + index for s, shape in enumerate(shapes) if shape in own]
-        taken = [own[shape] for shape in shapes if shape in own]
-        share = [r["percent_copy"] for r in taken]
-        whiskers = [
-            [r["percent_copy"] * (1 - r["p50_us"] / r["p80_us"]) for r in taken],
-            [r["percent_copy"] * (r["p50_us"] / r["p20_us"] - 1) for r in taken],
-        ]
-        color = palette[index % len(palette)]
-        axes.barh(at, share, xerr=whiskers, height=0.9, color=color, label=name, error_kw={"linewidth": 0.8})
-    axes.set_yticks([s * (len(names) + 1) + (len(names) - 1) / 2 for s in range(len(shapes))], shapes)
-    axes.invert_yaxis()
-    axes.set_xlabel("% of measured copy bandwidth")
-    axes.axvline(100, color="#999", linewidth=0.8, linestyle=":")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
-
-
-def _show(value: object) -> str:
-    return html.escape("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--add", type=Path, metavar="DIR", help="the --out of benchmarks.gpu")
-    parser.add_argument("--html", type=Path, metavar="FILE")
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=machine.RESULTS)
     args = parser.parse_args(argv)
@@ -376,9 +322,6 @@ def main(argv: list[str] | None = None) -> int:
             updates[machine.RESULTS / "summary.svg"] = update_plot()
         for path, changed in updates.items():
             print(f"{path}: {'updated' if changed else 'already up to date'}")
-        if args.html:
-            verified.write_beside(args.html, page(load_rows(args.results), args.results))
-            print(f"wrote {args.html}")
     except (BadResults, OSError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 1
