@@ -1,5 +1,6 @@
-"""The `sora` command: info, generate, reconstruct, patch, train, world, eval, bench. A mistake is a line, exit code 1.
+"""The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, bench.
 
+A mistake is a line, exit code 1.
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
 """
 
@@ -18,15 +19,17 @@ import typer
 from rich.table import Table
 
 from . import extras
-from .arguments import OWN, Device, Impl, Weights, parse_size
+from .arguments import Device, Impl, Weights
+from .cli_clips import clips
 from .cli_train import training
 from .cli_world import evaluate, worlds
-from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
+from .terminal import bars, console, error, forgive_encodings, note, plain, say
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
+app.add_typer(clips)
 app.add_typer(training, name="train")
 app.add_typer(worlds, name="world")
 
@@ -76,46 +79,6 @@ def info(weights: Weights = "toy") -> None:
     say(out, f"made for {width}x{height}, {sora.defaults.frames} frames at {sora.defaults.fps:g} per second")
     if words := sora.text.words:
         say(out, f"it knows {len(words)} words: {', '.join(words)}")
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What the clip shows, such as 'a red circle bounces'.")],
-    to: Annotated[Path, typer.Option("--out", help="The MP4 to write.")] = Path("out/clip.mp4"),
-    weights: Weights = "toy",
-    seconds: Annotated[float | None, typer.Option(help="Length of the clip.", show_default=OWN)] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 64x64.", show_default=OWN)] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second.", show_default=OWN)] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            help="Self-attention: full, window=TxHxW[,stride=TxHxW][,sink=N], causal=frame.", show_default=OWN
-        ),
-    ] = None,
-    impl: Impl = "auto",
-    device: Device = None,
-) -> None:
-    """Make a clip of what PROMPT says."""
-    from .machine import check_impl
-    from .media import check_target
-    from .pipeline import Sora
-    from .text import check_prompt
-
-    check_prompt(prompt)
-    options: dict[str, Any] = dict(seconds=seconds, fps=fps, seed=seed, steps=steps, guidance=guidance, impl=impl)
-    options |= {"size": None if size is None else parse_size(size), "attention": attention}
-    check_impl(impl)
-    if to == Path("out/clip.mp4"):
-        to.parent.mkdir(exist_ok=True)
-    check_target(to)
-    with err.status("loading the checkpoint"):
-        sora = Sora.from_pretrained(weights, device=device)
-    with notes(err), bars(err) as progress:
-        path = sora.generate_to(to, prompt, progress=progress, **options)
-    say(out, f"wrote {path}")
 
 
 @app.command()
