@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, cat, nn
 
@@ -46,11 +46,24 @@ Window = tuple[Span, Span]
 
 
 @dataclass(frozen=True)
+class Shortcut:
+    """A way around several stages, added to what they make: of x repeated `up` times, or in steps of `down`."""
+
+    apply: Callable[[Tensor, Pass], Tensor]
+    up: tuple[int, int, int] = ONE
+    down: tuple[int, int, int] = ONE
+
+    def seen(self, window: Window) -> Window:
+        return tuple(span.given(self.down[axis], self.up[axis]) for axis, span in enumerate(window, 1))
+
+
+@dataclass(frozen=True)
 class Stage:
     """A step from x to x: `convs` in turn, of x repeated `up` times in (t, h, w), or in steps of `down`.
 
     Without convolutions pixels only move: into channels (`down`) or out of them (`up`).
-    past  a convolution over time alone, beside them
+    past              a convolution over time alone, beside them
+    forks, shortcut   where a shortcut begins: with what this stage is given; where it ends: with what this stage makes
     """
 
     apply: Callable[[Tensor, Pass], Tensor]
@@ -58,6 +71,8 @@ class Stage:
     up: tuple[int, int, int] = ONE
     down: tuple[int, int, int] = ONE
     past: nn.Conv3d | None = None
+    forks: bool = False
+    shortcut: Shortcut | None = None
 
     def seen(self, window: Window) -> Window:
         for kernel in [conv.kernel_size for conv in reversed(self.convs)] or [self.down]:
@@ -87,9 +102,8 @@ def in_latents(tile: Tile, size: Sequence[int], factor: int) -> tuple[int, int] 
 def apply(stages: Sequence[Stage], x: Tensor, run: Pass) -> Tensor:
     """The stages in turn: of the whole frames, or tile by tile."""
     if run.tile is None:
-        for stage in stages:
-            x = stage.apply(x, run)
-        return x
+        whole = tuple(n // math.prod([stage.down[1] for stage in stages]) for n in x.shape[3:])
+        return _one(stages, x, run, windows(stages, x.shape[3:], whole)[0][0])
     rows = [[_one(stages, x, run, window) for window in row] for row in windows(stages, x.shape[3:], run.tile)]
     return cat([cat(row, 4) for row in rows], 3)
 
@@ -146,8 +160,19 @@ def _one(stages: Sequence[Stage], x: Tensor, run: Pass, window: Window) -> Tenso
     wanted = needed(stages, window)
     have = tuple(Span(0, span.size, span.size) for span in wanted[0])
     for stage, want in zip(stages, wanted, strict=False):
-        x, have = stage.apply(_cut(x, have, want), run), stage.given(want)
+        x = _cut(x, have, want)
+        if stage.forks:
+            begun, at = x, want
+        x, have = stage.apply(x, run), stage.given(want)
+        if stage.shortcut is not None:
+            x = x + stage.shortcut.apply(_cut(begun, at, stage.shortcut.seen(have)), run)
     return _cut(x, have, window)
+
+
+def bypassed(stages: Sequence[Stage], shortcut: Shortcut) -> list[Stage]:
+    """The stages with a shortcut around them."""
+    first = [replace(stages[0], forks=True), *stages[1:]]
+    return [*first[:-1], replace(first[-1], shortcut=shortcut)]
 
 
 def _cut(x: Tensor, have: Window, want: Window) -> Tensor:

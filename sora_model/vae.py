@@ -1,4 +1,4 @@
-"""The causal video VAE of Wan 2.1: pixels to latents, 8x8 smaller in space and 4x in time, and back.
+"""The causal video VAE of Wan: pixels to latents, 4x smaller in time, 8x8 in space (2.1) or 16x16 (2.2), and back.
 
 Causal in time: frame t depends on frames up to t only, and the first frame of a clip is coded alone. So a clip of
 4n+1 frames has n+1 latent frames, and both directions run chunk by chunk in constant memory: `encode_chunk` and
@@ -16,13 +16,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
 from . import checks, tiling
 from .stream import EPS, LAYOUT, Pass, VAECache, joined, regroup
-from .tiling import Stage, Tile
+from .tiling import Shortcut, Stage, Tile
 
 # what one chunk holds at once, in tensors of its largest layer: of the resident set on a CPU, allocator's gaps included
 _TENSORS = {"auto": 16, "reference": 52}
@@ -38,6 +39,7 @@ class VAEConfig:
     temporal_downsample  for each step between two levels: halve the frames as well as height and width?
     decoder_base_dim     base_dim of the decoder where it differs
     patch                pixels of a side that are folded into channels before the first level, as Wan 2.2 does it
+    residual             a shortcut without weights around each level, Wan 2.2's: neighbours averaged, or repeated
     latents_mean/_std    [z_dim] each, of the latents over the training set; None: zeros and ones
     """
 
@@ -50,6 +52,7 @@ class VAEConfig:
     out_channels: int = 3
     decoder_base_dim: int | None = None
     patch: int = 1
+    residual: bool = False
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
@@ -61,6 +64,7 @@ class VAEConfig:
         for name, size in [*((name, getattr(self, name)) for name in names), *(("dim_mult", m) for m in self.dim_mult)]:
             checks.whole(f"VAEConfig: {name}", size, 1, 4096)
         checks.whole("VAEConfig: patch", self.patch, 1, 16)
+        checks.flag("VAEConfig: residual", self.residual)
         if not 0 < len(self.dim_mult) <= 8:
             raise ValueError(f"VAEConfig: dim_mult must name 1 to 8 levels; got {self.dim_mult}")
         steps = self.temporal_downsample
@@ -71,7 +75,16 @@ class VAEConfig:
             )
         if self.parameters > 10**10:
             raise ValueError(f"VAEConfig: no VAE has {self.parameters:,} parameters; give smaller sizes")
-        if any(self.decoder_dim * mult % 2 for mult in self.dim_mult[1:]):
+        if self.residual:
+            mults, near = self.dim_mult, [8 if step else 4 for step in steps]
+            folded = zip((1, *mults), mults, [*near, 1], strict=False)
+            repeated = zip(mults[::-1], (mults[-1], *mults[::-1]), near[::-1], strict=False)
+            if any(mult * count % other for mult, other, count in [*folded, *repeated]):
+                raise ValueError(
+                    f"VAEConfig: residual: the channels of neighbouring levels must divide each other, so that a "
+                    f"shortcut can average or repeat them; got dim_mult={mults}"
+                )
+        if not self.residual and any(self.decoder_dim * mult % 2 for mult in self.dim_mult[1:]):
             raise ValueError(
                 f"VAEConfig: the decoder halves its channels at each step, so its base width {self.decoder_dim} times "
                 f"each of dim_mult[1:]={self.dim_mult[1:]} must be even"
@@ -145,6 +158,34 @@ class ResidualBlock(nn.Module):
         return Stage(self, (self.conv1, self.conv2))
 
 
+def averaging(channels: int, down: tuple[int, int, int]) -> Shortcut:
+    """Neighbouring frames, rows and columns as channels, of which each group is averaged into one of `channels`."""
+
+    def average(x: Tensor, run: Pass) -> Tensor:                                     # [B, C, T, H, W]
+        if down[0] > 1 and run.starts:  # the first frame has none beside it but zeros
+            x = F.pad(x, (0, 0, 0, 0, down[0] - 1, 0))
+        height, width = (n // factor * factor for n, factor in zip(x.shape[3:], down[1:], strict=True))
+        x = x[..., :height, :width]
+        for axis, factor in zip((4, 3, 2), reversed(down), strict=True):
+            x = x.unflatten(axis, (-1, factor))
+        x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)                          # [B, C·ft·fh·fw, T', H', W']
+        return x.unflatten(1, (channels, -1)).mean(2)                                # [B, C', T', H', W']
+
+    return Shortcut(average, down=down)
+
+
+def repeating(channels: int, up: tuple[int, int, int]) -> Shortcut:
+    """The inverse order: channels, each as often as it takes, as neighbouring frames, rows and columns."""
+
+    def repeat(x: Tensor, run: Pass) -> Tensor:                                      # [B, C, T, H, W]
+        x = x.repeat_interleave(channels * math.prod(up) // x.shape[1], 1)           # [B, C'·ft·fh·fw, T, H, W]
+        x = x.unflatten(1, (channels, *up)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)                              # [B, C', T', H', W']
+        return x[:, :, up[0] - 1 :] if run.starts else x  # the first frame stays one
+
+    return Shortcut(repeat, up=up)
+
+
 class AttentionBlock(nn.Module):
     """Attention of one head among the pixels of each frame; frames do not see each other."""
 
@@ -201,9 +242,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, dim: int, temporal: bool):
+    def __init__(self, dim: int, dim_out: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Conv3d(dim, dim // 2, (1, 3, 3))
+        self.resample = nn.Conv3d(dim, dim_out, (1, 3, 3))
         self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:                               # [B, C, T, H, W]
@@ -213,11 +254,27 @@ class Upsample(nn.Module):
             x = run.conv(x, self.time_conv).unflatten(1, (2, -1))                    # [B, 2, C, T, H, W]
             x = x.permute(0, 3, 1, 4, 5, 2).flatten(1, 2).permute(0, 4, 1, 2, 3)     # [B, C, 2T, H, W]
             x = joined(first, x.contiguous(memory_format=LAYOUT))                    # [B, C, T', H, W]
-        return run.conv(x, self.resample, upsample_conv3d, factor=(1, 2, 2))         # [B, C/2, T', 2H, 2W]
+        return run.conv(x, self.resample, upsample_conv3d, factor=(1, 2, 2))         # [B, C', T', 2H, 2W]
 
     @property
     def stage(self) -> Stage:
         return Stage(self, (self.resample,), up=(2 if self.time_conv else 1, 2, 2), past=self.time_conv)
+
+
+class DownBlock(nn.Module):
+    """A level of Wan 2.2's encoder."""
+
+    def __init__(self, dim_in: int, dim_out: int, blocks: int, downsampler: Downsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim_out if j else dim_in, dim_out) for j in range(blocks))
+        self.downsampler = downsampler
+
+    @property
+    def stages(self) -> list[Stage]:
+        layers = self.resnets if self.downsampler is None else [*self.resnets, self.downsampler]
+        stages = [layer.stage for layer in layers]
+        channels = self.resnets[-1].conv2.out_channels
+        return tiling.bypassed(stages, averaging(channels, stages[-1].down))
 
 
 class Encoder(nn.Module):
@@ -228,10 +285,14 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv3d(config.in_channels * config.patch**2, dims[0], 3)
         self.down_blocks = nn.ModuleList()
         for i, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            temporal = config.temporal_downsample[i : i + 1]
+            down = [Downsample(dim_out, *temporal)] if temporal else []
+            if config.residual:
+                self.down_blocks.append(DownBlock(dim_in, dim_out, config.num_res_blocks, *(down or [None])))
+                continue
             for j in range(config.num_res_blocks):
                 self.down_blocks.append(ResidualBlock(dim_out if j else dim_in, dim_out))
-            if i < len(config.temporal_downsample):
-                self.down_blocks.append(Downsample(dim_out, config.temporal_downsample[i]))
+            self.down_blocks.extend(down)
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = nn.Parameter(torch.ones(dims[-1]))
         self.conv_out = nn.Conv3d(dims[-1], 2 * config.z_dim, 3)
@@ -253,19 +314,24 @@ class Encoder(nn.Module):
     def stages(self) -> list[Stage]:
         """What comes before the first layer that sees a whole frame."""
         folding = [Stage(self.fold, (), down=(1, self.patch, self.patch))] if self.patch > 1 else []
-        return [*folding, Stage(self.first, (self.conv_in,)), *(block.stage for block in self.down_blocks)]
+        blocks = (b.stages if isinstance(b, DownBlock) else [b.stage] for b in self.down_blocks)
+        return [*folding, Stage(self.first, (self.conv_in,)), *(stage for stages in blocks for stage in stages)]
 
 
 class UpBlock(nn.Module):
-    def __init__(self, dim_in: int, dim_out: int, blocks: int, upsampler: Upsample | None):
+    def __init__(self, dim_in: int, dim_out: int, blocks: int, upsampler: Upsample | None, residual: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(dim_out if j else dim_in, dim_out) for j in range(blocks))
-        self.upsampler = upsampler
+        self.upsampler, self.residual = upsampler, residual
 
     @property
     def stages(self) -> list[Stage]:
-        layers = self.resnets if self.upsampler is None else [*self.resnets, self.upsampler]
-        return [layer.stage for layer in layers]
+        stages = [layer.stage for layer in self.resnets]
+        if self.upsampler is None:
+            return stages
+        stages.append(self.upsampler.stage)
+        channels = self.upsampler.resample.out_channels
+        return tiling.bypassed(stages, repeating(channels, stages[-1].up)) if self.residual else stages
 
 
 class Decoder(nn.Module):
@@ -277,9 +343,10 @@ class Decoder(nn.Module):
         self.mid_block = MidBlock(dims[0])
         self.up_blocks = nn.ModuleList()
         for i, dim in enumerate(dims):
-            dim_in = dims[i - 1] // 2 if i else dim  # an upsampler halves the channels
-            upsampler = Upsample(dim, temporal[i]) if i < len(temporal) else None
-            self.up_blocks.append(UpBlock(dim_in, dim, config.num_res_blocks + 1, upsampler))
+            halved = 1 if config.residual else 2  # the channels, by an upsampler
+            dim_in = dims[i - 1] // halved if i else dim
+            upsampler = Upsample(dim, dim // halved, temporal[i]) if i < len(temporal) else None
+            self.up_blocks.append(UpBlock(dim_in, dim, config.num_res_blocks + 1, upsampler, config.residual))
         self.norm_out = nn.Parameter(torch.ones(dims[-1]))
         self.patch = config.patch
         self.conv_out = nn.Conv3d(dims[-1], config.out_channels * config.patch**2, 3)
@@ -304,13 +371,13 @@ class Decoder(nn.Module):
 
 
 class CausalVAE(nn.Module):
-    """Wan 2.1's causal video VAE. Videos are [B, 3, T, H, W] in [-1, 1], T = 4n+1, H and W multiples of 8.
+    """Wan's causal video VAE. Videos are [B, 3, T, H, W] in [-1, 1], T = 4n+1, H and W multiples of 8 (2.2's: 16).
 
     impl  which implementation of the ops to use, as everywhere in sora_kernels
 
-    Every direction takes `tile`, pixels or (height, width), multiples of 8: the layers between pixels and latents then
-    run over tiles no larger than that, which takes less memory at once and more arithmetic (each tile has a border of
-    its own) and gives the same values up to rounding. The layers at the size of the latents, of which one sees whole
+    Every direction takes `tile`, pixels or (height, width), multiples of as many: the layers between pixels and latents
+    then run over tiles no larger than that, which takes less memory at once and more arithmetic (each tile has a border
+    of its own) and gives the same values up to rounding. The layers at the size of the latents, of which one sees whole
     frames, are not tiled.
     """
 
@@ -445,10 +512,10 @@ class CausalVAE(nn.Module):
 
     @classmethod
     def from_wan(cls, source: nn.Module | str | os.PathLike[str], *, impl: str = "auto") -> CausalVAE:
-        """A copy of a diffusers `AutoencoderKLWan` (Wan 2.1), or of a directory with its config.json and safetensors.
+        """A copy of a diffusers `AutoencoderKLWan` (2.1's or 2.2's), or of a directory with its config and safetensors.
 
         The result computes the same function, in the dtype of the weights. Raises `CheckpointError` for damaged or
-        missing files, for weights of another model, and for features of Wan 2.2's VAE.
+        missing files and for weights of another model.
         """
         from . import checkpoint  # needs safetensors, which a model alone does not
 
@@ -531,10 +598,10 @@ class CausalVAE(nn.Module):
 
 # a norm is its weight; the convolution of a Sequential, and the one entry of a list, stand for themselves
 _WAN_NAMES = ((".gamma", ""), ("resample.1", "resample"), ("upsamplers.0", "upsampler"), ("attentions.0", "attention"))
-_WAN_RENAMED = {"temperal_downsample": "temporal_downsample"}
+_WAN_RENAMED = {"temperal_downsample": "temporal_downsample", "is_residual": "residual", "patch_size": "patch"}
 _WAN = "AutoencoderKLWan"
 _WAN_UNUSED = ("scale_factor_temporal", "scale_factor_spatial")  # what follows from the other fields
-_WAN_FIXED = {"attn_scales": (), "dropout": 0.0, "is_residual": False, "patch_size": None}  # so in Wan 2.1
+_WAN_FIXED = {"attn_scales": (), "dropout": 0.0}  # so in Wan's own
 
 
 def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -547,8 +614,16 @@ def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in _WAN_FIXED.items():
         if config.get(name, value) != value:
             raise checkpoint.CheckpointError(
-                f"{where} has {name}={config[name]!r}; CausalVAE is Wan 2.1's VAE, where it is {value!r}"
+                f"{where} has {name}={config[name]!r}; CausalVAE is Wan's VAE, where it is {value!r}"
             )
+    config["patch"] = patch = 1 if config.get("patch") is None else config["patch"]
+    for name in ("in_channels", "out_channels") if isinstance(patch, int) and patch > 1 else ():
+        channels = config.get(name)
+        if not isinstance(channels, int) or channels % patch**2:
+            raise checkpoint.CheckpointError(
+                f"{where}: {name} must be a multiple of {patch**2}, patches of {patch} pixels a side; got {channels!r}"
+            )
+        config[name] = channels // patch**2
     names = [f.name for f in fields(VAEConfig)]
     try:
         checks.only(config, _WAN, [*names, *_WAN_FIXED, *_WAN_UNUSED])

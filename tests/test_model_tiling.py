@@ -27,6 +27,12 @@ def folding() -> CausalVAE:
                            temporal_downsample=(False, True)))  # fmt: skip
 
 
+def residual() -> CausalVAE:
+    """Wan 2.2's: with shortcuts around each level, half as many pixels per latent."""
+    return build(VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, patch=2, residual=True,
+                           temporal_downsample=(True, False)))  # fmt: skip
+
+
 def build(config: VAEConfig) -> CausalVAE:
     torch.manual_seed(0)
     vae = CausalVAE(config)
@@ -38,10 +44,10 @@ def build(config: VAEConfig) -> CausalVAE:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("patch", [1, 2])
-def test_tiles_equal_the_whole(wan, tile, patch):
+@pytest.mark.parametrize("form", ["Wan 2.1", "patches", "Wan 2.2"])
+def test_tiles_equal_the_whole(wan, tile, form):
     """To the last digits in fp64; in fp32 no further from fp64 than twice what the untiled result is."""
-    wan = wan if patch == 1 else folding()
+    wan = {"Wan 2.1": lambda: wan, "patches": folding, "Wan 2.2": residual}[form]()
     video = video_for(wan, (5, 9), 5)
     double = CausalVAE(wan.config).double()
     double.load_state_dict(wan.state_dict())
@@ -67,9 +73,11 @@ def test_there_is_no_seam(wan):
     close(tiled.diff(dim=4)[..., 15::16], whole.diff(dim=4)[..., 15::16])
 
 
+@pytest.mark.parametrize("form", ["Wan 2.1", "Wan 2.2"])
 @pytest.mark.parametrize("chunk", [1, 2])
-def test_tiles_stream(wan, chunk):
+def test_tiles_stream(wan, chunk, form):
     """Each tile has its own caches: a stream equals one shot, from the first chunk to an uneven last one."""
+    wan = wan if form == "Wan 2.1" else residual()
     latents = torch.randn(2, 4, 3, 3, 5)
     with torch.no_grad():
         whole = wan.decode(latents)

@@ -17,6 +17,10 @@ from sora_model.checkpoint import CheckpointError
 from sora_model.vae import CausalVAE, VAECache, VAEConfig, _wan_state
 
 TINY = VAEConfig(base_dim=4, z_dim=2, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(False, True))
+WAN22 = dict(
+    num_res_blocks=1, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+    temperal_downsample=[False, True, True],
+)  # fmt: skip
 CASES = {  # config of AutoencoderKLWan; latent height and width; frames
     "Wan's shape": (dict(base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1), (1, 3), 5),
     "an image": (dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1), (2, 1), 1),
@@ -30,6 +34,12 @@ CASES = {  # config of AutoencoderKLWan; latent height and width; frames
             temperal_downsample=[True, True], in_channels=4, out_channels=4,
         ),
         (3, 2), 5,
+    ),
+    "Wan 2.2's shape": (dict(base_dim=4, decoder_base_dim=6, z_dim=6, dim_mult=[1, 2, 4, 4], **WAN22), (1, 3), 9),
+    "Wan 2.2, an image": (dict(base_dim=4, z_dim=4, dim_mult=[1, 2, 4, 4], **WAN22), (2, 1), 1),
+    "Wan 2.2, other widths": (
+        WAN22 | dict(base_dim=6, z_dim=3, dim_mult=[1, 4, 2], temperal_downsample=[True, True], num_res_blocks=2),
+        (3, 5), 5,
     ),
 }  # fmt: skip
 
@@ -59,6 +69,12 @@ def video_for(vae, latent_size, frames, batch=1, seed=0):
 def tiny():
     torch.manual_seed(0)
     return CausalVAE(TINY)
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(0)
+    return CausalVAE(dataclasses.replace(TINY, residual=True, patch=2, z_dim=3))
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -173,8 +189,24 @@ def test_defaults_are_those_of_wan():
     assert ours.config.spatial_factor == 8 and ours.config.temporal_factor == 4
 
 
+def test_the_size_of_wan_22():
+    """705 million parameters, and every name and shape."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = dict(base_dim=160, decoder_base_dim=256, z_dim=48, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKLWan(**sizes, **WAN22 | dict(num_res_blocks=2))
+        ours = CausalVAE(VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, residual=True, patch=2))
+    shapes = {name: value.shape for name, value in ours.state_dict().items()}
+    state = _wan_state(theirs.state_dict(), shapes)
+    assert {name: value.shape for name, value in state.items()} == shapes
+    assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == 705
+    assert ours.config.spatial_factor == 16 and ours.config.latent_shape(121, 704, 1280) == (48, 31, 44, 80)
+
+
+@pytest.mark.parametrize("form", ["tiny", "residual"])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_streams_equal_one_shot(tiny, chunk):
+def test_streams_equal_one_shot(form, chunk, request):
+    tiny = request.getfixturevalue(form)
     video = video_for(tiny, (3, 2), 13, batch=2)
     with torch.no_grad():
         mean, logvar = tiny.encode(video)
@@ -243,8 +275,10 @@ def test_later_frames_do_not_touch_earlier_ones(tiny):
         assert torch.equal(c[:, :, :5], d[:, :, :5]) and not torch.equal(c[:, :, 5], d[:, :, 5])
 
 
-def test_gradients_through_a_stream(tiny):
-    latents = torch.randn(1, 2, 3, 2, 3)
+@pytest.mark.parametrize("form", ["tiny", "residual"])
+def test_gradients_through_a_stream(form, request):
+    tiny = request.getfixturevalue(form)
+    latents = torch.randn(1, tiny.config.z_dim, 3, 2, 3)
 
     def grads(decode):
         z = latents.clone().requires_grad_()
@@ -366,6 +400,9 @@ BAD = {
     "levels": (lambda v: VAEConfig(dim_mult=(1, 2)), r"temporal_downsample must be 1 booleans"),
     "factors": (lambda v: VAEConfig(temporal_downsample=(1, 2, 3)), "3 booleans"),
     "odd widths": (lambda v: VAEConfig(base_dim=3, dim_mult=(1, 1), temporal_downsample=(True,)), "must be even"),
+    "levels of a shortcut": (
+        lambda v: VAEConfig(residual=True, dim_mult=(1, 2, 3, 4)), r"must divide each other, .* got dim_mult=\(1, 2, 3",
+    ),
     "statistics": (lambda v: VAEConfig(latents_mean=(1.0,)), "latents_mean must be 16 numbers"),
     "std": (lambda v: v.set_latent_statistics(None, (1.0, 0.0)), "latents_std must be a number from 1e-10"),
 }  # fmt: skip
@@ -397,8 +434,11 @@ def test_checkpoints_of_something_else(tmp_path):
         return folder
 
     for name, changes, message in (
-        ("residual", {"is_residual": True}, "is_residual=True.*Wan 2.1"),
-        ("patches", {"patch_size": 2}, "patch_size=2"),
+        ("residual", {"is_residual": True, "dim_mult": [1, 1]}, "lacks .* of the .* expected tensors"),
+        ("residual levels", {"is_residual": True}, "levels must divide each other"),
+        ("nonsense for a flag", {"is_residual": "yes"}, "residual must be true or false; got 'yes'"),
+        ("patches", {"patch_size": 2}, "in_channels must be a multiple of 4, patches of 2 pixels a side; got 3"),
+        ("nonsense for a patch", {"patch_size": "2"}, "patch must be a whole number from 1 to 16; got '2'"),
         ("attention", {"attn_scales": [0.5]}, "attn_scales"),
         ("other", {"_class_name": "AutoencoderKL"}, "is a AutoencoderKL; .* takes an AutoencoderKLWan"),
         ("unknown", {"clip_output": True}, "clip_output=True is no field of a AutoencoderKLWan"),
