@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -27,6 +28,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _impls: dict[str, tuple[str, ...]] = {}  # of an op, in the order "auto" prefers
 _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl, or impl_or_next (_fallback.py) -> overload
 _exported: dict[str, dict[str, torch._ops.OpOverload]] = {}  # the same of a forward, as exported programs hold it
+_loading = threading.Lock()
 _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
 
 
@@ -139,9 +141,14 @@ def call(op: str, impl: str) -> torch._ops.OpOverload:
     return (_exported if torch.compiler.is_exporting() and op in _exported else _overloads)[op][impl]
 
 
-@functools.cache
 def load_error(name: str) -> str | None:
     """Load the compiled library `name` at the first call; afterwards None, or why it could not be loaded."""
+    with _loading:  # of two threads that call first, one would register every kernel a second time
+        return _load_error(name)
+
+
+@functools.cache
+def _load_error(name: str) -> str | None:
     path = pathlib.Path(__file__).with_name(f"_{name}.so")
     if not path.exists():
         remedy = f"in a copy of the project, SORA_KERNELS_BUILD={name} pip install -e . builds it"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,26 @@ for path in sorted(pathlib.Path(__file__).parent.glob("test_*.py")):
         SAMPLES += importlib.import_module(path.stem).op_samples()
 
 OPS = [(op, impl) for op, impls in _library.ops().items() for impl in impls]
+
+
+FIRST_CALLS = """
+import sys, threading
+sys.setswitchinterval(1e-6)
+from sora_kernels import _library
+start = threading.Barrier(8)
+def first():
+    start.wait()
+    assert _library.load_error("cpu") is None
+threads = [threading.Thread(target=first) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+@pytest.mark.skipif(_library.load_error("cpu") is not None, reason=str(_library.load_error("cpu")))
+def test_threads_that_call_first_together_load_a_library_once():
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_every_op_has_samples():
