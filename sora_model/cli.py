@@ -1,4 +1,4 @@
-"""The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, bench.
+"""The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, policy, bench.
 
 A mistake is a line, exit code 1.
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
@@ -21,6 +21,7 @@ from rich.table import Table
 from . import extras
 from .arguments import Device, Impl, Weights
 from .cli_clips import clips
+from .cli_safety import judge
 from .cli_train import training
 from .cli_world import evaluate, worlds
 from .terminal import bars, console, error, forgive_encodings, note, plain, say
@@ -132,6 +133,7 @@ def patch(
 
 
 app.command("eval")(evaluate)
+app.command("policy")(judge)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

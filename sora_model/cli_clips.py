@@ -48,17 +48,18 @@ def _write(
     from .pipeline import Sora
     from .text import check_prompt
 
-    check_prompt(prompt)
-    options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention, impl=impl)
-    options |= {"size": None if size is None else parse_size(size)}
-    check_impl(impl)
-    if to == _TO:
-        to.parent.mkdir(exist_ok=True)
-    check_target(to)
-    with err.status("loading the checkpoint"):
-        sora = Sora.from_pretrained(weights, device=device)
-    with notes(err), bars(err) as progress:
-        said = make(sora, to, prompt, progress=progress, **options)
+    with notes(err):
+        check_prompt(prompt)
+        options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention, impl=impl)
+        options |= {"size": None if size is None else parse_size(size)}
+        check_impl(impl)
+        if to == _TO:
+            to.parent.mkdir(exist_ok=True)
+        check_target(to)
+        with err.status("loading the checkpoint"):
+            sora = Sora.from_pretrained(weights, device=device)
+        with bars(err) as progress:
+            said = make(sora, to, prompt, progress=progress, **options)
     for line in said:
         say(out, line)
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 EXTRAS = {  # module -> the extra that brings it
     "PIL": "model", "av": "model", "numpy": "model", "omegaconf": "model", "rich": "model", "safetensors": "model",
-    "typer": "model", "diffusers": "diffusers", "transformers": "diffusers", "matplotlib": "bench", "triton": "triton",
+    "typer": "model", "yaml": "model",
+    "diffusers": "diffusers", "transformers": "diffusers", "matplotlib": "bench", "triton": "triton",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import checks, extras
 from .checkpoint import CheckpointError, check_finite, check_shapes, read_json, read_shapes, wan_weights
+from .safety import policy
 
 MAX_CHARACTERS = 4096
 
@@ -30,13 +31,14 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 def check_prompt(prompt: object) -> str:
     """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with
-    a word."""
+    a word; `safety.policy.PolicyError` where the policy refuses it."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are accepted, so shorten it")
     if not _WORD.search(prompt):
         raise ValueError(f"prompt holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
+    policy.check(prompt)
     return prompt
 
 

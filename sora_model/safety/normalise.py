@@ -1,0 +1,153 @@
+"""The readings of a prompt that rules are applied to, each character with its place in what was typed.
+
+Text can be written so that a person or a model reads what a list of words does not: in letters of other alphabets,
+with digits for letters, spaced out, backwards, encoded. `readings` gives the text as it is, and what those come to.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import codecs
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+_LETTER = r"[^\W\d_]"
+_LEET = str.maketrans("01345678@$!|9", "oieasgtbasilg")
+_DIGIT = r"[01345678@$9]"
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
+# single letters with little between them
+_SPACED = rf"(?<![^\W_])(?:{_LETTER}[\W_]{{1,3}}){{3,}}{_LETTER}(?![^\W_])"
+_ODD_SHARE = 1 / 3  # of a text's words, beyond which it is unreadable
+
+
+def _lookalikes() -> dict[str, str]:
+    """Letters that look like another, folded."""
+    pairs = {
+        "абвгенкмопрстухіјѕԁһԛԝӏьү": "abbrehkmonpctyxijsdhqwlby",
+        "αβεηικμνορστυχωγ": "abenikuvopotuxwy",
+        "ıłøđħɑɡɩʋ": "ilodhagiv",
+        "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ": "abcdefghijklmnoprstuvwyz",
+    }
+    table = {other: own for others, owns in pairs.items() for other, own in zip(others, owns, strict=True)}
+    for first in (0x1F1E6, 0x1F150, 0x1F170):  # regional indicators, negative circled and squared letters
+        table |= {chr(first + i): chr(ord("a") + i) for i in range(26)}
+    return table | {chr(0xE0000 + code): chr(code).lower() for code in range(0x20, 0x7F)}  # tags: invisible ASCII
+
+
+_LOOKALIKES = _lookalikes()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of a prompt. `at[i]`: the place in the prompt that character i comes from; `bounded`: whether words
+    can be told apart in it; `least`: the fewest letters of a match that means anything in it."""
+
+    name: str
+    text: str
+    at: tuple[int, ...]
+    bounded: bool = True
+    least: int = 1
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """(first, behind the last) character of the prompt, of a stretch of the reading."""
+        places = self.at[start:end]
+        return min(places), max(places) + 1
+
+
+def readings(prompt: str) -> Iterator[Reading]:
+    """The prompt as it is in lower case, then folded to plain letters, then decoded."""
+    yield Reading("plain", *_flat((c, i) for i, whole in enumerate(prompt) for c in whole.lower()))
+    folded = _folded(prompt)
+    normal = _replaced(folded, r"(?<=[^\W_])(?:[^\w\s]|_){1,2}(?=[^\W_])", lambda match: "")
+    normal = _replaced(normal, _SPACED, lambda match: re.sub(r"(?<=\w)[\W_](?=\w)", "", match[0]))
+    yield normal
+    for most in (1, 2):
+        squeezed = _replaced(normal, rf"({_LETTER})\1{{2,}}", lambda match, most=most: match[1] * most)
+        if squeezed.text != normal.text:
+            yield squeezed
+    for spaced in re.finditer(_SPACED, folded.text):
+        letters = [(c, at) for c, at in zip(spaced[0], folded.at[slice(*spaced.span())], strict=True) if c.isalpha()]
+        yield Reading("joined", *_flat(letters), bounded=False, least=4)
+    yield Reading("reversed", normal.text[::-1], normal.at[::-1], least=4)
+    yield replace(normal, name="rot13", text=codecs.encode(normal.text, "rot13"), least=4)
+    yield from _base64(prompt)
+
+
+def unreadable(prompt: str) -> tuple[int, int] | None:
+    """The span of what no reader could read: masked letters, a dozen letters one by one, alphabets mixed inside a
+    word, or, where they are more than a third of the words, words that cannot be said. None where there is
+    no such thing."""
+    text = unicodedata.normalize("NFKC", prompt)
+    text = text if len(text) == len(prompt) else prompt
+    if found := re.search(rf"{_LETTER}+[*#]+{_LETTER}+|(?<![^\W_])(?:{_LETTER}[\W_]{{1,3}}){{12}}", text):
+        return found.span()
+    words = list(re.finditer(r"[^\W_]+", text))
+    odd = []
+    for word in words:
+        if _mixed(word[0]):
+            return word.span()
+        if _unsayable(word[0]):
+            odd.append(word.span())
+    return odd[0] if len(odd) > _ODD_SHARE * len(words) else None
+
+
+def _folded(prompt: str) -> Reading:
+    """Plain letters: compatibility forms, accents and lookalikes folded, what is invisible dropped, leet undone."""
+
+    def letters() -> Iterator[tuple[str, int]]:
+        for i, given in enumerate(prompt):
+            for part in unicodedata.normalize("NFD", unicodedata.normalize("NFKC", _LOOKALIKES.get(given, given))):
+                if unicodedata.category(part) not in ("Mn", "Me", "Cf"):
+                    yield from ((_LOOKALIKES.get(c, c), i) for c in part.lower())
+
+    reading = Reading("normal", *_flat(letters()))
+    leet = rf"(?<=[a-z]){_DIGIT}|{_DIGIT}(?=[a-z])|(?<=[a-z])[!|](?=[a-z])"
+    for _ in range(3):  # from letters on, digit by digit
+        reading = _replaced(reading, leet, lambda match: match[0].translate(_LEET))
+    return reading
+
+
+def _base64(prompt: str) -> Iterator[Reading]:
+    for found in _BASE64.finditer(prompt):
+        code = found[0].rstrip("=").replace("-", "+").replace("_", "/")
+        try:
+            text = base64.b64decode(code + "=" * (-len(code) % 4), validate=True).decode("utf-8").lower()
+        except (binascii.Error, UnicodeDecodeError):
+            continue
+        # each letter of it stands for the whole of what was encoded
+        yield Reading("base64", text, (found.start(),) * (len(text) - 1) + (found.end() - 1,))
+
+
+def _flat(pairs: Iterable[tuple[str, int]]) -> tuple[str, tuple[int, ...]]:
+    pairs = list(pairs)
+    return "".join(c for c, _ in pairs), tuple(i for _, i in pairs)
+
+
+def _replaced(reading: Reading, pattern: str, new: Callable[[re.Match], str]) -> Reading:
+    """`re.sub` that keeps the places: of a shorter replacement, those of the match's first characters."""
+    text, at, done = [], [], 0
+    for match in re.finditer(pattern, reading.text):
+        put = new(match)
+        text += [reading.text[done : match.start()], put]
+        at += [*reading.at[done : match.start()], *_spread(reading.at[match.start() : match.end()], len(put))]
+        done = match.end()
+    return replace(reading, text="".join([*text, reading.text[done:]]), at=(*at, *reading.at[done:]))
+
+
+def _spread(places: tuple[int, ...], count: int) -> list[int]:
+    return [places[i * (len(places) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _mixed(word: str) -> bool:
+    scripts = {unicodedata.name(c, "").partition(" ")[0] for c in word if c.isalpha()}
+    return len(word) > 2 and "LATIN" in scripts and bool(scripts & {"CYRILLIC", "GREEK"})
+
+
+def _unsayable(word: str) -> bool:
+    folded = "".join(c for c in unicodedata.normalize("NFD", word.lower()) if unicodedata.category(c) != "Mn")
+    latin = re.fullmatch(r"[a-z0-9]{4,}", folded) and not folded.isdigit()
+    digits = re.search(r"[a-z]\d+[a-z]+\d", folded)
+    return bool(latin) and (len(word) > 30 or not re.search("[aeiouy]", folded) or bool(digits))
