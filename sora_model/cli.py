@@ -1,4 +1,5 @@
-"""The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, policy, bench.
+"""The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, policy,
+bench.
 
 A mistake is a line, exit code 1.
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.

@@ -50,8 +50,8 @@ def _write(
 
     with notes(err):
         check_prompt(prompt)
-        options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention, impl=impl)
-        options |= {"size": None if size is None else parse_size(size)}
+        options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention)
+        options |= {"impl": impl, "size": None if size is None else parse_size(size)}
         check_impl(impl)
         if to == _TO:
             to.parent.mkdir(exist_ok=True)
