@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from . import checks, files
 from .checkpoint import (
@@ -37,7 +38,10 @@ from .checkpoint import (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to train. The learning rate warms up, stays, and falls linearly to 0 over the last `decay` of the steps."""
+    """How to train. The learning rate warms up, stays, and falls linearly to 0 over the last `decay` of the steps.
+
+    The weights depend on all of it but `save_every` and `loaders`.
+    """
 
     steps: int
     batch: int
@@ -51,11 +55,12 @@ class Settings:
     ema: float = 0.0
     save_every: int = 200
     workers: int = 2
+    loaders: int = 0
 
     def __post_init__(self) -> None:
         # a step's random numbers come from a seed of 64 bits: 31 of the run's and 32 of the step's
         whole = dict(steps=(1, 2**32), batch=(1, 4096), seed=(0, 2**31 - 1), warmup=(0, 2**32))
-        for name, (least, most) in (whole | dict(save_every=(1, 2**32), workers=(1, 256))).items():
+        for name, (least, most) in (whole | dict(save_every=(1, 2**32), workers=(1, 256), loaders=(0, 256))).items():
             checks.whole(name, getattr(self, name), least, most)
         for name, most in dict(lr=1e6, clip=1e6, weight_decay=1e6, decay=1, ema=1).items():
             checks.number(name, getattr(self, name), 0, most)
@@ -85,13 +90,14 @@ def fit(
 
     `batch_at(step)` gives tensors of one length, that of the step's clips; `loss_of` the mean loss of the clips it is
     given. Each of `settings.workers` threads takes a share of them and their gradients are averaged in order, so that
-    cores meet once a step: small models and busy machines gain much by it. One more thread draws the next step's batch.
+    cores meet once a step: small models and busy machines gain much by it. Batches are drawn ahead, by a thread, or by
+    `settings.loaders` processes where steps are shorter than the drawing of a batch.
 
     `run` is a folder, held against other runs, that receives `state.safetensors`, `settings.json` and `log.jsonl`
     (step, loss, lr, norm, seconds); one that holds them already is resumed. It is refused with `CheckpointError` when
-    it is of another model, of other settings than `steps`, `decay` and `save_every`, or of another `made_with`: what
-    else the losses depend on, as JSON. `on_save(step, weights)` is called after every save. Same seed, same device,
-    same weights.
+    it is of another model, of other settings than `steps`, `decay`, `save_every` and `loaders`, or of another
+    `made_with`: what else the losses depend on, as JSON. `on_save(step, weights)` is called after every save. Same
+    seed, same device, same weights.
 
     Ctrl-C, SIGTERM and SIGHUP wait for the step that runs, save, and then do what they always do; a second one does not
     wait and saves nothing. A loss, gradients or weights that are not finite raise FloatingPointError and leave the last
@@ -131,17 +137,14 @@ def fit(
             Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar,
             torch_threads(max(1, torch.get_num_threads() // settings.workers)),
             ThreadPoolExecutor(settings.workers) as pool,
-            ThreadPoolExecutor(1) as ahead,
+            _drawn_ahead(batch_at, range(step, settings.steps), settings.loaders) as batches,
             _noted_signals() as stop,
         ):
             task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
-            following = ahead.submit(batch_at, step)
             while step < settings.steps and not stop:
                 for group in optimiser.param_groups:
                     group["lr"] = settings.rate(step)
-                batch = following.result()
-                if step + 1 < settings.steps:
-                    following = ahead.submit(batch_at, step + 1)
+                batch = next(batches)
                 clips = len(batch[0])
                 parts = [[t[k :: settings.workers] for t in batch] for k in range(min(clips, settings.workers))]
                 losses, slopes = zip(*pool.map(gradients, parts), strict=True)
@@ -180,6 +183,39 @@ def fit(
     return weights
 
 
+@contextmanager
+def _drawn_ahead(batch_at: Callable[[int], Sequence[Tensor]], steps: range, loaders: int) -> Iterator[Iterator[Any]]:
+    """The batches of the steps in order, each drawn before it is asked for."""
+    if loaders:
+        # forked: the function and what it draws from need not be pickled; it touches no GPU
+        how = dict(num_workers=loaders, prefetch_factor=4, multiprocessing_context="fork")
+        yield iter(DataLoader(_Batches(batch_at, steps), batch_size=None, sampler=steps, **how))
+        return
+    with ThreadPoolExecutor(1) as thread:
+
+        def drawn() -> Iterator[Any]:
+            following = thread.submit(batch_at, steps[0])
+            for step in steps:
+                batch = following.result()
+                if step + 1 in steps:
+                    following = thread.submit(batch_at, step + 1)
+                yield batch
+
+        yield drawn()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches(Dataset):
+    batch_at: Callable[[int], Sequence[Tensor]]
+    steps: range
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> Sequence[Tensor]:
+        return self.batch_at(step)
+
+
 def read_log(run: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's log, without those that a crash cut short."""
     file, rows = Path(run) / "log.jsonl", []
@@ -209,7 +245,7 @@ def _resume(
         return 0, 0.0
     before = read_json(run / "settings.json")
     for name in now:
-        if name not in ("steps", "decay", "save_every") and before.get(name) != now[name]:
+        if name not in ("steps", "decay", "save_every", "loaders") and before.get(name) != now[name]:
             raise CheckpointError(
                 f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
             )

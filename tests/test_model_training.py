@@ -165,6 +165,19 @@ def test_a_signal_inside_the_optimiser_waits_for_the_end_of_the_step(tmp_path, m
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_batches_drawn_by_other_processes_are_the_same_ones(tmp_path, vae):
+    """And a run may go on with another number of them."""
+    runs = []
+    for name, counts in (("thread", (0, 0)), ("processes", (2, 0)), ("others", (0, 1))):
+        for steps, loaders in zip((2, 4), counts, strict=True):
+            how = recipe_of(dit_fit={"steps": steps, "batch": 2, "decay": 0.0, "loaders": loaders})
+            dit, _ = train.train_dit(tmp_path / name, vae, how)
+        runs.append((dit.state_dict(), losses(tmp_path / name)))
+    for weights, logged in runs[1:]:
+        assert logged == runs[0][1] != []
+        assert all(torch.equal(value, weights[name]) for name, value in runs[0][0].items())
+
+
 def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
     def twice(step):
         if step == 3:
