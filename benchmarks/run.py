@@ -2,6 +2,7 @@
 
     python -m benchmarks.run --op NAME|all [--shape ID] [--impl NAME] [--mode fwd|bwd|both]
         [--peers] [--json FILE]
+    python -m benchmarks.run --base REV [--fail-under 0.95]      beside a revision instead: see benchmarks.compare
 
 Exit status: 0 if every measured implementation of ours was right, 1 if one was wrong, crashed, or was asked
 for by name and cannot run here, 2 for a bad request.
@@ -25,7 +26,7 @@ from sora_kernels._dispatch import WITH_TRITON
 from sora_kernels.info import end_with_the_reader
 from sora_model.machine import available
 
-from . import machine, peers, shapes, suite, targets, timing
+from . import compare, machine, peers, shapes, suite, targets, timing
 from .suite import IMPLS, MODES, Benchmark, Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _run(args)
-    except BadRequest as error:
+    except (BadRequest, compare.BadBase) as error:
         print(f"benchmarks.run: {error}", file=sys.stderr)
         return 2
 
@@ -75,13 +76,23 @@ def _run(args: argparse.Namespace) -> int:
         raise BadRequest("TRITON_INTERPRET=1 is set, and the interpreter's time means nothing; unset it")
     modes = MODES if args.mode == "both" else (args.mode,)
     ids = _fitting(ids, device, named=bool(args.shape))
+    cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
+    if args.fail_under is not None and not (args.base and 0 < args.fail_under <= 1):
+        raise BadRequest(f"--fail-under: expected a ratio above 0, up to 1, and --base; got {args.fail_under}")
+    if args.base is not None:
+        if args.json or args.peers or args.graph:
+            raise BadRequest("--base: compares ours alone, without --peers, --graph and --json")
+        ours = ((b, shape, tuple(args.impl) or suite.our_impls(b.op, device)) for b, shape in cases)
+        return compare.compare(
+            args.base, ours, modes, dtype=dtype, device=device, budget_s=args.budget, seed=args.seed,
+            threads=args.threads or 0, fail_under=args.fail_under,
+        )  # fmt: skip
     sink = _sink(args.json)
 
     facts = machine.facts(device)
     ceilings = timing.ceilings(device, (dtype,), budget_s=min(2.0, args.budget))
     print(f"{facts['device']}, {_ceilings_line(ceilings)}; commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
     rows, lost, end = [], None, time.monotonic() + (args.stop_after or float("inf"))
-    cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
     for done, (benchmark, shape) in enumerate(cases):
         if time.monotonic() > end:
             left = ", ".join(f"{b.name} at {s.id}" for b, s in cases[done:])
@@ -332,6 +343,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--peers", action="store_true", help="also torch.compile and the libraries that are installed")
+    parser.add_argument("--base", metavar="REV", help="compare with a revision, in turns, with 95 %% intervals")
+    parser.add_argument("--fail-under", type=float, metavar="RATIO",
+                        help="with --base: exit status 1 where a ratio is below it, its interval below 1")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="append one line per row as it comes")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -59,11 +59,8 @@ def interleaved(
     for fn in fns.values():
         for _ in range(max(warmup, 1)):
             fn()
-    clock: Callable[[Callable[[], object], int], float]
-    if device.type == "cuda":
-        clock, calls = _cuda_clock(device), dict.fromkeys(fns, 1)
-    else:
-        clock, calls = _host_clock, {name: _calls_per_sample(fn) for name, fn in fns.items()}
+    timed = clock(device)
+    calls = {name: 1 if device.type == "cuda" else calls_per_sample(fn) for name, fn in fns.items()}
 
     order, shuffle, seconds = list(fns), random.Random(0).shuffle, {name: [] for name in fns}
     end = time.perf_counter() + budget_s
@@ -72,7 +69,7 @@ def interleaved(
             break
         shuffle(order)
         for name in order:
-            seconds[name].append(clock(fns[name], calls[name]))
+            seconds[name].append(timed(fns[name], calls[name]))
     return {name: Stats.of(seconds[name], calls[name]) for name in fns}
 
 
@@ -93,27 +90,35 @@ def captured(fn: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def _host_clock(fn: Callable[[], object], calls: int) -> float:
+Clock = Callable[[Callable[[], object], int], float]
+"""(fn, calls) -> seconds a call."""
+
+
+def clock(device: torch.device) -> Clock:
+    return _cuda_clock(device) if device.type == "cuda" else host_clock
+
+
+def host_clock(fn: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         fn()
     return (time.perf_counter() - start) / calls
 
 
-def _calls_per_sample(fn: Callable[[], object]) -> int:
+def calls_per_sample(fn: Callable[[], object], sample_s: float = SAMPLE_S) -> int:
     calls = 1
-    while calls < MAX_CALLS and calls * _host_clock(fn, calls) < SAMPLE_S:
+    while calls < MAX_CALLS and calls * host_clock(fn, calls) < sample_s:
         calls *= 2
     return calls
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+def _cuda_clock(device: torch.device) -> Clock:
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.zeros(max(2 * l2, FLUSH_BYTES) // 4, device=device)
     sink = torch.zeros((), device=device)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def clock(fn: Callable[[], object], calls: int) -> float:
+    def timed(fn: Callable[[], object], calls: int) -> float:
         torch.sum(flush, dim=0, out=sink)
         start.record()
         fn()
@@ -121,7 +126,7 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object], int], f
         stop.synchronize()
         return start.elapsed_time(stop) * 1e-3
 
-    return clock
+    return timed
 
 
 @dataclass(frozen=True)
