@@ -139,7 +139,7 @@ app.command("policy")(judge)
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def bench(context: typer.Context) -> None:
-    """Measure the kernels; arguments are those of `python -m benchmarks.run` (try --help)."""
+    """Measure the kernels: arguments as of `python -m benchmarks.run` (try --help), or `report RESULTS`, a page."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "benchmarks" / "run.py").is_file():
         raise FileNotFoundError(
@@ -147,7 +147,9 @@ def bench(context: typer.Context) -> None:
             "them, and run `make bench` there, or `sora bench` after `pip install -e '.[model,bench]'` there"
         )
     sys.path.insert(0, str(root))
-    raise typer.Exit(importlib.import_module("benchmarks.run").main(context.args))
+    drawn = context.args[:1] == ["report"]
+    module = importlib.import_module("benchmarks.page" if drawn else "benchmarks.run")
+    raise typer.Exit(module.main(context.args[drawn:]))
 
 
 def _changed(settings: Any, **changes: Any) -> Any:

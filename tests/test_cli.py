@@ -285,13 +285,15 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
 
 
 def test_bench_runs_in_a_checkout_from_any_folder_and_says_what_is_missing_elsewhere(sora, monkeypatch, tmp_path):
-    from benchmarks import run
+    from benchmarks import page, run
 
     called = []
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT])
     monkeypatch.setattr(run, "main", lambda arguments: called.append(arguments) or 3)
     assert sora("bench", "--op", "norm_modulate", "--help")[0] == 3
-    assert called == [["--op", "norm_modulate", "--help"]]
+    monkeypatch.setattr(page, "main", lambda arguments: called.append(arguments) or 4)
+    assert sora("bench", "report", "rows.jsonl", "--out", "page.html")[0] == 4
+    assert called == [["--op", "norm_modulate", "--help"], ["rows.jsonl", "--out", "page.html"]]
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "sora_model" / "cli.py"))
     code, _, err = sora("bench", "--op", "norm_modulate")
     assert code == 1 and "get a copy of the project" in err and len(err.splitlines()) == 1
