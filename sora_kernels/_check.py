@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STRIDED = torch.strided
+OWN = (Tensor, torch.nn.Parameter)  # types of which no tensor is distributed
 _SDPA = torch._C._nn.scaled_dot_product_attention
 
 
@@ -19,8 +20,30 @@ def shape_of(t: Tensor) -> str:
 
 
 def plain(t: Tensor) -> bool:
-    """Whether t is a strided tensor: neither sparse nor nested nor in a format of oneDNN's."""
-    return t.layout is STRIDED and not t.is_nested
+    """Whether t is a strided tensor of this process: not sparse, nested, in a format of oneDNN's or a DTensor."""
+    return t.layout is STRIDED and not t.is_nested and not distributed(t)
+
+
+def distributed(t: Tensor) -> bool:
+    """Whether t is a DTensor; of one there is only where torch.distributed.tensor has been imported."""
+    if type(t) in OWN:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def format_of(t: Tensor) -> str:
+    """What t is, and what to do where it is not plain."""
+    if t.is_nested:
+        return "a nested tensor"
+    if not distributed(t):
+        return f"{t.dtype}" if t.layout is STRIDED else f"{t.layout}; convert it with .to_dense()"
+    return (
+        f"a DTensor placed as {tuple(t.placements)}. Call the operation through torch.distributed.tensor.experimental."
+        "local_map, or on .to_local(); the gradient of what is replicated beside a tensor that is sharded, as "
+        "modulation rows, weights and tables are, is a sum over the ranks: its in_grad_placements there must be "
+        "Partial(). Of a weight that fully_shard() has sharded: shard the module whose forward calls the operation"
+    )
 
 
 def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None) -> None:
@@ -30,8 +53,7 @@ def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None)
     if t.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
     if not plain(t):
-        got = "a nested tensor" if t.is_nested else f"{t.layout}; convert it with .to_dense()"
-        raise TypeError(f"{op}: {name} must be a plain strided tensor {dims}; got {got}")
+        raise TypeError(f"{op}: {name} must be a plain strided tensor {dims}; got {format_of(t)}")
     if ndim is not None and t.ndim != ndim:
         raise ValueError(f"{op}: {name} must be {dims}; got shape {shape_of(t)}")
 
@@ -39,7 +61,7 @@ def tensor(op: str, name: str, t: Tensor, dims: str, *, ndim: int | None = None)
 def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`t` has exactly this shape; `meaning` says where the numbers come from."""
     try:
-        if t.layout is STRIDED and t.shape == shape and t.dtype in FLOATS:
+        if type(t) in OWN and t.layout is STRIDED and t.shape == shape and t.dtype in FLOATS:
             return
     except (AttributeError, RuntimeError):  # not a tensor; a nested one, which has no shape
         pass
@@ -51,7 +73,8 @@ def exact(op: str, name: str, t: Tensor, shape: tuple[int, ...], meaning: str) -
 def like(op: str, name: str, t: Tensor, x: Tensor, x_name: str = "x") -> None:
     """`t` has the shape, dtype and device of `x`."""
     try:
-        if t.layout is STRIDED and t.shape == x.shape and t.dtype == x.dtype and t.device == x.device:
+        same = type(t) in OWN and t.shape == x.shape and t.dtype == x.dtype and t.device == x.device
+        if same and t.layout is STRIDED:
             return
     except (AttributeError, RuntimeError):  # as in `exact`
         pass

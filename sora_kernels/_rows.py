@@ -29,7 +29,7 @@ def check(op: str, x: Tensor, **modulations: Tensor | None) -> int:
         if t is None:
             continue
         try:
-            known, shape = t.layout is _check.STRIDED and t.dtype in _check.FLOATS, t.shape
+            known, shape = t.layout is _check.STRIDED and t.dtype in _check.FLOATS and type(t) in _check.OWN, t.shape
         except (AttributeError, RuntimeError):  # as in `_check.exact`
             known = False
         if not known:
@@ -78,7 +78,7 @@ def chosen(op: str, x: Tensor, index: Tensor, **modulations: Tensor | None) -> t
 def _check_index(op: str, x: Tensor, index: Tensor, count: int) -> None:
     """Values are looked at on the CPU only, and where there are any to look at."""
     if not isinstance(index, Tensor) or index.dtype not in INTEGERS or not _check.plain(index):
-        got = f"{index.dtype}, {index.layout}" if isinstance(index, Tensor) else type(index).__name__
+        got = _check.format_of(index) if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{op}: index must be an int32 or int64 tensor [B, S]; got {got}")
     if index.shape != x.shape[:2]:
         raise ValueError(

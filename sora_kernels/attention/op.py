@@ -324,7 +324,7 @@ def _check_heads(op, q, k, v) -> None:
 def _check_kv_lens(op: str, kv_lens: Tensor, q: Tensor, k_len: int) -> None:
     """Raises TypeError or ValueError naming kv_lens. Values are looked at on the CPU only, and not while compiling."""
     if not isinstance(kv_lens, Tensor) or kv_lens.dtype not in (torch.int32, torch.int64) or not _check.plain(kv_lens):
-        got = f"{kv_lens.dtype}, {kv_lens.layout}" if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
+        got = _check.format_of(kv_lens) if isinstance(kv_lens, Tensor) else type(kv_lens).__name__
         raise TypeError(f"{op}: kv_lens must be an int32 or int64 tensor [B]; got {got}")
     if kv_lens.ndim != 1:
         raise ValueError(f"{op}: kv_lens must be [B], one length per batch; got shape {_check.shape_of(kv_lens)}")
