@@ -36,9 +36,9 @@ def table(t: Tensor | None, x: Tensor) -> Tensor | None:
     return (t if t.dtype == dtype else t.to(dtype)).contiguous()
 
 
-def like(t: Tensor | None, wanted: bool = True) -> Tensor | None:
-    """A contiguous destination of the shape, dtype and device of t, where it is wanted."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
+def like(t: Tensor | None, wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor | None:
+    """A contiguous destination of the shape, device and dtype of t, or of another dtype, where it is wanted."""
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format) if wanted else None
 
 
 def written(

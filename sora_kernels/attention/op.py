@@ -138,17 +138,24 @@ def attention_forward(
     text_at: str = "end",
     kv_lens: Tensor | None = None,
     scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `spacetime_attention`, not recorded: for schedules that keep the pieces. Has tangents."""
+    """(out, lse) of `spacetime_attention`, not recorded: for schedules that keep the pieces. Has tangents.
+
+    out_dtype  of out; None: q's. torch.float32: without the rounding to q's dtype, so that pieces which are merged are
+               rounded once, as one call's are. `sdpa` gives q's dtype alone
+    """
+    op = "attention_forward"
     rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
-    mode = _resolve("attention_forward", q, k, v, rules, kv_lens, scale)
-    _check.choice("attention_forward", "impl", impl, _dispatch.IMPLS)
-    impl = _choose(impl, q, k, mode, False)
+    mode = _resolve(op, q, k, v, rules, kv_lens, scale)
+    wide = _check_wide(op, out_dtype, q)
+    _check.choice(op, "impl", impl, _dispatch.IMPLS)
+    impl = _choose(impl, q, k, mode, False, wide)
     with torch.no_grad():
         if transformed():
-            return apply(_SpacetimeAttention, q, k, v, *mode, True, impl)
-        return _spacetime_attention(q, k, v, *mode, impl)
+            return apply(_SpacetimeAttention, *_widened(wide, q, k, v), *mode, True, impl)
+        return _spacetime_attention(q, k, v, *mode, impl, wide=wide)
 
 
 def attention_backward(
@@ -172,12 +179,14 @@ def attention_backward(
     kv_lens: Tensor | None = None,
     scale: float | None = None,
     deterministic: bool | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of the output (and of the LSE), not recorded. Has tangents.
 
     With the `out` and `lse` of *all* keys, a part of the keys gives its dk and dv and its share of dq: the shares of a
-    split add up. Raises as `spacetime_attention` does.
+    split add up, exactly so with `out_dtype=torch.float32`, the dtype of dq, dk and dv, where q's would round each
+    share. Raises as `spacetime_attention` does; `sdpa` gives q's dtype alone.
     """
     op = "attention_backward"
     rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
@@ -193,11 +202,13 @@ def attention_backward(
     lse, dlse = (t if t is None else t.to(sums) for t in (lse, dlse))
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.choice(op, "impl", impl, _dispatch.IMPLS)
-    args = dout, dlse, q, k, v, out, lse, *mode, deterministic is not False, _choose(impl, q, k, mode, True)
+    wide = _check_wide(op, out_dtype, q)
+    how = *mode, deterministic is not False, _choose(impl, q, k, mode, True, wide)
     with torch.no_grad():
         if transformed():
-            return derive(_spacetime_attention_backward, _backward_formula, *args)
-        return _spacetime_attention_backward(*args)
+            tensors = _widened(wide, dout, dlse, q, k, v, out, lse)
+            return derive(_spacetime_attention_backward, _backward_formula, *tensors, *how)
+        return _spacetime_attention_backward(dout, dlse, q, k, v, out, lse, *how, wide=wide)
 
 
 def merge_attention(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -281,8 +292,22 @@ def _finite(op: str, scale: object) -> float:
     return scale
 
 
-def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool) -> str:
+def _check_wide(op: str, dtype: torch.dtype | None, q: Tensor) -> torch.dtype | None:
+    """`out_dtype` where it is not q's."""
+    sums = torch.promote_types(q.dtype, torch.float32)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (q.dtype, sums)):
+        raise ValueError(f"{op}: out_dtype must be q's {q.dtype}, {sums} or None; got {dtype!r}")
+    return None if dtype == q.dtype else dtype
+
+
+def _widened(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tensors if dtype is None else tuple([t if t is None else t.to(dtype) for t in tensors])
+
+
+def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool, wide: torch.dtype | None = None) -> str:
     def limits(impl: str) -> str | None:
+        if impl == "sdpa" and wide is not None:
+            return f"sdpa gives {q.dtype} for {q.dtype}; got out_dtype={wide}"
         if impl in ("triton", "sdpa") and q.shape[-1] > MAX_WIDTH:
             return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
         return _not_plain(q, k, mode) if impl == "sdpa" else None
@@ -353,12 +378,14 @@ _FWD, _BWD, _KERNELS = "spacetime_attention_fwd", "spacetime_attention_bwd", ".a
 
 def _forward(q, k, v, *args) -> None:
     *mode, out, lse = args
+    q, k, v = _widened(out.dtype, q, k, v)
     for destination, result in zip((out, lse), reference.spacetime_attention(q, k, v, *mode), strict=True):
         destination.copy_(result)
 
 
 def _backward(dout, dlse, q, k, v, out, lse, *args) -> None:
     *mode, _, dq, dk, dv = args  # one order is all it has, `deterministic` or not
+    q, k, v = _widened(next((d.dtype for d in (dq, dk, dv) if d is not None), None), q, k, v)
     grads = reference.spacetime_attention_backward(dout, dlse, q, k, v, *mode, out, lse)
     for destination, grad in zip((dq, dk, dv), grads, strict=True):
         if destination is not None:
@@ -410,20 +437,24 @@ _flops.register(_FWD, _flops_fwd)
 _flops.register(_BWD, _flops_bwd)
 
 
-def _spacetime_attention(q, k, v, *args) -> tuple[Tensor, Tensor]:
+def _spacetime_attention(q, k, v, *args, wide: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     *mode, impl = args
     B, Sq, H, _ = q.shape
-    out = like(q)
+    if impl == "cpu":  # which computes in fp32 and stores what it was given
+        q, k, v = _widened(wide, q, k, v)
+    out = like(q, dtype=wide)
     lse = torch.empty(B, H, Sq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     _library.call(_FWD, impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
 
 
 def _spacetime_attention_backward(
-    dout, dlse, q, k, v, out, lse, *args, wanted=(True,) * 3
+    dout, dlse, q, k, v, out, lse, *args, wanted=(True,) * 3, wide: torch.dtype | None = None
 ) -> tuple[Tensor | None, ...]:
     *mode, impl = args
-    grads = [like(t, needed) for t, needed in zip((q, k, v), wanted, strict=True)]
+    if impl == "cpu":  # as in forward
+        dout, q, k, v, out = _widened(wide, dout, q, k, v, out)
+    grads = [like(t, needed, dtype=wide) for t, needed in zip((q, k, v), wanted, strict=True)]
     dlse = dlse if dlse is None else dlse.contiguous()
     _library.call(_BWD, impl)(
         dense(dout), dlse, dense(q), dense(k), dense(v), dense(out), lse.contiguous(), *mode, *grads
