@@ -64,10 +64,11 @@ def calls() -> dict[str, dict]:
         "video_to_uint8": dict(video=randn(2, 8, 2, 4, 4), patch=(1, 2, 2)),
         "spacetime_attention": dict(**heads, **rules, return_lse=True, deterministic=True),
         "spacetime_attention with lists": dict(**{name: t[:1, :8] for name, t in heads.items()}, **lists),
-        "attention_forward": dict(**heads, **rules),
+        "attention_forward": dict(**heads, **rules, out_dtype=torch.float32),
         "attention_forward with lists": dict(**{name: t[:1, :8] for name, t in heads.items()}, **lists),
         "attention_backward": dict(
-            dout=randn(2, 9, 2, 8), **heads, out=out, lse=lse, dlse=randn(2, 2, 9), **rules, deterministic=True
+            dout=randn(2, 9, 2, 8), **heads, out=out, lse=lse, dlse=randn(2, 2, 9), **rules, deterministic=True,
+            out_dtype=torch.float32,
         ),
         "attention_backward with lists": dict(
             dout=randn(1, 8, 2, 8), **{name: t[:1, :8] for name, t in heads.items()}, out=randn(1, 8, 2, 8),
