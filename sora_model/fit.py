@@ -1,4 +1,4 @@
-"""A training loop that resumes bit for bit: AdamW, gradient clipping, a moving average of the weights, a log.
+"""A training loop that resumes bit for bit: Muon and AdamW, gradient clipping, a moving average of the weights, a log.
 
 The state is safetensors, written atomically every `save_every` steps and when the run is asked to stop. The loop draws
 no random number: what a step needs comes from `generator_of(seed, step)`, so a run that was stopped and resumed equals
@@ -34,6 +34,7 @@ from .checkpoint import (
     write_json,
     write_tensors,
 )
+from .muon import Muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +84,12 @@ def fit(
     run: str | Path,
     *,
     label: str,
+    matrices: Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
     on_save: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimises `loss_of(*batch_at(step))` by AdamW; returns the weights to keep: the moving average if there is one.
+    """Minimises `loss_of(*batch_at(step))` by Muon for the parameters named in `matrices` and AdamW for the others;
+    returns the weights to keep: the moving average if there is one.
 
     `batch_at(step)` gives tensors of one length, that of the step's clips; `loss_of` the mean loss of the clips it is
     given. Each of `settings.workers` threads takes a share of them and their gradients are averaged in order, so that
@@ -105,11 +108,12 @@ def fit(
     """
     run = Path(run)
     named = dict(module.named_parameters())
-    optimiser = torch.optim.AdamW(
-        named.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
-    )
+    optimiser = Muon(
+        [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
+        lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
     average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
-    smooth = None
+    smooth, threads = None, torch.get_num_threads()
 
     def gradients(part: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss = loss_of(*part)
@@ -119,7 +123,7 @@ def fit(
         state = {f"model.{name}": value for name, value in module.state_dict().items()}
         state |= {f"average.{name}": value for name, value in (average or {}).items()}
         for name, value in named.items():
-            state |= {f"adam.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
+            state |= {f"optimiser.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
         write_tensors(run / "state.safetensors", state | {"step": torch.tensor(step)})
         weights = module.state_dict() | (average or {})
         if on_save is not None:
@@ -128,14 +132,15 @@ def fit(
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with files.exclusive(run):
-        step, spent = _resume(run, module, optimiser, average, settings, made_with or {})
+        made_with = {"matrices": list(matrices)} | dict(made_with or {})
+        step, spent = _resume(run, module, optimiser, average, settings, made_with)
         started = time.monotonic() - spent
         with files.naming(run / "log.jsonl"):
             log = (run / "log.jsonl").open("a", encoding="utf-8")
         with (
             log,
             Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar,
-            torch_threads(max(1, torch.get_num_threads() // settings.workers)),
+            torch_threads(max(1, threads // settings.workers)),
             ThreadPoolExecutor(settings.workers) as pool,
             _drawn_ahead(batch_at, range(step, settings.steps), settings.loaders) as batches,
             _noted_signals() as stop,
@@ -159,7 +164,8 @@ def fit(
                         f"the loss is {value} and the norm of its gradients {norm} at step {step}; "
                         f"lower the learning rate ({settings.lr})"
                     )
-                optimiser.step()
+                with torch_threads(threads):
+                    optimiser.step()
                 if average is not None:
                     keep = min(settings.ema, (step + 1) / (step + 10))
                     torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
@@ -231,7 +237,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
 def _resume(
     run: Path,
     module: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimiser: Muon,
     average: dict[str, Tensor] | None,
     settings: Settings,
     made_with: Mapping[str, Any],
@@ -253,8 +259,8 @@ def _resume(
     wanted = {f"model.{name}": value.shape for name, value in module.state_dict().items()}
     wanted |= {f"average.{name}": value.shape for name, value in (average or {}).items()}
     for name, parameter in module.named_parameters():
-        wanted |= {f"adam.{moment}.{name}": parameter.shape for moment in ("exp_avg", "exp_avg_sq")}
-        wanted |= {f"adam.step.{name}": ()}
+        moments = optimiser.state.get(parameter) or dict.fromkeys(("step", "exp_avg", "exp_avg_sq"))
+        wanted |= {f"optimiser.{key}.{name}": () if key == "step" else parameter.shape for key in moments}
     check_shapes(wanted | {"step": ()}, {name: value.shape for name, value in state.items()}, str(file))
     step = int(state["step"])
     if not 0 <= step <= settings.steps:
@@ -263,11 +269,11 @@ def _resume(
     for name, value in (average or {}).items():
         value.copy_(state[f"average.{name}"])
     for name, parameter in module.named_parameters():
-        optimiser.state[parameter] = {
-            "step": state[f"adam.step.{name}"].to(parameter.device),
-            "exp_avg": _laid_out(parameter, state[f"adam.exp_avg.{name}"]),
-            "exp_avg_sq": _laid_out(parameter, state[f"adam.exp_avg_sq.{name}"]),
-        }
+        moments = optimiser.state.get(parameter) or dict.fromkeys(("step", "exp_avg", "exp_avg_sq"))
+        for key in moments:
+            value = state[f"optimiser.{key}.{name}"]
+            moments[key] = value.to(parameter.device) if key == "step" else _laid_out(parameter, value)
+        optimiser.state[parameter] = moments
     write_json(run / "settings.json", now)
     rows = [row for row in read_log(run) if row["step"] <= step]
     files.write_bytes(log, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -253,7 +253,8 @@ def train_dit(
         "start": [fingerprint(part) for part in start or ()],
         "dtype": str(dtype),
     }
-    fit(model, batch_at, loss_of, settings, run, label="DiT", made_with=made_with, on_save=save)
+    matrices = [name for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
+    fit(model, batch_at, loss_of, settings, run, label="DiT", matrices=matrices, made_with=made_with, on_save=save)
     return kept["dit"], kept["text"]
 
 

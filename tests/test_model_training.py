@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sora_model import fit, presets, recipe, train, world
+from sora_model import fit, muon, presets, recipe, train, world
 from sora_model.checkpoint import CheckpointError, read_json
 from sora_model.dit import DiTConfig
 from sora_model.files import WriteError
@@ -159,7 +159,7 @@ def test_a_signal_inside_the_optimiser_waits_for_the_end_of_the_step(tmp_path, m
         fit.fit(*ramp(), settings, tmp_path / "parts", label="test")
     assert saved_step(tmp_path / "parts") == 4
     state = load_file(tmp_path / "parts" / "state.safetensors")
-    assert state["adam.step.weight"] == 4
+    assert state["optimiser.step.weight"] == 4
     parts = fit.fit(*ramp(), settings, tmp_path / "parts", label="test")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -261,8 +261,8 @@ def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
     ("change", "said"),
     [
         (lambda s: s.pop("step"), "lacks 1 of .*'step'"),
-        (lambda s: s.pop("adam.exp_avg.weight"), "lacks 1 of .*'adam.exp_avg.weight'"),
-        (lambda s: s.update({"adam.exp_avg_sq.bias": torch.ones(2)}), r"'adam.exp_avg_sq.bias' should have .*\(1,\)"),
+        (lambda s: s.pop("optimiser.exp_avg.weight"), "lacks 1 of .*'optimiser.exp_avg.weight'"),
+        (lambda s: s.update({"optimiser.exp_avg_sq.bias": torch.ones(2)}), r"'optimiser.exp_avg_sq.bias' .*\(1,\)"),
         (lambda s: s.update({"model.weight": torch.ones(1, 4)}), "'model.weight' should have the shape"),
         (lambda s: s.update({"average.weight": torch.ones(1, 3)}), "1 unknown ones"),
         (lambda s: s["model.weight"].fill_(float("inf")), "'model.weight' holds NaN or infinite"),
@@ -326,6 +326,50 @@ def test_the_folder_of_another_run_is_refused(tmp_path, vae):
     with pytest.raises(CheckpointError, match="dit was begun with .*=.*, not "):
         train.train_dit(tmp_path / "dit", vae, how, dtype=torch.bfloat16)
     assert sorted(entry.name for entry in tmp_path.glob("*/*")) == before
+
+
+# --- the optimiser ---
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (8, 20), (1, 5)])
+def test_orthogonal_keeps_singular_vectors_and_brings_singular_values_near_1(rows, columns):
+    torch.manual_seed(0)
+    x = torch.randn(3, rows, columns, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    values = u.mT @ muon.orthogonal(1000 * x) @ vh.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-10
+    assert 0.5 < diagonal.min() and diagonal.max() < 1.3
+
+
+def test_matrices_go_by_muon_and_the_rest_by_adamw():
+    """The first step from the formula; then, with momentum, the same bits for a matrix as for its transpose."""
+    torch.manual_seed(0)
+    tall, bias = torch.nn.Parameter(torch.randn(20, 8)), torch.nn.Parameter(torch.randn(8))
+    wide, plain = torch.nn.Parameter(tall.detach().T.clone()), torch.nn.Parameter(bias.detach().clone())
+    options = dict(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99))
+    optimiser, adamw = muon.Muon([bias], [wide, tall], **options), torch.optim.AdamW([plain], **options)
+    before = tall.detach().clone()
+    for step in range(3):
+        tall.grad, bias.grad = torch.randn(20, 8), torch.randn(8)
+        wide.grad, plain.grad = tall.grad.T.clone(), bias.grad.clone()
+        optimiser.step()
+        adamw.step()
+        if step == 0:
+            u, _, vh = torch.linalg.svd(tall.grad, full_matrices=False)
+            change = (before * (1 - 0.1 * 0.5) - tall) / (0.1 * 0.2 * 20**0.5)
+            values = u.mT @ change @ vh.mT
+            assert (values - torch.diag(values.diagonal())).abs().max() < 1e-5
+            assert 0.5 < values.diagonal().min() and values.diagonal().max() < 1.3
+        assert torch.equal(bias, plain) and torch.equal(tall, wide.T)
+
+
+def test_muon_trains_the_matrices_of_the_blocks(tmp_path, vae):
+    train.train_dit(tmp_path, vae, recipe_of(dit_fit={"steps": 1, "batch": 1}))
+    kept = {name.removeprefix("optimiser.momentum.") for name in load_file(tmp_path / "state.safetensors")}
+    blocks = {name for name in kept if name.startswith("dit.blocks.")}
+    layers = [f"{a}_attn.{x}.weight" for a in ("self", "cross") for x in "qkvo"] + ["ffn.0.weight", "ffn.2.weight"]
+    assert blocks == {f"dit.blocks.{i}.{layer}" for i in range(TINY_DIT.layers) for layer in layers}
 
 
 # --- what is not finite ---
