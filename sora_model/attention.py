@@ -55,8 +55,11 @@ class AttentionMode:
                 )
         return cls(**settings)
 
-    def keywords(self, grid: Grid) -> dict[str, Any]:
-        """For `spacetime_attention`: what is dense says nothing of the grid, and may take any implementation."""
+    def keywords(self, grid: Grid | tuple[Grid, ...]) -> dict[str, Any]:
+        """For `spacetime_attention`, of the grid or, for clips one after another, the grids: what is dense says nothing
+        of one grid, and may take any implementation."""
+        if isinstance(grid[0], tuple):
+            return dataclasses.asdict(self) | {"grids": grid}
         return {} if self == AttentionMode() else dataclasses.asdict(self) | {"grid": grid}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from sora_kernels import (
     gate_residual_norm_modulate,
     norm_modulate,
     patch_embed3d,
-    qk_norm_rope,
     spacetime_attention,
 )
 
 from . import checks
 from .attention import AttentionMode, Grid
+from .context import Context
 from .memory import Memory, Past
 
 
@@ -165,13 +165,10 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Tokens see those that the mode says; the rotation of q and k tells how far apart two of them are."""
 
-    def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str, context: Context) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))        # [B, S, H, E]
         norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps, "impl": impl}
-        if past is None:
-            q, k = qk_norm_rope(q, k, grid=grid, **norms)
-        else:
-            q, k, v, grid = past.joined(q, k, v, grid, norms)
+        q, k, v, grid = context.joined(q, k, v, grid, norms)
         out = spacetime_attention(q, k, v, **mode.keywords(grid), impl=impl)                 # [B, S, H, E]
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
@@ -185,16 +182,18 @@ class CrossAttention(Attention):
             self.k_image, self.v_image = (nn.Linear(config.dim, config.dim) for _ in range(2))
             self.norm_k_image = nn.Parameter(torch.ones(config.dim))
 
-    def forward(self, x: Tensor, text: Tensor, text_lens: Tensor | None, image: Tensor | None, impl: str) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, text_lens: Tensor | None, image: Tensor | None, impl: str, context: Context
+    ) -> Tensor:
         def normed(x: Tensor, weight: Tensor) -> Tensor:
             return self.split(norm_modulate(x, None, None, norm="rms", weight=weight, eps=self.eps, impl=impl))
 
         q = normed(self.q(x), self.norm_q)                                                   # [B, S, H, E]
         k, v = normed(self.k(text), self.norm_k), self.split(self.v(text))                   # [B, L, H, E]
-        out = spacetime_attention(q, k, v, kv_lens=text_lens, impl=impl)                     # [B, S, H, E]
+        out = context.attend(q, k, v, text_lens, impl)                                       # [B, S, H, E]
         if image is not None:
             k, v = normed(self.k_image(image), self.norm_k_image), self.split(self.v_image(image))  # [B, I, H, E]
-            out = out + spacetime_attention(q, k, v, impl=impl)
+            out = out + context.attend(q, k, v, None, impl)
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
 
@@ -237,23 +236,24 @@ class Block(nn.Module):
         grid: Grid,
         mode: AttentionMode,
         impl: str,
-        past: Past | None = None,
+        context: Context,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)                        # [B, N, D]
         tables = self.table[0].unbind(0)                                                     # 6 x [D]
-        how = {"eps": self.eps, "impl": impl}
+        how = {"eps": self.eps, "index": context.index, "impl": impl}
+        gated = {"index": context.index, "impl": impl}
 
         h = norm_modulate(x, shift1, scale1, shift_table=tables[0], scale_table=tables[1], **how)
-        y = self.self_attn(h, grid, mode, impl, past)                                        # [B, S, D]
+        y = self.self_attn(h, grid, mode, impl, context)                                     # [B, S, D]
         if self.cross_norm is None:
-            x = h = gate_residual(x, y, gate1, gate_table=tables[2], impl=impl)
+            x = h = gate_residual(x, y, gate1, gate_table=tables[2], **gated)
         else:
             affine = {"weight": self.cross_norm.weight, "bias": self.cross_norm.bias}
             x, h = gate_residual_norm_modulate(x, y, gate1, None, None, gate_table=tables[2], **affine, **how)
-        y = self.cross_attn(h, text, text_lens, image, impl)                                 # [B, S, D]
+        y = self.cross_attn(h, text, text_lens, image, impl, context)                        # [B, S, D]
         tables2 = {"shift_table": tables[3], "scale_table": tables[4]}
         x, h = gate_residual_norm_modulate(x, y, None, shift2, scale2, **tables2, **how)
-        return gate_residual(x, self.ffn(h), gate2, gate_table=tables[5], impl=impl)         # [B, S, D]
+        return gate_residual(x, self.ffn(h), gate2, gate_table=tables[5], **gated)           # [B, S, D]
 
 
 class SoraDiT(nn.Module):
@@ -322,32 +322,58 @@ class SoraDiT(nn.Module):
 
         Raises ValueError or TypeError naming the argument; `Unavailable` where impl cannot run.
         """
-        grid = self._check(latents, timesteps, text, text_lens, image)
-        patches = self.patch_embedding
-        x = patch_embed3d(latents, patches.weight, patches.bias, impl=impl)                  # [B, S, D]
-        time = self._embed(timesteps).to(x.dtype)                                            # [B, N, D]
+        grid = self.grid_of(latents, timesteps, text, text_lens, image)
+        if remember and memory is None:
+            raise ValueError("remember needs a memory")
+        x = self.embed_patches(latents, impl)                                                # [B, S, D]
+        time = self.embed_times(timesteps).to(x.dtype)                                       # [B, N, D]
+        mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
+
+        def context(layer: int) -> Context:
+            return Context() if memory is None else Past(memory, memory.layer(layer), remember)
+
+        x = self.through_blocks(x, time, text, text_lens, image, grid, mode, impl, context)  # [B, S, D]
+        if remember:
+            memory.frames += grid[0]
+        return self.read_out(x, time, grid, impl)                                            # [B, C, T, H, W]
+
+    def embed_patches(self, latents: Tensor, impl: str) -> Tensor:
+        """Tokens `[B, S, D]` of latents."""
+        return patch_embed3d(latents, self.patch_embedding.weight, self.patch_embedding.bias, impl=impl)
+
+    def through_blocks(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_lens: Tensor | None,
+        image: Tensor | None,
+        grid: Any,
+        mode: AttentionMode,
+        impl: str,
+        context: Callable[[int], Context],
+    ) -> Tensor:
+        """Tokens through all blocks; `time` [B, N, D] as embedded, and the context that each layer has."""
         rows = self.time_projection(time).unflatten(-1, (6, -1))                             # [B, N, 6, D]
         text = self.text_embedding(text)                                                     # [B, L, D]
         image = None if image is None else self.image_embedding(image, impl)                 # [B, I, D]
-        mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
-        if remember and memory is None:
-            raise ValueError("remember needs a memory")
         again = self.checkpointing and torch.is_grad_enabled()
-        for index, block in enumerate(self.blocks):
-            past = None if memory is None else Past(memory, memory.layer(index), remember)
-            inputs = x, rows, text, text_lens, image, grid, mode, impl, past
+        for layer, block in enumerate(self.blocks):
+            inputs = x, rows, text, text_lens, image, grid, mode, impl, context(layer)
             if again:  # the weights of now: a functional call around this one is over when the backward asks for them
                 weights = dict(block.named_parameters())
                 x = checkpoint(functional_call, block, weights, inputs, use_reentrant=False)  # [B, S, D]
             else:
                 x = block(*inputs)                                                           # [B, S, D]
-        if remember:
-            memory.frames += grid[0]
+        return x
+
+    def read_out(self, x: Tensor, time: Tensor, grid: Grid, impl: str) -> Tensor:
+        """The velocity of a clip's tokens."""
         shift, scale = (time.unsqueeze(2) + self.head_table).unbind(2)                       # [B, N, D]
         how = {"grid": grid, "patch": self.config.patch, "eps": self.config.eps, "impl": impl}
         return final_layer(x, shift, scale, self.head.weight, self.head.bias, **how)         # [B, C, T, H, W]
 
-    def _embed(self, timesteps: Tensor) -> Tensor:
+    def embed_times(self, timesteps: Tensor) -> Tensor:
         weight = self.time_embedding[0].weight
         times = timesteps.to(torch.promote_types(weight.dtype, torch.float32))
         times = times[:, None] if times.ndim == 1 else times                                 # [B, N]
@@ -356,7 +382,7 @@ class SoraDiT(nn.Module):
         angles = times[..., None] * powers.exp()                                             # [B, N, half]
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], -1).to(weight.dtype))
 
-    def _check(
+    def grid_of(
         self, latents: Tensor, timesteps: Tensor, text: Tensor, text_lens: Tensor | None, image: Tensor | None
     ) -> Grid:
         config, weight = self.config, self.patch_embedding.weight

@@ -24,6 +24,7 @@ from sora_kernels import qk_norm_rope
 
 from . import checks
 from .attention import Grid
+from .context import Context
 
 
 @dataclasses.dataclass
@@ -54,7 +55,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Past:
+class Past(Context):
     """A memory as one layer sees it, and whether what it computes now is to be remembered."""
 
     memory: Memory
@@ -64,10 +65,7 @@ class Past:
     def joined(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, norms: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor, Grid]:
-        """Of new frames as projected, `[B, S, H, E]`: q; k and v behind those of what they see; the grid of both.
-
-        norms  further arguments of `qk_norm_rope`
-        """
+        """Of new frames: q; k and v behind those of what they see; the grid of both."""
         memory, layer = self.memory, self.layer
         size = grid[1:]
 

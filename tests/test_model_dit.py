@@ -312,23 +312,25 @@ def test_bad_attention_modes(text, message):
 
 
 def test_impl_reaches_every_op(monkeypatch):
-    import sora_model.dit as dit
+    from sora_model import context, dit
 
     seen = {}
-    for name in (
+    in_dit = (
         "final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patch_embed3d",
-        "qk_norm_rope", "spacetime_attention",
-    ):  # fmt: skip
-        original = getattr(dit, name)
+        "spacetime_attention",
+    )  # fmt: skip
+    for module, names in ((dit, in_dit), (context, ("qk_norm_rope", "spacetime_attention"))):
+        for name in names:
+            original = getattr(module, name)
 
-        def spy(*args, name=name, original=original, **kwargs):
-            seen.setdefault(name, set()).add(kwargs["impl"])
-            return original(*args, **kwargs)
+            def spy(*args, place=(module, name), original=original, **kwargs):
+                seen.setdefault(place, set()).add(kwargs["impl"])
+                return original(*args, **kwargs)
 
-        monkeypatch.setattr(dit, name, spy)
+            monkeypatch.setattr(module, name, spy)
     model = SoraDiT.from_wan(wan())
     model(*inputs(model.config, (1, 2, 2)), impl="reference")
-    assert len(seen) == 7 and set.union(*seen.values()) == {"reference"}
+    assert len(seen) == 8 and set.union(*seen.values()) == {"reference"}
     with pytest.raises(ValueError, match="impl"):
         model(*inputs(model.config, (1, 2, 2)), impl="fastest")
 

@@ -1,0 +1,164 @@
+"""Clips of several sizes and lengths through the transformer as one sequence, without padding.
+
+    velocities = packed(dit, [wide, tall], [t, t], text)         # [C, T, H, W] each, of sizes of their own
+    clips = generate(sora, [{"prompt": "a red ball", "size": (48, 80)}, {"prompt": "a blue ring", "seconds": 1}])
+
+They share every matrix product and see only themselves (`spacetime_attention(grids=)`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sora_kernels import qk_norm_rope, spacetime_attention
+
+from . import flow, machine
+from .attention import AttentionMode, Grid
+from .context import Context
+from .dit import SoraDiT
+from .frames import to_pixels
+from .pipeline import Clip, Progress, Sora
+
+
+class Pack(Context):
+    """Of one sequence: clips of `grids`, one after another, and the row of modulation of each token."""
+
+    def __init__(self, grids: Sequence[Grid], index: Tensor) -> None:
+        self.grids, self.index = tuple(grids), index
+        self.sizes = [math.prod(grid) for grid in grids]
+
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Any, norms: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        parts = zip(q.split(self.sizes, 1), k.split(self.sizes, 1), self.grids, strict=True)
+        turned = [qk_norm_rope(q, k, grid=grid, **norms) for q, k, grid in parts]
+        q, k = (torch.cat(part, 1) for part in zip(*turned, strict=True))
+        return q, k, v, self.grids
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, impl: str) -> Tensor:
+        outs = []
+        for i, part in enumerate(q.split(self.sizes, 1)):
+            lens = None if kv_lens is None else kv_lens[i : i + 1]
+            outs.append(spacetime_attention(part, k[i : i + 1], v[i : i + 1], kv_lens=lens, impl=impl))
+        return torch.cat(outs, 1)
+
+
+def packed(
+    dit: SoraDiT,
+    latents: Sequence[Tensor],
+    timesteps: Sequence[Tensor],
+    text: Tensor,
+    text_lens: Tensor | None = None,
+    *,
+    attention: AttentionMode | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """The velocity of each clip, as `dit(clip[None], timesteps[None], text, ...)` gives it clip for clip.
+
+    latents     n clips `[C, T, H, W]`, of any sizes that the patch divides
+    timesteps   of each clip: one number `[]`, one for each frame of tokens `[T']` or one for each token `[S]`
+    text        `[n, L, text_dim]`
+    text_lens   `[n]`
+
+    Equal to the clips one by one up to the rounding of the matrix products; the gradients too. Raises as
+    `SoraDiT.forward`, and ValueError where the numbers of clips differ.
+    """
+    if not len(latents) == len(timesteps) == len(text) > 0:
+        raise ValueError(
+            f"latents, timesteps and text must be of as many clips, at least one; got {len(latents)}, "
+            f"{len(timesteps)} and {len(text)}"
+        )
+    clips = [clip[None] for clip in latents]
+    times = [t.reshape(1, -1) for t in timesteps]
+    lens = [None if text_lens is None else text_lens[i : i + 1] for i in range(len(clips))]
+    grids = [
+        dit.grid_of(clip, t, text[i : i + 1], lens[i], None)
+        for i, (clip, t) in enumerate(zip(clips, times, strict=True))
+    ]
+    rows, index = 0, []
+    for grid, t in zip(grids, times, strict=True):
+        tokens, own = math.prod(grid), t.shape[1]
+        index.append(rows + torch.arange(own, device=text.device).repeat_interleave(tokens // own))
+        rows += own
+    pack = Pack(grids, torch.cat(index)[None])
+    x = torch.cat([dit.embed_patches(clip, impl) for clip in clips], 1)                      # [1, S, D]
+    time = dit.embed_times(torch.cat(times, 1)).to(x.dtype)                                  # [1, N, D]
+    mode = attention or dit.config.attention
+    x = dit.through_blocks(x, time, text, text_lens, None, grids, mode, impl, lambda layer: pack)
+    parts = zip(x.split(pack.sizes, 1), time.split([t.shape[1] for t in times], 1), grids, strict=True)
+    return [dit.read_out(part, t, grid, impl)[0] for part, t, grid in parts]
+
+
+@torch.no_grad()
+def generate(
+    sora: Sora,
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    impl: str = "auto",
+    progress: Progress | None = None,
+) -> list[Clip]:
+    """A clip of each request: `prompt`, and `seconds`, `size`, `fps` and `seed` as `Sora.generate` has them.
+
+    All are drawn together, up to rounding as each would be alone. Raises as `Sora.generate`.
+    """
+    if not requests:
+        raise ValueError("requests must be at least one")
+    for i, request in enumerate(requests):
+        if unknown := request.keys() - {"prompt", "seconds", "size", "fps", "seed"}:
+            raise TypeError(f"request {i} takes prompt, seconds, size, fps and seed; got {sorted(unknown)[0]!r}")
+    common = {"steps": steps, "guidance": guidance, "long": "once", "impl": impl}
+    plans = [sora._plan(**request, **common) for request in requests]
+    free = machine.available(sora.device)
+    needed = sum(sora._memory(sora._padded(plan.frames), *plan.size, impl, True, free)[1] for plan in plans)
+    if needed > free:
+        raise machine.TooLargeError(
+            f"{len(plans)} clips together need about {machine.gib(needed)} and {machine.gib(free)} are free; "
+            "ask for fewer at a time"
+        )
+    with machine.own_dtypes(sora.device):
+        latents = _draw(sora, plans, impl, progress)
+        clips = []
+        for plan, latent in zip(plans, latents, strict=True):
+            sora.vae.impl = impl
+            video = sora.vae.decode_stream([sora.vae.denormalize(latent[None])], clamp=False, tile=plan.tile)
+            frames = np.concatenate([to_pixels(part, impl) for part in video])[: plan.frames]
+            clips.append(Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance))
+            if progress is not None:
+                progress("decode", len(clips), len(plans))
+    return clips
+
+
+def _draw(sora: Sora, plans: Sequence[Any], impl: str, progress: Progress | None) -> list[Tensor]:
+    """Normalised latents of the plans."""
+    guidance, dtype = plans[0].guidance, sora.dit.patch_embedding.weight.dtype
+    twice = 1 if guidance == 1 else 2  # the second time without the prompt
+    text, lens = sora.text.encode([plan.prompt for plan in plans] + [""] * len(plans) * (twice - 1))
+    text = text.to(sora.device, dtype)
+    lens = lens.to(sora.device) if sora.text.masks_padding else None
+    noise = [
+        flow.draw_noise(plan.latents, generator=torch.Generator().manual_seed(plan.seed), device=sora.device)
+        for plan in plans
+    ]
+
+    def parts(x: Tensor) -> list[Tensor]:
+        flat = x[0].split([part.numel() for part in noise])
+        return [part.view_as(like) for part, like in zip(flat, noise, strict=True)]
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        clips = [part.to(dtype) for part in parts(x)] * twice
+        v = packed(sora.dit, clips, [flow.TIME_SCALE * t.float()] * len(clips), text, lens, impl=impl)
+        v = torch.cat([part.float().flatten() for part in v])[None]
+        toward, away = v.chunk(2, 1) if twice == 2 else (v, v)
+        return torch.lerp(away, toward, guidance)
+
+    told = None if progress is None else lambda done, total: progress("denoise", done, total)
+    flat = torch.cat([part.flatten() for part in noise])[None]
+    return parts(flow.sample(velocity, flat, steps=plans[0].steps, shift=sora.defaults.shift, progress=told))
