@@ -15,6 +15,7 @@ IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "sdpa", "cuda")
 WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interpreter only
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("SORA_KERNELS_IMPL") or "auto"  # replaces "auto" everywhere
+NAMED_ONLY = {("spacetime_attention", "cuda")}  # executed, not yet run on a GPU: "auto" does not take it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
 
 
@@ -84,7 +85,8 @@ why_not._dynamo_marked_constant = _candidates._dynamo_marked_constant = True
 def _able(op: str, device: str, dtype: torch.dtype, grad: bool) -> tuple[str, ...]:
     if device == "cpu" and (error := _library.setting_error()):  # a wish that cannot be granted is not passed over
         raise Unavailable(f"{op}: {error}")
-    able = [impl for impl in _library.impls(f"{op}_fwd") if _why_not(op, impl, device, dtype, grad) is None]
+    known = [impl for impl in _library.impls(f"{op}_fwd") if (op, impl) not in NAMED_ONLY]
+    able = [impl for impl in known if _why_not(op, impl, device, dtype, grad) is None]
     # the interpreter is a test tool: right, and thousands of times too slow to be chosen
     return tuple(impl for impl in able if not (impl in WITH_TRITON and device == "cpu"))
 

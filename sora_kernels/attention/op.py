@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_WIDTH = 256  # of a head, in the registers of a Triton program
 MAX_GATED = 16384  # likewise, where nothing else is
+CUDA_WIDTHS = (64, 96, 128)
 
 
 @overload
@@ -101,7 +102,9 @@ def spacetime_attention(
     runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
     where the last axis is not dense), and their time falls with the share of keys that are seen. `sdpa` is PyTorch's
     own flash kernel, where every query sees every key: "auto" takes it on a GPU in bfloat16 and float16 for as long as
-    no measurement recorded in `attention/config.py` says that `triton` is faster there.
+    no measurement recorded in `attention/config.py` says that `triton` is faster there. `cuda` is the forward of dense
+    attention on sm_90, of bfloat16 or float16 heads of 64, 96 or 128; executed, not yet run on a GPU: "auto" never
+    takes it.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, dilation and causal axes, arXiv 2504.16922; sliding tiles,
@@ -114,7 +117,7 @@ def spacetime_attention(
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.flag(op, "return_lse", return_lse)
     grad = needs_grad((q, k, v))
-    impl = _choose(impl, q, k, mode, grad)
+    impl = _choose(impl, q, k, v, mode, grad)
     if grad:
         out, lse = apply(_SpacetimeAttention, q, k, v, *mode, deterministic is not False, impl)
     else:
@@ -144,14 +147,14 @@ def attention_forward(
     """(out, lse) of `spacetime_attention`, not recorded: for schedules that keep the pieces. Has tangents.
 
     out_dtype  of out; None: q's. torch.float32: without the rounding to q's dtype, so that pieces which are merged are
-               rounded once, as one call's are. `sdpa` gives q's dtype alone
+               rounded once, as one call's are. `sdpa` and `cuda` give q's dtype alone
     """
     op = "attention_forward"
     rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
     mode = _resolve(op, q, k, v, rules, kv_lens, scale)
     wide = _check_wide(op, out_dtype, q)
     _check.choice(op, "impl", impl, _dispatch.IMPLS)
-    impl = _choose(impl, q, k, mode, False, wide)
+    impl = _choose(impl, q, k, v, mode, False, wide)
     with torch.no_grad():
         if transformed():
             return apply(_SpacetimeAttention, *_widened(wide, q, k, v), *mode, True, impl)
@@ -203,7 +206,7 @@ def attention_backward(
     _check.choice(op, "deterministic", deterministic, (None, True, False))
     _check.choice(op, "impl", impl, _dispatch.IMPLS)
     wide = _check_wide(op, out_dtype, q)
-    how = *mode, deterministic is not False, _choose(impl, q, k, mode, True, wide)
+    how = *mode, deterministic is not False, _choose(impl, q, k, v, mode, True, wide)
     with torch.no_grad():
         if transformed():
             tensors = _widened(wide, dout, dlse, q, k, v, out, lse)
@@ -304,31 +307,54 @@ def _widened(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor
     return tensors if dtype is None else tuple([t if t is None else t.to(dtype) for t in tensors])
 
 
-def _choose(impl: str, q: Tensor, k: Tensor, mode: list, grad: bool, wide: torch.dtype | None = None) -> str:
+def _choose(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, mode: list, grad: bool, wide: torch.dtype | None = None
+) -> str:
     def limits(impl: str) -> str | None:
-        if impl == "sdpa" and wide is not None:
-            return f"sdpa gives {q.dtype} for {q.dtype}; got out_dtype={wide}"
+        if impl in ("sdpa", "cuda") and wide is not None:
+            return f"{impl} gives {q.dtype} for {q.dtype}; got out_dtype={wide}"
         if impl in ("triton", "sdpa") and q.shape[-1] > MAX_WIDTH:
             return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
-        return _not_plain(q, k, mode) if impl == "sdpa" else None
+        if impl == "sdpa":
+            return _not_plain(impl, q, k, mode) or _not_for_sdpa(q, k)
+        return _not_plain(impl, q, k, mode) or _not_for_cuda(q, k, v) if impl == "cuda" else None
 
     fastest = config.fastest(q) if q.is_cuda else None
     return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits, fastest=fastest)
 
 
-def _not_plain(q: Tensor, k: Tensor, mode: list) -> str | None:
-    """Why PyTorch's flash kernel does not take these arguments."""
+def _not_plain(impl: str, q: Tensor, k: Tensor, mode: list) -> str | None:
+    """Why an implementation of dense attention alone does not take these arguments."""
     kv_lens, grids, *_, scale = mode
     if kv_lens is not None or grids:
-        return "sdpa takes attention without kv_lens, window, causal or packed clips"
+        return f"{impl} takes attention without kv_lens, window, causal or packed clips"
+    if scale <= 0:
+        return f"{impl} takes a scale above 0; got {scale}"
+    return f"{impl} takes no empty tensors" if q.numel() == 0 or k.numel() == 0 else None
+
+
+def _not_for_sdpa(q: Tensor, k: Tensor) -> str | None:
+    """Why PyTorch's flash kernel does not take these heads."""
     if q.shape[2] != k.shape[2]:
         return f"sdpa takes as many key heads as query heads; got {k.shape[2]} and {q.shape[2]}"
-    if scale <= 0:
-        return f"sdpa takes a scale above 0; got {scale}"
-    if q.numel() == 0 or k.numel() == 0:
-        return "sdpa takes no empty tensors"
     if q.is_cuda and (q.dtype == torch.float32 or q.shape[3] % 8 or config.capability(q.device) < 80):
         return "sdpa takes bfloat16 or float16 and a head width that is a multiple of 8 on a GPU from sm_80 on"
+    return None
+
+
+def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernel of csrc/cuda/attention.cu does not take these tensors."""
+    if config.capability(q.device) != 90:
+        return f"cuda needs a GPU of compute capability 9.0; got {config.capability(q.device) / 10}"
+    if q.dtype == torch.float32 or q.shape[3] not in CUDA_WIDTHS:
+        return f"cuda takes bfloat16 or float16 heads of {CUDA_WIDTHS}; got {q.dtype} heads of {q.shape[3]}"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        steps = [step for size, step in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
+        if t.stride(3) == 1 and (t.storage_offset() % 8 or any(step <= 0 or step % 8 for step in steps)):
+            return (
+                f"cuda takes strides and offsets that are multiples of 8 elements, no expanded ones; got {name} with "
+                f"strides {tuple(t.stride())} and offset {t.storage_offset()}"
+            )
     return None
 
 
@@ -396,7 +422,7 @@ _library.define(
     _FWD,
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"triton": f"{_KERNELS}_forward:{_FWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_FWD}"},
+    impls={"triton": f"{_KERNELS}_forward:{_FWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_FWD}", "cuda": None},
 )
 _library.define(
     _BWD,

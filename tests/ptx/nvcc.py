@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import math
 import pathlib
 import shutil
 import subprocess
@@ -15,15 +16,18 @@ import torch
 from torch import Tensor
 
 from sora_kernels import _dispatch, _library
+from sora_kernels.attention import config as attention_config
 
 from . import device, parser
 from .build import cache_directory
-from .device import Counters, Struct
+from .device import Box, Counters, Struct
 
 SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = {80: "80", 90: "90a"}
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv_bfloat16"}
+KEYS = {64: 128, 96: 128, 128: 128}  # of a tile of attention, by the width of a head
+PROCESSORS = 132  # of an H200
 TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
 
 
@@ -91,34 +95,61 @@ def norm_modulate(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
+def attention(
+    sm: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, blocks: int = PROCESSORS,
+    again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of attention_fwd in attention.cu, on a GPU of so many processors; the rest as of norm_modulate."""
+    (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
+    columns, keys = 32 if E % 64 else 64, KEYS[E]
+    query_tiles, key_tiles = -(-Sq // 128), -(-Sk // keys)
+    tiles = query_tiles * H * B
+    text = compiled("attention", sm)
+    (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}E" in n)
+    rows = ((q, 64), (k, keys), (v, keys), (out, 64))
+    boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in rows]
+    fields = lse, Sq, Sk, H, H // Hk, query_tiles, key_tiles, tiles, scale, scale * math.log2(math.e)
+    shared = 2 * E * (128 + 4 * keys) + 1024  # queries, two stages of keys and of values; barriers
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<Q7i2f4x", fields)]
+    options |= dict(name=name, names=["q", "k", "v", "out", "p"], block=(384,), shared=shared)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
 Observer = Callable[[str, Counters], None]
 
 
 @contextlib.contextmanager
 def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[None]:
-    """Within it `norm_modulate(impl="cuda")` takes CPU tensors and is executed as sm_N would.
+    """Within it what csrc/cuda has takes CPU tensors under `impl="cuda"` and is executed as sm_N would.
 
     observe is called after each launch with the kernel's name and its counters. options: of device.run.
     """
 
-    def run(x, shift, scale, weight, bias, shift_table, scale_table, index, rms, eps, host, out) -> None:
+    def modulate(x, shift, scale, weight, bias, shift_table, scale_table, index, rms, eps, host, out) -> None:
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
         vectors = weight, bias, shift_table, scale_table
         counters = norm_modulate(sm, x, shift, scale, *vectors, rms, eps, out, **options)
         if observe:
             observe("norm_modulate_kernel", counters)
 
+    def attend(q, k, v, kv_lens, grids, *rest) -> None:
+        assert kv_lens is None and grids is None, "the kernel is of dense attention"
+        counters = attention(sm, q, k, v, *rest[-3:], **options)
+        if observe:
+            observe("attention_fwd_kernel", counters)
+
     def call(op: str, impl: str):
-        return run if (op, impl) == ("norm_modulate_fwd", "cuda") else original_call(op, impl)
+        return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
 
     def why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) -> str | None:
-        if (op, impl, grad) == ("norm_modulate", "cuda", False):
+        if impl == "cuda" and f"{op}_fwd" in kernels and not grad:
             return None
         return original_why_not(op, impl, device, dtype, grad)
 
-    original_call, original_why_not = _library.call, _dispatch._why_not
-    _library.call, _dispatch._why_not = call, why_not
+    kernels = {"norm_modulate_fwd": modulate, "spacetime_attention_fwd": attend}
+    original_call, original_why_not, capability = _library.call, _dispatch._why_not, attention_config.capability
+    _library.call, _dispatch._why_not, attention_config.capability = call, why_not, lambda device: sm
     try:
         yield
     finally:
-        _library.call, _dispatch._why_not = original_call, original_why_not
+        _library.call, _dispatch._why_not, attention_config.capability = original_call, original_why_not, capability

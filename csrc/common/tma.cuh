@@ -1,0 +1,80 @@
+// Boxes of a tensor [B, S, H, E] between global and shared memory by the TMA, and the descriptors of such tensors.
+// PTX manual: "Data Movement and Conversion Instructions: Tensor copy", "Swizzling Modes".
+//
+// A row of a box has kRowBytes, and so has its swizzle: of each eight rows the 16-byte pieces are exchanged, so that
+// eight pieces below each other lie in different banks. Boxes begin at multiples of 1024 bytes. What lies outside of the
+// tensor is read as zeros, counts among the bytes that a barrier expects, and is not written.
+
+#pragma once
+
+#include "common/barrier.cuh"
+#include "common/check.h"
+#include "common/stream.cuh"
+
+#include <cuda.h>  // types only: the driver is looked up in the running process
+
+namespace sora {
+
+__device__ __forceinline__ void prefetch(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, int e, int s, int h, int b) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
+          "r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)), "r"(e), "r"(s), "r"(h), "r"(b)
+      : "memory");
+}
+
+// Shared memory that threads wrote needs `publish_writes` by each of them and a barrier before.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int e, int s, int h, int b) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(e), "r"(s), "r"(h), "r"(b)
+               : "memory");
+}
+
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Until the boxes that this thread stores have been read from shared memory.
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Where the byte at `address` of a box that is not swizzled lies in one that is.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t swizzled(uint32_t address) {
+  static_assert(kRowBytes == 64 || kRowBytes == 128);
+  return address ^ (address >> 7 & (kRowBytes / 16 - 1)) << 4;
+}
+
+// The descriptor of t [B, S, H, E] of 16-bit floats, dense in E, for boxes of `columns` of E and `rows` of S.
+inline CUtensorMap box_map(const char* name, const Tensor& t, int columns, int rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    SORA_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+    SORA_CHECK(found && result == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled: 12.0 has");
+    return reinterpret_cast<Encode>(found);
+  }();
+  const cuuint64_t sizes[] = {cuuint64_t(t.size(3)), cuuint64_t(t.size(1)), cuuint64_t(t.size(2)), cuuint64_t(t.size(0))};
+  cuuint64_t strides[3];  // of S, H and B, in bytes; of an axis of one element any serves
+  for (int i = 0; i < 3; ++i) {
+    const int64_t axis = i == 0 ? 1 : i == 1 ? 2 : 0, bytes = t.size(axis) > 1 ? t.stride(axis) * 2 : t.size(3) * 2;
+    SORA_CHECK(bytes > 0 && bytes % 16 == 0, name, ": expected strides that are positive multiples of 16 bytes, got ",
+               describe(t));
+    strides[i] = cuuint64_t(bytes);
+  }
+  SORA_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, ": expected data at a multiple of 16 bytes");
+  const cuuint32_t box[] = {cuuint32_t(columns), cuuint32_t(rows), 1, 1}, steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status = encode(
+      &map, t.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      t.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  SORA_CHECK(status == CUDA_SUCCESS, name, ": no TMA descriptor (CUDA driver error ", int(status), ") for ", describe(t));
+  return map;
+}
+
+}  // namespace sora
