@@ -85,13 +85,13 @@ install = SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/const
 
 .venv/.installed: .venv/.model
 	@$(call say,'installing the other extras$(comma) for tests and benchmarks')
-	@$(call install,'.[triton$(comma)model$(comma)diffusers$(comma)bench$(comma)dev]')
+	@$(call install,'.[triton$(comma)model$(comma)safety$(comma)diffusers$(comma)bench$(comma)dev]')
 	@touch $@
 
 .venv/.model: .venv/.torch pyproject.toml
 	@$(call say,'installing the package')
 	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > .venv/constraints.txt
-	@$(call install,'.[model]' 'ninja>=1.11' 'pybind11>=3.0')
+	@$(call install,'.[model$(comma)safety]' 'ninja>=1.11' 'pybind11>=3.0')
 	@touch $@
 
 # Installed again when TORCH= names another torch than last time.

@@ -1,5 +1,5 @@
 """The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, policy,
-bench.
+verify, certs, bench.
 
 A mistake is a line, exit code 1.
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
@@ -20,12 +20,12 @@ import typer
 from rich.table import Table
 
 from . import extras
-from .arguments import Device, Impl, Weights
+from .arguments import Credentials, Device, Impl, Weights
 from .cli_clips import clips
-from .cli_safety import judge
+from .cli_safety import certs, judge, verify
 from .cli_train import training
 from .cli_world import evaluate, worlds
-from .terminal import bars, console, error, forgive_encodings, note, plain, say
+from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
@@ -34,6 +34,7 @@ app = typer.Typer(
 app.add_typer(clips)
 app.add_typer(training, name="train")
 app.add_typer(worlds, name="world")
+app.add_typer(certs, name="certs")
 
 out = console()
 err = console(stderr=True)
@@ -90,12 +91,14 @@ def reconstruct(
     weights: Weights = "toy",
     impl: Impl = "auto",
     device: Device = None,
+    credentials: Credentials = True,
 ) -> None:
     """Send a video through a checkpoint's VAE and back, and say what that loses."""
     from .machine import check_impl
     from .media import check_target
     from .reconstruct import load_vae, remarks
     from .reconstruct import reconstruct as run
+    from .safety.credentials import signing
 
     check_impl(impl)
     if to == Path("out/reconstruction.mp4"):
@@ -103,7 +106,7 @@ def reconstruct(
     check_target(to)
     vae = load_vae(weights, device=device)
     vae.impl = impl
-    with bars(err) as progress:
+    with notes(err), signing(credentials), bars(err) as progress:
 
         def told(done: int, total: int | None) -> None:
             for remark in [] if done else remarks(source, vae, weights):
@@ -135,6 +138,7 @@ def patch(
 
 app.command("eval")(evaluate)
 app.command("policy")(judge)
+app.command()(verify)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

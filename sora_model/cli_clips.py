@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import OWN, Device, Impl, Weights, parse_size
+from .arguments import OWN, Credentials, Device, Impl, Weights, parse_size
 from .terminal import bars, console, notes, say
 
 clips = typer.Typer()
@@ -41,14 +41,16 @@ def _write(
     ] = None,
     impl: Impl = "auto",
     device: Device = None,
+    credentials: Credentials = True,
 ) -> None:
     """Loads the checkpoint, lets `make(sora, to, prompt, **options)` write, and says what it says."""
     from .machine import check_impl
     from .media import check_target
     from .pipeline import Sora
+    from .safety.credentials import sealer, signing
     from .text import check_prompt
 
-    with notes(err):
+    with notes(err), signing(credentials):
         check_prompt(prompt)
         options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention)
         options |= {"impl": impl, "size": None if size is None else parse_size(size)}
@@ -56,6 +58,7 @@ def _write(
         if to == _TO:
             to.parent.mkdir(exist_ok=True)
         check_target(to)
+        sealer(to.name)
         with err.status("loading the checkpoint"):
             sora = Sora.from_pretrained(weights, device=device)
         with bars(err) as progress:

@@ -1,15 +1,24 @@
-"""`sora policy`: what may be asked for."""
+"""`sora policy`, `sora verify` and `sora certs`: what may be asked for, where a file comes from, who signs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .terminal import console, say
+from .terminal import console, note, say
+
+if TYPE_CHECKING:
+    from .safety.credentials import Verdict
+
+certs = typer.Typer(help="The key that files are signed with.", no_args_is_help=True)
 
 out = console()
+err = console(stderr=True)
+
+_CODES = (0, 3, 4, 5)  # of `credentials.ANSWERS`; 1 is a mistake and 2 wrong usage
 
 
 def judge(
@@ -29,3 +38,67 @@ def judge(
         f"{prompt[start:end]!r} as read {decision.reading}: {decision.message}")  # fmt: skip
     if decision.action == "block":
         raise typer.Exit(3)
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="An MP4, MOV, AVI, PNG, JPEG or WebP.")],
+    anchor: Annotated[
+        Path | None, typer.Option(help="PEM of whom to trust.", show_default="this installation's own root")
+    ] = None,
+) -> None:
+    """Say what FILE's content credentials are worth, and those of what it was made from.
+
+    Exit code 0: trusted. 3: signed by an unknown party. 4: altered, the file or one that it was made from. 5: none.
+    """
+    from .safety import credentials
+
+    try:
+        anchors = None if anchor is None else anchor.read_text("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no PEM"
+        raise credentials.CredentialsError(f"cannot read {str(anchor)!r}: {reason}") from error
+    verdict = credentials.verify(file, anchors=anchors)
+    for line in _told(verdict, 0):
+        say(out, line)
+    altered = [one.name for one in verdict.altered_inputs()]
+    for name in altered:
+        note(err, f"{name} had been altered after it was signed when this was made from it")
+    code = _CODES[credentials.ANSWERS.index(verdict.answer)]
+    if altered and code == 0:
+        code = _CODES[credentials.ANSWERS.index(credentials.ALTERED)]
+    raise typer.Exit(code)
+
+
+def _told(verdict: Verdict, depth: int) -> Iterator[str]:
+    by = f", by {verdict.signer}" if verdict.signer else ""
+    why = f" ({', '.join(dict.fromkeys(verdict.reasons))})" if verdict.reasons else ""
+    yield f"{'  ' * depth}{verdict.name}: {verdict.answer}{by}{why}"
+    for action in verdict.actions:
+        source = str(action.get("digitalSourceType", "")).rpartition("/")[2]
+        facts = (action.get("parameters") or {}).items()
+        told = ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, str | int | float))
+        yield "  " * (depth + 1) + " ".join(filter(None, (str(action.get("action")), source, told)))
+    for one in verdict.inputs:
+        yield from _told(one, depth + 1)
+
+
+@certs.command("init")
+def make_certificates(
+    organisation: Annotated[str, typer.Option(help="In whose name to sign.")] = "sora local",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the one there is; what it signed stays trusted.")
+    ] = False,
+) -> None:
+    """Make a key and a chain of two certificates, which the first file to be written does otherwise."""
+    from .safety import certificates
+
+    path = certificates.init(force=force, organisation=organisation)
+    say(out, f"wrote {path}: signs as {certificates.load(path).name}")
+
+
+@certs.command("root")
+def show_root() -> None:
+    """Print the root certificate: what others verify this installation's files with, by --anchor."""
+    from .safety import certificates
+
+    out.print(certificates.current().anchors, end="", soft_wrap=True)

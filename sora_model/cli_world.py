@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .arguments import OWN, Device, Impl, Weights, parse_size
-from .terminal import bars, console, note, say
+from .arguments import OWN, Credentials, Device, Impl, Weights, parse_size
+from .terminal import bars, console, note, notes, say
 
 worlds = typer.Typer(help="The procedural world: clips whose truth is known.", no_args_is_help=True)
 
@@ -29,25 +29,29 @@ def render(
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8,
     style: Annotated[str | None, typer.Option(help="flat, outline, neon or sketch.", show_default="drawn")] = None,
     split: Annotated[str, typer.Option(help="train, held_out (pairs that training never shows) or all.")] = "train",
+    credentials: Credentials = True,
 ) -> None:
     """Write true clips of the world, each an MP4, and beside it its caption and state as JSON."""
     from . import world
     from .checkpoint import write_json
     from .files import naming
     from .media import write_video
+    from .safety.credentials import Origin, signing
 
     if not 0 < seconds * fps < 1e6:
         raise ValueError(f"--seconds x --fps must be from 1 to 1e6 frames, got {seconds:g} x {fps:g}")
     spec = None if style is None else {"style": style}
     options = dict(scene=scene, frames=max(1, round(seconds * fps)), size=parse_size(size), fps=fps, split=split)
-    for number in range(seed, seed + n):
-        clip = world.sample(number, prompt_spec=spec, **options)
-        with naming(to):
-            to.mkdir(parents=True, exist_ok=True)
-        name = f"{clip.scene.name}-{number}"
-        write_video(to / f"{name}.mp4", clip.video, fps)
-        write_json(to / f"{name}.json", clip.record())
-        say(out, f"wrote {to / name}.mp4: {clip.caption}")
+    with notes(err), signing(credentials):
+        for number in range(seed, seed + n):
+            clip = world.sample(number, prompt_spec=spec, **options)
+            with naming(to):
+                to.mkdir(parents=True, exist_ok=True)
+            name = f"{clip.scene.name}-{number}"
+            origin = Origin({"scene": clip.scene.name, "seed": number}, source="algorithmicMedia")
+            write_video(to / f"{name}.mp4", clip.video, fps, origin=origin)
+            write_json(to / f"{name}.json", clip.record())
+            say(out, f"wrote {to / name}.mp4: {clip.caption}")
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from .files import check_writable, write_atomically
 from .reader import MAX_FRAMES, MAX_PIXELS, SIZE_TAG, MediaError, VideoInfo, as_media_error, probe, read_video, show
+from .safety.credentials import Origin, sealer
 
 __all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "check_target", "probe", "read_video", "write_video"]
 
@@ -40,6 +41,7 @@ def write_video(
     crf: int = 18,
     times: Iterable[Fraction | float] | None = None,
     pixel_aspect: Fraction | float = 1,
+    origin: Origin | None = None,
 ) -> Path:
     """Write frames to an H.264 MP4 (4:2:0, BT.709 limited range, tagged so) and return its path.
 
@@ -50,6 +52,7 @@ def write_video(
                   after its frame); what is finer than 1/90000 s and off the grid of fps is rounded. The last frame
                   stays for 1 / fps
     pixel_aspect  the width of a pixel over its height, for a player to stretch the picture by
+    origin        what made it: the file is signed with that (`safety.credentials`), last of all
 
     The file appears whole or not at all, as `files.write_atomically` has it: when ``frames`` raises, or the run is
     interrupted, nothing stays behind, an older file at ``path`` is as it was, and the exception goes on unchanged. The
@@ -68,12 +71,15 @@ def write_video(
         raise ValueError(f"crf must be a whole number from 0 to 51, got {crf!r}")
     check_target(path)
     with write_atomically(path) as part:
+        seal = None if origin is None else sealer(Path(os.fsdecode(path)).name)
         source = iter(frames)
         first = next(source, None)
         if first is None:
             raise MediaError(f"no frames to write to {show(path)}; give at least one")
         images = itertools.chain([first], source)
         _encode(path, part, _frame(first, None, 0).shape, images, _stamps(rate, times), rate, crf, aspect)
+        if seal is not None:
+            seal(part, origin)
     return Path(path)
 
 

@@ -38,6 +38,7 @@ from .checkpoint import (
 from .dit import DiTConfig, SoraDiT
 from .frames import to_pixels
 from .machine import TooLargeError, choose_device, gib
+from .safety.credentials import Origin
 from .sampling import Sampler
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
@@ -93,10 +94,14 @@ class Clip:
     seed: int
     steps: int
     guidance: float
+    origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes an H.264 MP4, whole or not at all, and returns its path. Raises `media.MediaError` if it cannot."""
-        return media.write_video(path, self.frames, self.fps)
+        """Writes a signed H.264 MP4, whole or not at all, and returns its path. Raises `media.MediaError` if it cannot,
+        `safety.credentials.CredentialsError` for a certificate that has expired, say."""
+        made = dict(seed=self.seed, steps=self.steps, guidance=self.guidance)
+        origin = self.origin or Origin.of(None, prompt=self.prompt, **made)
+        return media.write_video(path, self.frames, self.fps, origin=origin)
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
@@ -118,6 +123,9 @@ class Clip:
 
 class Sora(Verbs):
     """A text-to-video model ready to use. Build it by `from_pretrained`."""
+
+    folder: Path | None = None
+    """Where the checkpoint was read from."""
 
     def __init__(
         self, dit: SoraDiT, vae: CausalVAE, text: WordTextEncoder | UMT5TextEncoder, defaults: Defaults
@@ -191,6 +199,7 @@ class Sora(Verbs):
         sora.dit.to(device).eval().requires_grad_(False)
         sora.vae.to(device, torch.float32).eval().requires_grad_(False)
         sora.text.to(device)
+        sora.folder = folder
         return sora
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
@@ -272,7 +281,7 @@ class Sora(Verbs):
         plan = self._plan(prompt, **options, impl=impl, held=False)
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
         with machine.own_dtypes(self.device):
-            return media.write_video(path, frames, plan.fps)
+            return media.write_video(path, frames, plan.fps, origin=self._origin(plan))
 
     @torch.no_grad()
     def _frames(self, plan: _Plan, impl: str, progress: Progress | None, **how: Any) -> Iterator[np.ndarray]:
@@ -316,7 +325,11 @@ class Sora(Verbs):
             yield part
 
     def _clip(self, plan: _Plan, frames: np.ndarray) -> Clip:
-        return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance)
+        return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance, self._origin(plan))
+
+    def _origin(self, plan: _Plan) -> Origin:
+        made = dict(seed=plan.seed, steps=plan.steps, guidance=plan.guidance)
+        return Origin.of(self.folder, prompt=plan.prompt, inputs=tuple(plan.inputs), **made)
 
     def _plan(
         self,
@@ -481,6 +494,7 @@ class _Plan:
     long: str
     latents: tuple[int, int, int, int]
     tile: tuple[int, int]
+    inputs: list[Any] = dataclasses.field(default_factory=list)  # what was given, for the record of the result
 
 
 def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Sora:

@@ -24,6 +24,7 @@ from .checkpoint import CheckpointError, read_json, read_part
 from .frames import to_pixels, to_video
 from .machine import TooLargeError, choose_device, gib
 from .pipeline import TOY
+from .safety.credentials import Input, Origin
 from .tiling import Tile
 from .vae import CausalVAE, VAEConfig
 
@@ -56,6 +57,7 @@ def load_vae(source: str | os.PathLike[str] = "toy", *, device: str | torch.devi
         raise CheckpointError(f"{folder} is a checkpoint of {kind!r}; supported are 'Sora' and 'WanPipeline'")
     own = kind == "Sora"
     vae = read_part(folder / "vae", CausalVAE, VAEConfig) if own else CausalVAE.from_wan(folder / "vae")
+    vae.folder = folder
     return vae.to(device, torch.float32).eval().requires_grad_(False)
 
 
@@ -136,7 +138,10 @@ def reconstruct(
 
     shown = iter(times.popleft, None)
     with machine.own_dtypes(vae.quant_conv.weight.device):
-        path = media.write_video(target, decoded(), info.fps or 24, times=shown, pixel_aspect=info.pixel_aspect)
+        path = media.write_video(
+            target, decoded(), info.fps or 24, times=shown, pixel_aspect=info.pixel_aspect,
+            origin=Origin.of(getattr(vae, "folder", None), inputs=(Input.of(source),)),
+        )  # fmt: skip
     mean = error / (done * info.height * info.width * 3)
     psnr = 10 * math.log10(255**2 / mean) if mean else math.inf
     return Reconstruction(path, done, psnr, info.left_out)

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import machine, media
 from .conditioning import Known, place
 from .frames import covering, held, to_video
+from .safety.credentials import Input, Origin
 
 if TYPE_CHECKING:
     from .pipeline import Clip
@@ -148,8 +149,8 @@ class Verbs:
 
     def _given(self, name: str, given: Given, plan: Any) -> np.ndarray:
         """uint8 `[T, H, W, 3]` of the plan's size."""
-        if isinstance(given, str | os.PathLike):
-            given = _read(given, plan.fps)
+        path = given if isinstance(given, str | os.PathLike) else None
+        given = given if path is None else _read(path, plan.fps)
         frames = np.asarray(getattr(given, "frames", given))
         frames = frames[None] if frames.ndim == 3 else frames
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -157,6 +158,8 @@ class Verbs:
                 f"{name} must be frames, uint8 [T, H, W, 3] or one [H, W, 3], a Clip, or the path of an image or a "
                 f"video; got {frames.dtype} {list(frames.shape)}"
             )
+        origin = getattr(given, "origin", None)
+        plan.inputs.append(origin if isinstance(origin, Origin) else Input.of(path or frames, name))
         return covering(frames, plan.size)
 
     def _count(self, name: str, seconds: Any, plan: Any) -> int:
@@ -250,7 +253,7 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if getattr(image, "n_frames", 1) == 1:
-                return np.asarray(image.convert("RGB"))[None]
+                return np.array(image.convert("RGB"))[None]
     except UnidentifiedImageError:
         pass
     except OSError as error:

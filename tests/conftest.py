@@ -23,6 +23,14 @@ def seed():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def own_credentials(tmp_path_factory):
+    """A signing key of this run's own, for its subprocesses too: never the user's."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("SORA_CREDENTIALS", str(tmp_path_factory.mktemp("credentials")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
     """The interpreter without two things that took half of its time and changed nothing: it patches `triton.language`
     at every call of a helper, and computes integer sums in 64 bits for assertions that only debugging makes."""

@@ -1,0 +1,223 @@
+"""Who signs: a private key and its certificates in one file, made at first use, readable by its owner alone.
+
+    identity = certificates.current()          # ~/.config/sora/identity.pem, or of the folder SORA_CREDENTIALS
+    certificates.use(Identity(chain, sign=call_the_vault))      # a key that stays where it is
+
+`identity.pem` holds an ES256 key (PKCS 8), the certificate it belongs to, and those above that. What is made here is a
+chain of this installation alone, root and signer: it shows that a file came from here and was not altered since, to
+whoever has its root. The root's own key is not kept. Certificates of an authority take its place in the same file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import extras
+from ..files import naming
+
+if TYPE_CHECKING:
+    from cryptography import x509
+
+VARIABLE = "SORA_CREDENTIALS"
+DAYS = 5 * 365
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\n?", re.DOTALL)
+_KEY = re.compile(r"-----BEGIN (?:EC )?PRIVATE KEY-----.+?-----END (?:EC )?PRIVATE KEY-----\n?", re.DOTALL)
+
+
+class CredentialsError(ValueError):
+    """Certificates, a key or a file's credentials that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate and those above it, PEM, the signer's first, and its key: PEM, or a function from bytes to their
+    ES256 signature, r and s in 64 bytes."""
+
+    chain: str
+    key: str | None = None
+    sign: Callable[[bytes], bytes] | None = None
+
+    @property
+    def sent(self) -> str:
+        """The certificates that go into a file: all but those that vouch for themselves."""
+        pems = _CERTIFICATE.findall(self.chain)
+        return "".join(pem for pem in pems if not _vouches_for_itself(_certificate(pem))) or "".join(pems)
+
+    @property
+    def anchors(self) -> str:
+        """Those that vouch for themselves: what the others are trusted by."""
+        return "".join(pem for pem in _CERTIFICATE.findall(self.chain) if _vouches_for_itself(_certificate(pem)))
+
+    def check(self) -> Identity:
+        """Itself. Raises `CredentialsError` for what cannot sign: an expired certificate, a key that is not its own."""
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+        certificate = _certificate(next(iter(_CERTIFICATE.findall(self.chain)), ""))
+        now = datetime.now(timezone.utc)
+        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+            raise CredentialsError(
+                f"the signer's certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
+                f"{certificate.not_valid_after_utc:%Y-%m-%d}, not today; `sora certs init --force` makes another"
+            )
+        public = certificate.public_key()
+        if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
+            raise CredentialsError("the signer's certificate must hold a P-256 key, for ES256 signatures")
+        probe = b"sora"
+        try:
+            if self.sign is not None:
+                raw = self.sign(probe)
+                signature = utils.encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
+            else:
+                key = serialization.load_pem_private_key((self.key or "").encode(), None)
+                signature = key.sign(probe, ec.ECDSA(hashes.SHA256()))
+            public.verify(signature, probe, ec.ECDSA(hashes.SHA256()))
+        except (InvalidSignature, ValueError, TypeError) as error:
+            why = "is not that of the certificate" if isinstance(error, InvalidSignature) else f"is unusable: {error}"
+            raise CredentialsError(f"the signer's key {why}; give the two that belong together") from error
+        return self
+
+    @property
+    def name(self) -> str:
+        return _certificate(_CERTIFICATE.findall(self.chain)[0]).subject.rfc4514_string()
+
+
+def folder() -> Path:
+    """Where identity.pem lies: SORA_CREDENTIALS, else sora/ in XDG_CONFIG_HOME, else ~/.config/sora."""
+    if own := os.environ.get(VARIABLE):
+        return Path(own)
+    base = Path(os.environ.get("XDG_CONFIG_HOME") or "")
+    return (base if base.is_absolute() else Path.home() / ".config") / "sora"
+
+
+def current() -> Identity:
+    """What `use` was given, else that of `folder()`, made where there is none. Raises `CredentialsError`."""
+    if _own is not None:
+        return _own
+    path = folder() / "identity.pem"
+    if not path.exists():
+        init()
+    return load(path)
+
+
+def use(identity: Identity | None) -> None:
+    """Sign with this from now on; with None, with that of `folder()` again."""
+    global _own
+    _own = None if identity is None else identity.check()
+
+
+_own: Identity | None = None
+
+
+def load(path: str | os.PathLike[str]) -> Identity:
+    try:
+        with open(path, encoding="ascii") as file:
+            mode, text = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CredentialsError(f"cannot read the signer's key in {os.fspath(path)!r}: {reason}") from error
+    if mode & 0o077:
+        raise CredentialsError(f"others can read the key in {os.fspath(path)!r} (mode {mode:o}); chmod 600 it")
+    key, certificates = _KEY.search(text), _CERTIFICATE.findall(text)
+    if key is None or not certificates:
+        raise CredentialsError(f"{os.fspath(path)!r} must hold a private key and its certificate, both as PEM")
+    return Identity("".join(certificates), key[0])
+
+
+def anchors() -> str:
+    """Of whom a file is trusted that says no more: this identity's own root, and what is in anchors.pem beside it."""
+    more = folder() / "anchors.pem"
+    return current().anchors + (more.read_text("ascii") if more.exists() else "")
+
+
+def init(*, force: bool = False, organisation: str = "sora local") -> Path:
+    """Makes a chain of two certificates and writes identity.pem, mode 0600; returns its path.
+
+    Where there is one, `force` replaces it and keeps its root in anchors.pem, so that what it signed is still trusted.
+    """
+    path = folder() / "identity.pem"
+    if path.exists() and not force:
+        raise CredentialsError(f"there is an identity in {os.fspath(path)!r} already; --force makes another")
+    with naming(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (path.parent / ".gitignore").write_text("*\n")  # a folder of settings may be a repository
+        if path.exists():
+            with open(path.parent / "anchors.pem", "a", encoding="ascii") as file:
+                file.write(load(path).anchors)
+        handle, part = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(_chain(organisation))
+            if force:
+                os.replace(part, path)
+            elif not path.exists():
+                os.link(part, path)
+        except FileExistsError:  # another process was first
+            pass
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return path
+
+
+def _chain(organisation: str) -> str:
+    """PEM of a new key, its certificate and the root's."""
+    with extras.named("a signing key"):
+        from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    now = datetime.now(timezone.utc) - timedelta(minutes=5)
+
+    def named(name: str) -> x509.Name:
+        kinds = (NameOID.COMMON_NAME, name), (NameOID.ORGANIZATION_NAME, organisation)
+        return x509.Name([x509.NameAttribute(kind, value) for kind, value in kinds])
+
+    def builder(name: str, key: ec.EllipticCurvePrivateKey, authority: bool) -> x509.CertificateBuilder:
+        signs = dict.fromkeys(
+            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
+             "decipher_only"), False,
+        )  # fmt: skip
+        usage = x509.KeyUsage(digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, **signs)
+        end = now + timedelta(days=DAYS + authority)
+        return (
+            x509.CertificateBuilder(top, named(name), key.public_key(), x509.random_serial_number(), now, end)
+            .add_extension(x509.BasicConstraints(authority, None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        )
+
+    top, (over, under) = named("root"), (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    root = builder("root", over, True).sign(over, hashes.SHA256())
+    leaf = (
+        builder("signer", under, False)
+        # the one extended usage that validators take without being told of it
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(over.public_key()), critical=False)
+        .sign(over, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    key = under.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return b"".join([key, leaf.public_bytes(pem), root.public_bytes(pem)]).decode()
+
+
+def _certificate(pem: str) -> x509.Certificate:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(pem.encode())
+    except ValueError as error:
+        raise CredentialsError(f"a certificate of the signer is no X.509 in PEM: {error}") from error
+
+
+def _vouches_for_itself(certificate: x509.Certificate) -> bool:
+    return certificate.issuer == certificate.subject

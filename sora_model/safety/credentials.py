@@ -1,0 +1,308 @@
+"""Content credentials (C2PA): a signed record in a file of what made it, from what; and what such a record is worth.
+
+    verdict = verify("clip.mp4")
+    verdict.answer          # "trusted", "signed by an unknown party", "altered" or "no credentials"
+
+`media.write_video` signs what it is given an `Origin` for, last of all: any later change of the file breaks the record,
+or loses it. Of the prompt the record holds the hash alone. On c2pa-python; nothing is asked of a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sora_kernels import __version__
+
+from .. import extras
+from . import certificates
+from .certificates import CredentialsError, Identity
+
+TRUSTED, UNKNOWN, ALTERED, NONE = ANSWERS = ("trusted", "signed by an unknown party", "altered", "no credentials")
+
+_SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+_AGENT = {"name": "sora_model", "version": __version__}
+_signing = contextvars.ContextVar("signing", default=True)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What something was made from. The credentials of a file are carried on where it is still what it was."""
+
+    name: str
+    sha256: str
+    path: Path | None = None
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | np.ndarray, name: str = "frames") -> Input:
+        """Of a file, or of frames in memory that go by `name`."""
+        if isinstance(given, np.ndarray):
+            return cls(name, hashlib.sha256(np.ascontiguousarray(given)).hexdigest())
+        return cls(_text(Path(given).name), _hash_file(Path(given)), Path(given))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What made a clip: `settings` as they go into the record, and what it was made from, files and other clips.
+
+    `source`: a digital source type of IPTC's vocabulary; by default media of a trained model, wholly or in part.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[Input | Origin, ...] = ()
+    source: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path | None, *, prompt: str | None = None, inputs: tuple = (), **settings: Any) -> Origin:
+        """That of a checkpoint in `folder`, whose weights are hashed, and of a prompt, whose hash alone is kept."""
+        if prompt is not None:
+            settings["prompt_sha256"] = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+        if folder is not None:
+            settings |= {"model": folder.resolve().name, "checkpoint_sha256": checkpoint_hash(folder)}
+        return cls(settings, tuple(inputs))
+
+
+@contextlib.contextmanager
+def signing(wanted: bool) -> Iterator[None]:
+    """Files written inside carry credentials, as by default, or none, and each of those is warned of."""
+    token = _signing.set(wanted)
+    try:
+        yield
+    finally:
+        _signing.reset(token)
+
+
+def sealer(title: str) -> Callable[[Path, Origin], bytes] | None:
+    """Signs a finished MP4 in place and returns its record, or None, with a warning, where nothing can be signed.
+
+    To be asked before the work: raises `CredentialsError` for a key or certificate that would not do.
+    """
+    if not _signing.get():
+        warnings.warn(f"{title} is written without credentials, as asked: nothing shows what made it", stacklevel=3)
+        return None
+    try:
+        with extras.named("signing"):
+            import c2pa
+    except extras.MissingExtra as error:
+        warnings.warn(f"{title} is UNSIGNED: {error}", stacklevel=3)
+        return None
+    identity = certificates.current().check()
+    return functools.partial(_seal, c2pa, identity, _text(title))
+
+
+def _seal(c2pa: Any, identity: Identity, title: str, file: Path, origin: Origin) -> bytes:
+    actions, ingredients = _history(origin)
+    with _context(c2pa, identity.anchors) as context:
+        assertions = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
+        record = {"claim_generator_info": [_AGENT], "title": title, "format": "video/mp4", "assertions": assertions}
+        signed = file.with_name("signed")
+        with _as_error(c2pa, f"cannot sign {title}"), c2pa.Builder(record, context=context) as builder:
+            for entry, given in ingredients:
+                with open(given.path, "rb") as source:
+                    builder.add_ingredient(entry, entry["format"], source)
+            with _signer(c2pa, identity) as signer, open(file, "rb") as source, open(signed, "w+b") as target:
+                manifest = builder.sign(signer, "video/mp4", source, target)
+        signed.replace(file)
+    return manifest
+
+
+def _history(origin: Origin) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Input]]]:
+    """The actions that led to a clip, first to last, and the files that they began with."""
+    actions: list[dict[str, Any]] = []
+    ingredients: list[tuple[dict[str, Any], Input]] = []
+
+    def add(one: Origin) -> None:
+        for given in one.inputs:
+            if isinstance(given, Origin):
+                add(given)
+            elif (kind := _carries_on(given)) is not None:
+                first = not actions
+                label = f"input-{len(ingredients)}"
+                relation = "parentOf" if first else "componentOf"
+                entry = {"title": given.name, "format": kind, "relationship": relation, "label": label}
+                ingredients.append((entry, given))
+                action = "c2pa.opened" if first else "c2pa.placed"
+                actions.append({"action": action, "parameters": {"ingredientIds": [label]}})
+        files = [{"name": i.name, "sha256": i.sha256} for i in one.inputs if isinstance(i, Input)]
+        source = one.source or ("compositeWithTrainedAlgorithmicMedia" if one.inputs else "trainedAlgorithmicMedia")
+        actions.append(
+            {
+                "action": "c2pa.edited" if actions else "c2pa.created", "digitalSourceType": _SOURCE + source,
+                "softwareAgent": _AGENT, "parameters": dict(one.settings) | ({"inputs": files} if files else {}),
+            }
+        )  # fmt: skip
+
+    add(origin)
+    return actions, ingredients
+
+
+def _carries_on(given: Input) -> str | None:
+    """The media type of an input whose record can go into another; None, with a warning, where it cannot."""
+    try:
+        if given.path is None:
+            return None
+        kind, same = media_type(given.path), _hash_file(given.path) == given.sha256
+    except (OSError, CredentialsError):
+        kind = same = None
+    if kind is None or not same:
+        why = "its format has no credentials" if same else "it is gone, or no longer what was read"
+        warnings.warn(f"of {given.name} only the hash is recorded: {why}", stacklevel=6)
+        return None
+    return kind
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer` is one of `ANSWERS`; `reasons`, the codes of what failed; `signer`, who says so; `actions`, what the
+    record tells; `inputs`, the same of each file that it was made from, as it was when it was used."""
+
+    name: str
+    answer: str
+    reasons: tuple[str, ...] = ()
+    signer: str | None = None
+    actions: tuple[Mapping[str, Any], ...] = ()
+    inputs: tuple[Verdict, ...] = ()
+    binding: str | None = None
+
+    def altered_inputs(self) -> Iterator[Verdict]:
+        """Those that were altered before they were used: the file itself may be trusted all the same."""
+        for one in self.inputs:
+            if one.answer == ALTERED:
+                yield one
+            yield from one.altered_inputs()
+
+
+def verify(path: str | os.PathLike[str], *, anchors: str | None = None) -> Verdict:
+    """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root.
+
+    "trusted": signed by whom an anchor vouches for, and not a byte altered since. "signed by an unknown party": not
+    altered, but anyone can sign. "altered": the record is not that of this file. Raises `CredentialsError` for a file
+    that cannot be read, or whose format has no credentials.
+    """
+    with extras.named("verifying credentials"):
+        import c2pa
+    path = Path(path)
+    try:
+        kind = media_type(path)
+    except OSError as error:
+        raise CredentialsError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
+    if kind is None:
+        raise CredentialsError(f"{os.fspath(path)!r} holds no credentials: it is no MP4, MOV, AVI, PNG, JPEG or WebP")
+    anchors = certificates.anchors() if anchors is None else anchors
+    with _context(c2pa, anchors) as context, open(path, "rb") as file:
+        with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
+            try:
+                reader = c2pa.Reader(kind, file, context=context)
+            except c2pa.C2paError.ManifestNotFound:
+                return Verdict(path.name, NONE)
+            with reader:
+                record = json.loads(reader.json())
+    return _verdict(path.name, record, record["active_manifest"], record.get("validation_results") or {})
+
+
+def _verdict(name: str, record: Mapping[str, Any], label: str | None, results: Mapping[str, Any]) -> Verdict:
+    manifest = record["manifests"].get(label)
+    if manifest is None:
+        return Verdict(name, NONE)
+    failures = [entry["code"] for entry in results.get("activeManifest", {}).get("failure", ())]
+    if any(not code.startswith("signingCredential.") for code in failures):
+        answer = ALTERED
+    else:
+        answer = UNKNOWN if failures else TRUSTED
+    data = {entry["label"]: entry["data"] for entry in manifest.get("assertions", ())}
+    actions = data.get("c2pa.actions.v2", data.get("c2pa.actions", {})).get("actions", ())
+    inputs = tuple(
+        _verdict(
+            one.get("title", "untitled"), record, one.get("active_manifest"), one.get("validation_results") or {}
+        )
+        for one in manifest.get("ingredients", ())
+    )
+    blocks = data.get("c2pa.soft-binding", {}).get("blocks", ())
+    signer = (manifest.get("signature_info") or {}).get("issuer")
+    binding = blocks[0]["value"] if blocks else None
+    return Verdict(name, answer, tuple(failures), signer, tuple(actions), inputs, binding)
+
+
+def media_type(path: Path) -> str | None:
+    """By its first bytes; None for what holds no credentials."""
+    if not path.is_file():
+        raise FileNotFoundError(2, "there is no such file" if not path.exists() else "it is not a regular file")
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp":
+        return "video/quicktime" if head[8:12] == b"qt  " else "video/mp4"
+    if head[:4] == b"RIFF":
+        return {b"AVI ": "video/x-msvideo", b"WEBP": "image/webp"}.get(head[8:12])
+    return "image/jpeg" if head[:3] == b"\xff\xd8\xff" else "image/png" if head[:4] == b"\x89PNG" else None
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """SHA-256 of what `sha256sum */*.safetensors` prints in a checkpoint's folder."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    lines = (f"{_hashed(file, *_stamp(file))}  {file.relative_to(folder)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _text(name: str) -> str:
+    """A file's name for a record, in which bytes that are no text are question marks."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(256)
+def _hashed(file: Path, *stamp: int) -> str:
+    return _hash_file(file)
+
+
+def _hash_file(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as source:
+        while block := source.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _context(c2pa: Any, anchors: str) -> Any:
+    return c2pa.Context.from_dict(
+        {
+            "verify": {
+                "verify_trust": True, "verify_after_sign": True, "remote_manifest_fetch": False, "ocsp_fetch": False,
+            },
+            "trust": {"user_anchors": anchors},
+            "builder": {
+                "thumbnail": {"enabled": False},
+                "created_assertion_labels": ["c2pa.actions", "c2pa.actions.v2", "c2pa.soft-binding"],
+            },
+        }
+    )  # fmt: skip
+
+
+def _signer(c2pa: Any, identity: Identity) -> Any:
+    if identity.sign is not None:
+        return c2pa.Signer.from_callback(identity.sign, c2pa.C2paSigningAlg.ES256, identity.sent, None)
+    return c2pa.Signer.from_info(
+        c2pa.C2paSignerInfo(b"es256", identity.sent.encode(), (identity.key or "").encode(), None)
+    )
+
+
+@contextlib.contextmanager
+def _as_error(c2pa: Any, what: str) -> Iterator[None]:
+    try:
+        yield
+    except c2pa.C2paError as error:
+        raise CredentialsError(f"{what}: {error or 'the file is damaged'}") from error
