@@ -130,7 +130,7 @@ def generate(
             sora.vae.impl = impl
             video = sora.vae.decode_stream([sora.vae.denormalize(latent[None])], clamp=False, tile=plan.tile)
             frames = np.concatenate([to_pixels(part, impl) for part in video])[: plan.frames]
-            clips.append(Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance))
+            clips.append(sora._clip(plan, frames))
             if progress is not None:
                 progress("decode", len(clips), len(plans))
     return clips
