@@ -1,6 +1,6 @@
 # make demo [PROMPT="..."]   a sentence in, a clip in out/ out, then every operation checked and timed
 # make test                  ruff and the tests
-# make bench [ARGS="..."]    benchmarks on this machine, e.g. ARGS="--op norm_modulate --shape wan1.3b-480p"
+# make bench [ARGS="..."]    every operation and the model in 10 minutes, or e.g. ARGS="--op norm_modulate --shape toy"
 # make lint                  ruff only
 # make build                 the compiled libraries: C++, and CUDA where nvcc is found
 # make sanitize [SANITIZER=thread]   the tests of the C++ kernels under AddressSanitizer with UndefinedBehaviorSanitizer
@@ -18,7 +18,8 @@ PYTHON ?= python3
 TORCH ?= $(or $(file <.venv/.torch),torch==2.13.0)
 OUT ?= out/gpu
 MINUTES ?= 8
-ARGS ?= --op all
+ARGS ?= --op all --minutes 9
+ROWS := out/bench/$(shell date +%Y%m%d-%H%M%S).jsonl
 PROMPT ?=
 # The demo reads it from the environment, as it was typed: quotes, blanks and $ mean nothing here.
 override PROMPT := $(value PROMPT)
@@ -62,7 +63,8 @@ lint: .venv/.installed
 	@.venv/bin/ruff check .
 
 bench: build .venv/.installed
-	@$(PY) -m benchmarks.run $(ARGS)
+	@mkdir -p $(dir $(ROWS))
+	@$(PY) -m benchmarks.run --json $(ROWS) $(ARGS)
 
 gpu:
 	@$(PYTHON) -c 'import torch' 2>/dev/null \

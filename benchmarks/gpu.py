@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 
-from . import machine, report, run, shapes, suite, targets, vae_decode, verified
+from . import machine, report, shapes, suite, table, targets, verified
+from .models import MODELS
 
 BUILD_SHARE, VERIFY_SHARE, TEST_SHARE = 0.4, 0.2, 0.5  # of the time left when the step begins; benchmarks take the rest
 GRACE_S = 15  # for a stopped step to write what it has
@@ -123,23 +124,22 @@ class Session:
 
     def benchmark(self) -> None:
         families = self.families()
-        for done, (family, ops) in enumerate([*families.items(), ("vae", [])]):
-            share = (self.left() - GRACE_S) / (len(families) + 1 - done)
+        for done, (family, ops) in enumerate(families.items()):
+            share = (self.left() - GRACE_S) / (len(families) - done)
             if share < 20:
                 self.done(Step(f"bench {family}", "skipped", note="no time left"))
                 continue
-            command = [sys.executable, "-m", "benchmarks.run", "--peers", "--budget", "0.5", "--stop-after",
-                       f"{0.8 * share:.0f}", *(word for op in ops for word in ("--op", op))]  # fmt: skip
-            if family == "vae":
-                command = [sys.executable, "-m", "benchmarks.vae_decode", "--budget", "3"]
-            command += ["--device", "cuda", "--json", str(self.out / "bench.jsonl")]
+            budget = "3" if family == "model" else "0.5"
+            command = [sys.executable, "-m", "benchmarks.run", "--peers", "--budget", budget, "--minutes",
+                       f"{0.8 * share / 60:.2f}", *(word for op in ops for word in ("--op", op)),
+                       "--device", "cuda", "--json", str(self.out / "bench.jsonl")]  # fmt: skip
             self.step(f"bench {family}", command, self.out / "bench.log", share)
 
     def families(self) -> dict[str, list[str]]:
         families: dict[str, list[str]] = defaultdict(list)
         for op, benchmark in suite.discover().items():
             families[suite.family(benchmark)].append(op)
-        return dict(families)
+        return families | {"model": list(MODELS)}
 
     def step(self, name: str, command: list[str], log: Path, limit: float, **env: str) -> Step:
         """Run a command under a time limit, its output appended to `log`."""
@@ -183,7 +183,7 @@ class Session:
         failed = [f"{r['status']}: {r['op']} {r['impl']} {r['mode']} {r['shape']}: {r['reason']}"
                   for r in rows if r["kind"] == "ours" and r["status"] == "failed"]  # fmt: skip
         columns = ("op", "shape", "mode", "fastest", "p50 µs", "% copy", "x eager", "x compile")
-        return "\n".join([run.plain_table(columns, lines), *targets.shortfalls(rows), *failed])
+        return "\n".join([table.plain_table(columns, lines), *targets.shortfalls(rows), *failed])
 
     def without_gpu(self) -> list[Step]:
         """What a GPU run would do, and a check of as much of it as runs here."""
@@ -200,9 +200,9 @@ class Session:
                 step.status = "ok"
             self.done(Step("tests", "skipped", note="pytest -m gpu needs a GPU; pytest.log lists what it would run"))
         for family, ops in self.families().items():
-            cases = ", ".join(shapes.DEFAULT["cuda"])
+            named = [MODELS[op].default["cuda"] for op in ops] if family == "model" else [shapes.DEFAULT["cuda"]]
+            cases = ", ".join(dict.fromkeys(name for names in named for name in names))
             self.done(Step(f"bench {family}", "skipped", note=f"would measure {', '.join(ops)} at {cases}"))
-        self.done(Step("bench vae", "skipped", note=f"would decode {', '.join(vae_decode.DEFAULT['cuda'])}"))
         return self.steps
 
 

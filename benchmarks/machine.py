@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -96,3 +97,15 @@ def facts(device: torch.device | str) -> dict[str, object]:
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def described(device: torch.device | str) -> dict[str, object]:
+    """The first line of a run's file: what the rows say of the machine, and what only the whole of it has."""
+    libraries = (
+        "diffusers", "liger-kernel", "quack-kernels", "comfy-kitchen", "natten", "flash-attn-4", "flashinfer-python",
+        "fastvideo-kernel",
+    )  # fmt: skip
+    return facts(device) | {
+        "processors": os.cpu_count(), "load": os.getloadavg(), "platform": platform.platform(), "command": sys.argv[1:],
+        "libraries": {name: version for name in libraries if (version := installed(name))},
+    }  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import machine, page_plots, report, verified
+from . import machine, page_plots, report, stream_memory, verified
 from .report import BadResults, Row
 
 HERE = Path(__file__).parent
@@ -25,7 +25,7 @@ MODES = page_plots.MODES
 LENGTHS = {"tokens": "tokens", "frames": "frames"}  # dims that grow with a clip
 NOT_SIZES = {*LENGTHS, "grid", "height", "width"}  # what follows from them
 PRODUCTS = 16  # FLOPs a byte: from there on, matrix products are what takes time
-STREAM = {"code", "coder", "frames", "base", "pixels", "tile", "peak_mib", "seconds"}
+STREAM = stream_memory.FIELDS
 
 
 @dataclass(frozen=True)

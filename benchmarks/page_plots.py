@@ -21,7 +21,7 @@ COLOURS = {
 }  # fmt: skip
 OTHERS = ("#a15f3b", "#6d8b3c", "#c2607e", "#557a95", "#9466aa")
 MARKERS = {"fwd": "o", "bwd": "s"}
-MODES = {"fwd": "forward", "bwd": "backward"}
+MODES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "training step"}
 
 
 def colour(impl: str) -> str:

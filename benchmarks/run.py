@@ -1,4 +1,4 @@
-"""Measure public operations: against fp64 first, then against eager, `torch.compile` and installed peers.
+"""Measure the operations and the model: against fp64 first, then against eager, `torch.compile` and installed peers.
 
     python -m benchmarks.run --op NAME|all [--shape ID] [--impl NAME] [--mode fwd|bwd|both]
         [--peers] [--json FILE]
@@ -14,11 +14,11 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TextIO
 
 import torch
 
@@ -26,18 +26,26 @@ from sora_kernels._dispatch import WITH_TRITON
 from sora_kernels.info import end_with_the_reader
 from sora_model.machine import available
 
-from . import compare, machine, peers, shapes, suite, targets, timing
+from . import compare, machine, peers, report, shapes, suite, table, timing
+from .models import MODELS, ModelBenchmark
+from .progress import Progress
 from .suite import IMPLS, MODES, Benchmark, Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = (
-    "op", "shape", "dtype", "mode", "impl", "p50 µs", "p20–p80", "GB/s", "% copy", "TFLOP/s", "% mm",
-    "x eager", "x compile", "error", "bound", "MiB",
-)  # fmt: skip
+
+INTERRUPTED = "interrupted: the rows above are those of the cases that ended"
 
 
 class BadRequest(Exception):
     """What was asked for does not exist or cannot be done here. The message lists what does exist."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case to measure: seconds a mode -> its rows."""
+
+    name: str
+    rows: Callable[[float], Iterator[dict[str, object]]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,73 +59,89 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     device = _device(args.device)
+    _check(args, device)
     if args.threads is not None:
-        if not 1 <= args.threads <= 1024:
-            raise BadRequest(f"--threads: expected 1 to 1024, got {args.threads}")
         torch.set_num_threads(args.threads)
-    if not args.budget > 0:
-        raise BadRequest(f"--budget: expected seconds > 0, got {args.budget}")
-    if args.stop_after is not None and not args.stop_after > 0:
-        raise BadRequest(f"--stop-after: expected seconds > 0, got {args.stop_after}")
-    if not 0 <= args.seed < 2**63:
-        raise BadRequest(f"--seed: expected 0 to {2**63 - 1}, got {args.seed}")
-    if args.graph and device.type != "cuda":
-        raise BadRequest("--graph: CUDA graphs need a CUDA device")
     benchmarks = suite.discover()
-    asked = [_known("op", op, [*benchmarks, "all"]) for op in args.op]
-    ops = tuple(benchmarks) if not asked or "all" in asked else tuple(asked)
-    ids = [_known("shape", i, shapes.SHAPES) for i in args.shape] or list(shapes.DEFAULT[device.type])
+    asked = [_known("op", op, [*benchmarks, *MODELS, "all"]) for op in args.op]
+    every = not asked or "all" in asked
+    ops, models = ([name for name in known if every or name in asked] for known in (benchmarks, MODELS))
+    known = dict.fromkeys([*shapes.SHAPES, *(shape for model in MODELS.values() for shape in model.cases)])
+    named = [_known("shape", shape, known) for shape in args.shape]
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     for impl in args.impl:
         for op in ops:
             _known(f"impl of {op}", impl, benchmarks[op].names)
-    interpreted = device.type == "cuda" or not set(WITH_TRITON).isdisjoint(args.impl)
-    if os.environ.get("TRITON_INTERPRET") == "1" and interpreted:
-        raise BadRequest("TRITON_INTERPRET=1 is set, and the interpreter's time means nothing; unset it")
+    if args.impl or args.base is not None or args.graph:  # these are of operations
+        if not every and models:
+            raise BadRequest(f"{models[0]} is a model, which takes no --impl, --base and --graph")
+        models = []
     modes = MODES if args.mode == "both" else (args.mode,)
-    ids = _fitting(ids, device, named=bool(args.shape))
-    cases = [(benchmarks[op], shapes.SHAPES[i]) for i in ids for op in ops]
-    if args.fail_under is not None and not (args.base and 0 < args.fail_under <= 1):
-        raise BadRequest(f"--fail-under: expected a ratio above 0, up to 1, and --base; got {args.fail_under}")
+    cases = [(benchmarks[op], shapes.SHAPES[i]) for i in _fitting(named, device, ops) for op in ops]
     if args.base is not None:
-        if args.json or args.peers or args.graph:
-            raise BadRequest("--base: compares ours alone, without --peers, --graph and --json")
         ours = ((b, shape, tuple(args.impl) or suite.our_impls(b.op, device)) for b, shape in cases)
         return compare.compare(
             args.base, ours, modes, dtype=dtype, device=device, budget_s=args.budget, seed=args.seed,
             threads=args.threads or 0, fail_under=args.fail_under,
         )  # fmt: skip
+    wholes = [(MODELS[op], shape) for op in models for shape in _fitting_cases(MODELS[op], named, device)]
+    if not cases and not wholes:
+        raise BadRequest(f"none of {', '.join(asked)} has a shape {', '.join(named)}")
     sink = _sink(args.json)
 
     facts = machine.facts(device)
     ceilings = timing.ceilings(device, (dtype,), budget_s=min(2.0, args.budget))
     print(f"{facts['device']}, {_ceilings_line(ceilings)}; commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
-    rows, lost, end = [], None, time.monotonic() + (args.stop_after or float("inf"))
-    for done, (benchmark, shape) in enumerate(cases):
-        if time.monotonic() > end:
-            left = ", ".join(f"{b.name} at {s.id}" for b, s in cases[done:])
-            print(f"stopped after {args.stop_after:.0f} s; not measured: {left}")
-            break
+    if sink:
+        _append(sink, args.json, {"format": report.FORMAT, "machine": machine.described(device)})
+    common = dtype, ceilings, facts, device
+
+    def of_op(benchmark: Benchmark, shape: shapes.Shape, budget_s: float) -> Iterator[dict[str, object]]:
         results = suite.measure(
             benchmark, shape, candidates(benchmark, shape, args, device), modes=modes, dtype=dtype,
-            device=device, budget_s=args.budget, graph=args.graph, seed=args.seed,
+            device=device, budget_s=budget_s, graph=args.graph, seed=args.seed,
         )  # fmt: skip
-        try:
-            for result in results:
-                rows.append(make_row(benchmark, shape, result, dtype, ceilings, facts, device, args.graph))
-                if sink:
-                    _append(sink, args.json, rows[-1])
-        except suite.DeviceLost as error:
-            lost = error
-            break
+        return (make_row(benchmark, shape, result, *common, args.graph) for result in results)
+
+    def of_model(model: ModelBenchmark, shape: str, budget_s: float) -> Iterator[dict[str, object]]:
+        how = dict(dtype=dtype, device=device, budget_s=budget_s, compiled=args.peers, seed=args.seed)
+        dims = model.dims(model.cases[shape])
+        results = model.measure(shape, modes, **how)
+        return (record(model.name, model.family, shape, dims, result, *common) for result in results)
+
+    jobs = [Job(f"{b.name} at {shape.id}", partial(of_op, b, shape)) for b, shape in cases]
+    jobs[len(ops) : len(ops)] = [Job(f"{m.name} at {shape}", partial(of_model, m, shape)) for m, shape in wholes]
+    rows, ended = _measured(jobs, Progress(len(jobs), args.minutes, args.budget), len(modes), sink, args.json)
     if sink:
         sink.close()
-    print_table(rows)
-    if lost:
-        print(f"the device is in an error state, and nothing after this was measured: {lost}")
+    table.print_table(rows)
+    if ended:
+        print(ended)
+    if sink:
+        print(f"{len(rows)} rows in {args.json}; sora bench report {args.json} draws them")
     ours = [row for row in rows if row["kind"].startswith("ours")]
-    named = [row for row in ours if row["impl"] in args.impl and row["status"] == "unavailable"]
-    return int(bool(named) or any(row["status"] == "failed" for row in ours))
+    unable = any(row["impl"] in args.impl and row["status"] == "unavailable" for row in ours)
+    return 130 if ended == INTERRUPTED else int(unable or any(row["status"] == "failed" for row in ours))
+
+
+def _measured(
+    jobs: list[Job], progress: Progress, modes: int, sink: TextIO | None, path: str | None
+) -> tuple[list[dict[str, object]], str]:
+    """(the rows, why it ended early or nothing). Each row is on file before the next is measured."""
+    rows: list[dict[str, object]] = []
+    try:
+        for done, job in enumerate(jobs):
+            if (budget := progress.begin(job.name, modes)) is None:
+                return rows, f"the time is up; not measured: {', '.join(job.name for job in jobs[done:])}"
+            for row in job.rows(budget):
+                rows.append(row)
+                if sink:
+                    _append(sink, path, row)
+    except suite.DeviceLost as error:
+        return rows, f"the device is in an error state, and nothing after this was measured: {error}"
+    except KeyboardInterrupt:
+        return rows, INTERRUPTED
+    return rows, ""
 
 
 def make_row(
@@ -191,84 +215,6 @@ def candidates(
     return tuple(dict.fromkeys((*ours, "eager", *others)))
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
-    """The rows that have figures; then, plainly, where we lose or miss a goal, and what has no figure and why."""
-    timed: dict[tuple[object, ...], dict[str, dict[str, object]]] = defaultdict(dict)
-    for row in rows:
-        if row["status"] == "ok":
-            timed[_case(row)][row["impl"]] = row
-    lines = [_cells(row, timed[_case(row)]) for row in rows if row["status"] == "ok"]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 240
-    columns, lines = _narrowed(COLUMNS, lines, width)
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(plain_table(columns, lines))
-    else:
-        table = Table(*columns, box=box.SIMPLE_HEAD)
-        for line in lines:
-            table.add_row(*line)
-        Console(width=width).print(table)
-    for own in timed.values():
-        for ours in (r for r in own.values() if r["kind"] == "ours"):
-            for other in (r for r in own.values() if r["kind"][:4] != "ours" and r["p50_us"] < ours["p50_us"]):
-                ratio = other["p50_us"] / ours["p50_us"]
-                print(f"slower than {other['impl']}: {_name(ours)} at {ours['shape']}, {ratio:.2f}x")
-    for line in targets.shortfalls(rows):
-        print(line)
-    missing: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    for row in rows:
-        if row["status"] != "ok":
-            missing[row["status"], _name(row), row["reason"]].append(row["shape"])
-    for (status, name, reason), at in missing.items():
-        print(f"{status}: {name} at {', '.join(dict.fromkeys(at))}: {reason}")
-
-
-def plain_table(columns: Iterable[str], lines: list[tuple[str, ...]]) -> str:
-    table = [tuple(columns), *lines]
-    widths = _widths(table)
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
-
-
-def _narrowed(columns: tuple[str, ...], lines: list[tuple[str, ...]], width: int) -> tuple:
-    """The table without as many of its lesser columns as it takes to fit; the rows on file have them all."""
-    for lesser in ("MiB", "TFLOP/s", "GB/s", "p20–p80", "dtype", "% mm"):
-        if sum(w + 3 for w in _widths([columns, *lines])) <= width:
-            break
-        at = columns.index(lesser)
-        columns, *lines = ((*line[:at], *line[at + 1 :]) for line in (columns, *lines))
-    return columns, lines
-
-
-def _widths(table: list[tuple[str, ...]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*table, strict=True)]
-
-
-def _cells(row: dict[str, object], own: dict[str, dict[str, object]]) -> tuple[str, ...]:
-    """`own` holds the rows of the same case: the ratios are against its eager and compile."""
-    dtype = {str(v).removeprefix("torch."): k for k, v in DTYPES.items()}[row["dtype"]]
-    memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
-    eager, compiled = (
-        f"{own[name]['p50_us'] / row['p50_us']:.2f}" if name in own else "" for name in ("eager", "compile")
-    )
-    return (
-        row["op"], row["shape"], dtype, row["mode"], row["impl"], f"{row['p50_us']:.1f}",
-        f"{row['p20_us']:.1f}–{row['p80_us']:.1f}", f"{row['gb_s']:.1f}", f"{row['percent_copy']:.0f}",
-        f"{row['tflop_s']:.3g}", f"{row['percent_matmul']:.2g}", eager, compiled,
-        *("–" if row[name] is None else f"{row[name]:.1e}" for name in ("max_error", "error_bound")), memory,
-    )  # fmt: skip
-
-
-def _case(row: dict[str, object]) -> tuple[object, ...]:
-    return row["op"], row["shape"], row["dtype"], row["mode"]
-
-
-def _name(row: dict[str, object]) -> str:
-    return f"{row['op']} {row['impl']} {row['mode']}"
-
-
 def _ceilings_line(ceilings: timing.Ceilings) -> str:
     matmul = ", ".join(f"{dtype} matmul {rate / 1e12:.3g} TFLOP/s" for dtype, rate in ceilings.matmul.items())
     return f"measured copy {ceilings.copy / 1e9:.4g} GB/s, {matmul}"
@@ -287,14 +233,46 @@ def _known(what: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
-def _fitting(ids: list[str], device: torch.device, *, named: bool) -> list[str]:
-    """The shapes that fit; one that was asked for by name and does not is refused.
+def _check(args: argparse.Namespace, device: torch.device) -> None:
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise BadRequest(f"--threads: expected 1 to 1024, got {args.threads}")
+    if not args.budget > 0:
+        raise BadRequest(f"--budget: expected seconds > 0, got {args.budget}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise BadRequest(f"--minutes: expected more than 0, got {args.minutes}")
+    if not 0 <= args.seed < 2**63:
+        raise BadRequest(f"--seed: expected 0 to {2**63 - 1}, got {args.seed}")
+    if args.graph and device.type != "cuda":
+        raise BadRequest("--graph: CUDA graphs need a CUDA device")
+    if args.fail_under is not None and not (args.base and 0 < args.fail_under <= 1):
+        raise BadRequest(f"--fail-under: expected a ratio above 0, up to 1, and --base; got {args.fail_under}")
+    if args.base is not None and (args.json or args.peers or args.graph or args.minutes):
+        raise BadRequest("--base: compares ours alone, without --peers, --graph, --json and --minutes")
+    interpreted = device.type == "cuda" or not set(WITH_TRITON).isdisjoint(args.impl)
+    if os.environ.get("TRITON_INTERPRET") == "1" and interpreted:
+        raise BadRequest("TRITON_INTERPRET=1 is set, and the interpreter's time means nothing; unset it")
+
+
+def _fitting(named: list[str], device: torch.device, ops: list[str]) -> list[str]:
+    """The shapes of operations that fit, of those that were named or else of the device's own.
 
     The fp64 oracle with its gradients is the largest thing a measurement holds: some 24 times x.
     """
-    have = available(device)
+    ids = [name for name in named if name in shapes.SHAPES] if named else list(shapes.DEFAULT[device.type])
     need = {shape.id: 24 * 8 * shape.elements for shape in shapes.SHAPES.values()}
-    fitting = [name for name in shapes.SHAPES if need[name] <= have]
+    return _affordable(ids if ops else [], need, device, bool(named))
+
+
+def _fitting_cases(model: ModelBenchmark, named: list[str], device: torch.device) -> list[str]:
+    ids = [name for name in named if name in model.cases] if named else list(model.default[device.type])
+    need = {name: model.memory(case) for name, case in model.cases.items()}
+    return _affordable(ids, need, device, bool(named))
+
+
+def _affordable(ids: list[str], need: Mapping[str, int], device: torch.device, named: bool) -> list[str]:
+    """Those that fit into the memory there is; one that was asked for by name and does not is refused."""
+    have = available(device)
+    fitting = [name for name in need if need[name] <= have]
     for name in ids:
         if name not in fitting:
             message = (
@@ -352,7 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, default=2.0, metavar="S", help="seconds per op, shape and mode (default 2)"
     )
-    parser.add_argument("--stop-after", type=float, metavar="S", help="begin no further case after S seconds")
+    parser.add_argument("--minutes", type=float, metavar="M", help="share M minutes out over all cases")
     parser.add_argument("--graph", action="store_true", help="time the forward from a CUDA graph, without launch gaps")
     parser.add_argument("--seed", type=int, default=0)
     return parser

@@ -26,6 +26,7 @@ from sora_kernels.info import end_with_the_reader
 from . import machine, report
 
 CODERS = ("ours", "diffusers")
+FIELDS = frozenset(("code", "coder", "frames", "base", "pixels", "tile", "peak_mib", "seconds"))  # and the machine's
 CODES = ("decode", "encode")
 
 
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             with args.json.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     if args.plot:
-        draw(report.read_jsonl(args.json), args.plot)
+        draw(report.read_jsonl(args.json, FIELDS), args.plot)
         print(f"wrote {args.plot}")
     return 0
 

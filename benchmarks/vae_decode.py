@@ -1,35 +1,28 @@
 """Whole decodes of the VAE, latents to frames: ours as a stream beside diffusers' AutoencoderKLWan, same weights.
 
-    python -m benchmarks.vae_decode [--case ID ...] [--chunk N] [--dtype fp32|bf16] [--budget S] [--json FILE]
+    python -m benchmarks.run --op vae_decode [--shape ID ...]
 
 Correctness first: a short clip in fp64 is the oracle, and what errs more than plain PyTorch may (see
 `sora_kernels.testing.error_bound`) gets no figure. Then both decode the same latents in turns. Weights are random. The
-rows are those of `benchmarks.run`, so `benchmarks.report` puts them into the README; FLOPs are those of the
-convolutions by their definition, bytes the latents, the weights and the frames once. Exit status as there.
+FLOPs are those of the convolutions by their definition, bytes the latents, the weights and the frames once.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from sora_kernels import testing
-from sora_kernels.info import end_with_the_reader
 from sora_model.stream import Pass
 from sora_model.vae import CausalVAE, VAEConfig, own_name
 
-from . import machine, peers, run, suite, timing
+from . import peers, suite, timing
 
-OP = "vae_decode"
 CHECKED = (3, 4, 6)  # the latents on which correctness is judged
 
 
@@ -70,7 +63,8 @@ def theirs(vae: CausalVAE) -> Callable[[Tensor], Tensor]:
     """diffusers' decoder with our weights."""
     module = peers._import("diffusers", "diffusers")
     config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(vae.config).items() if v is not None}
-    config["temperal_downsample"] = config.pop("temporal_downsample")
+    for name, own in (("temperal_downsample", "temporal_downsample"), ("is_residual", "residual")):
+        config[name] = config.pop(own)
     patch = config.pop("patch")
     config["patch_size"] = None if patch == 1 else patch
     with torch.device("meta"):
@@ -134,42 +128,3 @@ def flops(case: Case) -> int:
     with torch.device("meta"), torch.no_grad(), mock.patch.object(Pass, "conv", count):
         CausalVAE(case.config, impl="reference").decode(torch.empty(1, case.config.z_dim, *case.grid))
     return counted
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.vae_decode", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--case", nargs="+", choices=CASES, help="default: those of public clips on a GPU, else small")
-    parser.add_argument("--chunk", type=int, default=2, help="latent frames that ours decodes at once (default 2)")
-    parser.add_argument("--dtype", choices=run.DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--budget", type=float, default=5.0, metavar="S", help="seconds per case (default 5)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="append one line per row")
-    args = parser.parse_args(argv)
-    if args.chunk < 1 or not args.budget > 0 or (args.threads is not None and args.threads < 1):
-        parser.error("--chunk and --threads: expected at least 1; --budget: expected seconds > 0")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        device = run._device(args.device)
-    except run.BadRequest as error:
-        parser.error(str(error))
-    dtype = run.DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    ceilings, facts, rows = timing.ceilings(device, (dtype,), budget_s=0.5), machine.facts(device), []
-    for name in args.case or DEFAULT[device.type]:
-        for result in measure(CASES[name], dtype, device, args.chunk, args.budget):
-            dims = CASES[name].describe() | {"chunk": args.chunk}
-            rows.append(run.record(OP, "vae", name, dims, result, dtype, ceilings, facts, device))
-    if args.json:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    run.print_table(rows)
-    for row in rows:
-        if row["status"] == "ok":
-            print(f"{row['shape']} {row['impl']}: {CASES[row['shape']].frames / row['p50_us'] * 1e6:.3g} frames/s")
-    return int(any(row["kind"] == "ours" and row["status"] != "ok" for row in rows))
-
-
-if __name__ == "__main__":
-    end_with_the_reader()
-    sys.exit(main())

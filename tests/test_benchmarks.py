@@ -27,6 +27,7 @@ from benchmarks import (
     shapes,
     suite,
     summary,
+    table,
     targets,
     timing,
     verified,
@@ -265,7 +266,9 @@ def test_an_implementation_named_but_unavailable_gives_its_reason(tmp_path, caps
         (["--threads", "0"], "--threads: expected 1 to 1024, got 0"),
         (["--threads", "99999999999"], "--threads: expected 1 to 1024"),
         (["--seed", "99999999999999999999"], "--seed: expected 0 to 9223372036854775807, got 99999999999999999999"),
-        (["--stop-after", "nan"], "--stop-after: expected seconds > 0, got nan"),
+        (["--minutes", "nan"], "--minutes: expected more than 0, got nan"),
+        (["--op", "dit", "--impl", "cpu"], "dit is a model, which takes no --impl, --base and --graph"),
+        (["--op", OP, "--shape", "dit-toy"], "none of norm_modulate has a shape dit-toy"),
         (["--budget", "-1"], "--budget: expected seconds > 0, got -1"),
         (["--graph"], "--graph: CUDA graphs need a CUDA device"),
         (["--json", "/proc/nowhere/rows.jsonl"], "--json /proc/nowhere/rows.jsonl: cannot write there"),
@@ -303,7 +306,7 @@ def test_losses_are_said_with_and_without_rich(capsys, monkeypatch, rich):
         make_row(impl="cuda", status="unavailable", reason="no nvcc"),
         make_row(impl="cuda", status="unavailable", reason="no nvcc", shape="latte-xl"),
     ]
-    run.print_table(rows)
+    table.print_table(rows)
     out = capsys.readouterr().out
     assert "slower than eager: norm_modulate cpu fwd at toy, 0.50x" in out and "slower than compile" not in out
     assert "below its goal of 4 x eager: norm_modulate cpu fwd float32 at toy, 0.5\n" in out
@@ -351,9 +354,9 @@ def test_goals_are_of_the_fastest_of_ours_and_of_operations_that_are_measured():
 
 
 def test_a_narrow_terminal_loses_the_lesser_columns_only():
-    columns, lines = run._narrowed(run.COLUMNS, [("0123456789",) * len(run.COLUMNS)], 110)
+    columns, lines = table._narrowed(table.COLUMNS, [("0123456789",) * len(table.COLUMNS)], 110)
     assert {"op", "shape", "impl", "p50 µs", "x eager", "error", "bound"} <= set(columns)
-    assert "MiB" not in columns and len(lines[0]) == len(columns) < len(run.COLUMNS)
+    assert "MiB" not in columns and len(lines[0]) == len(columns) < len(table.COLUMNS)
 
 
 # Reports
