@@ -243,6 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--only {' '.join(args.only)} is in no name; there are: {'; '.join(names)}")
         target = args.out / "traffic.jsonl"
         for case, sm in itertools.product(chosen, args.sm or SMS):
+            if sm not in case.sms:
+                continue
             if case.impl == "cuda" and not nvcc.find():
                 print(f"{case.name}, sm_{sm}: nvcc is not installed; what is recorded of it is kept", flush=True)
                 continue

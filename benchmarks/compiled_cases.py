@@ -32,6 +32,7 @@ class Case:
     products  bound by the tensor cores: its bytes are told and not judged
     bounds    module.NAME of a bound of programs -> what it is here
     impl      of `call`: "triton" or "cuda"
+    sms       the GPUs that have it
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     products: bool = False
     bounds: Mapping[str, int] = field(default_factory=dict)
     impl: str = "triton"
+    sms: tuple[int, ...] = (80, 90)
 
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
@@ -230,6 +232,10 @@ def attention() -> Iterator[Case]:
         return lambda: {name: draw(1, tokens, count, 128) for name in "qkv"}
 
     yield Case("spacetime_attention dense", op("spacetime_attention"), heads(512, 2), products=True)
+    yield Case(
+        "spacetime_attention dense, nvcc", op("spacetime_attention", "cuda"), heads(512, 2), ("q", "k", "v"),
+        products=True, impl="cuda", sms=(90,),
+    )  # fmt: skip
     yield Case(
         "spacetime_attention window and text",
         op("spacetime_attention", grid=(4, 8, 16), window=(2, 8, 8), stride=(2, 4, 8), text_len=32),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sora_kernels  # noqa: F401  (registers the ops)
-from sora_kernels import _library
+from sora_kernels import _library, spacetime_attention
 from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.testing import assert_matches_oracle
 
@@ -293,6 +293,38 @@ def test_modulation_reads_and_writes_16_bytes_at_a_time(machine_code, architectu
         assert re.search(r"\bLDG\.E\S*\.128", sass), f"{name}: no 128-bit load"
         assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
         assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
+
+
+def test_attention_multiplies_in_groups_and_loads_boxes(machine_code):
+    """A group of products each for the first scores, the next scores, their values and the last values; where ptxas
+    serialises, each product is one. Registers go from the warp group that loads to those that multiply."""
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "attention_fwd_kernel" in n}
+    assert len(kernels) == 6  # two dtypes, three widths
+    for name, sass in kernels.items():
+        E = int(re.search(r"Li(\d+)E", name)[1])
+        products = re.findall(r"\bHGMMA\b.*?;", sass)
+        assert len(products) == 2 * (E // 16 + 176 // 16), name
+        assert sum("gsb0" in product for product in products) == 4, f"{name}: serialised"
+        assert sum("UTMALDG" in line for line in sass.splitlines()) >= 4 and "UTMASTG" in sass, name
+        assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("E", [64, 96, 128])
+@pytest.mark.parametrize(
+    "Sq, Sk, H, Hk", [(1, 1, 1, 1), (129, 177, 4, 2), (1000, 512, 24, 24), (4096, 4095, 6, 6)], ids=str
+)
+def test_cuda_attention_meets_the_error_rule_and_gives_the_same_bits_again(Sq, Sk, H, Hk, E, dtype, require):
+    require("spacetime_attention", "cuda", "cuda", dtype)
+    q, k, v = (torch.randn(2, S, heads, E, device="cuda").to(dtype) for S, heads in ((Sq, H), (Sk, Hk), (Sk, Hk)))
+    attend = lambda *args, impl: spacetime_attention(*args, return_lse=True, impl=impl)  # noqa: E731
+    actual, again = attend(q, k, v, impl="cuda"), attend(q, k, v, impl="cuda")
+    oracle = attend(q.double(), k.double(), v.double(), impl="reference")
+    plain = attend(q, k, v, impl="reference")
+    for name, *found in zip(("out", "lse"), actual, oracle, plain, again, strict=True):
+        assert_matches_oracle(*found[:3], name, max(Sk, E))
+        assert torch.equal(found[0], found[3]), name
 
 
 @pytest.mark.gpu

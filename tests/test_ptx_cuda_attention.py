@@ -15,10 +15,11 @@ if not nvcc.find():
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Sq, Sk, H, Hk, E, blocks: one key; a tile and one more of both; three tiles and a half of a ring of two
+# Sq, Sk, H, Hk, E, blocks; a tile has 128 queries and 176 keys, a ring two tiles. One of each; one more than a tile of
+# each; rings that wrap, and whose places are odd where a block goes on to its next tile; keys that fill their tiles.
 CASES = [
-    (1, 1, 1, 1, 64, 1), (129, 129, 2, 2, 64, 2), (70, 440, 2, 1, 64, 2), (130, 257, 2, 1, 96, 3),
-    (129, 129, 3, 3, 128, 4), (65, 300, 2, 1, 128, 1),
+    (1, 1, 1, 1, 64, 1), (129, 177, 2, 2, 64, 3), (70, 540, 2, 1, 64, 1), (130, 352, 1, 1, 96, 1),
+    (129, 129, 1, 1, 128, 2), (65, 400, 2, 1, 128, 1),
 ]  # fmt: skip
 
 
@@ -26,17 +27,29 @@ def heads(B: int, S: int, H: int, E: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(B, S, H, E).to(dtype)
 
 
+def check(Sq: int, Sk: int, H: int, Hk: int, E: int, blocks: int, dtype: torch.dtype, **schedules: int) -> None:
+    q, k, v = heads(1, Sq, H, E, dtype), heads(1, Sk, Hk, E, dtype), heads(1, Sk, Hk, E, dtype)
+    out, lse = ptx.unwritten(1, Sq, H, E, dtype=dtype), ptx.unwritten(1, H, Sq)
+    nvcc.attention(90, q, k, v, 0.2, out, lse, blocks, **schedules)
+    oracle = explicit(q.double(), k.double(), v.double(), scale=0.2)
+    baseline = explicit(q, k, v, scale=0.2)
+    assert_matches_oracle(out, oracle[0], baseline[0], "out", max(Sk, E))
+    assert_matches_oracle(lse, oracle[1], baseline[1].float(), "lse", max(Sk, E))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("Sq, Sk, H, Hk, E, blocks", CASES, ids=str)
 def test_attention_as_nvcc_compiles_it(Sq, Sk, H, Hk, E, blocks, dtype):
-    q, k, v = heads(1, Sq, H, E, dtype), heads(1, Sk, Hk, E, dtype), heads(1, Sk, Hk, E, dtype)
-    out, lse = ptx.unwritten(1, Sq, H, E, dtype=dtype), ptx.unwritten(1, H, Sq)
-    scale = 0.2
-    nvcc.attention(90, q, k, v, scale, out, lse, blocks, schedule=2, again=5)
-    oracle = explicit(q.double(), k.double(), v.double(), scale=scale)
-    baseline = explicit(q, k, v, scale=scale)
-    assert_matches_oracle(out, oracle[0], baseline[0], "out", max(Sk, E))
-    assert_matches_oracle(lse, oracle[1], baseline[1].float(), "lse", max(Sk, E))
+    check(Sq, Sk, H, Hk, E, blocks, dtype, schedule=2, again=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E", [64, 96, 128])
+@pytest.mark.parametrize("Sk", [2, 175, 176, 511, 900])
+def test_sweep_of_sizes_and_schedules(Sk, E, dtype):
+    for seed, Sq in enumerate((63, 64, 128, 191, 300)):
+        check(Sq, Sk, 3, 1, E, 1 + seed, dtype, schedule=10 + seed, again=20 + seed)
 
 
 def test_the_op_takes_slices_and_other_orders_of_axes_as_they_are():

@@ -59,6 +59,9 @@ struct Place {
 __device__ __forceinline__ void sync_threads(uint32_t barrier, uint32_t threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
+__device__ __forceinline__ void arrive_threads(uint32_t barrier, uint32_t threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 
 // All warps of the group must come here; the sum over the groups of a block must fit the register file.
 template <int kRegisters>

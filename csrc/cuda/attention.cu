@@ -3,7 +3,7 @@
 //   out = softmax(scale * q k^T) v,   lse = ln sum exp(scale * q k^T)
 //
 // A block works off tiles of 128 queries of a head. One thread of a warp group brings queries, keys and values into
-// shared memory as boxes by the TMA; two more warp groups, with 64 queries each, multiply and keep the softmax's
+// shared memory as boxes by the TMA; two more warp groups, with 64 queries each, multiply in turns and keep the softmax's
 // running maximum and sum. Keys and values go through rings of buffers, each with two barriers: full and empty.
 
 #include "common/check.h"
@@ -30,7 +30,7 @@ struct AttentionTraits {
   using T = T_;
   static constexpr int kWidth = kWidth_;                     // of a head
   static constexpr int kConsumers = 2, kQueries = 64;        // warp groups that multiply, and the queries of each
-  static constexpr int kKeys = 128, kStages = 2;             // of a tile, and tiles in a ring
+  static constexpr int kKeys = 176, kStages = 2;             // of a tile, and tiles in a ring
   static constexpr int kColumns = kWidth % 64 ? 32 : 64;     // of a box: its rows are as wide as a swizzle
   static constexpr int kBoxes = kWidth / kColumns;           // side by side: a tile
   static constexpr int kRowBytes = kColumns * sizeof(T);
@@ -43,6 +43,7 @@ struct AttentionTraits {
   static_assert(kKeys % 16 == 0 && kKeys <= 256, "keys are the depth of a product, and the rows of a box");
   static_assert(kQueries * kRowBytes % 1024 == 0 && kKeys * kRowBytes % 1024 == 0, "boxes begin where a swizzle does");
   static_assert(kWidth / 2 + kKeys / 2 + kKeys / 4 + 32 <= kConsumerRegisters, "out, scores and weights are in registers");
+  static_assert(kConsumers == 2, "they take turns");
   static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kGroup <= 65536, "the register file");
 };
 
@@ -85,17 +86,20 @@ __device__ __forceinline__ void produce(AttentionShared<Traits>& shared, const C
   Place<1> tiles;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, tiles.advance()) {
     const Tile tile(index, kConsumers * kQueries, p);
-    shared.q_empty.wait(tiles.parity ^ 1);
-    shared.q_full.arrive_and_expect(sizeof shared.q);
-    for (int c = 0; c < kConsumers; ++c)
-      load_boxes<Traits>(shared.q[c], q, shared.q_full, tile.query + c * kQueries, tile.head, tile.batch);
     for (int j = p.key_tiles - 1; j >= 0; --j, at.advance()) {
+      const int head = tile.head / p.group;
       shared.k_empty[at.stage].wait(at.parity ^ 1);
       shared.k_full[at.stage].arrive_and_expect(sizeof shared.k[0]);
-      load_boxes<Traits>(shared.k[at.stage], k, shared.k_full[at.stage], j * Traits::kKeys, tile.head / p.group, tile.batch);
+      load_boxes<Traits>(shared.k[at.stage], k, shared.k_full[at.stage], j * Traits::kKeys, head, tile.batch);
       shared.v_empty[at.stage].wait(at.parity ^ 1);
       shared.v_full[at.stage].arrive_and_expect(sizeof shared.v[0]);
-      load_boxes<Traits>(shared.v[at.stage], v, shared.v_full[at.stage], j * Traits::kKeys, tile.head / p.group, tile.batch);
+      load_boxes<Traits>(shared.v[at.stage], v, shared.v_full[at.stage], j * Traits::kKeys, head, tile.batch);
+      if (j < p.key_tiles - 1) continue;
+      // After the first keys and values, which need not wait for the results of the tile before to have left.
+      shared.q_empty.wait(tiles.parity ^ 1);
+      shared.q_full.arrive_and_expect(sizeof shared.q);
+      for (int c = 0; c < kConsumers; ++c)
+        load_boxes<Traits>(shared.q[c], q, shared.q_full, tile.query + c * kQueries, tile.head, tile.batch);
     }
   }
 }
@@ -194,39 +198,84 @@ __device__ __forceinline__ void store_rows(Boxes& to, const float (&out)[N]) {
   }
 }
 
+// Two consumers issue their products in turns: while those of one run, the other computes its softmax.
+struct Turns {
+  int consumer;
+
+  __device__ __forceinline__ explicit Turns(int consumer) : consumer(consumer) {
+    if (consumer == 1) pass();  // 0 begins
+  }
+  __device__ __forceinline__ void wait() const { sync_threads(3 + consumer, 2 * kGroup); }
+  __device__ __forceinline__ void pass() const { arrive_threads(3 + (consumer ^ 1), 2 * kGroup); }
+  __device__ __forceinline__ void finish() const {
+    if (consumer == 0) wait();  // leaves no arrival behind
+  }
+};
+
 template <class Traits>
 __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const CUtensorMap& out_map,
                                         const AttentionParams& p) {
   constexpr int kKeys = Traits::kKeys, kQueries = Traits::kQueries;
   const int consumer = threadIdx.x / kGroup - 1, thread = threadIdx.x % kGroup, lane = thread % 32;
+  const Turns turns(consumer);
   auto& q = shared.q[consumer];
-  Place<Traits::kStages> at;
+  Place<Traits::kStages> at_k, at_v;
   Place<1> tiles;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, tiles.advance()) {
     const Tile tile(index, Traits::kConsumers * kQueries, p);
     float out[Traits::kWidth / 2] = {}, scores[kKeys / 2];
     uint32_t weights[kKeys / 4];
     Softmax<kKeys / 2> softmax;
-    shared.q_full.wait(tiles.parity);
-    for (int j = p.key_tiles - 1; j >= 0; --j, at.advance()) {
-      shared.k_full[at.stage].wait(at.parity);
-      begin_products();
-      multiply_keys<Traits>(scores, q, shared.k[at.stage]);
-      commit_products();
-      wait_for_products<0>(scores);
-      if (lane == 0) shared.k_empty[at.stage].arrive();
-      if (j == p.key_tiles - 1) mask(scores, j * kKeys, p.Sk);
-      softmax.weigh(scores, p.scale_log2);
-      multiply_rows(out, softmax.decay);
+    const auto round_weights = [&] {
 #pragma unroll
       for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack<typename Traits::T>(scores[2 * i], scores[2 * i + 1]);
-      shared.v_full[at.stage].wait(at.parity);
+    };
+
+    shared.q_full.wait(tiles.parity);
+    shared.k_full[at_k.stage].wait(at_k.parity);
+    turns.wait();
+    begin_products();
+    multiply_keys<Traits>(scores, q, shared.k[at_k.stage]);
+    commit_products();
+    turns.pass();
+    wait_for_products<0>(scores);
+    if (lane == 0) shared.k_empty[at_k.stage].arrive();
+    at_k.advance();
+    mask(scores, (p.key_tiles - 1) * kKeys, p.Sk);
+    softmax.weigh(scores, p.scale_log2);
+    round_weights();
+
+    // The scores of a tile are multiplied before the values of the one before it, so that its softmax does not wait
+    // for these.
+    for (int j = p.key_tiles - 2; j >= 0; --j) {
+      shared.k_full[at_k.stage].wait(at_k.parity);
+      turns.wait();
       begin_products();
-      multiply_values<Traits>(out, weights, shared.v[at.stage]);
+      multiply_keys<Traits>(scores, q, shared.k[at_k.stage]);
       commit_products();
+      shared.v_full[at_v.stage].wait(at_v.parity);
+      begin_products();
+      multiply_values<Traits>(out, weights, shared.v[at_v.stage]);
+      commit_products();
+      turns.pass();
+      wait_for_products<1>(scores);
+      if (lane == 0) shared.k_empty[at_k.stage].arrive();
+      at_k.advance();
+      softmax.weigh(scores, p.scale_log2);
       wait_for_products<0>(out);
-      if (lane == 0) shared.v_empty[at.stage].arrive();
+      if (lane == 0) shared.v_empty[at_v.stage].arrive();
+      at_v.advance();
+      multiply_rows(out, softmax.decay);
+      round_weights();
     }
+
+    shared.v_full[at_v.stage].wait(at_v.parity);
+    begin_products();
+    multiply_values<Traits>(out, weights, shared.v[at_v.stage]);
+    commit_products();
+    wait_for_products<0>(out);
+    if (lane == 0) shared.v_empty[at_v.stage].arrive();
+    at_v.advance();
 
     softmax.finish();
     const int first = tile.query + consumer * kQueries;
@@ -251,6 +300,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
       shared.q_empty.arrive();
     }
   }
+  turns.finish();
 }
 
 template <class Traits>

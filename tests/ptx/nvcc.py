@@ -26,7 +26,6 @@ SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = {80: "80", 90: "90a"}
 SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv_bfloat16"}
-KEYS = {64: 128, 96: 128, 128: 128}  # of a tile of attention, by the width of a head
 PROCESSORS = 132  # of an H200
 TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
 
@@ -101,7 +100,7 @@ def attention(
 ) -> Counters:  # fmt: skip
     """The launch of attention_fwd in attention.cu, on a GPU of so many processors; the rest as of norm_modulate."""
     (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
-    columns, keys = 32 if E % 64 else 64, KEYS[E]
+    columns, keys = 32 if E % 64 else 64, 176
     query_tiles, key_tiles = -(-Sq // 128), -(-Sk // keys)
     tiles = query_tiles * H * B
     text = compiled("attention", sm)
