@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import ptx
 import pytest
 import torch
@@ -50,6 +53,55 @@ def test_attention_as_nvcc_compiles_it(Sq, Sk, H, Hk, E, blocks, dtype):
 def test_sweep_of_sizes_and_schedules(Sk, E, dtype):
     for seed, Sq in enumerate((63, 64, 128, 191, 300)):
         check(Sq, Sk, 3, 1, E, 1 + seed, dtype, schedule=10 + seed, again=20 + seed)
+
+
+FAULTS = {  # label -> pattern, replacement; each place by itself
+    "a wait for an mbarrier removed": (r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, .*$", "setp.eq.u32 p, 0, 0;"),
+    "a barrier of the block removed": (r"^\tbar\.sync \t0;$", ""),
+    "a named barrier removed": (r"^\tbar\.(sync|arrive) %r\d+, %r\d+;$", ""),
+    "a fence of the async proxy removed": (r"^\tfence\.proxy\.async\.shared::cta;$", ""),
+    "a wait for products removed": (r"^\twgmma\.wait_group\.sync\.aligned \d;$", ""),
+    "a wait for products too lax": (r"^\twgmma\.wait_group\.sync\.aligned 0;$", "\twgmma.wait_group.sync.aligned 1;"),
+    "a fence of products removed": (r"^\twgmma\.fence\.sync\.aligned;$", ""),
+    "a wait for stores removed": (r"^cp\.async\.bulk\.wait_group\.read 0;$", ""),
+}
+UNSEEN = {  # places of a fault that may go unseen
+    "a named barrier removed": 2,  # of turns, which order work and guard no data: the loop's wait, the last
+    "a fence of products removed": 3,  # the first scores, before which nothing was written; each of two in a row
+}
+
+
+def planted(label: str) -> Iterator[str]:
+    """The PTX with one fault in the kernel of bf16 heads of 64."""
+    text = nvcc.compiled("attention", 90)
+    begin = text.index("13__nv_bfloat16Li64E")
+    end = text.find(".entry", begin)
+    pattern, replacement = FAULTS[label]
+    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
+        yield text[: hit.start()] + replacement + text[hit.end() :]
+
+
+def found(text: str) -> str | None:
+    """What finds the fault, under one of eight schedules."""
+    q, k, v = heads(1, 140, 1, 64, torch.bfloat16), *heads(2, 540, 1, 64, torch.bfloat16).split(1)
+    oracle, baseline = explicit(q.double(), k.double(), v.double()), explicit(q, k, v)
+    for schedule in range(8):
+        out, lse = ptx.unwritten(1, 140, 1, 64, dtype=q.dtype), ptx.unwritten(1, 1, 140)
+        try:
+            nvcc.attention(90, q, k, v, 0.125, out, lse, 1, lambda _: text, schedule=schedule, budget=400_000)
+            assert_matches_oracle(out, oracle[0], baseline[0], "out", 540)
+        except ptx.Fault as fault:
+            return fault.kind
+        except AssertionError:
+            return "wrong result"
+    return None
+
+
+@pytest.mark.parametrize("label", FAULTS)
+def test_planted_faults_are_found(label):
+    by = [found(text) for text in planted(label)]
+    assert len(by) - by.count(None) >= 1 and by.count(None) <= UNSEEN.get(label, 0), by
+    assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
 
 
 def test_the_op_takes_slices_and_other_orders_of_axes_as_they_are():

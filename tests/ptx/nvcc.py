@@ -96,9 +96,12 @@ def norm_modulate(
 
 def attention(
     sm: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, blocks: int = PROCESSORS,
-    again: int | None = None, **options,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
 ) -> Counters:  # fmt: skip
-    """The launch of attention_fwd in attention.cu, on a GPU of so many processors; the rest as of norm_modulate."""
+    """The launch of attention_fwd in attention.cu, on a GPU of so many processors; the rest as of norm_modulate.
+
+    rewrite(ptx) gives what is executed in place of what was compiled.
+    """
     (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
     columns, keys = 32 if E % 64 else 64, 176
     query_tiles, key_tiles = -(-Sq // 128), -(-Sk // keys)
@@ -109,6 +112,7 @@ def attention(
     boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in rows]
     fields = lse, Sq, Sk, H, H // Hk, query_tiles, key_tiles, tiles, scale, scale * math.log2(math.e)
     shared = 2 * E * (128 + 4 * keys) + 1024  # queries, two stages of keys and of values; barriers
+    text = rewrite(text) if rewrite else text
     launch = text, (min(tiles, blocks),), [*boxes, Struct("<Q7i2f4x", fields)]
     options |= dict(name=name, names=["q", "k", "v", "out", "p"], block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
