@@ -43,7 +43,11 @@ def _write(
     device: Device = None,
     credentials: Credentials = True,
 ) -> None:
-    """Loads the checkpoint, lets `make(sora, to, prompt, **options)` write, and says what it says."""
+    """Loads the checkpoint, lets `make(sora, to, prompt, **options)` write, and says what it says.
+
+    Under torchrun all processes make one clip, and the first of them writes it.
+    """
+    from . import parallel, ranks
     from .machine import check_impl
     from .media import check_target
     from .pipeline import Sora
@@ -59,11 +63,13 @@ def _write(
             to.parent.mkdir(exist_ok=True)
         check_target(to)
         sealer(to.name)
-        with err.status("loading the checkpoint"):
-            sora = Sora.from_pretrained(weights, device=device)
-        with bars(err) as progress:
-            said = make(sora, to, prompt, progress=progress, **options)
-    for line in said:
+        with ranks.started(device) as own, ranks.spare(to) as (first, to):
+            with err.status("loading the checkpoint"):
+                sora = Sora.from_pretrained(weights, device=own)
+            guided = (sora.defaults.guidance if guidance is None else guidance) != 1
+            with bars(err) as progress, parallel.sampling(sora.dit, sora.vae, guided=guided):
+                said = make(sora, to, prompt, progress=progress if first else None, **options)
+    for line in said if first else ():
         say(out, line)
 
 

@@ -31,13 +31,15 @@ def train_vae(
     impl: Impl = "auto",
     device: TrainDevice = "cpu",
 ) -> None:
-    """Train the VAE on clips of the procedural world."""
-    from . import recipe, train
+    """Train the VAE on clips of the procedural world; under torchrun, on all its processes."""
+    from . import ranks, recipe, train
     from .machine import check_impl
 
     check_impl(impl)
-    train.train_vae(run, recipe.load(config or recipe.TOY, changes or ()), device=device, impl=impl)
-    say(out, f"wrote {run / 'model.safetensors'}")
+    with ranks.started(device) as own:
+        train.train_vae(run, recipe.load(config or recipe.TOY, changes or ()), device=own, impl=impl)
+        if ranks.Ranks().rank == 0:
+            say(out, f"wrote {run / 'model.safetensors'}")
 
 
 @training.command("dit")
@@ -61,10 +63,10 @@ def train_dit(
     device: TrainDevice = "cpu",
 ) -> None:
     """Train the transformer and its text encoder on the VAE's latents; every save writes a checkpoint, and a sheet of
-    samples into RUN/samples."""
+    samples into RUN/samples. Under torchrun each process takes a share of every batch."""
     import torch
 
-    from . import recipe, train
+    from . import ranks, recipe, train
     from .files import naming
     from .machine import check_impl
     from .pipeline import Sora
@@ -87,8 +89,10 @@ def train_dit(
         if how.samples:
             train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)
 
-    train.train_dit(
-        run, coder, how, start=begun and (begun.dit, begun.text), device=device, dtype=computes[dtype],
-        checkpointing=checkpointing, impl=impl, on_save=save,
-    )  # fmt: skip
-    say(out, f"wrote {checkpoint}")
+    with ranks.started(device) as own:
+        train.train_dit(
+            run, coder, how, start=begun and (begun.dit, begun.text), device=own, dtype=computes[dtype],
+            checkpointing=checkpointing, impl=impl, on_save=save,
+        )  # fmt: skip
+        if ranks.Ranks().rank == 0:
+            say(out, f"wrote {checkpoint}")

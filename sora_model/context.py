@@ -9,26 +9,33 @@ from torch import Tensor
 
 from sora_kernels import qk_norm_rope, spacetime_attention
 
-from .attention import Grid
+from .attention import AttentionMode, Grid
 
 
 class Context:
     """Each sequence is one clip, and all of it is there.
 
-    Others: frames that follow remembered ones (`memory.Past`), several clips one after another (`packed.Pack`).
+    Others: frames that follow remembered ones (`memory.Past`), several clips one after another (`packed.Pack`), some of
+    the tokens of clips (`parallel.Share`).
     `index` [1, S] is the row of modulation of each token where rows are not for whole frames.
     """
 
     index: Tensor | None = None
 
-    def joined(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, norms: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Of tokens as projected, `[B, S, H, E]`: q turned; k turned and v, of what they see; the grid, or grids, of
-        all that.
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Any, mode: AttentionMode, norms: Mapping[str, Any]
+    ) -> Tensor:
+        """Of tokens as projected, `[B, S, H, E]`: normalised, turned, and attending to those that the mode says.
 
         norms  further arguments of `qk_norm_rope`
         """
+        q, k, v, grid = self.joined(q, k, v, grid, norms)
+        return spacetime_attention(q, k, v, **mode.keywords(grid), impl=norms["impl"])
+
+    def joined(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, norms: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Of tokens as projected: q turned; k turned and v, of what they see; the grid, or grids, of all that."""
         q, k = qk_norm_rope(q, k, grid=grid, **norms)
         return q, k, v, grid
 

@@ -28,13 +28,13 @@ from sora_kernels import (
     gate_residual_norm_modulate,
     norm_modulate,
     patch_embed3d,
-    spacetime_attention,
 )
 
 from . import checks
 from .attention import AttentionMode, Grid
 from .context import Context
 from .memory import Memory, Past
+from .parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +168,7 @@ class SelfAttention(Attention):
     def forward(self, x: Tensor, grid: Grid, mode: AttentionMode, impl: str, context: Context) -> Tensor:
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))        # [B, S, H, E]
         norms = {"q_weight": self.norm_q, "k_weight": self.norm_k, "across": "width", "eps": self.eps, "impl": impl}
-        q, k, v, grid = context.joined(q, k, v, grid, norms)
-        out = spacetime_attention(q, k, v, **mode.keywords(grid), impl=impl)                 # [B, S, H, E]
+        out = context.attention(q, k, v, grid, mode, norms)                                  # [B, S, H, E]
         return self.o(out.flatten(2))                                                        # [B, S, D]
 
 
@@ -269,6 +268,7 @@ class SoraDiT(nn.Module):
     def __init__(self, config: DiTConfig, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
+        self.parallel: Parallel | None = None  # inside of `parallel.over`
         dim, text_dim = config.dim, config.text_dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch, config.patch)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
@@ -325,9 +325,11 @@ class SoraDiT(nn.Module):
         grid = self.grid_of(latents, timesteps, text, text_lens, image)
         if remember and memory is None:
             raise ValueError("remember needs a memory")
+        mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
+        if self.parallel is not None:
+            return self.parallel.velocity(self, latents, timesteps, text, text_lens, image, grid, mode, memory, impl)
         x = self.embed_patches(latents, impl)                                                # [B, S, D]
         time = self.embed_times(timesteps).to(x.dtype)                                       # [B, N, D]
-        mode = attention or (self.config.attention if memory is None else AttentionMode(causal="frame"))
 
         def context(layer: int) -> Context:
             return Context() if memory is None else Past(memory, memory.layer(layer), remember)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from .checkpoint import (
     write_tensors,
 )
 from .muon import Muon
+from .ranks import RankError, Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,37 +103,51 @@ def fit(
     `made_with`: what else the losses depend on, as JSON. `on_save(step, weights)` is called after every save. Same
     seed, same device, same weights.
 
+    Where torch.distributed is in use (`ranks.started`), all its processes call `fit` alike, and each takes a share of
+    every step's clips: the losses are those of one process within rounding. Rank 0 alone writes, and ends the others.
+
     Ctrl-C, SIGTERM and SIGHUP wait for the step that runs, save, and then do what they always do; a second one does not
     wait and saves nothing. A loss, gradients or weights that are not finite raise FloatingPointError and leave the last
     save as it is; a folder that is in use or cannot be written raises `files.WriteError`.
     """
-    run = Path(run)
+    run, ranks = Path(run), Ranks()
     named = dict(module.named_parameters())
-    optimiser = Muon(
-        [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
-        lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
-    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
-    smooth, threads = None, torch.get_num_threads()
+    made_with = {"matrices": list(matrices)} | dict(made_with or {})
+    ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with)
+    if settings.batch < ranks.size:
+        raise ValueError(f"batch={settings.batch} clips are fewer than the {ranks.size} processes; start fewer")
+    threads = torch.get_num_threads()
 
     def gradients(part: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss = loss_of(*part)
         return loss.detach(), torch.autograd.grad(loss, list(named.values()))
 
-    def save() -> dict[str, Tensor]:
+    if ranks.rank:
+        _assist(ranks, list(named.values()), batch_at, gradients, settings)
+        return module.state_dict()
+    optimiser = Muon(
+        [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
+        lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
+    smooth = None
+
+    def write_state() -> None:
         state = {f"model.{name}": value for name, value in module.state_dict().items()}
         state |= {f"average.{name}": value for name, value in (average or {}).items()}
         for name, value in named.items():
             state |= {f"optimiser.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
         write_tensors(run / "state.safetensors", state | {"step": torch.tensor(step)})
+
+    def save() -> dict[str, Tensor]:
+        write_state()
         weights = module.state_dict() | (average or {})
         if on_save is not None:
             on_save(step, weights)
         return weights
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with files.exclusive(run):
-        made_with = {"matrices": list(matrices)} | dict(made_with or {})
+    with ranks.leading(list(named.values())), files.exclusive(run):
         step, spent = _resume(run, module, optimiser, average, settings, made_with)
         started = time.monotonic() - spent
         with files.naming(run / "log.jsonl"):
@@ -150,13 +165,13 @@ def fit(
                 for group in optimiser.param_groups:
                     group["lr"] = settings.rate(step)
                 batch = next(batches)
-                clips = len(batch[0])
-                parts = [[t[k :: settings.workers] for t in batch] for k in range(min(clips, settings.workers))]
-                losses, slopes = zip(*pool.map(gradients, parts), strict=True)
-                shares = [len(part[0]) / clips for part in parts]
-                value = sum(share * loss.item() for share, loss in zip(shares, losses, strict=True))
-                for parameter, *terms in zip(named.values(), *slopes, strict=True):
-                    total = sum(share * term for share, term in zip(shares, terms, strict=True))
+                try:
+                    ranks.order(step, list(named.values()))
+                    value, totals = ranks.sum(*_own_share(ranks, batch, gradients, pool, settings.workers), step)
+                except RankError:
+                    write_state()
+                    raise
+                for parameter, total in zip(named.values(), totals, strict=True):
                     parameter.grad = _laid_out(parameter, total)
                 norm = nn.utils.clip_grad_norm_(named.values(), settings.clip).item()
                 if not (math.isfinite(value) and math.isfinite(norm)):
@@ -187,6 +202,44 @@ def fit(
         signal.raise_signal(stop[0])
         raise KeyboardInterrupt  # where nobody else acts upon the signal
     return weights
+
+
+def _own_share(
+    ranks: Ranks, batch: Sequence[Tensor], gradients: Callable[..., Any], pool: ThreadPoolExecutor, workers: int
+) -> tuple[float, list[Tensor]]:
+    """What this rank's clips of a batch give of its mean loss and of that loss's gradients."""
+    clips, count = len(batch[0]), ranks.size * workers
+    parts = [[t[k::count] for t in batch] for k in range(ranks.rank, min(clips, count), ranks.size)]
+    losses, slopes = zip(*pool.map(gradients, parts), strict=True)
+    shares = [len(part[0]) / clips for part in parts]
+    value = sum(share * loss.item() for share, loss in zip(shares, losses, strict=True))
+    totals = [sum(s * term for s, term in zip(shares, terms, strict=True)) for terms in zip(*slopes, strict=True)]
+    return value, totals
+
+
+def _assist(
+    ranks: Ranks,
+    weights: Sequence[Tensor],
+    batch_at: Callable[[int], Sequence[Tensor]],
+    gradients: Callable[..., Any],
+    settings: Settings,
+) -> None:
+    """What all ranks but the first do: gradients of their share of each step that it orders."""
+    with (
+        torch_threads(max(1, torch.get_num_threads() // settings.workers)),
+        ThreadPoolExecutor(settings.workers) as pool,
+        ExitStack() as stack,
+        _noted_signals() as stop,
+    ):
+        batches = None
+        while (step := ranks.receive(weights)) is not None:
+            if batches is None:
+                ahead = _drawn_ahead(batch_at, range(step, settings.steps), settings.loaders)
+                batches = stack.enter_context(ahead)
+            ranks.sum(*_own_share(ranks, next(batches), gradients, pool, settings.workers), step)
+    if stop:
+        signal.raise_signal(stop[0])
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from torch.utils import _pytree
 
 from sora_kernels import causal_conv3d, norm_silu
 
+from .exchange import Tiles
+
 LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
 EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
 
@@ -70,7 +72,8 @@ _pytree.register_pytree_node(
 class Pass:
     """One way of a chunk through the layers: the implementation to use, and each convolution's past, in order.
 
-    tile  the largest (height, width), in latents, at which to take the layers that see a few pixels only
+    tile   the largest (height, width), in latents, at which to take the layers that see a few pixels only
+    ranks  who shares the tiles, inside of `parallel.tiles_over`
     """
 
     impl: str
@@ -78,6 +81,7 @@ class Pass:
     streaming: bool = False
     past: deque[Tensor] | None = None  # None: the clip begins with this chunk
     future: list[Tensor] = field(default_factory=list)
+    ranks: Tiles | None = None
 
     @property
     def starts(self) -> bool:

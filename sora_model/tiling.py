@@ -104,8 +104,15 @@ def apply(stages: Sequence[Stage], x: Tensor, run: Pass) -> Tensor:
     if run.tile is None:
         whole = tuple(n // math.prod([stage.down[1] for stage in stages]) for n in x.shape[3:])
         return _one(stages, x, run, windows(stages, x.shape[3:], whole)[0][0])
-    rows = [[_one(stages, x, run, window) for window in row] for row in windows(stages, x.shape[3:], run.tile)]
-    return cat([cat(row, 4) for row in rows], 3)
+    grid = windows(stages, x.shape[3:], run.tile)
+    tiles = [window for row in grid for window in row]
+    if run.ranks is None:
+        done = [_one(stages, x, run, window) for window in tiles]
+    else:
+        areas = [tuple(span.stop - span.start for span in window) for window in tiles]
+        done = run.ranks.each(lambda window: _one(stages, x, run, window), tiles, areas)
+    columns = len(grid[0])
+    return cat([cat(done[i : i + columns], 4) for i in range(0, len(done), columns)], 3)
 
 
 def windows(stages: Sequence[Stage], size: Sequence[int], tile: tuple[int, int]) -> list[list[Window]]:

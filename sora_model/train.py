@@ -30,6 +30,7 @@ from .fit import fit, generator_of, read_log
 from .frames import to_video
 from .machine import choose_device
 from .pipeline import Sora
+from .ranks import Ranks
 from .recipe import Recipe
 from .text import WordTextConfig, WordTextEncoder
 from .vae import AttentionBlock, CausalVAE, Decoder, Downsample, Encoder, ResidualBlock, Upsample, VAEConfig
@@ -135,6 +136,8 @@ def train_vae(
 
     made_with = {"recipe": recipe.only("vae", "buckets", "scenes")}
     load_into(vae, fit(vae, batch_at, loss_of, settings, run, label="VAE", made_with=made_with), str(run))
+    if Ranks().rank:  # the first of several processes writes
+        return vae.eval()
     mean, std = latent_statistics(vae, recipe.buckets[0], range(_VALIDATION_SEED, _VALIDATION_SEED + measured))
     vae.set_latent_statistics(mean, std)
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
@@ -182,7 +185,8 @@ def train_dit(
     start          weights to begin with instead of random ones, of the same sizes
     dtype          in which the transformer computes; parameters, their average and the optimiser stay in fp32
     checkpointing  less memory for more work, as `SoraDiT` has it
-    Every save also calls `on_save(dit, text, step)` with the averaged weights.
+    Every save also calls `on_save(dit, text, step)` with the averaged weights. Of several processes (`fit`) the first
+    alone saves and returns these; the others return the weights of the last step.
     """
     run, device, settings = Path(run), choose_device(device), recipe.dit_fit
     if device.type != "cpu" or dtype != torch.float32 or checkpointing:  # a GPU needs one thread, functional calls too
@@ -255,7 +259,7 @@ def train_dit(
     }
     matrices = [name for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
     fit(model, batch_at, loss_of, settings, run, label="DiT", matrices=matrices, made_with=made_with, on_save=save)
-    return kept["dit"], kept["text"]
+    return kept.get("dit", model["dit"]), kept.get("text", model["text"])
 
 
 def write_sheet(path: str | Path, sora: Sora, prompts: Sequence[str], *, impl: str = "auto") -> None:

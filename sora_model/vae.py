@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
 
 from . import checks, tiling
+from .exchange import Tiles
 from .stream import EPS, LAYOUT, Pass, VAECache, joined, regroup
 from .tiling import Shortcut, Stage, Tile
 
@@ -386,6 +387,7 @@ class CausalVAE(nn.Module):
         self.config = config or VAEConfig()
         self._sizes = replace(self.config, latents_mean=None, latents_std=None)  # whose caches fit this model
         self.impl = impl
+        self.ranks: Tiles | None = None  # inside of `parallel.tiles_over`
         Z = self.config.z_dim
         self.encoder = Encoder(self.config)
         self.quant_conv = nn.Conv3d(2 * Z, 2 * Z, 1)
@@ -563,12 +565,12 @@ class CausalVAE(nn.Module):
             size = self.config.latent_shape(frames + (cache is not None), *size)[2:]
         tile = tiling.in_latents(tile, size, self.config.spatial_factor)
         if cache is None:
-            return Pass(self.impl, tile, streaming)
+            return Pass(self.impl, tile, streaming, ranks=self.ranks)
         if not isinstance(cache, VAECache):
             got = type(cache).__name__
             raise ValueError(f"cache must be the VAECache that {kind}_chunk returned for the chunk before; got {got}")
         cache.check(kind, self._sizes, x, tile)
-        return Pass(self.impl, tile, streaming, deque(cache.tensors))
+        return Pass(self.impl, tile, streaming, deque(cache.tensors), ranks=self.ranks)
 
     def _cache(self, kind: str, x: Tensor, run: Pass) -> VAECache:
         return VAECache(kind, self._sizes, (x.shape[0], *x.shape[3:]), run.tile, tuple(run.future))

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
-
 import pytest
 import torch
 import torch.distributed as dist
-from test_registration import CALLS
+from in_ranks import in_ranks
 
 import sora_kernels
 from sora_kernels import norm_modulate
-
-
-def in_ranks(function, world, folder, *args):
-    """function(rank, folder, *args) in `world` processes of one thread, whose waits end after a minute."""
-    torch.multiprocessing.spawn(_rank, (function, world, str(folder), *args), nprocs=world)
-
-
-def _rank(rank, function, world, folder, *args):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=limit)
-    try:
-        function(rank, folder, *args)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +18,16 @@ def mesh():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_dtensor_is_refused_with_what_to_do(mesh, name):
+def test_a_dtensor_is_refused_with_what_to_do(mesh):
+    from test_registration import CALLS  # which every rank would import too
     from torch.distributed.tensor import distribute_tensor
 
-    function, make = CALLS[name]
-    tensors = make(2)
-    for i in range(len(tensors)):
-        given = [distribute_tensor(t, mesh) if i == j else t for j, t in enumerate(tensors)]
-        with pytest.raises(TypeError, match=r"must be a plain .* got a DTensor placed as \(Rep.*local_map"):
-            function(*given)
+    for function, make in CALLS.values():
+        tensors = make(2)
+        for i in range(len(tensors)):
+            given = [distribute_tensor(t, mesh) if i == j else t for j, t in enumerate(tensors)]
+            with pytest.raises(TypeError, match=r"must be a plain .* got a DTensor placed as \(Rep.*local_map"):
+                function(*given)
 
 
 def test_so_are_integers_and_videos(mesh):

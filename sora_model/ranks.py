@@ -1,0 +1,173 @@
+"""The processes that `torchrun` started for one run: each computes the gradients of its share of every batch.
+
+Rank 0 keeps the optimiser, the log and the state, and says what the others do: for each step it sends them the weights
+and gets their gradients, summed in a fixed order. What one process does alone is the same code with one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .machine import choose_device
+
+_END = -1
+
+
+class RankError(ConnectionError):
+    """Another process of the run is gone, or never came."""
+
+
+@contextmanager
+def started(device: str | torch.device | None, *, minutes: float = 30) -> Iterator[torch.device]:
+    """Joins the processes of `torchrun`, where it started this one; gives the device of this one.
+
+    minutes  how long to wait for a process that does not answer. Raises RankError where one never comes.
+    """
+    size, device = int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
+    if size == 1 or dist.is_initialized():
+        yield device
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        torch.cuda.set_device(device)
+    rank, limit = int(os.environ["RANK"]), datetime.timedelta(minutes=minutes)
+    dist.init_process_group(backend, store=_met(rank, size, limit), rank=rank, world_size=size, timeout=limit)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
+    """The store at which all ranks have come: torchrun's own, or rank 0's. RankError names those that have not."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    end = time.monotonic() + limit.total_seconds()
+    try:
+        store = dist.TCPStore(host, port, None, keeps, limit, wait_for_workers=False)
+    except dist.DistError as error:
+        raise RankError(f"rank 0 of {size}, at {host}:{port}, did not come within {limit}") from error
+    store, missing = dist.PrefixStore(f"sora {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), []
+    store.set(str(rank), "here")
+    for other in range(size):
+        try:
+            store.wait([str(other)], datetime.timedelta(seconds=max(end - time.monotonic(), 0.001)))
+        except dist.DistError:
+            missing.append(str(other))
+    if missing:
+        raise RankError(f"rank {', '.join(missing)} of {size} did not come within {limit}; start all, or fewer")
+    return store
+
+
+@contextmanager
+def spare(path: Path) -> Iterator[tuple[bool, Path]]:
+    """Whether this process is the first, and where to write: the others make the same file where it is thrown away."""
+    if Ranks().rank == 0:
+        yield True, path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield False, Path(folder) / path.name
+
+
+class Ranks:
+    """This process among those of the run: one of one where torch.distributed is not in use."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raises ValueError, on every rank, where two were started with other facts."""
+        if self.size == 1:
+            return
+        everyone: list[Any] = [None] * self.size
+        with _told("before the first step"):
+            dist.all_gather_object(everyone, dict(facts))
+        for rank, theirs in enumerate(everyone):
+            for name in everyone[0].keys() | theirs.keys():
+                if everyone[0].get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"all processes must be started alike: {name} is {everyone[0].get(name)!r} on rank 0, "
+                        f"{theirs.get(name)!r} on rank {rank}"
+                    )
+
+    def order(self, step: int, weights: Sequence[Tensor]) -> None:
+        """Of rank 0: let the others compute this step with these weights."""
+        if self.size > 1:
+            with _told(f"before step {step}"):
+                self._broadcast_step(step, weights[0].device)
+                dist.broadcast(_flat(weights), 0)
+
+    @contextmanager
+    def leading(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Of rank 0: after the block, however it ends, the others are told that there are no more steps."""
+        try:
+            yield
+        finally:
+            if self.size > 1:
+                with suppress(RuntimeError):  # one that is gone need not be told
+                    self._broadcast_step(_END, weights[0].device)
+
+    def receive(self, weights: Sequence[Tensor]) -> int | None:
+        """Of the others: the step to compute now, its weights being written into `weights`; None at the end."""
+        with _told("while it waited for rank 0"):
+            step = self._broadcast_step(_END, weights[0].device)
+            if step == _END:
+                return None
+            flat = _flat(weights)
+            dist.broadcast(flat, 0)
+        with torch.no_grad():
+            for weight, value in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+                weight.copy_(value.view(weight.shape))
+        return step
+
+    def sum(self, value: float, gradients: Sequence[Tensor], step: int) -> tuple[float, Sequence[Tensor]]:
+        """On rank 0 the sums over all ranks, in their order; on the others nothing of use."""
+        if self.size == 1:
+            return value, gradients
+        flat = torch.cat([gradients[0].new_tensor([value]), _flat(gradients)])
+        gathered = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else None
+        with _told(f"at step {step}"):
+            dist.gather(flat, gathered)
+        if gathered is None:
+            return value, gradients
+        total = sum(gathered)
+        parts = total[1:].split([g.numel() for g in gradients])
+        return total[0].item(), [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+
+    def _broadcast_step(self, step: int, device: torch.device) -> int:
+        told = torch.tensor(step, device=device)
+        dist.broadcast(told, 0)
+        return int(told)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+@contextmanager
+def _told(when: str) -> Iterator[None]:
+    """What torch says of a process that is gone or silent, as one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process {when} ({_first_line(error)}); "
+            "the last save is whole: the same command resumes from it"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

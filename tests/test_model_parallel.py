@@ -1,0 +1,190 @@
+"""SoraDiT over several processes gives what one gives, velocity and every gradient; what does not fit is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from in_ranks import in_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from sora_model import parallel
+from sora_model.attention import AttentionMode
+from sora_model.dit import DiTConfig, SoraDiT
+from sora_model.exchange import Tiles
+from sora_model.memory import Memory
+from sora_model.vae import CausalVAE, VAEConfig
+
+SIZES = dict(dim=48, heads=4, layers=1, ffn_dim=32, in_channels=4, out_channels=3, text_dim=8, freq_dim=16)
+SHAPE = 2, 4, 5, 6, 4  # 5 x 3 x 2 tokens: neither frames nor rows are even
+MODES = {
+    "dense": AttentionMode(),
+    "window": AttentionMode(window=(3, 2, 2)),
+    "tiles": AttentionMode(window=(3, 2, 2), stride=(2, 1, 1)),
+    "causal": AttentionMode(causal="frame"),
+    "chunks": AttentionMode(causal=2),
+    "causal window": AttentionMode(window=(2, 3, 1), stride=(1, 3, 1), causal="frame"),
+    "sink": AttentionMode(window=(2, 2, 2), causal="frame", sink=1),
+}
+TIMES = {"clip": (2,), "frame": (2, 5), "token": (2, 30)}
+
+
+def make(dtype=torch.float32):
+    torch.manual_seed(0)
+    dit = SoraDiT(DiTConfig(**SIZES))
+    torch.nn.init.normal_(dit.head.weight, std=0.3)
+    return dit.to(dtype)
+
+
+def drawn(times="clip", dtype=torch.float32, shape=SHAPE):
+    torch.manual_seed(1)
+    t = 1000 * torch.rand(TIMES[times])
+    return torch.randn(shape).to(dtype), t, torch.randn(shape[0], 7, 8).to(dtype)
+
+
+def loss_of(v):
+    return (v.float() * torch.linspace(-1, 1, v.numel()).view_as(v)).sum()
+
+
+def run(dit, inputs, mode, mesh=None, context=None):
+    """Velocity and gradients by name."""
+    dit.zero_grad()
+    with context or torch.enable_grad():
+        v = dit(*inputs, torch.tensor([7, 4]), attention=mode)
+    loss_of(v).backward()
+    if mesh is not None:
+        parallel.sum_gradients(dit.parameters(), mesh)
+    return {"velocity": v.detach()} | {name: p.grad.clone() for name, p in dit.named_parameters()}
+
+
+PAIR = [
+    *[("ring", mode, "clip") for mode in MODES], ("ring", "dense", "frame"), ("ring", "dense", "token"),
+    ("ring", "window", "frame"), ("ulysses", "dense", "frame"), ("ulysses", "causal window", "clip"),
+]  # fmt: skip
+FOUR = [("ring, ulysses", "dense", "frame"), ("ring, ulysses", "sink", "clip"), ("clips, ring", "window", "token")]
+
+
+def _on_two(rank, folder):
+    meshes = {name: init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in parallel.AXES}
+    dit, results = make(), {}
+    for name, mode, times in PAIR:
+        mesh = meshes[name]
+        results[name, mode, times] = run(dit, drawn(times), MODES[mode], mesh, parallel.over(dit, mesh))
+    mesh = meshes["ring"]
+    dit.checkpointing = True
+    results["checkpointed"] = run(dit, drawn(), MODES["dense"], mesh, parallel.over(dit, mesh))
+    results["sharded"] = sharded(make(), mesh)
+    half = make(torch.bfloat16)
+    results["bf16"] = run(half, drawn(dtype=torch.bfloat16), MODES["dense"], mesh, parallel.over(half, mesh))
+    refuses(dit, meshes, rank)
+    results["vae"] = coded(meshes["clips"])
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def _generate(rank, folder, command):
+    from sora_model.cli import app
+
+    app([*command, "--out", f"{folder}/together.mp4"], standalone_mode=False)
+
+
+def test_the_processes_of_torchrun_generate_one_clip_and_the_first_writes_it(tmp_path, tiny_checkpoint):
+    from sora_model.cli import app
+    from sora_model.media import read_video
+
+    command = ["generate", "a red ball moves up", "--weights", str(tiny_checkpoint), "--seconds", "1", "--steps", "2"]
+    in_ranks(_generate, 2, tmp_path, command)
+    app([*command, "--out", f"{tmp_path}/alone.mp4"], standalone_mode=False)
+    together, alone = (np.stack([*read_video(tmp_path / f"{name}.mp4")]).astype(int) for name in ("together", "alone"))
+    assert together.shape == alone.shape and together.std() > 5 and abs(together - alone).mean() < 0.1
+
+
+def _on_four(rank, folder):
+    dit, results = make(), {}
+    for names, mode, times in FOUR:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names.split(", "))
+        results[names, mode, times] = run(dit, drawn(times), MODES[mode], mesh, parallel.over(dit, mesh))
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def sharded(dit, mesh):
+    """FSDP over the ranks that share the tokens: it averages, so that the loss is multiplied."""
+    for block in dit.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(dit, mesh=mesh)
+    with parallel.over(dit, mesh):
+        v = dit(*drawn(), torch.tensor([7, 4]))
+    (mesh.size() * loss_of(v)).backward()
+    gradients = {name: p.grad.full_tensor() for name, p in dit.named_parameters()}
+    return {"velocity": v.detach()} | gradients
+
+
+def coded(mesh=None):
+    """Posterior and clip, whole and streamed, of tiles that share no size."""
+    torch.manual_seed(0)
+    vae = CausalVAE(VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
+    latents, video = torch.randn(1, 4, 3, 5, 3), torch.randn(1, 3, 5, 40, 24)
+    with torch.no_grad(), parallel.tiles_over(vae, mesh) if mesh else torch.no_grad():
+        if mesh:
+            ranks = Tiles(mesh.get_group(), mesh.get_local_rank(), 2)
+            (only,) = ranks.each(lambda n: torch.ones(1, 1, 1, 2, n), [3], [(2, 3)])
+            assert torch.equal(only, torch.ones(1, 1, 1, 2, 3))
+        streamed = torch.cat(list(vae.decode_stream(latents, chunk=1, tile=16)), 2)
+        return {"mean": vae.encode(video, tile=16)[0], "clip": vae.decode(latents, tile=16), "streamed": streamed}
+
+
+def refuses(dit, meshes, rank):
+    """What is wrong is told on every rank, and the next call runs."""
+    latents, t, text = drawn()
+    ring, ulysses = meshes["ring"], meshes["ulysses"]
+    with parallel.over(dit, ring):
+        dit(latents, t, text)
+        for name, given in {
+            "the values of latents": (latents[:, :, :4] + rank, t, text),
+            "the shape of latents": (latents[: 2 - rank], t, text),
+            "the shape of text": (latents, t, text[:, : 7 - rank]),
+        }.items():
+            given = (given[0], t[: len(given[0])], given[2][: len(given[0])])
+            with pytest.raises(ValueError, match=rf"same seed\): {name} is .* on rank 0, .* on rank 1"):
+                dit(*given)
+        with pytest.raises(ValueError, match="memory must be None inside of parallel.over"):
+            dit(latents, t, text, memory=Memory(2))
+        with pytest.raises(ValueError, match="ring=2 ranks need 2 frames or more; the clip has 1: take ring=1"):
+            dit(latents[:, :, :1], t, text, attention=MODES["causal"])
+        with pytest.raises(ValueError, match="divided already"), parallel.over(dit, ring):
+            pass
+        dit(latents, t, text)
+    with parallel.over(dit, meshes["clips"]), pytest.raises(ValueError, match="the batch has 1: take clips=1"):
+        dit(latents[:1], t[:1], text[:1])
+    odd = SoraDiT(DiTConfig(**SIZES | {"heads": 3}))
+    message = "ulysses=2 ranks must divide the 3 heads; 1, 3 would"
+    with pytest.raises(ValueError, match=message), parallel.over(odd, ulysses):
+        pass
+    with pytest.raises(TypeError, match="mesh must be a DeviceMesh"), parallel.over(dit, None):
+        pass
+    other = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    message = "some of the dimensions clips, ring, ulysses; got"
+    with pytest.raises(ValueError, match=message), parallel.over(dit, other):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("function", "world", "cases"),
+    [(_on_two, 2, [*PAIR, "checkpointed", "sharded", "bf16"]), (_on_four, 4, FOUR)],
+    ids=["two", "four"],
+)
+def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, world, cases):
+    in_ranks(function, world, tmp_path)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for results in parts if world == 2 else ():
+        torch.testing.assert_close(results["vae"], coded(), rtol=1e-5, atol=1e-5)
+    dit, known = make(), {}
+    for case in cases:
+        _, mode, times = case if isinstance(case, tuple) else (None, "dense", "clip")
+        if (mode, times) not in known:
+            known[mode, times] = run(dit, drawn(times), MODES[mode])
+        for rank, results in enumerate(parts):
+            for name, expected in known[mode, times].items():
+                error = (results[case][name].float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+                assert error < (0.05 if case == "bf16" else 2e-5), (case, rank, name, error.item())
+

@@ -1,0 +1,95 @@
+"""Training on several processes: the weights of one, and what happens when they disagree or one of them dies."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from in_ranks import in_ranks
+
+from sora_model.checkpoint import read_tensors
+from sora_model.fit import Settings, fit, generator_of, read_log
+from sora_model.ranks import RankError, started
+
+SETTINGS = Settings(steps=12, batch=5, lr=0.05, warmup=2, save_every=5, workers=1, ema=0.9)
+
+
+def batch_at(step):
+    x = torch.randn(5, 6, generator=generator_of(3, step))
+    return x, x.square().sum(1, keepdim=True)
+
+
+def train(run, settings=SETTINGS, loss=lambda error: error.square().mean()):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    return fit(module, batch_at, lambda x, y: loss(module(x) - y), settings, run, label="test", matrices=["0.weight"])
+
+
+def state_of(run):
+    return read_tensors(run / "state.safetensors", also=[torch.int64])
+
+
+def _together(rank, folder):
+    weights = train(f"{folder}/run", replace(SETTINGS, steps=7))
+    train(f"{folder}/run")  # resumed, of the same decay: the last steps of a run are others
+    torch.save(weights, f"{folder}/weights {rank}.pt")
+    with pytest.raises(ValueError, match="all processes must be started alike: seed is 0 on rank 0, 1 on rank 1"):
+        train(f"{folder}/unlike", replace(SETTINGS, seed=rank))
+    with pytest.raises(ValueError, match="batch=1 clips are fewer than the 2 processes; start fewer"):
+        train(f"{folder}/small", replace(SETTINGS, batch=1))
+    with pytest.raises(FloatingPointError) if rank == 0 else torch.enable_grad():
+        train(f"{folder}/diverged", loss=lambda error: error.sum() / 0)
+
+
+def test_processes_train_what_one_process_trains_and_go_on_from_its_state(tmp_path):
+    in_ranks(_together, 2, tmp_path)
+    train(tmp_path / "alone", replace(SETTINGS, steps=7, workers=2))
+    train(tmp_path / "alone", replace(SETTINGS, workers=2))
+    together, alone = (state_of(tmp_path / run) for run in ("run", "alone"))
+    assert int(together["step"]) == 12 and together.keys() == alone.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-7, msg=name)
+    losses = [[row["loss"] for row in read_log(tmp_path / run)] for run in ("run", "alone")]
+    assert len(losses[0]) > 1 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not (tmp_path / "unlike").exists() and not (tmp_path / "small").exists()
+
+
+def _one_dies(rank, folder):
+    steps = iter(range(99))
+
+    def loss(error):
+        if rank == 1 and next(steps) == 8:
+            os._exit(7)
+        return error.square().mean()
+
+    try:
+        train(f"{folder}/run", loss=loss)
+    except RankError as error:
+        Path(folder, "error").write_text(str(error))
+
+
+def test_a_process_that_dies_leaves_a_state_to_go_on_from(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
+        in_ranks(_one_dies, 2, tmp_path)
+    assert "rank 0 of 2 lost another process at step 8" in (tmp_path / "error").read_text()
+    assert int(state_of(tmp_path / "run")["step"]) == 8
+    train(tmp_path / "run")
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [10, 12]
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [(0, "rank 1, 2 of 3 did not come within 0:00:01.2"), (1, r"rank 0 of 3, at 127.0.0.1:\d+, did not come within")],
+)
+def test_who_does_not_come_is_named(monkeypatch, rank, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(RankError, match=said), started("cpu", minutes=0.02):
+        pass
