@@ -13,7 +13,9 @@ Device = Annotated[
     str | None, typer.Option(help="Where to compute.", show_default="cuda where there is a GPU, else cpu")
 ]
 Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
-Credentials = Annotated[bool, typer.Option("--credentials/--no-credentials", help="Sign what made the file into it.")]
+Credentials = Annotated[
+    bool, typer.Option("--credentials/--no-credentials", help="Sign what made the file into it, and mark the pixels.")
+]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`sora policy`, `sora verify` and `sora certs`: what may be asked for, where a file comes from, who signs."""
+"""`sora policy`, `verify`, `detect` and `certs`: what may be asked for, where a file comes from, who signs."""
 
 from __future__ import annotations
 
@@ -67,6 +67,32 @@ def verify(
     if altered and code == 0:
         code = _CODES[credentials.ANSWERS.index(credentials.ALTERED)]
     raise typer.Exit(code)
+
+
+def detect(
+    file: Annotated[Path, typer.Argument(help="A video file, however it was encoded, scaled, cut or mirrored.")],
+) -> None:
+    """Look for this installation's mark in FILE's pixels, and for the record of what it was made by.
+
+    Exit code 0: there is one. 5: none was found, which says nothing of where the clip comes from.
+    """
+    from .media import read_video
+    from .safety import credentials, store, watermark
+
+    found = watermark.detect(read_video(file))
+    if not found.present:
+        needed = f"z {found.z:.1f}, where {watermark.THRESHOLD:g} is needed"
+        say(out, f"{file.name}: no mark found ({needed}), which says nothing of where it comes from")
+        raise typer.Exit(5)
+    seen = f"at {found.scale:.3g} times the size" + (", mirrored" if found.mirrored else "")
+    say(out, f"{file.name}: marked by this installation: z {found.z:.1f}, p {found.p:.1g}, {seen}")
+    identity = found.identity(store.identities())
+    if identity is None:
+        return say(out, "  as what cannot be told: its bits are those of no record here, or of more than one")
+    record = store.find(identity)[0]
+    say(out, f"  as {record.title}, {record.made}, identity {identity:08x}; its record, of the pixels as they were:")
+    for line in _told(credentials.verify(file, manifest=record.manifest), 1):
+        say(out, line)
 
 
 def _told(verdict: Verdict, depth: int) -> Iterator[str]:

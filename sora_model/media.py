@@ -24,7 +24,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from .files import check_writable, write_atomically
 from .reader import MAX_FRAMES, MAX_PIXELS, SIZE_TAG, MediaError, VideoInfo, as_media_error, probe, read_video, show
-from .safety.credentials import Origin, sealer
+from .safety.credentials import Origin, mark, sealer
 
 __all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "check_target", "probe", "read_video", "write_video"]
 
@@ -52,7 +52,8 @@ def write_video(
                   after its frame); what is finer than 1/90000 s and off the grid of fps is rounded. The last frame
                   stays for 1 / fps
     pixel_aspect  the width of a pixel over its height, for a player to stretch the picture by
-    origin        what made it: the file is signed with that (`safety.credentials`), last of all
+    origin        what made it: the file is signed with that (`safety.credentials`), last of all, and the frames of a
+                  model are marked with it (`safety.watermark`)
 
     The file appears whole or not at all, as `files.write_atomically` has it: when ``frames`` raises, or the run is
     interrupted, nothing stays behind, an older file at ``path`` is as it was, and the exception goes on unchanged. The
@@ -76,8 +77,9 @@ def write_video(
         first = next(source, None)
         if first is None:
             raise MediaError(f"no frames to write to {show(path)}; give at least one")
-        images = itertools.chain([first], source)
-        _encode(path, part, _frame(first, None, 0).shape, images, _stamps(rate, times), rate, crf, aspect)
+        shape = _frame(first, None, 0).shape
+        images = (_frame(image, shape, i) for i, image in enumerate(itertools.chain([first], source)))
+        _encode(path, part, shape, mark(images, origin), _stamps(rate, times), rate, crf, aspect)
         if seal is not None:
             seal(part, origin)
     return Path(path)
@@ -107,8 +109,8 @@ def _encode(path, part: Path, shape, images, stamps, rate: Fraction, crf: int, a
         codec.time_base, codec.sample_aspect_ratio = tick, aspect
         # 1 is BT.709 for the first three and limited range for the last, in the numbering of ITU-T H.273.
         codec.colorspace = codec.color_primaries = codec.color_trc = codec.color_range = 1
-        for index, image in enumerate(images):
-            image = np.pad(_frame(image, shape, index), ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
+        for image in images:
+            image = np.pad(image, ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
             stamp = next(stamps)
             with as_media_error(failed):
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(

@@ -4,4 +4,6 @@ policy          rules in YAML for prompts, applied before anything is computed
 normalise       the readings of a prompt that they are applied to
 credentials     a signed record in every file of what made it, from what; and what such a record is worth
 certificates    who signs
+watermark       a mark in the pixels, for when the record is gone
+store           the records of what was signed here, by the identity of its mark
 """

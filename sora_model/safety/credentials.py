@@ -15,8 +15,9 @@ import functools
 import hashlib
 import json
 import os
+import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ import numpy as np
 from sora_kernels import __version__
 
 from .. import extras
-from . import certificates
+from . import certificates, store, watermark
 from .certificates import CredentialsError, Identity
 
 TRUSTED, UNKNOWN, ALTERED, NONE = ANSWERS = ("trusted", "signed by an unknown party", "altered", "no credentials")
 
+ALGORITHM = "org.sora-kernels.spread-spectrum.v1"  # unregistered
 _SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 _AGENT = {"name": "sora_model", "version": __version__}
 _signing = contextvars.ContextVar("signing", default=True)
@@ -72,10 +74,26 @@ class Origin:
             settings |= {"model": folder.resolve().name, "checkpoint_sha256": checkpoint_hash(folder)}
         return cls(settings, tuple(inputs))
 
+    @property
+    def identity(self) -> int:
+        """32 bits that name it in the pixels: equal origins have one."""
+        inputs = [one.identity if isinstance(one, Origin) else one.sha256 for one in self.inputs]
+        told = json.dumps([dict(self.settings), inputs, self.source], sort_keys=True)
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:4], "big")
+
+
+def mark(frames: Iterable[np.ndarray], origin: Origin | None) -> Iterable[np.ndarray]:
+    """Frames of a model with the mark of their origin in the pixels; others, and what is unsigned, as they are."""
+    return watermark.embed(frames, origin.identity) if _marks(origin) else frames
+
+
+def _marks(origin: Origin | None) -> bool:
+    return origin is not None and origin.source is None and _signing.get()
+
 
 @contextlib.contextmanager
 def signing(wanted: bool) -> Iterator[None]:
-    """Files written inside carry credentials, as by default, or none, and each of those is warned of."""
+    """Files written inside carry credentials and mark, as by default, or neither, and each of those is warned of."""
     token = _signing.set(wanted)
     try:
         yield
@@ -103,8 +121,11 @@ def sealer(title: str) -> Callable[[Path, Origin], bytes] | None:
 
 def _seal(c2pa: Any, identity: Identity, title: str, file: Path, origin: Origin) -> bytes:
     actions, ingredients = _history(origin)
+    assertions: list[dict[str, Any]] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
+    if _marks(origin):
+        blocks = [{"scope": {}, "value": f"{origin.identity:08x}"}]
+        assertions.append({"label": "c2pa.soft-binding", "data": {"alg": ALGORITHM, "blocks": blocks}})
     with _context(c2pa, identity.anchors) as context:
-        assertions = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
         record = {"claim_generator_info": [_AGENT], "title": title, "format": "video/mp4", "assertions": assertions}
         signed = file.with_name("signed")
         with _as_error(c2pa, f"cannot sign {title}"), c2pa.Builder(record, context=context) as builder:
@@ -114,6 +135,11 @@ def _seal(c2pa: Any, identity: Identity, title: str, file: Path, origin: Origin)
             with _signer(c2pa, identity) as signer, open(file, "rb") as source, open(signed, "w+b") as target:
                 manifest = builder.sign(signer, "video/mp4", source, target)
         signed.replace(file)
+    if _marks(origin):
+        try:
+            store.keep(origin.identity, title, manifest)
+        except (sqlite3.Error, OSError) as error:
+            warnings.warn(f"{title} cannot be found again by its mark: its record is not kept: {error}", stacklevel=4)
     return manifest
 
 
@@ -183,8 +209,11 @@ class Verdict:
             yield from one.altered_inputs()
 
 
-def verify(path: str | os.PathLike[str], *, anchors: str | None = None) -> Verdict:
-    """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root.
+def verify(
+    path: str | os.PathLike[str], *, anchors: str | None = None, manifest: bytes | None = None
+) -> Verdict:
+    """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root;
+    `manifest`: a record that is kept elsewhere, instead of the file's own.
 
     "trusted": signed by whom an anchor vouches for, and not a byte altered since. "signed by an unknown party": not
     altered, but anyone can sign. "altered": the record is not that of this file. Raises `CredentialsError` for a file
@@ -203,7 +232,7 @@ def verify(path: str | os.PathLike[str], *, anchors: str | None = None) -> Verdi
     with _context(c2pa, anchors) as context, open(path, "rb") as file:
         with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
             try:
-                reader = c2pa.Reader(kind, file, context=context)
+                reader = c2pa.Reader(kind, file, manifest, context=context)
             except c2pa.C2paError.ManifestNotFound:
                 return Verdict(path.name, NONE)
             with reader:

@@ -1,0 +1,165 @@
+"""The mark in the pixels: found by its key alone, through what takes records away, and never where it is not."""
+
+from __future__ import annotations
+
+import stat
+
+import numpy as np
+import pytest
+
+from sora_model import Clip, cli, media, world
+from sora_model.safety import certificates, credentials, store, watermark
+from sora_model.safety.credentials import Origin
+
+KEY, IDENTITY = b"k" * 32, 0x1234ABCD
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return np.asarray(world.sample(1, frames=9, size=(128, 128)).video)
+
+
+@pytest.fixture(scope="module")
+def marked(plain) -> np.ndarray:
+    return np.stack(list(watermark.embed(plain, IDENTITY, key=KEY)))
+
+
+def test_the_tiles_are_orthogonal_and_differ_from_key_to_key():
+    sync, codes = watermark._patterns(KEY)
+    tiles = np.concatenate([sync[None], codes]).reshape(watermark.BITS + 1, -1) / watermark.TILE
+    assert np.abs(tiles @ tiles.T - np.eye(watermark.BITS + 1)).max() < 1e-5
+    other = watermark._patterns(b"K" * 32)[0]
+    assert abs(float((sync * other).mean())) < 0.3 and np.abs(tiles.mean(1)).max() < 1e-6
+
+
+def test_the_mark_is_faint_and_found_by_its_key_alone(plain, marked):
+    assert np.abs(marked.astype(int) - plain).max() <= 12
+    psnr = 10 * np.log10(255**2 / np.square(marked.astype(float) - plain).mean())
+    assert psnr > 38
+    found = watermark.detect(marked, key=KEY)
+    assert found.present and found.z > 8 and found.p < 1e-10 and (found.scale, found.mirrored) == (1.0, False)
+    for frames, key in ((plain, KEY), (marked, b"K" * 32), (marked, b"")):
+        unseen = watermark.detect(frames, key=key)
+        assert not unseen.present and unseen.z < 5.5 and unseen.p > 1e-4 and unseen.identity([IDENTITY]) is None
+
+
+def test_the_mark_is_the_formula(plain):
+    """Of one frame, pixel by pixel, from its definition."""
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (19, 13, 3), dtype=np.uint8)
+    mark = rng.normal(0, 3, (19, 13)).astype(np.float32)
+    import torch
+
+    expected = np.empty_like(frame)
+    for row in range(19):
+        for column in range(13):
+            block = frame[row // 8 * 8 : row // 8 * 8 + 8, column // 8 * 8 : column // 8 * 8 + 8, 1].astype(float)
+            gain = 1 + min(block.std() / 8, 1) / 2
+            expected[row, column] = np.clip(np.round(frame[row, column] + gain * mark[row, column]), 0, 255)
+    ours = watermark.apply(torch.from_numpy(frame), torch.from_numpy(mark)).numpy()
+    assert np.abs(ours.astype(int) - expected).max() <= 1 and (ours != expected).mean() < 0.01
+
+
+def encoded(frames, path, crf=23):
+    media.write_video(path, frames, crf=crf)
+    return np.stack(list(media.read_video(path)))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda frames, path: encoded(frames, path, 28),
+        lambda frames, path: encoded(frames[:, 11:, 5:], path),
+        lambda frames, path: encoded(frames[:, :, ::-1], path),
+        lambda frames, path: encoded(frames[::3], path),
+        lambda frames, path: encoded(frames // 2, path),
+        lambda frames, path: np.repeat(np.repeat(frames, 2, 1), 2, 2),
+    ],
+    ids=["crf 28", "cut", "mirrored", "a third of the frames", "half as bright", "twice the size"],
+)
+def test_it_survives_what_takes_a_record_away(marked, tmp_path, attack):
+    found = watermark.detect(attack(marked, tmp_path / "a.mp4"), key=KEY)
+    assert found.present, found
+    others = np.random.default_rng(0).integers(0, 2**32, 200).tolist()
+    assert found.identity([*others, IDENTITY]) == IDENTITY
+
+
+def test_an_identity_is_told_beyond_a_margin_only(marked):
+    found = watermark.detect(marked, key=KEY)
+    assert found.identity([]) is None and found.identity([IDENTITY ^ 0xFFFF0000]) is None
+    assert found.identity([IDENTITY, IDENTITY ^ 1]) is None, "two that differ in one bit cannot be told apart"
+    assert found.identity([IDENTITY, IDENTITY ^ 0xFF]) == IDENTITY
+    weak = watermark.Detection(watermark.THRESHOLD - 0.1, 1e-3, 1.0, False, found.bits)
+    assert not weak.present and weak.identity([IDENTITY]) is None
+
+
+def test_no_unmarked_clip_is_marked_and_p_is_no_less_than_its_share():
+    """Small clips, many keys: p is a bound, so at most about so many of them lie below it."""
+    found = []
+    for seed in range(3):
+        rest = watermark.residual(world.sample(seed, frames=3, size=(64, 64)).video)
+        found += [watermark.search(rest, f"{seed} {key}".encode()) for key in range(10)]
+    assert max(one.z for one in found) < watermark.THRESHOLD - 0.5
+    assert sum(one.p < 0.05 for one in found) <= 4 and 3 < np.median([one.z for one in found]) < 5
+
+
+def test_the_key_is_made_once_and_its_owner_alone_reads_it(monkeypatch, tmp_path):
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "new"))
+    key = watermark.secret()
+    path = tmp_path / "new" / "watermark.key"
+    assert len(key) == 32 and watermark.secret() == key and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(p.name for p in path.parent.iterdir()) == [".gitignore", "watermark.key"]
+
+
+@pytest.mark.parametrize("frames", [[], [np.zeros((8, 64, 3), np.uint8)]], ids=["none", "too small"])
+def test_what_cannot_hold_a_mark_is_one_error(frames):
+    with pytest.raises(ValueError, match="no frames to look for|64x8 are too small"):
+        watermark.detect(frames, key=KEY)
+
+
+def test_what_a_model_made_is_marked_and_nothing_else_is(tmp_path, plain):
+    for name, origin, kept in (("a", Origin({"seed": 1}), False), ("b", Origin(source="algorithmicMedia"), True),
+                               ("c", None, True)):  # fmt: skip
+        media.write_video(tmp_path / f"{name}.mp4", plain, origin=origin)
+        assert watermark.detect(media.read_video(tmp_path / f"{name}.mp4")).present is not kept, name
+    with credentials.signing(False), pytest.warns(UserWarning, match="without credentials"):
+        media.write_video(tmp_path / "d.mp4", plain, origin=Origin({"seed": 1}))
+    assert not watermark.detect(media.read_video(tmp_path / "d.mp4")).present
+    assert Origin({"seed": 1}).identity == Origin({"seed": 1}).identity != Origin({"seed": 2}).identity
+
+
+def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, capsys):
+    pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
+
+    def sora(*arguments):
+        monkeypatch.setattr("sys.argv", ["sora", *arguments])
+        for stream, stderr in (("out", False), ("err", True)):
+            monkeypatch.setattr(f"sora_model.cli_safety.{stream}", cli.console(stderr=stderr, width=300))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+            raise SystemExit(0)
+        return end.value.code or 0, capsys.readouterr().out
+
+    clips = [Clip(plain, 8, "a ring", seed, 2, 3.0) for seed in range(3)]
+    for seed, clip in enumerate(clips):
+        clip.save(f"{seed}.mp4")
+    media.write_video("stripped.mp4", media.read_video("1.mp4"), crf=23)
+    media.write_video("plain.mp4", plain)
+    assert credentials.verify("stripped.mp4").answer == credentials.NONE and len(store.identities()) == 3
+    assert credentials.verify("1.mp4").binding in {f"{one:08x}" for one in store.identities()}
+    code, out = sora("detect", "stripped.mp4")
+    assert code == 0 and out.startswith("stripped.mp4: marked by this installation: z ")
+    assert "  as 1.mp4, 20" in out and "\n    c2pa.created trainedAlgorithmicMedia" in out and "seed 1" in out
+    assert "altered, by sora local (assertion.bmffHash.mismatch)" in out
+    code, out = sora("detect", "plain.mp4")
+    assert code == 5 and "no mark found" in out and "says nothing of where it comes from" in out
+    (tmp_path / "home" / "manifests.sqlite").unlink()
+    code, out = sora("detect", "stripped.mp4")
+    assert code == 0 and "as what cannot be told" in out
+    (tmp_path / "home" / "manifests.sqlite").unlink()
+    (tmp_path / "home" / "manifests.sqlite").mkdir()
+    with pytest.warns(UserWarning, match="its record is not kept: unable to open"):
+        clips[0].save("again.mp4")
+    assert credentials.verify("again.mp4").answer == credentials.TRUSTED
