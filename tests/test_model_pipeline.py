@@ -173,7 +173,7 @@ def test_a_saved_clip_reads_back_and_the_streamed_frames_are_the_same(toy, tmp_p
     frames = np.stack(list(media.read_video(tmp_path / "a.mp4")))
     assert np.abs(frames.astype(int) - clip.frames).mean() < 4
     written = []
-    keep = lambda path, frames, fps: written.append((path, np.stack(list(frames)), fps))  # noqa: E731
+    keep = lambda path, frames, fps, **_: written.append((path, np.stack(list(frames)), fps))  # noqa: E731
     monkeypatch.setattr(media, "write_video", keep)
     toy.generate_to(tmp_path / "b.mp4", "a white circle bounces", steps=3, seed=2)
     path, streamed, fps = written[0]
@@ -478,7 +478,7 @@ def test_generate_to_never_holds_the_clip(tiny_checkpoint, tmp_path, monkeypatch
         most.append(alive(videos))
         return video
 
-    monkeypatch.setattr(media, "write_video", lambda path, frames, fps: write(path, watched(frames), fps))
+    monkeypatch.setattr(media, "write_video", lambda path, frames, fps, **o: write(path, watched(frames), fps, **o))
     monkeypatch.setattr(CausalVAE, "_decode", decoded)
     with pytest.warns(UserWarning, match="trained on"):
         sora.generate_to(tmp_path / "a.mp4", "a red circle", steps=1, size=(16, 16), seconds=60, fps=2)
