@@ -92,7 +92,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-        raise CheckpointError(f"{file} is not valid JSON ({error}); copy the checkpoint again") from error
+        told = _recognised(file) or f"is not valid JSON ({error}); copy the checkpoint again"
+        raise CheckpointError(f"{file} {told}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, but holds a {type(value).__name__}")
     return value
@@ -169,6 +170,8 @@ def wan_weights(folder: Path) -> list[Path]:
     if not found:
         if pickles := [name for name in names if Path(name).suffix.lower() in PICKLES]:
             raise CheckpointError(_pickle_reason(folder / pickles[0]))
+        if quantised := [name for name in names if name.lower().endswith(".gguf")]:
+            raise CheckpointError(f"{folder / quantised[0]} {_SIGNS[b'GGUF']}")
         raise CheckpointError(
             f"{folder} holds no *.safetensors file, or shards without their index, only {_names(folder)}; "
             "copy the weights there"
@@ -269,10 +272,28 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(file, framework="pt") as source:
             yield source
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} ({file.stat().st_size} bytes) is not a whole safetensors file: {error}; "
-            "it is truncated or of another format, so copy or convert it again"
-        ) from error
+        told = _recognised(file) or (
+            f"is not a whole safetensors file: {error}; it is truncated or of another format, so copy or convert it "
+            "again"
+        )
+        raise CheckpointError(f"{file} ({file.stat().st_size} bytes) {told}") from error
+
+
+_SIGNS = {  # how files begin that are often found in the place of others
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run `git lfs pull` in its folder",
+    b"GGUF": "is a GGUF file, whose quantised weights are not read here: take the model's safetensors",
+    b"PK\x03\x04": "is a zip archive, as PyTorch's pickles are, which are refused: take the model's safetensors",
+    b"<": "is a web page, as a download that failed leaves it: download the file again",
+}
+
+
+def _recognised(file: Path) -> str | None:
+    try:
+        with file.open("rb") as source:
+            start = source.read(64).lstrip()
+    except OSError:
+        return None
+    return next((told for sign, told in _SIGNS.items() if start.startswith(sign)), None)
 
 
 def _make_folder(path: str | os.PathLike[str]) -> None:

@@ -62,9 +62,14 @@ def info(weights: Weights = "toy") -> None:
     """What runs on this machine, and what a checkpoint holds."""
     from sora_kernels import info as kernels
 
+    from . import wan
+    from .checkpoint import read_json
     from .pipeline import Sora
 
     kernels.main([])
+    index = Path(weights) / "model_index.json"
+    if index.is_file() and (known := read_json(index)).get("_class_name") in wan.PIPELINES:
+        return _wan_info(Path(weights), known)
     sora = Sora.from_pretrained(weights)
     table = Table(title=plain(f"checkpoint {weights}"))
     table.add_column("part")
@@ -82,6 +87,26 @@ def info(weights: Weights = "toy") -> None:
     say(out, f"made for {width}x{height}, {sora.defaults.frames} frames at {sora.defaults.fps:g} per second")
     if words := sora.text.words:
         say(out, f"it knows {len(words)} words: {', '.join(words)}")
+
+
+def _wan_info(folder: Path, index: dict[str, Any]) -> None:
+    """Of a checkpoint that is too large to be loaded for that."""
+    import torch
+
+    from . import machine, wan
+
+    model, parts = wan.inspect(folder, index)
+    table = Table(title=plain(f"checkpoint {folder}"))
+    for name in ("part", "parameters", "on disk"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for part in parts:
+        table.add_row(part.name, f"{part.parameters:,}", machine.gib(part.bytes))
+    out.print(table)
+    say(out, model)
+    whole, largest = sum(part.bytes for part in parts), max(part.bytes for part in parts)
+    free = machine.gib(machine.available(torch.device("cpu")))
+    say(out, f"weights as stored: {machine.gib(whole)} in memory, of which {free} are free;")
+    say(out, f"on a GPU the same together, or {machine.gib(largest)} where the parts take turns (offload)")
 
 
 @app.command()

@@ -33,6 +33,12 @@ def _write(
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)] = None,
+    negative: Annotated[str, typer.Option(help="What the guidance leads away from.")] = "",
+    shift: Annotated[float | None, typer.Option(help="Of the times toward noise.", show_default=OWN)] = None,
+    loras: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="FILE or FILE:WEIGHT; of two experts, FILE:WEIGHT:high or :low. Any number."),
+    ] = None,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -47,7 +53,7 @@ def _write(
 
     Under torchrun all processes make one clip, and the first of them writes it.
     """
-    from . import parallel, ranks
+    from . import lora, parallel, ranks
     from .machine import check_impl
     from .media import check_target
     from .pipeline import Sora
@@ -58,6 +64,7 @@ def _write(
         check_prompt(prompt)
         options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention)
         options |= {"impl": impl, "size": None if size is None else parse_size(size)}
+        options |= {"negative": negative, "shift": shift}
         check_impl(impl)
         if to == _TO:
             to.parent.mkdir(exist_ok=True)
@@ -66,6 +73,9 @@ def _write(
         with ranks.started(device) as own, ranks.spare(to) as (first, to):
             with err.status("loading the checkpoint"):
                 sora = Sora.from_pretrained(weights, device=own)
+                for text in loras or ():
+                    file, weight, expert = lora.parse(text)
+                    sora.load_lora(file, weight, expert=expert)
             guided = (sora.defaults.guidance if guidance is None else guidance) != 1
             with bars(err) as progress, parallel.sampling(sora.dit, sora.vae, guided=guided):
                 said = make(sora, to, prompt, progress=progress if first else None, **options)

@@ -143,6 +143,29 @@ class DiTConfig:
             sizes["out_channels"] = config.get("in_channels", cls.in_channels)
         return cls(**{name: value for name, value in sizes.items() if name in known})
 
+    @classmethod
+    def of_weights(cls, shapes: Mapping[str, tuple[int, ...]], *, heads: int | None = None) -> DiTConfig:
+        """From the weights' shapes, by our names, as Wan's own files come: without a config, with heads of 128.
+
+        ValueError where they are not those of a Wan transformer.
+        """
+        try:
+            dim, in_channels, *patch = shapes["patch_embedding.weight"]
+            sizes = {
+                "dim": dim, "in_channels": in_channels, "patch": tuple(patch), "heads": heads or dim // 128,
+                "layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
+                "ffn_dim": shapes["blocks.0.ffn.0.weight"][0], "text_dim": shapes["text_embedding.0.weight"][1],
+                "freq_dim": shapes["time_embedding.0.weight"][1],
+                "out_channels": shapes["head.weight"][0] // math.prod(patch),
+                "cross_attn_norm": "blocks.0.cross_norm.weight" in shapes,
+            }  # fmt: skip
+            if "image_embedding.norm_in.weight" in shapes:
+                sizes["image_dim"] = shapes["image_embedding.norm_in.weight"][0]
+                sizes["image_tokens"] = shapes.get("image_embedding.place", (1, None))[1]
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"not the weights of a Wan transformer: {error} is missing or of another shape") from error
+        return cls(**sizes)
+
 
 # fields without a size of ours; rope_max_seq_len is how long diffusers makes its tables of angles, ours need none
 _OTHERS = ("attention_head_dim", "qk_norm", "added_kv_proj_dim", "rope_max_seq_len")
@@ -444,26 +467,36 @@ class SoraDiT(nn.Module):
 
     @classmethod
     def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:
-        """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in.
+        """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in; or as Wan's
+        own safetensors, a directory of theirs or one file.
 
-        The weights are copied, in the dtypes they have, or in `dtype` save those that Wan keeps in fp32.
+        The weights are in the dtypes they have, or in `dtype` save those that Wan keeps in fp32; a module's are copied,
+        a file's are mapped into memory where they keep their dtype.
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for another class, however
         much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
         """
         # the model itself needs no safetensors
-        from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_wan_directory
+        from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_tensors, read_wan_directory
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
         is_module = isinstance(source, nn.Module)
         if is_module:
             sizes, state = checks.config_of(source, "WanTransformer3DModel", "forward"), source.state_dict()
+        elif Path(source).is_file():
+            sizes, state = {"_class_name": _ORIGINAL}, read_tensors(source)
         else:
             sizes, state = read_wan_directory(source)
-        config, where = DiTConfig.from_wan(sizes), type(source).__name__ if is_module else str(source)
-        given = {_name_from_wan(name): value.detach() for name, value in state.items() if "norm_added_q" not in name}
+        where = type(source).__name__ if is_module else str(source)
+        if any("lora_" in name for name in state):
+            raise CheckpointError(f"{where} is a LoRA, which changes a model's weights: load the model, then load_lora")
+        given = {own_name(name): value.detach() for name, value in state.items() if "norm_added_q" not in name}
         check_dtypes({name: value.dtype for name, value in given.items()}, where)
         shapes = {name: tuple(value.shape) for name, value in given.items()}
+        if sizes.get("_class_name") == _ORIGINAL:
+            config = DiTConfig.of_weights(shapes, heads=sizes.get("num_heads"))
+        else:
+            config = DiTConfig.from_wan(sizes)
         wanted = planned_shapes(cls, config, shapes.values(), where)
         if unfit := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
             raise CheckpointError(
@@ -471,14 +504,14 @@ class SoraDiT(nn.Module):
                 f"the first being {unfit[0]!r}; take both from one model"
             )
         for name, value in given.items():
-            given[name] = value.to(_kept_in(name, dtype) if dtype else value.dtype, copy=True)
+            given[name] = value.to(_kept_in(name, dtype) if dtype else value.dtype, copy=is_module)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(given, assign=True)
         return model
 
 
-_NAMES_FROM_WAN = {
+_NAMES_FROM_WAN = {  # those of diffusers, then those of Wan's own files that differ from ours; in this order
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -502,6 +535,18 @@ _NAMES_FROM_WAN = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "proj_out": "head",
+    "attn.k_img": "attn.k_image",
+    "attn.v_img": "attn.v_image",
+    "attn.norm_k_img.weight": "attn.norm_k_image",
+    "norm3.": "cross_norm.",
+    "img_emb.proj.0": "image_embedding.norm_in",
+    "img_emb.proj.1": "image_embedding.ffn.0",
+    "img_emb.proj.3": "image_embedding.ffn.2",
+    "img_emb.proj.4": "image_embedding.norm_out",
+    "img_emb.emb_pos": "image_embedding.place",
+    "head.head": "head",
+    "head.modulation": "head_table",
+    "modulation": "table",
 }
 
 
@@ -511,7 +556,12 @@ def _kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-def _name_from_wan(name: str) -> str:
+_ORIGINAL = "WanModel"
+
+
+def own_name(name: str) -> str:
+    """Our name of a weight of diffusers' WanTransformer3DModel, or of Wan's own files."""
+    name = name.removeprefix("model.").removeprefix("diffusion_model.")
     for theirs, ours in _NAMES_FROM_WAN.items():
         name = name.replace(theirs, ours)
     return "head_table" if name == "scale_shift_table" else name.replace("scale_shift_table", "table")

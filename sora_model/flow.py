@@ -72,6 +72,11 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
+def pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
+    """Guidance of the two transformers that a model may have, of much noise and of little."""
+    return guidance if isinstance(guidance, tuple) else (guidance, guidance)
+
+
 def guided(
     model: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
     prompt: tuple[Tensor, Tensor | None],

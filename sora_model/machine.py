@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import nn
 
 from sora_kernels import _dispatch, _library
 
@@ -89,6 +90,47 @@ def _read(name: str) -> str:
         return (_ROOT / name).read_text()
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+class Turns:
+    """The parts of a model that take turns on a device; called with one before it is at work. Without parts all stay.
+
+    What leaves the device is dropped there: its weights are kept where they came from, in files mapped into memory too.
+    """
+
+    def __init__(self, device: torch.device, parts: Sequence[object] = ()) -> None:
+        self.device = device
+        self._modules = {id(part): getattr(part, "model", part) for part in parts}  # an encoder of text holds a model
+        self._here, self._home = None, []
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest part: what must be left for it on the device."""
+        return max((sum(t.nbytes for t in _tensors(module)) for module in self._modules.values()), default=0)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all parts."""
+        return sum(t.nbytes for module in self._modules.values() for t in _tensors(module))
+
+    def __call__(self, part: object) -> None:
+        module = self._modules.get(id(part))
+        if module is None or module is self._here:
+            return
+        self.leave()
+        self._here, self._home = module, [(t, t.data) for t in _tensors(module)]
+        for tensor, data in self._home:
+            tensor.data = data.to(self.device)
+
+    def leave(self) -> None:
+        """The device is free of them."""
+        for tensor, data in self._home:
+            tensor.data = data
+        self._here, self._home = None, []
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def gib(size: int) -> str:

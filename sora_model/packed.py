@@ -111,6 +111,8 @@ def generate(
     """
     if not requests:
         raise ValueError("requests must be at least one")
+    if sora.second is not None or sora.sees_frames:
+        raise ValueError("clips are drawn together by checkpoints of one transformer, from text; draw these one by one")
     for i, request in enumerate(requests):
         if unknown := request.keys() - {"prompt", "seconds", "size", "fps", "seed"}:
             raise TypeError(f"request {i} takes prompt, seconds, size, fps and seed; got {sorted(unknown)[0]!r}")
@@ -128,6 +130,7 @@ def generate(
         clips = []
         for plan, latent in zip(plans, latents, strict=True):
             sora.vae.impl = impl
+            sora.turns(sora.vae)
             video = sora.vae.decode_stream([sora.vae.denormalize(latent[None])], clamp=False, tile=plan.tile)
             frames = np.concatenate([to_pixels(part, impl) for part in video])[: plan.frames]
             clips.append(sora._clip(plan, frames))
@@ -140,6 +143,7 @@ def _draw(sora: Sora, plans: Sequence[Any], impl: str, progress: Progress | None
     """Normalised latents of the plans."""
     guidance, dtype = plans[0].guidance, sora.dit.patch_embedding.weight.dtype
     twice = 1 if guidance == 1 else 2  # the second time without the prompt
+    sora.turns(sora.text)
     text, lens = sora.text.encode([plan.prompt for plan in plans] + [""] * len(plans) * (twice - 1))
     text = text.to(sora.device, dtype)
     lens = lens.to(sora.device) if sora.text.masks_padding else None
@@ -154,11 +158,12 @@ def _draw(sora: Sora, plans: Sequence[Any], impl: str, progress: Progress | None
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         clips = [part.to(dtype) for part in parts(x)] * twice
-        v = packed(sora.dit, clips, [flow.TIME_SCALE * t.float()] * len(clips), text, lens, impl=impl)
+        v = packed(sora.dit, clips, [(flow.TIME_SCALE * t).float()] * len(clips), text, lens, impl=impl)
         v = torch.cat([part.float().flatten() for part in v])[None]
         toward, away = v.chunk(2, 1) if twice == 2 else (v, v)
         return torch.lerp(away, toward, guidance)
 
     told = None if progress is None else lambda done, total: progress("denoise", done, total)
     flat = torch.cat([part.flatten() for part in noise])[None]
-    return parts(flow.sample(velocity, flat, steps=plans[0].steps, shift=sora.defaults.shift, progress=told))
+    sora.turns(sora.dit)
+    return parts(sora.solver(velocity, flat, steps=plans[0].steps, shift=plans[0].shift, progress=told))

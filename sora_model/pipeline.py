@@ -10,12 +10,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import math
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, estimate, flow, machine, media
+from . import checks, flow, lora, machine, media, planning, wan
 from .attention import AttentionMode
 from .checkpoint import (
     CheckpointError,
@@ -37,10 +34,12 @@ from .checkpoint import (
 )
 from .dit import DiTConfig, SoraDiT
 from .frames import to_pixels
-from .machine import TooLargeError, choose_device, gib
+from .image import ImageEncoder
+from .machine import TooLargeError, Turns, choose_device, gib
+from .planning import Plan, Planning
 from .safety.credentials import Origin
 from .sampling import Sampler
-from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder, check_prompt
+from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
 from .vae import CausalVAE, VAEConfig
 from .verbs import Verbs
 
@@ -49,9 +48,6 @@ TOY = Path(__file__).parent / "checkpoints" / "toy"
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called as a clip is made."""
 
-_LONG = ("once", "stream", "pieces")
-_CHUNK = 4  # frames that a stream makes at once
-_MAX_SIDE, _MAX_STEPS, _MAX_FRAMES = 8192, 10_000, 10_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARTS = {
     "transformer": (SoraDiT, DiTConfig),
@@ -62,13 +58,16 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What a checkpoint was trained for, and how it is best sampled. `size` is (height, width)."""
+    """What a checkpoint was trained for, and how it is best sampled. `size` is (height, width).
+
+    guidance  one number, or two: of the transformer for much noise, and of that for little
+    """
 
     frames: int
     size: tuple[int, int]
     fps: float
     steps: int
-    guidance: float
+    guidance: float | tuple[float, float]
     shift: float
 
     def __post_init__(self) -> None:
@@ -76,11 +75,12 @@ class Defaults:
         if len(self.size) != 2:
             raise ValueError(f"size must be two numbers, the height and the width; got {self.size}")
         for side in self.size:
-            checks.whole("size", side, 1, _MAX_SIDE)
-        checks.whole("frames", self.frames, 1, _MAX_FRAMES)
-        checks.whole("steps", self.steps, 1, _MAX_STEPS)
+            checks.whole("size", side, 1, planning.MAX_SIDE)
+        checks.whole("frames", self.frames, 1, planning.MAX_FRAMES)
+        checks.whole("steps", self.steps, 1, planning.MAX_STEPS)
         checks.number("fps", self.fps, 0.1, 1000)
-        checks.number("guidance", self.guidance, -100, 100)
+        for guidance in flow.pair(self.guidance):
+            checks.number("guidance", guidance, -100, 100)
         checks.number("shift", self.shift, 1e-3, 1e3)
 
 
@@ -93,7 +93,7 @@ class Clip:
     prompt: str
     seed: int
     steps: int
-    guidance: float
+    guidance: float | tuple[float, float]
     origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -106,7 +106,8 @@ class Clip:
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
         length = f"{count} frames of {width}x{height}, {count / self.fps:.3g} s"
-        return f"Clip({self.prompt!r}: {length}, seed {self.seed}, {self.steps} steps, guidance {self.guidance:g})"
+        guidance = " and ".join(f"{g:g}" for g in dict.fromkeys(flow.pair(self.guidance)))
+        return f"Clip({self.prompt!r}: {length}, seed {self.seed}, {self.steps} steps, guidance {guidance})"
 
     def _repr_html_(self) -> str:
         """The clip itself, playing in a notebook."""
@@ -121,20 +122,45 @@ class Clip:
         )
 
 
-class Sora(Verbs):
-    """A text-to-video model ready to use. Build it by `from_pretrained`."""
+class Sora(Verbs, Planning):
+    """A text-to-video model ready to use. Build it by `from_pretrained`.
+
+    second, boundary  a transformer that takes over from `dit` below a time, 0 to 1: Wan 2.2's expert of little noise
+    image             the encoder of the image that `dit` sees beside the text, where it sees one
+    solver            integrates the velocity; None: Euler's steps
+    """
 
     folder: Path | None = None
     """Where the checkpoint was read from."""
 
     def __init__(
-        self, dit: SoraDiT, vae: CausalVAE, text: WordTextEncoder | UMT5TextEncoder, defaults: Defaults
+        self,
+        dit: SoraDiT,
+        vae: CausalVAE,
+        text: WordTextEncoder | UMT5TextEncoder,
+        defaults: Defaults,
+        *,
+        second: SoraDiT | None = None,
+        boundary: float = 0.0,
+        image: ImageEncoder | None = None,
+        solver: Callable[..., Tensor] | None = None,
     ) -> None:
         self.dit, self.vae, self.text, self.defaults = dit, vae, text, defaults
-        if dit.config.in_channels != vae.config.z_dim or dit.config.out_channels != vae.config.z_dim:
+        self.second, self.boundary, self.image, self.solver = second, boundary, image, solver or flow.sample
+        self._turns: Turns | None = None
+        self._loras = [lora.LoRAs(part) for part in (dit, second) if part is not None]
+        latents, given = vae.config.z_dim, vae.config.z_dim + vae.config.temporal_factor
+        if dit.config.in_channels not in (latents, latents + given) or dit.config.out_channels != latents:
             raise CheckpointError(
                 f"the transformer works on {dit.config.in_channels} -> {dit.config.out_channels} latent channels, "
-                f"the VAE has {vae.config.z_dim}: they are parts of different checkpoints"
+                f"the VAE has {latents}: they are parts of different checkpoints"
+            )
+        if second is not None and second.config != dit.config:
+            raise CheckpointError("the two transformers are not of one size: they are parts of different checkpoints")
+        if dit.config.image_dim != (image and image.dim):
+            raise CheckpointError(
+                f"the transformer sees an image of width {dit.config.image_dim}, the image encoder gives "
+                f"{image and image.dim}: they are parts of different checkpoints"
             )
         if dit.config.text_dim != text.dim:
             raise CheckpointError(
@@ -149,15 +175,18 @@ class Sora(Verbs):
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        offload: bool | None = None,
     ) -> Sora:
-        """Loads a checkpoint folder: one written by `save_pretrained`, "toy" for the shipped one, or Wan 2.1's in
-        the diffusers layout.
+        """Loads a checkpoint folder: one written by `save_pretrained`, "toy" for the shipped one, or one of Wan 2.1 or
+        2.2 in the diffusers layout, from text or from images.
 
         A Wan folder (Wan2.1-T2V-1.3B-Diffusers, say) has transformer/, vae/, text_encoder/, tokenizer/, scheduler/
-        and model_index.json. `device` defaults to a GPU where there is one; `dtype`, of the transformer, to fp32, for
-        Wan on a GPU to bf16. In half precision some weights stay in fp32, as Wan keeps them. Only local safetensors
-        are read. Raises `CheckpointError` for what is missing, damaged, unsafe or of another model, `TooLargeError`
-        for weights that do not fit in memory, TypeError for another dtype.
+        and model_index.json; models of two experts, or that see an image, have folders for these too. `device` defaults
+        to a GPU where there is one; `dtype`, of the transformer, to fp32, for Wan on a GPU to bf16. In half precision
+        some weights stay in fp32, as Wan keeps them. With `offload` the parts take turns on the device, each there only
+        while it is at work; None: where they do not all fit. Only local safetensors are read. Raises `CheckpointError`
+        for what is missing, damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory,
+        TypeError for another dtype.
         """
         if dtype is not None and dtype not in _DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None; got {dtype!r}")
@@ -168,7 +197,8 @@ class Sora(Verbs):
                 f"there is no checkpoint at {folder}; give the folder that holds model_index.json, or 'toy'"
             )
         if folder.is_file():
-            read_tensors(folder)
+            if any("lora_" in name for name in read_tensors(folder)):
+                raise CheckpointError(f"{folder} is a LoRA: load the model that it changes, then load_lora, or --lora")
             raise CheckpointError(
                 f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json"
             )
@@ -188,19 +218,31 @@ class Sora(Verbs):
             defaults = build(Defaults, index, str(folder / "model_index.json"))
             parts["transformer"].to_dtype(dtype or torch.float32)
             sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
-        elif kind == "WanPipeline":
-            sora = _read_wan(
-                cls, folder, index, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-            )
+        elif kind in wan.PIPELINES:
+            half = torch.bfloat16 if device.type == "cuda" else torch.float32
+            parts, defaults = wan.read(folder, index, dtype or half)
+            sora = cls(**parts, defaults=build(Defaults, defaults, str(folder)))
         else:
             raise CheckpointError(
-                f"{folder / 'model_index.json'} describes a {kind!r}; supported are 'Sora' and 'WanPipeline'"
+                f"{folder / 'model_index.json'} describes a {kind!r}; supported are 'Sora' and "
+                + " and ".join(map(repr, wan.PIPELINES))
             )
-        sora.dit.to(device).eval().requires_grad_(False)
-        sora.vae.to(device, torch.float32).eval().requires_grad_(False)
-        sora.text.to(device)
+        for module in filter(None, (sora.dit, sora.second, sora.vae.to(torch.float32))):
+            module.eval().requires_grad_(False)
         sora.folder = folder
-        return sora
+        return sora._placed(device, offload)
+
+    def _placed(self, device: torch.device, offload: bool | None) -> Sora:
+        parts = list(filter(None, (self.text, self.image, self.dit, self.second, self.vae)))
+        turns = Turns(device, parts)
+        if offload is None:
+            offload = device.type != "cpu" and turns.whole > 0.9 * machine.available(device)
+        if offload:
+            self._turns = turns
+        else:
+            for part in parts:
+                part.to(device)
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16) -> None:
         """Writes the checkpoint, weights in `dtype`, each file atomically. Only with a `WordTextEncoder`.
@@ -220,9 +262,49 @@ class Sora(Verbs):
             write_json(Path(folder) / name / "config.json", dataclasses.asdict(parts[name].config))
         write_json(Path(folder) / "model_index.json", {"_class_name": "Sora"} | dataclasses.asdict(self.defaults))
 
+    def load_lora(self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None) -> None:
+        """Merges a LoRA file into the transformer, `weight` times; further files add to it.
+
+        expert  of a checkpoint of two: "high", for much noise, "low" or "both"; None where the file names both itself
+
+        Nothing is changed where it raises: `CheckpointError` for a file of something else or of another size,
+        ValueError for another expert.
+        """
+        weight = planning.number("weight", weight, -100, 100)
+        first, second = lora.read(path, self.dit)
+        if self.second is None and (expert or second):
+            raise ValueError(f"this checkpoint has one transformer; got expert={expert!r}, or a file for two of them")
+        if self.second is not None and not second and expert not in ("high", "low", "both"):
+            raise ValueError(
+                f"expert must be 'high', 'low' or 'both': this checkpoint has two transformers, and the file does not "
+                f"say which it is for; got {expert!r}"
+            )
+        if second and expert is not None:
+            raise ValueError(f"expert must be None: the file names both transformers itself; got {expert!r}")
+        self.turns.leave()
+        changes = {"high": (first, {}), "low": ({}, first), "both": (first, first)}.get(expert, (first, second))
+        for loras, own in zip(self._loras, changes, strict=False):
+            loras.add(own, weight)
+
+    def unload_loras(self) -> None:
+        """The transformer's weights as they were loaded, to the bit."""
+        self.turns.leave()
+        for loras in self._loras:
+            loras.clear()
+
     @property
     def device(self) -> torch.device:
-        return self.dit.head_table.device
+        return self.turns.device
+
+    @property
+    def turns(self) -> Turns:
+        """Called with each part before it is at work."""
+        return self._turns or Turns(self.dit.head_table.device)
+
+    @property
+    def sees_frames(self) -> bool:
+        """Are known frames given to the transformer in channels of their own, as to image-to-video models?"""
+        return self.dit.config.in_channels > self.vae.config.z_dim
 
     def generate(
         self,
@@ -233,7 +315,9 @@ class Sora(Verbs):
         fps: float | None = None,
         seed: int = 0,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | tuple[float, float] | None = None,
+        negative: str = "",
+        shift: float | None = None,
         attention: AttentionMode | str | None = None,
         long: str | None = None,
         impl: str = "auto",
@@ -244,8 +328,11 @@ class Sora(Verbs):
         seconds    length; the clip has round(seconds * fps) frames
         size       (height, width), multiples of the VAE's factor times the patch (16 for the toy and for Wan)
         fps        frames per second of the file; the motion is that of the rate the model was trained at
-        steps      of the Euler sampler; more is slower and finer
-        guidance   how strongly to follow the prompt; 1 is not at all beyond the training data
+        steps      of the checkpoint's sampler, Euler's where it names none; more is slower and finer
+        guidance   how strongly to follow the prompt; 1 is not at all beyond the training data; of a checkpoint of two
+                   experts two numbers, for much noise and for little
+        negative   what the guidance leads away from
+        shift      of the sampler's times toward noise; more for larger clips
         attention  mode of self-attention: an `AttentionMode`, or text such as "window=3x4x4" or "causal=frame"
         long       how to make what is longer than the clips of training: "once", all frames together; "stream", a few
                    at a time that see the last ones made and the first, in constant memory; "pieces", clips of that
@@ -259,8 +346,8 @@ class Sora(Verbs):
         Raises ValueError or TypeError that names the argument, `TooLargeError` before anything is allocated.
         """
         plan = self._plan(
-            prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance,
-            attention=attention, long=long, impl=impl,
+            prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance, negative=negative,
+            shift=shift, attention=attention, long=long, impl=impl,
         )  # fmt: skip
         with machine.own_dtypes(self.device):
             frames = np.concatenate(list(self._frames(plan, impl, progress)))
@@ -273,7 +360,7 @@ class Sora(Verbs):
         Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "attention", "long")
+        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "negative", "shift", "attention", "long")
         if unknown := sorted(options.keys() - set(known)):
             raise TypeError(
                 f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
@@ -284,11 +371,17 @@ class Sora(Verbs):
             return media.write_video(path, frames, plan.fps, origin=self._origin(plan))
 
     @torch.no_grad()
-    def _frames(self, plan: _Plan, impl: str, progress: Progress | None, **how: Any) -> Iterator[np.ndarray]:
+    def _frames(self, plan: Plan, impl: str, progress: Progress | None, **how: Any) -> Iterator[np.ndarray]:
         """The clip's frames, uint8 `[t, H, W, 3]`, a chunk at a time as the VAE decodes it; `how`: `Sampler.draw`'s."""
+        if self.sees_frames and "frames" not in how:
+            raise ValueError(
+                "this checkpoint makes clips from an image: give one (animate, or sora animate), or take a checkpoint "
+                "that makes them from text alone"
+            )
         sampler = Sampler(
-            self.dit, self.text, plan.prompt, steps=plan.steps, guidance=plan.guidance, shift=self.defaults.shift,
-            attention=plan.attention, impl=impl,
+            self.dit, self.text, plan.prompt, steps=plan.steps, guidance=plan.guidance, shift=plan.shift,
+            negative=plan.negative, second=self.second, boundary=self.boundary, solver=self.solver,
+            attention=plan.attention, impl=impl, turns=self.turns,
         )  # fmt: skip
         latents = self._latents(plan, sampler, progress, how)
         self.vae.impl = impl
@@ -302,7 +395,7 @@ class Sora(Verbs):
                 yield pixels
 
     def _latents(
-        self, plan: _Plan, sampler: Sampler, progress: Progress | None, how: Mapping[str, Any]
+        self, plan: Plan, sampler: Sampler, progress: Progress | None, how: Mapping[str, Any]
     ) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(plan.seed)
         if plan.long == "once":
@@ -310,236 +403,24 @@ class Sora(Verbs):
             told = None if progress is None else lambda done, total: progress("denoise", done, total)
             parts = iter([sampler.draw(noise, progress=told, **how)])
         elif plan.long == "stream":
-            window = self.defaults.frames - _CHUNK
-            parts = sampler.stream(plan.latents, generator=generator, window=window, chunk=_CHUNK)
+            window = self.defaults.frames - planning.CHUNK
+            parts = sampler.stream(plan.latents, generator=generator, window=window, chunk=planning.CHUNK)
         else:
             length = self.defaults.frames
             parts = sampler.pieces(plan.latents, generator=generator, length=length, overlap=length // 2)
         for part in parts:
             if not torch.isfinite(part).all():
                 raise FloatingPointError(
-                    f"the transformer gives NaN or infinite latents ({sampler.dtype}, guidance={plan.guidance:g}, "
-                    f"shift={self.defaults.shift:g}): its weights or the text encoder's are damaged, or "
+                    f"the transformer gives NaN or infinite latents ({sampler.dtype}, guidance={plan.guidance}, "
+                    f"shift={plan.shift:g}): its weights or the text encoder's are damaged, or "
                     f"{sampler.dtype} is too narrow for them"
                 )
+            self.turns(self.vae)
             yield part
 
-    def _clip(self, plan: _Plan, frames: np.ndarray) -> Clip:
+    def _clip(self, plan: Plan, frames: np.ndarray) -> Clip:
         return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance, self._origin(plan))
 
-    def _origin(self, plan: _Plan) -> Origin:
+    def _origin(self, plan: Plan) -> Origin:
         made = dict(seed=plan.seed, steps=plan.steps, guidance=plan.guidance)
         return Origin.of(self.folder, prompt=plan.prompt, inputs=tuple(plan.inputs), **made)
-
-    def _plan(
-        self,
-        prompt: Any,
-        *,
-        seconds: Any = None,
-        size: Any = None,
-        fps: Any = None,
-        seed: Any = 0,
-        steps: Any = None,
-        guidance: Any = None,
-        attention: Any = None,
-        long: Any = None,
-        impl: str = "auto",
-        held: bool = True,
-    ) -> _Plan:
-        defaults, vae = self.defaults, self.vae.config
-        check_prompt(prompt)
-        machine.check_impl(impl)
-        fps = _number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
-        seconds = _number("seconds", defaults.frames / fps if seconds is None else seconds, 0, 86_400)
-        if not (frames := round(seconds * fps)):
-            raise ValueError(
-                f"seconds={seconds} at {fps} frames per second is less than one frame; ask for at least {1 / fps:.3g}"
-            )
-        steps = _whole("steps", defaults.steps if steps is None else steps, 1, _MAX_STEPS)
-        seed = _whole("seed", seed, 0, 2**63 - 1)
-        guidance = _number("guidance", defaults.guidance if guidance is None else guidance, -100, 100)
-        attention = AttentionMode.parse(attention) if isinstance(attention, str) else attention
-        if not isinstance(attention, AttentionMode | None):
-            raise TypeError(f"attention must be an AttentionMode, text or None; got {type(attention).__name__}")
-        height, width = self._check_size(defaults.size if size is None else size)
-        long = self._long(long, frames, attention)
-        if isinstance(self.text, WordTextEncoder):
-            self.text.tokenize([prompt])
-        padded = self._padded(frames)
-        free = machine.available(self.device)
-        at_once = padded if long == "once" else min(padded, defaults.frames)
-        tile, needed = self._memory(padded, height, width, impl, held, free, at_once)
-        if needed > free:
-            raise TooLargeError(
-                f"{width}x{height} with {frames} frames needs about {gib(needed)} and {gib(free)} are free; "
-                + self._would_fit(padded, height, width, impl, held, free)
-            )
-        latents = vae.latent_shape(padded, height, width)
-        seen = None if long == "once" else at_once
-        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance, seen):
-            warnings.warn(remark, stacklevel=3)
-        return _Plan(prompt, frames, (height, width), fps, seed, steps, guidance, attention, long, latents, tile)
-
-    def _long(self, long: Any, frames: int, attention: AttentionMode | None) -> str:
-        if long not in (None, *_LONG):
-            raise ValueError(f"long must be one of {', '.join(_LONG)} or None; got {long!r}")
-        able = self.vae.config.temporal_factor == self.dit.config.patch[0] == 1 and self.defaults.frames > _CHUNK
-        if long is None:
-            return "stream" if able and attention is None and frames > self.defaults.frames else "once"
-        if long != "once" and not able:
-            raise ValueError(
-                f"long={long!r} needs a checkpoint whose latents and tokens are single frames; this one has once only"
-            )
-        return long
-
-    def _remarks(
-        self,
-        prompt: str,
-        frames: int,
-        size: tuple[int, int],
-        latents: Sequence[int],
-        steps: int,
-        guidance: float,
-        seen: int | None,
-    ) -> Iterator[str]:
-        """What is worth knowing before the work begins."""
-        own, defaults = isinstance(self.text, WordTextEncoder), self.defaults
-        if own and (size != tuple(defaults.size) or frames > defaults.frames):
-            made_for = f"{defaults.size[1]}x{defaults.size[0]} and up to {defaults.frames} frames"
-            yield f"this checkpoint was trained on {made_for}; others may look wrong"
-        if unknown := self.text.unknown(prompt):
-            yield f"this checkpoint does not know: {', '.join(unknown)}. It knows: {', '.join(self.text.words)}"
-        duration = estimate.seconds(self.dit, self.vae, latents, steps=steps, guidance=guidance, seen=seen)
-        if duration > estimate.LONG:
-            yield f"this takes {estimate.in_words(duration)} on this machine, guessed from its rate of multiplication"
-
-    def _padded(self, frames: int) -> int:
-        """As many frames or a few more: those of latents that patches divide."""
-        factor, patch = self.vae.config.temporal_factor, self.dit.config.patch[0]
-        latents = math.ceil((frames - 1) / factor) + 1
-        return (math.ceil(latents / patch) * patch - 1) * factor + 1
-
-    def _check_size(self, size: Any) -> tuple[int, int]:
-        try:
-            height, width = size
-        except (TypeError, ValueError):
-            raise ValueError(f"size must be (height, width), got {size!r}") from None
-        for name, side, patch in (
-            ("height", height, self.dit.config.patch[1]),
-            ("width", width, self.dit.config.patch[2]),
-        ):
-            unit = self.vae.config.spatial_factor * patch
-            whole = isinstance(side, Integral) and not isinstance(side, bool)
-            if not whole or not unit <= side <= _MAX_SIDE:
-                raise ValueError(f"size: the {name} must be a whole number from {unit} to {_MAX_SIDE}, got {side!r}")
-            if side % unit:
-                below = side // unit * unit
-                raise ValueError(
-                    f"size: the {name} must be a multiple of {unit}, got {side}; {below} or {below + unit} would fit"
-                )
-        return int(height), int(width)
-
-    def _memory(
-        self, frames: int, height: int, width: int, impl: str, held: bool, free: int, at_once: int | None = None
-    ) -> tuple[tuple[int, int], int]:
-        """The tile to decode with, and about the bytes that a clip needs beyond the weights.
-
-        Those of the larger of its two stages, the first of `at_once` frames, by default all, and, where the clip is
-        `held`, of its frames.
-        """
-        dit, vae = self.dit.config, self.vae.config
-        cells = math.prod(vae.latent_shape(at_once or frames, height, width)[1:])
-        tokens = 2 * cells // math.prod(dit.patch)
-        wide = self.dit.patch_embedding.weight.element_size()
-        denoise = tokens * (10 * dit.dim + 2 * dit.ffn_dim) * wide + 8 * cells * vae.z_dim * 4
-        if impl == "reference":
-            denoise += 3 * dit.heads * tokens * tokens * 2
-        clip = 2 * frames * height * width * 3 if held else 0
-        tile, decode = self.vae.fit_tile("decode", height, width, free - clip, impl=impl)
-        return tile, max(denoise, decode) + clip
-
-    def _would_fit(self, frames: int, height: int, width: int, impl: str, held: bool, free: int) -> str:
-        def fits(frames: int, height: int, width: int) -> bool:
-            return self._memory(self._padded(frames), height, width, impl, held, free)[1] <= free
-
-        factor = self.vae.config.temporal_factor
-        shorter = next((n for n in _halving(frames - 1, factor) if fits(n + 1, height, width)), None)
-        units = [self.vae.config.spatial_factor * patch for patch in self.dit.config.patch[1:]]
-        smaller = next(
-            (
-                (h, w)
-                for h, w in ((_down(height >> k, units[0]), _down(width >> k, units[1])) for k in range(1, 14))
-                if fits(frames, h, w)
-            ),
-            None,
-        )
-        offers = []
-        if smaller:
-            offers.append(f"{smaller[1]}x{smaller[0]} with as many frames")
-        if shorter is not None:
-            offers.append(f"{shorter + 1} frames at this size")
-        return f"{' or '.join(offers)} would fit" if offers else "ask for a smaller and shorter clip"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    prompt: str
-    frames: int
-    size: tuple[int, int]
-    fps: float
-    seed: int
-    steps: int
-    guidance: float
-    attention: AttentionMode | None
-    long: str
-    latents: tuple[int, int, int, int]
-    tile: tuple[int, int]
-    inputs: list[Any] = dataclasses.field(default_factory=list)  # what was given, for the record of the result
-
-
-def _read_wan(cls: type[Sora], folder: Path, index: dict[str, Any], dtype: torch.dtype) -> Sora:
-    for name in ("transformer_2", "image_encoder"):
-        if (folder / name).is_dir() or index.get(name) not in (None, [None, None]):
-            raise CheckpointError(f"{folder} has a part {name!r}: only Wan 2.1's text-to-video models are supported")
-    missing = [name for name in ("transformer", "vae", "text_encoder", "tokenizer") if not (folder / name).is_dir()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks the folder {missing[0]!r} of a Wan checkpoint; copy it whole")
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(scheduler) if scheduler.exists() else {}
-    shift = config.get("flow_shift", config.get("shift", 3.0))
-    defaults = {"frames": 81, "size": (480, 832), "fps": 16, "steps": 50, "guidance": 5.0, "shift": shift}
-    defaults = build(Defaults, defaults, str(scheduler))
-    try:
-        dit, vae = SoraDiT.from_wan(folder / "transformer", dtype=dtype), CausalVAE.from_wan(folder / "vae")
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    text = UMT5TextEncoder.from_directory(folder)
-    return cls(dit, vae, text, defaults)
-
-
-def _number(name: str, value: Any, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not least <= value <= most or (name == "seconds" and value == 0):
-        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
-    return float(value)
-
-
-def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
-    return int(value)
-
-
-def _halving(n: int, unit: int) -> Iterator[int]:
-    while n > 0:
-        n = _down(n // 2, unit) if n >= 2 * unit else 0
-        yield n
-
-
-def _down(n: int, unit: int) -> int:
-    return max(unit, n // unit * unit)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import estimate, machine, media
+from . import estimate, machine, media, wan
 from .checkpoint import CheckpointError, read_json, read_part
 from .frames import to_pixels, to_video
 from .machine import TooLargeError, choose_device, gib
@@ -53,8 +53,8 @@ def load_vae(source: str | os.PathLike[str] = "toy", *, device: str | torch.devi
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {folder}; give one that holds model_index.json, or 'toy'")
     kind = read_json(folder / "model_index.json").get("_class_name")
-    if kind not in ("Sora", "WanPipeline"):
-        raise CheckpointError(f"{folder} is a checkpoint of {kind!r}; supported are 'Sora' and 'WanPipeline'")
+    if kind not in ("Sora", *wan.PIPELINES):
+        raise CheckpointError(f"{folder} is a checkpoint of {kind!r}; supported are 'Sora' and those of Wan")
     own = kind == "Sora"
     vae = read_part(folder / "vae", CausalVAE, VAEConfig) if own else CausalVAE.from_wan(folder / "vae")
     vae.folder = folder

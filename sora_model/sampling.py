@@ -11,6 +11,7 @@ from . import flow
 from .attention import AttentionMode
 from .conditioning import Known, conditioned, place
 from .dit import SoraDiT
+from .machine import Turns
 from .memory import Memory
 from .text import UMT5TextEncoder, WordTextEncoder
 
@@ -18,8 +19,12 @@ from .text import UMT5TextEncoder, WordTextEncoder
 class Sampler:
     """A transformer that follows one prompt. Latents are normalised, fp32, on the transformer's device, of one clip.
 
-    steps, guidance, shift  of the Euler sampler, as `Sora.generate` has them
+    steps, guidance, shift  of the solver, as `Sora.generate` has them
+    negative                what the guidance leads away from
+    second, boundary        a transformer for times below the boundary, 0 to 1: Wan 2.2's expert of little noise
+    solver                  integrates the velocity: `flow.sample`, or what is called like it
     attention               mode of self-attention; None: the model's own, and causal by frames in a stream
+    turns                   called with each part before it is at work
     """
 
     def __init__(
@@ -29,16 +34,24 @@ class Sampler:
         prompt: str,
         *,
         steps: int,
-        guidance: float,
+        guidance: float | tuple[float, float],
         shift: float,
+        negative: str = "",
+        second: SoraDiT | None = None,
+        boundary: float = 0.0,
+        solver: Callable[..., Tensor] = flow.sample,
         attention: AttentionMode | None = None,
         impl: str = "auto",
+        turns: Turns | None = None,
     ) -> None:
-        self.dit, self.steps, self.guidance, self.shift = dit, steps, guidance, shift
+        self.dit, self.steps, self.guidance, self.shift = dit, steps, flow.pair(guidance), shift
+        self.second, self.boundary, self.solver = second, boundary, solver
         self.attention, self.impl = attention, impl
         weight = dit.patch_embedding.weight
-        self.dtype, self.device = weight.dtype, weight.device
-        states, lens = text.encode([prompt, ""])
+        self.turns = turns or Turns(weight.device)
+        self.dtype, self.device = weight.dtype, self.turns.device
+        self.turns(text)
+        states, lens = text.encode([prompt, negative])
         states = states.to(self.device, self.dtype)
         lens = lens.to(self.device) if text.masks_padding else None
         self._texts = [(states[i : i + 1], None if lens is None else lens[i : i + 1]) for i in range(2)]
@@ -51,19 +64,23 @@ class Sampler:
         *,
         clip: Tensor | None = None,
         strength: float = 1.0,
+        frames: Tensor | None = None,
+        image: Tensor | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Latents `[1, C, T', H', W']` from noise of that shape.
 
         known     cells that keep their latents
+        frames    `[1, C', T', H', W']`: further channels, for a transformer that sees given frames there
+        image     `[1, I, image_dim]`: their tokens, for one that sees them beside the text
         clip      with it, what is left of these latents after noise of `strength` (0 to 1) is the beginning
         """
         x = noise if clip is None else flow.interpolate(clip, noise, noise.new_full((1,), strength))
-        velocity = self._velocity()
+        velocity = self._velocity(frames=frames, image=image)
         if known is not None:
             velocity, x = conditioned(velocity, known, self.dit.config.patch), known.hold(x)
         start = 1.0 if clip is None else strength
-        return flow.sample(velocity, x, steps=self.steps, shift=self.shift, start=start, progress=progress)
+        return self.solver(velocity, x, steps=self.steps, shift=self.shift, start=start, progress=progress)
 
     @torch.no_grad()
     def stream(
@@ -88,7 +105,7 @@ class Sampler:
         while memory.frames < frames:
             count = min(chunk, frames - memory.frames)
             noise = flow.draw_noise((1, channels, count, *size), generator=generator, device=self.device)
-            x = flow.sample(self._velocity(memory), noise, steps=self.steps, shift=self.shift)
+            x = self.solver(self._velocity(memory), noise, steps=self.steps, shift=self.shift)
             self._remember(x, memory)
             yield x
 
@@ -119,9 +136,29 @@ class Sampler:
         times = x.new_zeros(1)
         self._velocity(memory, remember=True)(x, times)
 
-    def _velocity(self, memory: Memory | None = None, remember: bool = False) -> flow.Velocity:
-        def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
-            options = {"attention": self.attention, "memory": memory, "remember": remember, "impl": self.impl}
-            return self.dit(x.to(self.dtype), flow.TIME_SCALE * t.float(), text, lens, **options).float()
+    def _velocity(
+        self,
+        memory: Memory | None = None,
+        remember: bool = False,
+        frames: Tensor | None = None,
+        image: Tensor | None = None,
+    ) -> flow.Velocity:
+        image = None if image is None else image.to(self.device, self.dtype)
 
-        return flow.guided(model, *self._texts, self.guidance)
+        def guided(dit: SoraDiT, guidance: float) -> flow.Velocity:
+            def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
+                options = {"attention": self.attention, "memory": memory, "remember": remember, "impl": self.impl}
+                if image is not None:
+                    options["image"] = image.expand(len(x), -1, -1)
+                if frames is not None:
+                    x = torch.cat([x, frames.to(x).expand(len(x), -1, -1, -1, -1)], 1)
+                self.turns(dit)
+                return dit(x.to(self.dtype), (flow.TIME_SCALE * t).float(), text, lens, **options).float()
+
+            return flow.guided(model, *self._texts, guidance)
+
+        noisy = guided(self.dit, self.guidance[0])
+        if self.second is None:
+            return noisy
+        clean = guided(self.second, self.guidance[1])
+        return lambda x, t: (noisy if t.max() >= self.boundary else clean)(x, t)

@@ -514,23 +514,29 @@ class CausalVAE(nn.Module):
 
     @classmethod
     def from_wan(cls, source: nn.Module | str | os.PathLike[str], *, impl: str = "auto") -> CausalVAE:
-        """A copy of a diffusers `AutoencoderKLWan` (2.1's or 2.2's), or of a directory with its config and safetensors.
+        """A copy of a diffusers `AutoencoderKLWan` (2.1's or 2.2's), or of a directory with its config and safetensors;
+        or of one safetensors file by Wan's own names.
 
         The result computes the same function, in the dtype of the weights. Raises `CheckpointError` for damaged or
         missing files and for weights of another model.
         """
-        from . import checkpoint  # needs safetensors, which a model alone does not
+        from . import checkpoint, wan_files  # needs safetensors, which a model alone does not
 
-        if isinstance(source, nn.Module):
-            where, state = type(source).__name__, source.state_dict()
-            try:
-                config = checks.config_of(source, _WAN, "_encode", "_decode")
-            except ValueError as error:
-                raise checkpoint.CheckpointError(f"CausalVAE.from_wan: source {error}") from error
-        else:
-            config, state = checkpoint.read_wan_directory(source)
-            where = os.fspath(source)
-        config = checkpoint.build(VAEConfig, _wan_config(config, where), where)
+        module = isinstance(source, nn.Module)
+        where, file = type(source).__name__ if module else os.fspath(source), not module and os.path.isfile(source)
+        try:
+            if module:
+                sizes, state = checks.config_of(source, _WAN, "_encode", "_decode"), source.state_dict()
+            elif file:
+                state = {wan_files.own_vae_name(name): value for name, value in checkpoint.read_tensors(source).items()}
+                sizes = wan_files.vae_config({name: value.shape for name, value in state.items()})
+            else:
+                sizes, state = checkpoint.read_wan_directory(source)
+        except checkpoint.CheckpointError:
+            raise
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"CausalVAE.from_wan: {where if file else 'source'} {error}") from error
+        config = checkpoint.build(VAEConfig, sizes if file else _wan_config(sizes, where), where)
         checkpoint.check_dtypes({name: value.dtype for name, value in state.items()}, where)
         shapes = checkpoint.planned_shapes(cls, config, (value.shape for value in state.values()), where)
         state = _wan_state(state, shapes)

@@ -46,7 +46,8 @@ class Verbs:
         plan, impl, progress = self._planned(prompt, options)
         parts = {0: self._given("image", image, plan)[:1]}
         if last is not None:
-            factor = self.vae.config.temporal_factor  # frames of a latent: the last one stands still in it
+            # frames of a latent, in which the last one stands still; where frames are given as such, that one alone
+            factor = 1 if self.sees_frames else self.vae.config.temporal_factor
             parts[-factor] = np.repeat(self._given("last", last, plan)[-1:], factor, axis=0)
         return self._clip(plan, self._around(plan, parts, impl, progress))
 
@@ -210,26 +211,62 @@ class Verbs:
         """Frames of the plan around those given, each part from the frame of its key on; negative: from the end."""
         factor, shape = self.vae.config.temporal_factor, (1, *plan.latents)
         total = 1 + factor * (plan.latents[1] - 1)
-        latents = {}
-        for key, frames in parts.items():
-            start = key + total if key < 0 else key
-            frames = frames if start == 0 else held(frames, len(frames) + -len(frames) % factor)
-            latents[-(-start // factor)] = self._encoded(frames, begins=start == 0, impl=impl)
-        made = self._drawn(dataclasses.replace(plan, frames=total), impl, progress, known=place(shape, latents))
-        for key, frames in parts.items():
-            start = key + total if key < 0 else key
+        parts = {key + total if key < 0 else key: frames for key, frames in parts.items()}
+        if self.sees_frames:
+            how = self._shown(parts, total, plan.size, impl)
+        else:
+            latents = {}
+            for start, frames in parts.items():
+                frames = frames if start == 0 else held(frames, len(frames) + -len(frames) % factor)
+                latents[-(-start // factor)] = self._encoded(frames, begins=start == 0, impl=impl)
+            how = {"known": place(shape, latents)}
+        made = self._drawn(dataclasses.replace(plan, frames=total), impl, progress, **how)
+        for start, frames in parts.items():
             made[start : start + len(frames)] = frames
         return made
+
+    def _shown(
+        self, parts: Mapping[int, np.ndarray], total: int, size: tuple[int, int], impl: str
+    ) -> dict[str, Tensor]:
+        """What an image-to-video transformer is given of a clip's known frames, each part from its first one on.
+
+        In channels: which frames are known, as many to a latent as it has frames; and the latents of a video that shows
+        them, and grey elsewhere. Beside the text, where it sees images there: the first frame, or that and the last.
+        """
+        video = torch.zeros(1, 3, total, *size)
+        known = torch.zeros(total)
+        for start, frames in parts.items():
+            video[:, :, start : start + len(frames)] = to_video(frames[None])
+            known[start : start + len(frames)] = 1
+        latents = self._coded(video, impl)                                                   # [1, C, T', H', W']
+        factor = self.vae.config.temporal_factor
+        known = torch.cat([known[:1].expand(factor - 1), known]).view(-1, factor).T          # [factor, T']
+        mask = known[None, :, :, None, None].expand(-1, -1, -1, *latents.shape[3:]).to(latents)
+        shown = {"frames": torch.cat([mask, latents], 1)}
+        if self.image is not None:
+            frames = {start + i: frame for start, part in parts.items() for i, frame in enumerate(part)}
+            ends = {0: "first", total - 1: "last"} if self.dit.config.image_tokens else {0: "first"}
+            for number, name in ends.items():
+                if number not in frames:
+                    raise ValueError(f"this checkpoint sees the {name} frame of a clip: it must be given")
+            self.turns(self.image)
+            shown["image"] = self.image.encode(np.stack([frames[number] for number in ends]))
+        return shown
 
     def _encoded(self, frames: np.ndarray, *, begins: bool, impl: str) -> Tensor:
         """Normalised latents `[1, C, T', H', W']`; of frames that do not begin a clip, as if the first of them had
         stood still before."""
-        self.vae.impl = impl
         frames = frames if begins else np.concatenate([frames[:1], frames])
+        latents = self._coded(to_video(torch.as_tensor(frames[None]).to(self.device)), impl)
+        return latents if begins else latents[:, :, 1:]
+
+    def _coded(self, video: Tensor, impl: str) -> Tensor:
+        """Normalised latents of a video that begins a clip."""
+        self.vae.impl = impl
+        self.turns(self.vae)
         with torch.no_grad(), machine.own_dtypes(self.device):
-            video = to_video(torch.as_tensor(frames[None]).to(self.device))
-            means = torch.cat([mean for mean, _ in self.vae.encode_stream(video)], 2)
-            return self.vae.normalize(means if begins else means[:, :, 1:])
+            means = torch.cat([mean for mean, _ in self.vae.encode_stream(video.to(self.device))], 2)
+            return self.vae.normalize(means)
 
     def _padded_frames(self, frames: np.ndarray) -> np.ndarray:
         return held(frames, self._padded(len(frames)))

@@ -15,7 +15,7 @@ from sora_kernels.testing import assert_matches_oracle, max_error
 from sora_model import presets
 from sora_model.attention import AttentionMode
 from sora_model.checkpoint import CheckpointError
-from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
+from sora_model.dit import DiTConfig, SoraDiT, own_name
 from sora_model.memory import Memory
 
 diffusers = pytest.importorskip("diffusers")
@@ -101,7 +101,7 @@ def run(model, latents, timesteps, *context, **how):
     weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
     names, parameters = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad((out * weights).sum(), (*given, *parameters))
-    names = [*("latents", "text", "image")[: len(given)], *map(_name_from_wan, names)]  # ours stay as they are
+    names = [*("latents", "text", "image")[: len(given)], *map(own_name, names)]  # ours stay as they are
     return {"output": out.detach()} | dict(zip(names, grads, strict=True))
 
 
@@ -149,7 +149,7 @@ def test_half_precision_keeps_what_wan_keeps_in_fp32(tmp_path, changes):
     wan(**changes).save_pretrained(tmp_path)
     theirs = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     ours = SoraDiT.from_wan(tmp_path, dtype=torch.bfloat16)
-    dtypes = {_name_from_wan(name): p.dtype for name, p in theirs.named_parameters()}
+    dtypes = {own_name(name): p.dtype for name, p in theirs.named_parameters()}
     assert dtypes == {name: p.dtype for name, p in ours.named_parameters()}
     assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
     latents, timesteps, *context = inputs(theirs.config, (3, 6, 10), length=512 if changes else 7)
@@ -208,6 +208,73 @@ def test_what_older_image_to_video_files_hold_besides_is_left_out(tmp_path):
     save_file(state, file, metadata={"format": "pt"})
     read, taken = SoraDiT.from_wan(tmp_path).state_dict(), SoraDiT.from_wan(theirs).state_dict()
     assert read.keys() == taken.keys() and all(torch.equal(value, taken[name]) for name, value in read.items())
+
+
+ORIGINAL = {  # how Wan's own files name what diffusers names otherwise; in this order
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "o", "to_q": "q", "to_k": "k", "to_v": "v",
+    "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img", "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2", "norm2": "norm3", "proj_out": "head.head",
+}  # fmt: skip
+HEADS_OF_128 = {"attention_head_dim": 128, "num_layers": 2, "ffn_dim": 24, "text_dim": 12}
+SEES = {"image_dim": 18, "added_kv_proj_dim": 256}
+
+
+def original(name):
+    for theirs, own in ORIGINAL.items():
+        name = name.replace(theirs, own)
+    return "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("changes", [{}, SEES, SEES | {"pos_embed_seq_len": 10}, {"cross_attn_norm": False}], ids=str)
+def test_wans_own_files_are_the_same_model(changes, prefix, tmp_path):
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    theirs = wan(**HEADS_OF_128 | changes)
+    state = {prefix + original(name): value for name, value in theirs.state_dict().items()}
+    other = convert_wan_transformer_to_diffusers(dict(state)).keys() ^ theirs.state_dict().keys()
+    assert other <= {"img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"}  # which diffusers forgets
+    save_file(state, tmp_path / "wan.safetensors")
+    expected = SoraDiT.from_wan(theirs)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 2, "model_type": "t2v"}))
+    for read in (SoraDiT.from_wan(tmp_path / "wan.safetensors"), SoraDiT.from_wan(tmp_path)):
+        assert read.config == expected.config
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in read.state_dict().items())
+
+
+def test_weights_of_a_file_are_mapped_not_copied(tmp_path):
+    wan().save_pretrained(tmp_path)
+    model = SoraDiT.from_wan(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(held.values()) <= file.stat().st_size
+    before = file.read_bytes()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    assert file.read_bytes() == before, "what is written to the weights stays out of the file"
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "said"),
+    [
+        ({"a": torch.zeros(2)}, ValueError, "not the weights of a Wan transformer: 'patch_embedding.weight' is miss"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}, CheckpointError, "is a LoRA, .* load the model"),
+    ],
+)
+def test_files_of_something_else(state, error, said, tmp_path):
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(error, match=said):
+        SoraDiT.from_wan(tmp_path / "a.safetensors")
 
 
 def test_weights_are_copied_from_the_module():

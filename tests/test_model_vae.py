@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sora_model
 from sora_kernels import Unavailable
@@ -201,6 +202,54 @@ def test_the_size_of_wan_22():
     assert {name: value.shape for name, value in state.items()} == shapes
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6) == 705
     assert ours.config.spatial_factor == 16 and ours.config.latent_shape(121, 704, 1280) == (48, 31, 44, 80)
+
+
+ORIGINAL = {  # how Wan's own files name the layers of a residual block and of the ends
+    "norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+    "conv_shortcut": "shortcut", "conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2",
+    "quant_conv": "conv1", "post_quant_conv": "conv2",
+}  # fmt: skip
+
+
+def original(name, nested):
+    """The name in Wan's own files of a tensor of an AutoencoderKLWan; `nested`: as 2.2 has its levels."""
+    parts = [ORIGINAL.get(part, part) for part in name.split(".")]
+    name = ".".join(parts)
+    for theirs, own in (("resnets.0", "middle.0"), ("attentions.0", "middle.1"), ("resnets.1", "middle.2")):
+        name = name.replace(f"mid_block.{theirs}", own)
+
+    def placed(match):
+        kind, level, layer, place = match[1], int(match[2]), match[3], int(match[4] or 0)
+        place += 0 if layer == "resnets" else {"down": 2, "up": 3}[kind]
+        return f"{kind}samples.{level}.{kind}samples.{place}" if nested else f"{kind}samples.{4 * level + place}"
+
+    name = re.sub(r"(down|up)_blocks\.(\d+)\.(resnets|\w+samplers?)(?:\.(\d+)(?=\.))?", placed, name)
+    return name.replace("down_blocks", "downsamples")
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_wans_own_file_is_the_same_vae(version, tmp_path):
+    """Also in what the file does not say: the statistics of the latents, by diffusers' defaults for 2.1."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    config = dict(base_dim=4, num_res_blocks=2)
+    if version == "2.2":
+        config = WAN22 | config | dict(z_dim=48, decoder_base_dim=6, latents_mean=[0.0] * 48, latents_std=[1.0] * 48)
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKLWan(**config)
+    state = {original(name, version == "2.2"): value for name, value in theirs.state_dict().items()}
+    assert len(state) == len(theirs.state_dict())
+    if version == "2.1":
+        assert convert_wan_vae_to_diffusers(dict(state)).keys() == theirs.state_dict().keys()
+    save_file(state, tmp_path / "vae.safetensors")
+    ours, expected = CausalVAE.from_wan(tmp_path / "vae.safetensors"), CausalVAE.from_wan(theirs)
+    statistics = dict(latents_mean=ours.config.latents_mean, latents_std=ours.config.latents_std)
+    assert ours.config == (expected.config if version == "2.1" else dataclasses.replace(expected.config, **statistics))
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in ours.state_dict().items())
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="other.safetensors holds no VAE of Wan: 'encoder.conv_in.weight' is"):
+        CausalVAE.from_wan(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("form", ["tiny", "residual"])

@@ -1,0 +1,112 @@
+"""A folder of Wan in the diffusers layout: which model of the family it is, its parts, and how it is best sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import checks
+from .checkpoint import CheckpointError, read_json, read_shapes, wan_weights
+from .dit import DiTConfig, SoraDiT
+from .image import ImageEncoder
+from .solvers import Hosted
+from .text import UMT5TextEncoder
+from .vae import CausalVAE
+
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the arguments of `Sora`, the fields of its defaults) of a folder and its model_index.json.
+
+    Transformers are in `dtype`. Raises `CheckpointError` for a part that is missing, damaged or of something else.
+    """
+    also = [
+        name for name in ("transformer_2", "image_encoder")
+        if (folder / name).is_dir() or index.get(name) not in (None, [None, None])
+    ]  # fmt: skip
+    if missing := [name for name in (*_ALWAYS, *also) if not (folder / name).is_dir()]:
+        raise CheckpointError(f"{folder} lacks the folder {missing[0]!r} of a Wan checkpoint; copy it whole")
+    boundary = index.get("boundary_ratio")
+    if (boundary is None) == ("transformer_2" in also):
+        raise CheckpointError(
+            f"{folder} has boundary_ratio={boundary!r} and {'a' if 'transformer_2' in also else 'no'} transformer_2: "
+            "the one, in model_index.json, is the time below which the other takes over"
+        )
+    parts: dict[str, Any] = {"solver": _solver(folder)}
+    try:
+        parts["dit"] = SoraDiT.from_wan(folder / "transformer", dtype=dtype)
+        if boundary is not None:
+            checks.number("boundary_ratio", boundary, 0, 1)
+            parts |= {"second": SoraDiT.from_wan(folder / "transformer_2", dtype=dtype), "boundary": float(boundary)}
+        parts["vae"] = CausalVAE.from_wan(folder / "vae")
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    parts["text"] = UMT5TextEncoder.from_directory(folder)
+    if parts["dit"].config.image_dim is not None:
+        parts["image"] = ImageEncoder.from_directory(folder)
+    return parts, _defaults(parts, bool(index.get("expand_timesteps")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Of a checkpoint on disk, from the headers of its files: numbers, and bytes."""
+
+    name: str
+    parameters: int
+    bytes: int
+
+
+def inspect(folder: Path, index: dict[str, Any]) -> tuple[str, list[Part]]:
+    """(which model, its parts) of a folder; no weights are read. Raises `CheckpointError` for what is missing."""
+    names = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+    parts = []
+    for name in names:
+        if name in _ALWAYS or (folder / name).is_dir():
+            if not (folder / name).is_dir():
+                raise CheckpointError(f"{folder} lacks the folder {name!r} of a Wan checkpoint; copy it whole")
+            files = wan_weights(folder / name)
+            numbers = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
+            parts.append(Part(name, numbers, sum(file.stat().st_size for file in files)))
+    try:
+        config = DiTConfig.from_wan(read_json(folder / "transformer" / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    sees = config.in_channels > config.out_channels
+    if index.get("expand_timesteps"):
+        kind = "Wan 2.2, from text or an image"
+    elif index.get("boundary_ratio") is not None:
+        kind = f"Wan 2.2 of two experts, from {'an image' if sees else 'text'}"
+    else:
+        what = "a first and a last image" if config.image_tokens else "an image" if sees else "text"
+        kind = f"Wan 2.1, from {what}"
+    return f"{kind}: {config.layers} layers of width {config.dim}", parts
+
+
+def _solver(folder: Path) -> Hosted | None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.exists():
+        return None
+    try:
+        return Hosted(read_json(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _defaults(parts: dict[str, Any], small: bool) -> dict[str, Any]:
+    """What the model's own examples ask for; `small` is Wan 2.2's of five billion, told by its times of tokens."""
+    shift = parts["solver"].shift if parts["solver"] else 3.0
+    found = {"frames": 81, "size": (480, 832), "fps": 16, "steps": 50, "guidance": 5.0, "shift": shift}
+    if small:
+        found |= {"frames": 121, "size": (704, 1280), "fps": 24}
+    if "second" in parts:
+        sees = parts["dit"].config.in_channels != parts["dit"].config.out_channels
+        found |= {"steps": 40, "guidance": (3.5, 3.5) if sees else (4.0, 3.0)}
+    return found

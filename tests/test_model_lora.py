@@ -1,0 +1,232 @@
+"""LoRA files of every layout against diffusers and PEFT: the same changes of the same weights, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model_dit import IMAGE, inputs, wan
+
+from sora_model import lora
+from sora_model.checkpoint import CheckpointError
+from sora_model.dit import SoraDiT
+from sora_model.pipeline import Sora
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+SIZES = {"q": (48, 48), "k": (48, 48), "v": (48, 48), "o": (48, 48), "ffn.0": (56, 48), "ffn.2": (48, 56)}
+RANK, ALPHA = 3, 5.0
+
+
+def modules(image=False):
+    """Wan's own names of the modules of two blocks that LoRAs change, and their sizes."""
+    names = {f"blocks.{i}.{a}_attn.{m}": SIZES[m] for i in (0, 1) for a in ("self", "cross") for m in "qkvo"}
+    names |= {f"blocks.{i}.{m}": SIZES[m] for i in (0, 1) for m in ("ffn.0", "ffn.2")}
+    return names | {f"blocks.{i}.cross_attn.{m}": (48, 48) for i in (0, 1) for m in ("k_img", "v_img") if image}
+
+
+def own_layout(key, image=False, alpha=True, biases=False, seed=0):
+    """A file of Wan's own names; `key` makes a tensor's name of a module's."""
+    torch.manual_seed(seed)
+    state = {}
+    for name, (rows, columns) in modules(image).items():
+        state[f"{key(name)}.lora_down.weight"] = torch.randn(RANK, columns)
+        state[f"{key(name)}.lora_up.weight"] = 0.1 * torch.randn(rows, RANK)
+        if alpha:
+            state[f"{key(name)}.alpha"] = torch.tensor(ALPHA)
+        if biases:
+            state[f"{key(name)}.diff_b"] = 0.1 * torch.randn(rows)
+    return state
+
+
+LAYOUTS = {  # state of a file; does the model see an image?
+    "Wan's names": (own_layout("diffusion_model.{}".format), False),
+    "Wan's names, an image": (own_layout("diffusion_model.{}".format, image=True), True),
+    "Wan's names, no alpha, biases": (own_layout("diffusion_model.{}".format, alpha=False, biases=True), False),
+    "flattened": (own_layout(lambda name: "lora_unet_" + name.replace(".", "_")), False),
+    "flattened, an image": (own_layout(lambda name: "lora_unet_" + name.replace(".", "_"), image=True), True),
+}
+
+
+def ours(theirs):
+    return SoraDiT.from_wan(theirs).requires_grad_(False)
+
+
+def outputs(model, batch):
+    latents, times, text, *image = batch
+    with torch.no_grad():
+        if isinstance(model, SoraDiT):
+            return model(latents, times, text, image=image[0] if image else None)
+        return model(latents, times, text, *image, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_wan(layout, tmp_path):
+    state, image = LAYOUTS[layout]
+    save_file(state, tmp_path / "lora.safetensors")
+    theirs = wan(**IMAGE if image else {})
+    model = ours(theirs)
+    batch = inputs(theirs.config, (2, 4, 6), length=512)
+    before = outputs(model, batch)
+    changes, second = lora.read(tmp_path / "lora.safetensors", model)
+    loras = lora.LoRAs(model)
+    loras.add(changes, 0.7)
+    theirs.load_lora_adapter(diffusers.WanPipeline.lora_state_dict(dict(state)), prefix="transformer", adapter_name="a")
+    theirs.set_adapters("a", 0.7)
+    expected = outputs(theirs, batch)
+    assert not second and (expected - before).abs().max() > 0.05
+    torch.testing.assert_close(outputs(model, batch), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_layout_of_diffusers_with_what_peft_says_beside_it(rslora, tmp_path):
+    """Several files with weights; an alpha of its own for some modules."""
+    theirs = wan()
+    model = ours(theirs)
+    batch = inputs(theirs.config, (2, 4, 6), length=5)
+    loras = lora.LoRAs(model)
+    for name, weight, targets in (("a", 0.7, ["to_q", "to_out.0", "ffn.net.2"]), ("b", -0.4, ["to_q", "proj_out"])):
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=targets, alpha_pattern={"blocks.1.attn1.to_q": 2.0},
+            use_rslora=rslora, init_lora_weights=False,
+        )  # fmt: skip
+        theirs.add_adapter(config, adapter_name=name)
+        theirs.save_lora_adapter(tmp_path / name, adapter_name=name)
+        state = load_file(next((tmp_path / name).glob("*.safetensors")))
+        metadata = {"lora_adapter_metadata": prefixed(config)}
+        save_file({f"transformer.{k}": v for k, v in state.items()}, tmp_path / f"{name}.safetensors", metadata)
+        loras.add(lora.read(tmp_path / f"{name}.safetensors", model)[0], weight)
+    theirs.set_adapters(["a", "b"], [0.7, -0.4])
+    torch.testing.assert_close(outputs(model, batch), outputs(theirs, batch), rtol=0, atol=5e-5)
+
+
+def prefixed(config):
+    """As a pipeline of diffusers saves it."""
+    import json
+
+    kept = {k: v for k, v in config.to_dict().items() if isinstance(v, dict | int | float | bool | str)}
+    return json.dumps({f"transformer.{name}": value for name, value in kept.items()})
+
+
+def test_the_weights_come_back_to_the_bit(tmp_path):
+    """In half precision, where a sum and its difference are not the number before."""
+    save_file(LAYOUTS["Wan's names"][0], tmp_path / "lora.safetensors")
+    model = ours(wan()).to_dtype(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loras = lora.LoRAs(model)
+    changes, _ = lora.read(tmp_path / "lora.safetensors", model)
+    loras.add(changes, 0.5)
+    loras.add(changes, 0.5)
+    once = lora.LoRAs(again := ours(wan()).to_dtype(torch.bfloat16))
+    once.add(changes, 1.0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+        assert torch.equal(value, before[name]) == (name not in changes), name
+    loras.clear()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_whole_differences_of_any_weight(tmp_path):
+    model = ours(wan(**IMAGE, pos_embed_seq_len=10))
+    names = {
+        "head.head.diff": "head.weight", "blocks.1.norm3.diff": "blocks.1.cross_norm.weight",
+        "blocks.0.self_attn.norm_q.diff": "blocks.0.self_attn.norm_q", "blocks.0.modulation.diff": "blocks.0.table",
+        "img_emb.proj.4.diff_b": "image_embedding.norm_out.bias", "patch_embedding.diff": "patch_embedding.weight",
+        "head.modulation.diff": "head_table", "img_emb.emb_pos.diff": "image_embedding.place",
+        "blocks.0.cross_attn.norm_k_img.diff": "blocks.0.cross_attn.norm_k_image",
+    }  # fmt: skip
+    wholes = {key: torch.randn(model.get_parameter(name).shape) for key, name in names.items()}
+    save_file({f"diffusion_model.{k}": v for k, v in wholes.items()}, tmp_path / "lora.safetensors")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lora.LoRAs(model).add(lora.read(tmp_path / "lora.safetensors", model)[0], 0.5)
+    for key, name in names.items():
+        torch.testing.assert_close(model.get_parameter(name), before[name] + 0.5 * wholes[key])
+
+
+def halves(name, rows=48, columns=48, rank=RANK, other=None):
+    down, up = torch.zeros(rank, columns), torch.zeros(rows, other or rank)
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a": torch.zeros(2)}, "holds no LoRA of this model: its first tensor is 'a'"),
+        ({"blocks.0.self_attn.q.weight": torch.zeros(48, 48)}, "holds no LoRA of this model"),
+        (
+            halves("transformer.blocks.0.attn1.to_q") | halves("transformer.blocks.7.attn1.to_q"),
+            "changes 2 weights that are unknown here: transformer.blocks.7.attn1.to_q.lora_A.weight, ",
+        ),
+        (
+            halves("blocks.0.self_attn.q") | {"blocks.0.self_attn.q.dora_scale": torch.zeros(48)},
+            "changes 1 weights that are unknown here: blocks.0.self_attn.q.dora_scale",
+        ),
+        (halves("blocks.0.self_attn.q", rows=64), r"changes 'blocks.0.self_attn.q.weight', which is \(48, 48\) here"),
+        (halves("blocks.0.ffn.0", rows=48, columns=56), r"changes 'blocks.0.ffn.0.weight', which is \(56, 48\) here"),
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(3, 48)}, "halves of .* that do not go together"),
+        (halves("blocks.0.self_attn.q", other=4), "halves of the LoRA of 'blocks.0.self_attn.q' that do not go"),
+    ],
+)
+def test_files_that_are_refused(state, said, tmp_path):
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        lora.read(tmp_path / "lora.safetensors", ours(wan()))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0, None)), ("a.safetensors:0.8", ("a.safetensors", 0.8, None)),
+        ("dir/a:-1", ("dir/a", -1.0, None)), ("a:0.5:low", ("a", 0.5, "low")), ("a:high", ("a", 1.0, "high")),
+        ("C:/a.safetensors", ("C:/a.safetensors", 1.0, None)),
+    ],
+)  # fmt: skip
+def test_what_the_command_is_told(text, expected):
+    assert lora.parse(text) == expected
+
+
+class Checkpoint(Sora):
+    """Of transformers alone."""
+
+    def __init__(self, dit, second=None):
+        self.dit, self.second, self._turns = dit, second, None
+        self._loras = [lora.LoRAs(part) for part in (dit, second) if part is not None]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "expert", "changed"),
+    [
+        (("",), "high", (True, False)), (("",), "low", (False, True)), (("",), "both", (True, True)),
+        (("transformer.", "transformer_2."), None, (True, True)), (("transformer_2.",), None, (False, True)),
+    ],
+)  # fmt: skip
+def test_each_expert_has_its_own(prefixes, expert, changed, tmp_path):
+    state = {}
+    for prefix in prefixes:
+        state |= own_layout(f"{prefix}{{}}".format)
+    save_file(state, tmp_path / "lora.safetensors")
+    sora = Checkpoint(ours(wan()), ours(wan(seed=1)))
+    before = [part.blocks[0].ffn[0].weight.clone() for part in (sora.dit, sora.second)]
+    sora.load_lora(tmp_path / "lora.safetensors", 0.5, expert=expert)
+    after = [part.blocks[0].ffn[0].weight for part in (sora.dit, sora.second)]
+    assert tuple(not torch.equal(a, b) for a, b in zip(after, before, strict=True)) == changed
+    sora.unload_loras()
+    after = [part.blocks[0].ffn[0].weight for part in (sora.dit, sora.second)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_experts_that_are_refused(tmp_path):
+    save_file(own_layout("{}".format), tmp_path / "one.safetensors")
+    save_file(own_layout("transformer_2.{}".format), tmp_path / "two.safetensors")
+    one, two = Checkpoint(ours(wan())), Checkpoint(ours(wan()), ours(wan()))
+    for sora, file, expert, said in (
+        (one, "one", "low", "this checkpoint has one transformer; got expert='low'"),
+        (one, "two", None, "this checkpoint has one transformer"),
+        (two, "one", None, "expert must be 'high', 'low' or 'both': .* got None"),
+        (two, "two", "low", "expert must be None: the file names both"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sora.load_lora(tmp_path / f"{file}.safetensors", expert=expert)
+    with pytest.raises(TypeError, match="weight must be a number"):
+        one.load_lora(tmp_path / "one.safetensors", "1")
