@@ -95,14 +95,14 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
 
     from . import machine, wan
 
-    model, parts = wan.inspect(folder, index)
+    parts = wan.parts_of(folder)
     table = Table(title=plain(f"checkpoint {folder}"))
     for name in ("part", "parameters", "on disk"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in parts:
         table.add_row(part.name, f"{part.parameters:,}", machine.gib(part.bytes))
     out.print(table)
-    say(out, model)
+    say(out, wan.which(folder, index))
     whole, largest = sum(part.bytes for part in parts), max(part.bytes for part in parts)
     free = machine.gib(machine.available(torch.device("cpu")))
     say(out, f"weights as stored: {machine.gib(whole)} in memory, of which {free} are free;")

@@ -55,7 +55,10 @@ class Change:
 
 
 class LoRAs:
-    """What is merged into one transformer. Weights are summed in fp32 from those that it had, whatever came before."""
+    """What is merged into one transformer. Weights are summed in fp32 from those that it had, whatever came before.
+
+    Those are kept in the CPU's memory.
+    """
 
     def __init__(self, dit: SoraDiT) -> None:
         self.dit = dit
@@ -67,14 +70,15 @@ class LoRAs:
         self._added.append((changes, weight))
         for name in changes:
             parameter = self.dit.get_parameter(name)
-            own = self._kept.setdefault(name, parameter.data)
+            own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
             total = own.float() + sum(w * c[name].of(own) for c, w in self._added if name in c)
             parameter.data = total.to(own.dtype)
 
     def clear(self) -> None:
         """The weights are what they were, to the bit."""
         for name, own in self._kept.items():
-            self.dit.get_parameter(name).data = own
+            parameter = self.dit.get_parameter(name)
+            parameter.data = own.to(parameter.device)
         self._kept, self._added = {}, []
 
 

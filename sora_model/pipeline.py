@@ -204,23 +204,21 @@ class Sora(Verbs, Planning):
             )
         index = read_json(folder / "model_index.json")
         kind = index.get("_class_name")
-        weights, free = (
-            sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
-            machine.available(torch.device("cpu")),
-        )
-        if weights > free:
-            raise TooLargeError(
-                f"the weights in {folder} take {gib(weights)}, and {gib(free)} of memory are free; "
-                "use a smaller model"
-            )
+        free = machine.available(torch.device("cpu"))
         if kind == "Sora":
+            if (weights := sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))) > free:
+                raise TooLargeError(
+                    f"the weights in {folder} take {gib(weights)}, and {gib(free)} of memory are free; "
+                    "use a smaller model"
+                )
             parts = {name: read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
             defaults = build(Defaults, index, str(folder / "model_index.json"))
             parts["transformer"].to_dtype(dtype or torch.float32)
             sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
         elif kind in wan.PIPELINES:
-            half = torch.bfloat16 if device.type == "cuda" else torch.float32
-            parts, defaults = wan.read(folder, index, dtype or half)
+            dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+            wan.check_memory(folder, dtype, free)
+            parts, defaults = wan.read(folder, index, dtype)
             sora = cls(**parts, defaults=build(Defaults, defaults, str(folder)))
         else:
             raise CheckpointError(

@@ -233,39 +233,39 @@ class Verbs:
         In channels: which frames are known, as many to a latent as it has frames; and the latents of a video that shows
         them, and grey elsewhere. Beside the text, where it sees images there: the first frame, or that and the last.
         """
-        video = torch.zeros(1, 3, total, *size)
-        known = torch.zeros(total)
+        video, known, shown = torch.zeros(1, 3, total, *size), torch.zeros(total), {}
         for start, frames in parts.items():
             video[:, :, start : start + len(frames)] = to_video(frames[None])
             known[start : start + len(frames)] = 1
+        if self.image is not None:
+            ends = {0: "first", total - 1: "last"} if self.dit.config.image_tokens else {0: "first"}
+            for number, name in ends.items():
+                if not known[number]:
+                    raise ValueError(f"this checkpoint sees the {name} frame of a clip: it must be given")
+            frames = {start + i: frame for start, part in parts.items() for i, frame in enumerate(part)}
+            self.turns(self.image)
+            shown["image"] = self.image.encode(np.stack([frames[number] for number in ends]))
         latents = self._coded(video, impl)                                                   # [1, C, T', H', W']
         factor = self.vae.config.temporal_factor
         known = torch.cat([known[:1].expand(factor - 1), known]).view(-1, factor).T          # [factor, T']
         mask = known[None, :, :, None, None].expand(-1, -1, -1, *latents.shape[3:]).to(latents)
-        shown = {"frames": torch.cat([mask, latents], 1)}
-        if self.image is not None:
-            frames = {start + i: frame for start, part in parts.items() for i, frame in enumerate(part)}
-            ends = {0: "first", total - 1: "last"} if self.dit.config.image_tokens else {0: "first"}
-            for number, name in ends.items():
-                if number not in frames:
-                    raise ValueError(f"this checkpoint sees the {name} frame of a clip: it must be given")
-            self.turns(self.image)
-            shown["image"] = self.image.encode(np.stack([frames[number] for number in ends]))
-        return shown
+        return shown | {"frames": torch.cat([mask, latents], 1)}
 
     def _encoded(self, frames: np.ndarray, *, begins: bool, impl: str) -> Tensor:
         """Normalised latents `[1, C, T', H', W']`; of frames that do not begin a clip, as if the first of them had
         stood still before."""
         frames = frames if begins else np.concatenate([frames[:1], frames])
-        latents = self._coded(to_video(torch.as_tensor(frames[None]).to(self.device)), impl)
+        latents = self._coded(to_video(frames[None]), impl)
         return latents if begins else latents[:, :, 1:]
 
     def _coded(self, video: Tensor, impl: str) -> Tensor:
-        """Normalised latents of a video that begins a clip."""
+        """Normalised latents of a video that begins a clip, in tiles where the memory is short."""
         self.vae.impl = impl
         self.turns(self.vae)
+        tile, _ = self.vae.fit_tile("encode", *video.shape[3:], machine.available(self.device), impl=impl)
+        pieces = (piece.to(self.device) for piece in video.split(16, 2))
         with torch.no_grad(), machine.own_dtypes(self.device):
-            means = torch.cat([mean for mean, _ in self.vae.encode_stream(video.to(self.device))], 2)
+            means = torch.cat([mean for mean, _ in self.vae.encode_stream(pieces, tile=tile)], 2)
             return self.vae.normalize(means)
 
     def _padded_frames(self, frames: np.ndarray) -> np.ndarray:

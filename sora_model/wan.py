@@ -13,6 +13,7 @@ from . import checks
 from .checkpoint import CheckpointError, read_json, read_shapes, wan_weights
 from .dit import DiTConfig, SoraDiT
 from .image import ImageEncoder
+from .machine import TooLargeError, gib
 from .solvers import Hosted
 from .text import UMT5TextEncoder
 from .vae import CausalVAE
@@ -64,17 +65,35 @@ class Part:
     bytes: int
 
 
-def inspect(folder: Path, index: dict[str, Any]) -> tuple[str, list[Part]]:
-    """(which model, its parts) of a folder; no weights are read. Raises `CheckpointError` for what is missing."""
-    names = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder")
+def parts_of(folder: Path) -> list[Part]:
+    """Those of a folder; no weights are read. Raises `CheckpointError` for what is missing."""
     parts = []
-    for name in names:
+    for name in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
         if name in _ALWAYS or (folder / name).is_dir():
             if not (folder / name).is_dir():
                 raise CheckpointError(f"{folder} lacks the folder {name!r} of a Wan checkpoint; copy it whole")
             files = wan_weights(folder / name)
             numbers = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
             parts.append(Part(name, numbers, sum(file.stat().st_size for file in files)))
+    return parts
+
+
+def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
+    """Raises `TooLargeError` where a folder's weights, the transformers' in `dtype`, take more than `free` bytes."""
+    parts = parts_of(folder)
+
+    def needed(dtype: torch.dtype) -> int:
+        sizes = {"transformer": dtype.itemsize, "transformer_2": dtype.itemsize, "vae": 4}
+        return sum(part.parameters * sizes[part.name] if part.name in sizes else part.bytes for part in parts)
+
+    if (wanted := needed(dtype)) > free:
+        half = torch.bfloat16
+        offer = f"dtype={half}, of {gib(needed(half))}, would fit" if needed(half) <= free else "use a smaller model"
+        raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and {gib(free)} of memory are free; {offer}")
+
+
+def which(folder: Path, index: dict[str, Any]) -> str:
+    """The model of a folder and its model_index.json, in words."""
     try:
         config = DiTConfig.from_wan(read_json(folder / "transformer" / "config.json"))
     except ValueError as error:
@@ -87,7 +106,7 @@ def inspect(folder: Path, index: dict[str, Any]) -> tuple[str, list[Part]]:
     else:
         what = "a first and a last image" if config.image_tokens else "an image" if sees else "text"
         kind = f"Wan 2.1, from {what}"
-    return f"{kind}: {config.layers} layers of width {config.dim}", parts
+    return f"{kind}: {config.layers} layers of width {config.dim}"
 
 
 def _solver(folder: Path) -> Hosted | None:

@@ -230,3 +230,17 @@ def test_experts_that_are_refused(tmp_path):
             sora.load_lora(tmp_path / f"{file}.safetensors", expert=expert)
     with pytest.raises(TypeError, match="weight must be a number"):
         one.load_lora(tmp_path / "one.safetensors", "1")
+
+
+def test_the_command_merges_each_file_and_hands_the_rest_on(tiny_checkpoint, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from sora_model.cli import app
+
+    told = []
+    monkeypatch.setattr(Sora, "load_lora", lambda self, file, weight, *, expert: told.append((file, weight, expert)))
+    monkeypatch.setattr(Sora, "generate_to", lambda self, *_, **how: told.append((how["negative"], how["shift"])))
+    where = ["--weights", str(tiny_checkpoint), "--out", str(tmp_path / "a.mp4")]
+    options = ["--lora", "x:0.5", "--lora", "y:1:low", "--negative", "a square", "--shift", "4"]
+    result = CliRunner().invoke(app, ["generate", "a red circle", *where, *options])
+    assert result.exit_code == 0 and told == [("x", 0.5, None), ("y", 1.0, "low"), ("a square", 4.0)]

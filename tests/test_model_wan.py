@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_model_pipeline import change_config, make_wan_directory
 
-from sora_model import flow, wan
+from sora_model import flow, machine, packed, wan
 from sora_model.checkpoint import CheckpointError, read_json
 from sora_model.machine import Turns
 from sora_model.pipeline import Sora
@@ -234,16 +234,31 @@ def test_the_vae_of_an_image_to_video_checkpoint_is_read_alone(folders):
 )
 def test_a_folder_says_which_model_it_is_without_being_loaded(folders, form, said):
     folder = folders(form)
-    model, parts = wan.inspect(folder, read_json(folder / "model_index.json"))
-    assert model.startswith(said)
+    assert wan.which(folder, read_json(folder / "model_index.json")).startswith(said)
     sora = Sora.from_pretrained(folder, device="cpu")
     held = {"transformer": sora.dit, "transformer_2": sora.second, "vae": sora.vae, "text_encoder": sora.text.model}
     held |= {"image_encoder": sora.image.model} if sora.image else {}
-    for part in parts:
+    for part in wan.parts_of(folder):
         files = (folder / part.name).glob("*.safetensors")
         assert part.parameters == sum(p.numel() for p in held.pop(part.name).parameters()), part.name
         assert 4 * part.parameters <= part.bytes == sum(file.stat().st_size for file in files)
     assert not any(held.values())
+
+
+def test_weights_larger_than_memory_are_refused_with_the_dtype_that_would_fit(folders, monkeypatch):
+    """Of what is stored in fp32 and of what is stored in half precision alike."""
+    folder = folders("2.2 text, two experts")
+    parts = {part.name: part for part in wan.parts_of(folder)}
+    others = 4 * parts["vae"].parameters + parts["text_encoder"].bytes
+    both = parts["transformer"].parameters + parts["transformer_2"].parameters
+    monkeypatch.setattr(machine, "available", lambda device: 4 * both + others)
+    Sora.from_pretrained(folder, device="cpu")
+    for free, said in ((4 * both + others - 1, "dtype=torch.bfloat16, of .* would fit"), (2 * both, "a smaller model")):
+        monkeypatch.setattr(machine, "available", lambda device, free=free: free)
+        with pytest.raises(machine.TooLargeError, match=f"weights in .* take .* of memory are free; .*{said}"):
+            Sora.from_pretrained(folder, device="cpu")
+    monkeypatch.setattr(machine, "available", lambda device: 2 * both + others)
+    assert Sora.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).second is not None
 
 
 def test_the_command_says_which_model_it_is(folders, capsys):
@@ -330,6 +345,17 @@ def test_bad_requests(folders, form, call, said):
         call(sora)
 
 
+def test_clips_are_drawn_together_by_the_checkpoints_own_sampler(folders):
+    sora = Sora.from_pretrained(folders("2.1 text"), device="cpu")
+    requests = [dict(prompt=PROMPT, size=(32, 32), seconds=5 / 16), dict(prompt=NEGATIVE, size=(32, 48), seconds=1 / 16)]
+    for request, clip in zip(requests, packed.generate(sora, requests, steps=3), strict=True):
+        alone = sora.generate(**request, steps=3)
+        assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1 and clip.frames.std() > 1
+    for form in ("2.2 text, two experts", "2.1 image"):
+        with pytest.raises(ValueError, match="together by checkpoints of one transformer, from text; draw these one by"):
+            packed.generate(Sora.from_pretrained(folders(form), device="cpu"), requests)
+
+
 def test_what_is_asked_for_matters(folders):
     """Guidance of each expert, what it leads away from, and the shift."""
     sora = Sora.from_pretrained(folders("2.2 text, two experts"), device="cpu")
@@ -350,6 +376,22 @@ def test_parts_take_turns(folders, monkeypatch):
     monkeypatch.setattr(Turns, "__call__", lambda self, part: (order.append(names[id(part)]), call(self, part)))
     assert (sora.animate(IMAGE, PROMPT, **SHORT | {"steps": 3}).frames == expected).all()
     assert [name for name, _ in itertools.groupby(order)] == ["vae", "text", "dit", "second", "vae"]
+
+
+def test_given_frames_are_coded_in_tiles_where_the_memory_is_short(folders, monkeypatch):
+    sora = Sora.from_pretrained(folders("2.2 image, two experts"), device="cpu")
+    video, tiles, stream = torch.rand(1, 3, 5, 64, 96), [], sora.vae.encode_stream
+
+    def recorded(*args, tile, **kwargs):
+        tiles.append(tile)
+        return stream(*args, tile=tile, **kwargs)
+
+    monkeypatch.setattr(sora.vae, "encode_stream", recorded)
+    whole, asked = sora._coded(video, "auto"), []
+    monkeypatch.setattr(machine, "available", lambda device: 123)
+    monkeypatch.setattr(sora.vae, "fit_tile", lambda *given, impl: (asked.append(given), ((32, 40), 0))[1])
+    torch.testing.assert_close(sora._coded(video, "auto"), whole, rtol=0, atol=1e-5 * whole.abs().max().item())
+    assert tiles == [(64, 96), (32, 40)] and asked == [("encode", 64, 96, 123)]
 
 
 def test_a_part_that_left_is_what_it_was(monkeypatch):
