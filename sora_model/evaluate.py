@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from . import machine, world
+from . import flow, machine, world
 from .frames import held, to_pixels, to_video
 from .pipeline import Sora
 from .world import baselines, measures
@@ -59,11 +59,12 @@ def evaluate(
     rows, found = _prompted(sora, prompts, seed, tell, "clips", keep, options)
     true, coded, psnr = _true_clips(sora, true_clips)
     held = [row for row in rows if row["held_out"]]
+    guidance = sora.defaults.guidance if options.get("guidance") is None else options["guidance"]
     result = {
         "prompts": len(rows),
         "seed": int(seed),
         "steps": int(options.get("steps") or sora.defaults.steps),
-        "guidance": float(sora.defaults.guidance if options.get("guidance") is None else options["guidance"]),
+        "guidance": float(flow.pair(guidance)[0]),
         "score": _shares(rows),
         "held_out": _shares(held),
         "floor": _shares(true),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, flow, lora, machine, media, planning, wan
+from . import flow, lora, machine, media, planning, wan
 from .attention import AttentionMode
 from .checkpoint import (
     CheckpointError,
@@ -36,7 +36,7 @@ from .dit import DiTConfig, SoraDiT
 from .frames import to_pixels
 from .image import ImageEncoder
 from .machine import TooLargeError, Turns, choose_device, gib
-from .planning import Plan, Planning
+from .planning import Defaults, Plan, Planning
 from .safety.credentials import Origin
 from .sampling import Sampler
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -54,34 +54,6 @@ _PARTS = {
     "vae": (CausalVAE, VAEConfig),
     "text_encoder": (WordTextEncoder, WordTextConfig),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """What a checkpoint was trained for, and how it is best sampled. `size` is (height, width).
-
-    guidance  one number, or two: of the transformer for much noise, and of that for little
-    """
-
-    frames: int
-    size: tuple[int, int]
-    fps: float
-    steps: int
-    guidance: float | tuple[float, float]
-    shift: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", checks.several("size", self.size))
-        if len(self.size) != 2:
-            raise ValueError(f"size must be two numbers, the height and the width; got {self.size}")
-        for side in self.size:
-            checks.whole("size", side, 1, planning.MAX_SIDE)
-        checks.whole("frames", self.frames, 1, planning.MAX_FRAMES)
-        checks.whole("steps", self.steps, 1, planning.MAX_STEPS)
-        checks.number("fps", self.fps, 0.1, 1000)
-        for guidance in flow.pair(self.guidance):
-            checks.number("guidance", guidance, -100, 100)
-        checks.number("shift", self.shift, 1e-3, 1e3)
 
 
 @dataclasses.dataclass(frozen=True)

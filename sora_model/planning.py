@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from . import estimate, flow, machine
+from . import checks, estimate, flow, machine
 from .attention import AttentionMode
 from .machine import TooLargeError, gib
 from .text import WordTextEncoder, check_prompt
@@ -20,7 +20,37 @@ MAX_SIDE, MAX_STEPS, MAX_FRAMES = 8192, 10_000, 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What a checkpoint was trained for, and how it is best sampled. `size` is (height, width).
+
+    guidance  one number, or two: of the transformer for much noise, and of that for little
+    """
+
+    frames: int
+    size: tuple[int, int]
+    fps: float
+    steps: int
+    guidance: float | tuple[float, float]
+    shift: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", checks.several("size", self.size))
+        if len(self.size) != 2:
+            raise ValueError(f"size must be two numbers, the height and the width; got {self.size}")
+        for side in self.size:
+            checks.whole("size", side, 1, MAX_SIDE)
+        checks.whole("frames", self.frames, 1, MAX_FRAMES)
+        checks.whole("steps", self.steps, 1, MAX_STEPS)
+        checks.number("fps", self.fps, 0.1, 1000)
+        for guidance in flow.pair(self.guidance):
+            checks.number("guidance", guidance, -100, 100)
+        checks.number("shift", self.shift, 1e-3, 1e3)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
+    """A request with nothing left open."""
+
     prompt: str
     frames: int
     size: tuple[int, int]

@@ -16,7 +16,7 @@ from . import checks
 from .checkpoint import CheckpointError, build
 from .dit import DiTConfig
 from .fit import Settings
-from .pipeline import Defaults
+from .planning import Defaults
 from .text import check_prompt
 from .vae import VAEConfig
 from .world import SCENES

@@ -21,7 +21,6 @@ LONG = {  # file -> why it may exceed 400 lines
     "sora_kernels/modulation/op.py": "three functions with long signatures, each with schema, autograd and docstring",
     "sora_kernels/causal_conv/op.py": "four functions with long signatures, each with schema, autograd and docstring",
     "sora_model/dit.py": "configuration, layers and Wan's names are one model in one file",
-    "sora_model/pipeline.py": "a request is checked whole, size and memory included, before anything is loaded",
     "sora_model/vae.py": "configuration, layers, both directions and Wan's names are one model in one file",
 }
 

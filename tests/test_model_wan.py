@@ -347,12 +347,14 @@ def test_bad_requests(folders, form, call, said):
 
 def test_clips_are_drawn_together_by_the_checkpoints_own_sampler(folders):
     sora = Sora.from_pretrained(folders("2.1 text"), device="cpu")
-    requests = [dict(prompt=PROMPT, size=(32, 32), seconds=5 / 16), dict(prompt=NEGATIVE, size=(32, 48), seconds=1 / 16)]
+    requests = [
+        dict(prompt=PROMPT, size=(32, 32), seconds=5 / 16), dict(prompt=NEGATIVE, size=(32, 48), seconds=1 / 16),
+    ]  # fmt: skip
     for request, clip in zip(requests, packed.generate(sora, requests, steps=3), strict=True):
         alone = sora.generate(**request, steps=3)
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1 and clip.frames.std() > 1
     for form in ("2.2 text, two experts", "2.1 image"):
-        with pytest.raises(ValueError, match="together by checkpoints of one transformer, from text; draw these one by"):
+        with pytest.raises(ValueError, match="by checkpoints of one transformer, from text; draw these one by one"):
             packed.generate(Sora.from_pretrained(folders(form), device="cpu"), requests)
 
 
