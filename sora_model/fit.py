@@ -122,8 +122,9 @@ def fit(
         loss = loss_of(*part)
         return loss.detach(), torch.autograd.grad(loss, list(named.values()))
 
+    parameters = list(named.values())
     if ranks.rank:
-        _assist(ranks, list(named.values()), batch_at, gradients, settings)
+        _assist(ranks, parameters, batch_at, gradients, settings)
         return module.state_dict()
     optimiser = Muon(
         [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
@@ -147,7 +148,7 @@ def fit(
         return weights
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with ranks.leading(list(named.values())), files.exclusive(run):
+    with ranks.leading(parameters), files.exclusive(run):
         step, spent = _resume(run, module, optimiser, average, settings, made_with)
         started = time.monotonic() - spent
         with files.naming(run / "log.jsonl"):
@@ -166,8 +167,9 @@ def fit(
                     group["lr"] = settings.rate(step)
                 batch = next(batches)
                 try:
-                    ranks.order(step, list(named.values()))
-                    value, totals = ranks.sum(*_own_share(ranks, batch, gradients, pool, settings.workers), step)
+                    ranks.order(step, parameters)
+                    share = _own_share(ranks, parameters, batch, gradients, pool, settings.workers)
+                    value, totals = ranks.sum(*share, step)
                 except RankError:
                     write_state()
                     raise
@@ -205,11 +207,18 @@ def fit(
 
 
 def _own_share(
-    ranks: Ranks, batch: Sequence[Tensor], gradients: Callable[..., Any], pool: ThreadPoolExecutor, workers: int
+    ranks: Ranks,
+    weights: Sequence[Tensor],
+    batch: Sequence[Tensor],
+    gradients: Callable[..., Any],
+    pool: ThreadPoolExecutor,
+    workers: int,
 ) -> tuple[float, list[Tensor]]:
     """What this rank's clips of a batch give of its mean loss and of that loss's gradients."""
     clips, count = len(batch[0]), ranks.size * workers
     parts = [[t[k::count] for t in batch] for k in range(ranks.rank, min(clips, count), ranks.size)]
+    if not parts:  # of fewer clips than ranks
+        return 0.0, [torch.zeros_like(weight) for weight in weights]
     losses, slopes = zip(*pool.map(gradients, parts), strict=True)
     shares = [len(part[0]) / clips for part in parts]
     value = sum(share * loss.item() for share, loss in zip(shares, losses, strict=True))
@@ -236,7 +245,7 @@ def _assist(
             if batches is None:
                 ahead = _drawn_ahead(batch_at, range(step, settings.steps), settings.loaders)
                 batches = stack.enter_context(ahead)
-            ranks.sum(*_own_share(ranks, next(batches), gradients, pool, settings.workers), step)
+            ranks.sum(*_own_share(ranks, weights, next(batches), gradients, pool, settings.workers), step)
     if stop:
         signal.raise_signal(stop[0])
         raise KeyboardInterrupt
