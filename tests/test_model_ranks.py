@@ -63,7 +63,7 @@ def _one_dies(rank, folder):
     steps = iter(range(99))
 
     def loss(error):
-        if rank == 1 and next(steps) == 8:
+        if rank == 1 and next(steps) == 6:  # of step 8: in two it has no clip
             os._exit(7)
         return error.square().mean()
 
