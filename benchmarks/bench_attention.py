@@ -25,6 +25,7 @@ from .suite import Benchmark, Inputs
 
 MASK_BYTES = 1 << 28  # of the boolean mask that plain PyTorch is given at a time
 _MASKS: dict[tuple, list[Tensor | None]] = {}  # of the last two sizes: a model makes them once and keeps them
+STA_GRIDS = ((30, 48, 80), (36, 48, 48), (18, 48, 80))
 CHECKED_TOKENS = 2048  # an fp64 oracle of all tokens of a real clip would take minutes
 
 
@@ -210,6 +211,44 @@ def _flash4(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     return attention
 
 
+def _flashinfer(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    module = peers._import("flashinfer", "flashinfer-python")
+    if mode == "bwd":
+        raise peers.Missing("flashinfer serves models and has no backward")
+    if inputs["q"].device.type != "cuda" or inputs["q"].dtype == torch.float32:
+        raise peers.Missing("flashinfer takes bf16 and fp16 on a CUDA device only")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack([module.single_prefill_with_kv_cache(*clip) for clip in zip(q, k, v, strict=True)])
+
+    return attention
+
+
+def _fastvideo(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
+    """FastVideo's sliding tiles. Its tokens lie tile by tile: two permutations are a part of it, as in its models."""
+    module = peers._import("fastvideo_kernel", "fastvideo-kernel")
+    (T, H, W), (t, h, w) = inputs["grid"], inputs["stride"]
+    if (t, h, w) != (6, 8, 8) or (T, H, W) not in STA_GRIDS:
+        grids = ", ".join("x".join(map(str, grid)) for grid in STA_GRIDS)
+        raise peers.Missing(f"fastvideo-kernel's tiles are of 6x8x8 tokens, in clips of {grids}")
+    if mode == "bwd":
+        raise peers.Missing("fastvideo-kernel's sliding tiles have no backward")
+    text = inputs.get("text_len", 0)
+    windows = [[side // n for side, n in zip(inputs["window"], (t, h, w), strict=True)]] * inputs["q"].shape[2]
+
+    def tiled(x: Tensor) -> Tensor:
+        video = x[:, : T * H * W].unflatten(1, (T // t, t, H // h, h, W // w, w)).permute(0, 1, 3, 5, 2, 4, 6, 7, 8)
+        return torch.cat([video.flatten(1, 6), x[:, T * H * W :]], 1).transpose(1, 2).contiguous()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        out = module.sliding_tile_attention(*map(tiled, (q, k, v)), windows, text, text > 0, f"{T}x{H}x{W}")
+        out = out.transpose(1, 2)
+        video = out[:, : T * H * W].unflatten(1, (T // t, H // h, W // w, t, h, w)).permute(0, 1, 4, 2, 5, 3, 6, 7, 8)
+        return torch.cat([video.flatten(1, 6), out[:, T * H * W :]], 1)
+
+    return attention
+
+
 def _natten(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
     module = peers._import("natten", "natten")
     if inputs.get("text_len") or "causal" in inputs:
@@ -239,10 +278,12 @@ def _flops(variant: str, shape: Shape, mode: str) -> int:
     return 2 * {"fwd": 2, "bwd": 5}[mode] * shape.batch * shape.model.heads * shape.model.head_width * pairs
 
 
-_TORCH = {"flash": _backend("flash_attention"), "torch-cudnn": _backend("cudnn_attention")}
-_DENSE = {"boxes": _boxes} | _TORCH | {"flash-attn-4": _flash4}
+_BACKENDS = {"flash": "flash_attention", "efficient": "efficient_attention", "torch-cudnn": "cudnn_attention"}
+_TORCH = {name: _backend(backend) for name, backend in _BACKENDS.items()}
+_DENSE = {"boxes": _boxes} | _TORCH | {"flash-attn-4": _flash4, "flashinfer": _flashinfer}
 _SPARSE = {"boxes": _boxes, "dense": _dense, "flex": _flex}
-_PEERS = {"": _DENSE, "tiles": _SPARSE | {"natten": _natten}, "window": _SPARSE | {"natten": _natten}}
+_TILES = _SPARSE | {"natten": _natten, "fastvideo": _fastvideo}
+_PEERS = {"": _DENSE, "tiles": _TILES, "window": _SPARSE | {"natten": _natten}}
 _PEERS["dilated"] = {"dense": _dense, "flex": _flex, "natten": _natten}
 
 BENCHMARKS = [
@@ -253,7 +294,7 @@ BENCHMARKS = [
         reference=_reference,
         eager=_eager,
         peers=_PEERS.get(variant, _SPARSE),
-        unchecked=("dense",),
+        unchecked=("dense", "fastvideo"),  # fastvideo takes no clip as small as those that are checked
         checked=_checked,
         differentiable=("q", "k", "v"),
         backward_reads=("q", "k", "v"),

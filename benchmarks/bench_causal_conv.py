@@ -18,7 +18,7 @@ from torch import Tensor
 from sora_kernels.causal_conv import reference
 
 from . import peers
-from .shapes import Shape
+from .shapes import LENGTHS, Shape
 from .suite import Benchmark, Inputs
 
 
@@ -40,11 +40,16 @@ class Layer:
 _LAYERS = {
     "wan1.3b-480p": Layer("wan2.1", 96, (4, 480, 832)),
     "wan1.3b-frames": Layer("wan2.1", 384, (2, 120, 208)),
+    **{f"wan1.3b-length-{n}": Layer("wan2.1", 192, (n, 240, 416)) for n in LENGTHS},
+    "wan1.3b-720p": Layer("wan2.1", 384, (4, 180, 320)),
     "wan14b-480p": Layer("wan2.1", 192, (4, 240, 416)),
     "wan14b-720p": Layer("wan2.1", 96, (4, 720, 1280)),
     "wan2.2-5b": Layer("wan2.2", 256, (4, 352, 640)),
     "hunyuan-720p": Layer("hunyuan", 128, (4, 720, 1280), groups=32),
+    "hunyuan-sta": Layer("hunyuan", 128, (4, 768, 1280), groups=32),
+    "hunyuan1.5-480p": Layer("hunyuan1.5", 512, (4, 120, 212)),
     "hunyuan1.5-720p": Layer("hunyuan1.5", 256, (4, 360, 640)),
+    "opensora2-192p": Layer("hunyuan", 256, (4, 96, 168), groups=32),
     "opensora2-576p": Layer("hunyuan", 128, (4, 576, 1024), groups=32),
     "cogvideox-2b": Layer("cogvideox", 256, (8, 240, 360), groups=32),
     "cogvideox-5b": Layer("cogvideox", 128, (8, 480, 720), groups=32),
@@ -57,6 +62,7 @@ _LAYERS = {
     "cpu-frames": Layer("wan2.1", 192, (4, 24, 40)),
     "cpu-tokens": Layer("wan2.1", 384, (2, 12, 20)),
     "cpu-attention": Layer("wan2.1", 32, (4, 64, 64)),
+    **{f"cpu-length-{n}": Layer("wan2.1", 32, (n, 32, 32)) for n in LENGTHS},
     "tiny": Layer("ours", 16, (1, 8, 8)),
     "cpu-rms": Layer("hunyuan", 128, (4, 32, 48), groups=32),
     "toy": Layer("ours", 16, (3, 8, 8), batch=2),

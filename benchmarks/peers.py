@@ -39,6 +39,10 @@ def version(name: str) -> str | None:
         "quack": "quack-kernels",
         "comfy": "comfy-kitchen",
         "diffusers": "diffusers",
+        "flash-attn-4": "flash-attn-4",
+        "flashinfer": "flashinfer-python",
+        "fastvideo": "fastvideo-kernel",
+        "natten": "natten",
     }
     return machine.installed(distribution[name]) if name in distribution else None
 
