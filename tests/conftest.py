@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import socket
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,30 @@ from sora_kernels import _dispatch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """This process reaches none but this machine: what would ask another fails as it does without a network."""
+
+    def here(host) -> bool:
+        return host in (None, "", "localhost", b"localhost") or str(host).startswith("127.") or host == "::1"
+
+    def guarded(work, place):
+        def ask(*arguments, **options):
+            address = arguments[place]
+            host = address[0] if isinstance(address, tuple) else None  # a path: a socket of this machine
+            if not here(address if place == 0 else host):
+                raise ConnectionError(f"the tests use no network, and something asks for {address!r}")
+            return work(*arguments, **options)
+
+        return ask
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("connect", "connect_ex"):
+            monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), 1))
+        monkeypatch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, 0))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
