@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sora_kernels import _dispatch, testing
-from sora_model.dit import DiTConfig, SoraDiT, _name_from_wan
+from sora_model.context import Context
+from sora_model.dit import DiTConfig, SoraDiT, own_name
 from sora_model.presets import DIT, Grid
 
 from . import peers, suite, timing
@@ -66,10 +67,10 @@ Module = tuple[Callable[..., Tensor], list[Tensor]]
 
 def ours(model: SoraDiT, op: str, grid: Grid, impl: str) -> Module:
     if op == "dit_block":
-        block, mode = model.blocks[0], model.config.attention
+        block, mode, context = model.blocks[0], model.config.attention, Context()
 
         def of_block(x: Tensor, text: Tensor, rows: Tensor) -> Tensor:
-            return block(x, rows[:, None], text, None, None, grid, mode, impl)
+            return block(x, rows[:, None], text, None, None, grid, mode, impl, context)
 
         return of_block, list(block.parameters())
     return lambda x, text, times: model(x, times, text, impl=impl), list(model.parameters())
@@ -88,7 +89,7 @@ def theirs(model: SoraDiT, op: str, grid: Grid, compiled: bool) -> Module:
         )  # fmt: skip
     host.rope = type(host.rope)(config.dim // config.heads, config.patch, 1024)  # its tables are no weights
     state = model.state_dict()
-    own = {name: state[_name_from_wan(name)].reshape(p.shape) for name, p in host.state_dict().items()}
+    own = {name: state[own_name(name)].reshape(p.shape) for name, p in host.state_dict().items()}
     host.load_state_dict(own, assign=True)
     host.rope.to(next(model.parameters()).device)
     if compiled:
