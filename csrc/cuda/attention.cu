@@ -207,9 +207,6 @@ struct Turns {
   }
   __device__ __forceinline__ void wait() const { sync_threads(3 + consumer, 2 * kGroup); }
   __device__ __forceinline__ void pass() const { arrive_threads(3 + (consumer ^ 1), 2 * kGroup); }
-  __device__ __forceinline__ void finish() const {
-    if (consumer == 0) wait();  // leaves no arrival behind
-  }
 };
 
 template <class Traits>
@@ -300,7 +297,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
       shared.q_empty.arrive();
     }
   }
-  turns.finish();
+  if (consumer == 0) turns.wait();  // leaves no arrival behind
 }
 
 template <class Traits>
