@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from . import extras, flow
+from . import checks, extras, flow
 from .checkpoint import CheckpointError
 
 _SHIFTS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteScheduler": "shift"}
@@ -21,7 +22,7 @@ _WANTED = {  # what makes a scheduler one of flow matching, without chance
 
 @dataclasses.dataclass(frozen=True)
 class Hosted:
-    """A scheduler of diffusers, made anew for each clip from `config`, its scheduler_config.json.
+    """A scheduler of diffusers, made anew for each clip from `config`, its scheduler_config.json, and tried at once.
 
     Raises `CheckpointError` for one that is unknown here, does not predict velocities or draws noise of its own,
     `MissingExtra` where diffusers is not installed.
@@ -30,12 +31,25 @@ class Hosted:
     config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if (kind := self.config.get("_class_name")) not in _SHIFTS:
+        if (kind := self.config.get("_class_name")) not in tuple(_SHIFTS):  # of any kind, hashable or not
             raise CheckpointError(f"the scheduler is a {kind!r}; supported are {', '.join(_SHIFTS)}")
-        made = self._made(self.shift)
+        self._check(self.config)  # what is given before it is used: a table of so many times is made at once
+        self._check(self._made(self.shift).config)
+        try:
+            end = self(lambda x, t: x, torch.ones(1, 2), steps=3, shift=3.0)
+        except Exception as error:  # of a damaged config, whatever the class makes of it
+            raise CheckpointError(f"the scheduler cannot be run: {error}") from error
+        if not torch.isfinite(end).all():
+            raise CheckpointError("the scheduler gives NaN or infinite values: its config is damaged")
+
+    def _check(self, config: Mapping[str, Any]) -> None:
         for name, value in _WANTED.items():
-            if (found := made.config.get(name, value)) != value:
+            if (found := config.get(name, value)) != value:
                 raise CheckpointError(f"the scheduler has {name}={found!r}; flow matching needs {value!r}")
+        try:
+            checks.whole("the scheduler's solver_order", config.get("solver_order", 2), 1, 3)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
 
     @property
     def shift(self) -> Any:

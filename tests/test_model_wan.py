@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_model_mutations import HOSTILE
 from test_model_pipeline import change_config, make_wan_directory
 
 from sora_model import flow, machine, packed, wan
@@ -187,6 +188,23 @@ def test_a_straight_path_is_followed_to_its_end_from_anywhere_on_it(kind, start,
 def test_samplers_that_are_refused(config, said):
     with pytest.raises(CheckpointError, match=said):
         Hosted(config)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_hostile_values_in_a_samplers_config_are_refused_or_run(kind):
+    defaults = getattr(diffusers, SCHEDULERS[kind]["_class_name"])().config
+    whole = {name: value for name, value in defaults.items() if not name.startswith("_")} | SCHEDULERS[kind]
+    told = {"ran": 0, "refused": 0}
+    for name, value in list(itertools.product(whole, HOSTILE))[::11]:
+        try:
+            solver = Hosted(whole | {name: value})
+        except CheckpointError:
+            told["refused"] += 1
+        else:
+            end = solver(lambda x, t: x, torch.ones(1, 2, dtype=torch.float32), steps=4, shift=2.0, start=0.7)
+            assert torch.isfinite(end).all(), (name, value)
+            told["ran"] += 1
+    assert min(told.values()) > 3, told
 
 
 # --- loading ---
