@@ -124,15 +124,21 @@ def view(t: Tensor | None, x: Tensor, frames: int) -> Tensor | None:
 
 
 def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | None:
-    """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32."""
-    if not wanted:
+    """A destination [B, F, D] for the gradient of t: in its dtype where nothing is left to sum, else in fp32.
+
+    There is one, too, that is not wanted, where t does not tell its dtype: kernels would be others without it.
+    """
+    if t is None:
         return None
     B, _, D = x.shape
-    if t.shape == (B, frames, D):
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
     final = t.numel() == B * frames * D
     dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
-    return torch.empty((B, frames, D), dtype=dtype, device=x.device)
+    return torch.empty((B, frames, D), dtype=dtype, device=x.device) if wanted or dtype != t.dtype else None
+
+
+def told_by(t: Tensor | None, other: Tensor | None) -> bool:
+    """Whether what a backward must know of t, its rows and dtype, it knows of `other`, which it is given."""
+    return t is None or (other is not None and t.dtype == other.dtype)
 
 
 def sum_to(grad: Tensor | None, t: Tensor | None) -> Tensor | None:

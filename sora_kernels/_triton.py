@@ -41,6 +41,12 @@ def load_vector(ptr, cols, D, default: tl.constexpr):
 
 
 @triton.jit
+def where_asked(mask, wanted, BITS: tl.constexpr):
+    """The mask, or nothing of it where `wanted`, which `wanted_of` gives, has none of these bits."""
+    return mask & ((tl.full(mask.shape, BITS, tl.int32) & wanted) != 0)
+
+
+@triton.jit
 def standardize(x, mask, D, eps, RMS: tl.constexpr):
     """(x̂, 1/σ) of each row of x [rows, cols], masked columns being 0. Two passes over registers: no E[x²] − mean².
 
@@ -108,6 +114,27 @@ def sum_partials(partial, out) -> None:
         partial, out, out.stride(0), partial.stride(0), partial.stride(1), count, D,
         BLOCK_N=min(64, triton.next_power_of_2(count)), BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
+
+
+def wanted_of(*gradients: torch.Tensor | None) -> int:
+    """A bit for each gradient that is asked for.
+
+    A kernel is told so at run time: compiled without a store, it would lay out its tiles, and add, in another way, and
+    a gradient's bits would depend on which others are wanted.
+    """
+    return sum(1 << bit for bit, t in enumerate(gradients) if t is not None)
+
+
+def or_nothing(gradient: torch.Tensor | None, operand: torch.Tensor | None) -> torch.Tensor | None:
+    """The gradient of `operand`, or of one that is not asked for an empty tensor; None without an operand."""
+    return operand.new_empty(0) if gradient is None and operand is not None else gradient
+
+
+def partials(gradient: torch.Tensor | None, operand: torch.Tensor | None, *shape: int) -> torch.Tensor | None:
+    """The same of fp32 partials of this shape."""
+    if operand is None:
+        return None
+    return torch.empty((0,) if gradient is None else shape, dtype=torch.float32, device=operand.device)
 
 
 def frames_of(*rows: torch.Tensor | None) -> int:

@@ -398,6 +398,23 @@ def test_a_compiled_library_older_than_the_code_is_a_reason(monkeypatch, require
         _dispatch._why_not.cache_clear(), _dispatch._able.cache_clear()
 
 
+@pytest.mark.parametrize("by", ["frame", "index"])
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_a_shift_without_a_scale_orders_the_sums_whether_its_gradient_is_wanted_or_not(impl, by, require):
+    """Rows by frame or index cut the tokens into parts, whose sums the gradients of weight and bias add up."""
+    require("norm_modulate", impl, grad=True)
+    x, shift, dout = torch.randn(2, 90, 8), torch.randn(2, 3, 8), torch.randn(2, 90, 8)
+    index = torch.randint(3, (2, 90)) if by == "index" else None
+    weight, bias = torch.randn(2, 8).requires_grad_().unbind()
+
+    def grads(shift):
+        out = norm_modulate(x, shift, None, weight=weight, bias=bias, index=index, impl=impl)
+        return torch.autograd.grad(out, [weight, bias], dout)
+
+    for alone, together in zip(grads(shift), grads(shift.clone().requires_grad_()), strict=True):
+        assert torch.equal(alone, together)
+
+
 def test_gradients_asked_of_a_forward_only_implementation_raise():
     x = torch.randn(1, 2, 8, requires_grad=True)
     with pytest.raises(Unavailable, match="forward-only in cuda, and gradients were asked for"):

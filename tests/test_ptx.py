@@ -31,6 +31,9 @@ SMALL = {  # file -> what of it, how many tests at least
     "test_attention_gate.py": ("triton and (error_rule and bfloat16 or alone)", 5),
     "test_causal_conv_triton.py": ("bfloat16 and (half_precision and triton- and everything or shipped)", 3),
     "test_causal_conv_cudnn.py": ("test_bfloat16 and everything", 1),
+    "ptx/cases_alone.py": (
+        "float32 and (split or norm_silu and rms and first or modulate and clip or final and token or shared)", 5
+    ),
     "ptx/cases_sizes.py": ("test_", 10),
     "ptx/cases_order.py": ("test_", 2),
     "ptx/cases_long.py": ("5120 or 384 or 4096 and keys", 4),
@@ -49,6 +52,7 @@ EVERYTHING = {  # likewise
     "test_attention_gate.py": ("triton and (error_rule or alone)", 13),
     "test_causal_conv_triton.py": ("bfloat16 and triton and not cudnn- and not on_a_gpu", 11),
     "test_causal_conv_cudnn.py": ("test_bfloat16", 9),
+    "ptx/cases_alone.py": ("test_", 72),
     "ptx/cases_long.py": ("test_", 10),
 }
 

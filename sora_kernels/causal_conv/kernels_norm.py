@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import load_vector
+from .._triton import load_vector, or_nothing, wanted_of, where_asked
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 PROGRAMS = 1024  # of a reduction: about 8 per SM of a large GPU, and the bound of the fp32 partials
@@ -173,16 +173,17 @@ def statistics_kernel(
     tl.store(rstd_ptr + channel, tl.zeros([BLOCK_C], tl.float32) + rstd, mask=c < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def norm_silu_bwd_kernel(
     dout_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, mean_dy_ptr, mean_dy_xhat_ptr,
-    dx_ptr, sum_dz_ptr, sum_dz_xhat_ptr, stride_b, stride_c, stride_s, C, S, part_tiles, eps,
+    dx_ptr, sum_dz_ptr, sum_dz_xhat_ptr, wanted, stride_b, stride_c, stride_s, C, S, part_tiles, eps,
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Over one part of a clip, with z = x̂·weight + bias, dz = dout·SiLU'(z), dy = dz·weight:
 
     dx = (dy − mean(dy) − x̂·mean(dy·x̂)) / σ, the means over the group, or over the channels of a pixel without mean(dy);
-    Σ dz and Σ dz·x̂ of each channel, where they are wanted.
+    Σ dz and Σ dz·x̂ of each channel. Bits of `wanted` say which of dx and the sums to write; pointers are None in the
+    pass of a group norm that finds only the other.
     """
     parts = tl.cdiv(tl.cdiv(S, BLOCK_S), part_tiles)
     part, block, b = place(parts, C, CHUNKS, BLOCK_C)
@@ -230,13 +231,14 @@ def norm_silu_bwd_kernel(
                     dx = dys[k] - load_clip(mean_dy_ptr, b, c, C, 0.0)[:, None]
                     dx -= x_hats[k] * load_clip(mean_dy_xhat_ptr, b, c, C, 0.0)[:, None]
                     dx *= load_clip(rstd_ptr, b, c, C, 0.0)[:, None]
-                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=where_asked(mask, wanted, 1))
     if sum_dz_ptr is not None:
         for k in tl.static_range(CHUNKS):
             c = channels(block + k, BLOCK_C)
             row = (b * parts + part) * C + c
-            tl.store(sum_dz_ptr + row, tl.sum(sums[2 * k], 1), mask=c < C)
-            tl.store(sum_dz_xhat_ptr + row, tl.sum(sums[2 * k + 1], 1), mask=c < C)
+            own = where_asked(c < C, wanted, 2)
+            tl.store(sum_dz_ptr + row, tl.sum(sums[2 * k], 1), mask=own)
+            tl.store(sum_dz_xhat_ptr + row, tl.sum(sums[2 * k + 1], 1), mask=own)
 
 
 @triton.jit
@@ -352,9 +354,7 @@ def _statistics(x, groups, eps) -> tuple[torch.Tensor | None, torch.Tensor | Non
 def _columns(width: int, parts: int) -> dict[str, int]:
     """Constexprs of a kernel that adds `parts` rows of `width` columns."""
     block = triton.next_power_of_2(width)
-    return dict(
-        BLOCK_N=min(triton.next_power_of_2(parts), max(1, 8192 // block)), BLOCK_C=block, num_warps=16
-    )
+    return dict(BLOCK_N=min(triton.next_power_of_2(parts), max(1, 8192 // block)), BLOCK_C=block, num_warps=16)
 
 
 def norm_silu_fwd(x, weight, bias, groups, eps, out):
@@ -363,16 +363,14 @@ def norm_silu_fwd(x, weight, bias, groups, eps, out):
     _, C, S = sizes(x)
     mean, rstd = _statistics(x, groups, eps)
     config = blocks(x, not groups, 4096)
-    norm_silu_fwd_kernel[programs(x, config)](
-        x, weight, bias, mean, rstd, out, *pixel_strides(x), C, S, eps, **config
-    )
+    norm_silu_fwd_kernel[programs(x, config)](x, weight, bias, mean, rstd, out, *pixel_strides(x), C, S, eps, **config)
 
 
 def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
-    parameters = [t for t in (dweight, dbias) if t is not None]
     if x.numel() == 0:
-        for t in parameters:
-            t.zero_()
+        for t in (dweight, dbias):
+            if t is not None:
+                t.zero_()
         return
     B, C, S = sizes(x)
     mean, rstd = _statistics(x, groups, eps)
@@ -380,19 +378,25 @@ def norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     if config["CHUNKS"] > 1 and _is_last(x):
         config["maxnreg"] = 200  # enough, and five programs of two warps fit an SM instead of four
     parts, part_tiles = _parts(x, config)
-    means = _pair(B, C, like=x) if groups and dx is not None else (None, None)
-    sums = _pair(B, parts, C, like=x) if parameters or groups else (None, None)
 
-    def launch(means, dx, sums) -> None:
+    def launch(means, dx, sums, wanted) -> None:
+        scalars = *pixel_strides(x), C, S, part_tiles, eps
         norm_silu_bwd_kernel[programs(x, config, parts)](
-            dout, x, weight, bias, mean, rstd, *means, dx, *sums, *pixel_strides(x), C, S, part_tiles, eps, **config
+            dout, x, weight, bias, mean, rstd, *means, dx, *sums, wanted, *scalars, **config
         )
 
-    launch((None, None), None if groups else dx, sums)
-    if sums[0] is not None:
-        width = C // groups if groups else min(C, 16)
-        sums_kernel[(triton.cdiv(C, width),)](
-            *sums, weight, *means, dweight, dbias, B, C, S, width, parts, **_columns(width, parts)
-        )
+    none, summed = (None, None), groups or dweight is not None or dbias is not None
+    sums = _pair(B, parts if summed else 0, C, like=x)
+    wanted = wanted_of(None if groups else dx, sums if summed else None)
+    launch(none, None if groups else or_nothing(dx, x), sums, wanted)
+    if not summed:
+        return
+    width = C // groups if groups else min(C, 16)
+    means = _pair(B, C, like=x) if groups else none
+    dweight = torch.empty_like(weight) if dweight is None else dweight  # a few values more, and one compiled kernel
+    dbias = torch.empty_like(bias) if dbias is None and bias is not None else dbias
+    sums_kernel[(triton.cdiv(C, width),)](
+        *sums, weight, *means, dweight, dbias, B, C, S, width, parts, **_columns(width, parts)
+    )
     if groups and dx is not None:
-        launch(means, dx, (None, None))
+        launch(means, dx, none, 1)

@@ -12,7 +12,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import frames_of, load_rows, load_vector, rounded, row_strides, standardize, store_rows, sum_partials
+from .._triton import (
+    frames_of,
+    load_rows,
+    load_vector,
+    or_nothing,
+    partials,
+    rounded,
+    row_strides,
+    standardize,
+    store_rows,
+    sum_partials,
+    wanted_of,
+    where_asked,
+)
 
 PROGRAMS = 512  # of the backward: about 4 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -74,13 +87,13 @@ def modulation_fwd_kernel(
         store_rows(out_ptr, b * out_stride_b + s * out_stride_s, cols, n * scale + shift, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def modulation_bwd_kernel(
     dout_ptr, dx_new_ptr, x_ptr, y_ptr, dx_ptr, dy_ptr,
     gate_ptr, scale_ptr, gate_table_ptr, scale_table_ptr, weight_ptr, bias_ptr,
     order_ptr, group_ptr, starts_ptr, run_ptr,
     dgate_ptr, dshift_ptr, dscale_ptr,
-    total_dgate_ptr, total_dshift_ptr, total_dscale_ptr, total_dweight_ptr, total_dbias_ptr,
+    total_dgate_ptr, total_dshift_ptr, total_dscale_ptr, total_dweight_ptr, total_dbias_ptr, wanted,
     dout_stride_b, dout_stride_s, dx_new_stride_b, dx_new_stride_s, x_stride_b, x_stride_s, y_stride_b, y_stride_s,
     gate_stride_b, gate_stride_f, scale_stride_b, scale_stride_f,
     frames, F, S, D, frames_per_program, chunks, tokens_per_frame, tokens_per_chunk, total_rows, eps,
@@ -92,7 +105,8 @@ def modulation_bwd_kernel(
     frame it sums P = Σ dout, Q = Σ dout·x̂ and R = Σ dx·y, from which every reduced gradient follows:
         dshift = P,  dscale = weight·Q + bias·P,  dgate = R,  dweight = (1+scale)·Q,  dbias = (1+scale)·P.
     dshift, dscale, dgate go to row (frame, chunk) of their destination; what is summed over all frames as well
-    (tables, weight, bias) goes to row `program` of the total_* partials. No two programs write the same row.
+    (tables, weight, bias) goes to row `program` of the total_* partials. No two programs write the same row. Bits of
+    `wanted`, in the order of the pointers, say which of the gradients to write; None has no operand.
 
     With an index, frames are its rows, and a program owns the runs in one chunk of the tokens as `Runs` orders them.
     What it sums of a run goes to row frame + program: both grow along the order. Of a y with a norm, R = Σ dx·ŷ.
@@ -165,12 +179,14 @@ def modulation_bwd_kernel(
                 dx += load_rows(dx_new_ptr, clip * dx_new_stride_b + s * dx_new_stride_s, cols, mask)
             # dx and dy are freshly allocated by the caller: dense [B, S, D]
             dense = (clip * S + s) * D
+            to_dy = where_asked(mask, wanted, 1 << 1)
             if dx_ptr is not None:
-                store_rows(dx_ptr, dense, cols, dx, mask)
+                store_rows(dx_ptr, dense, cols, dx, where_asked(mask, wanted, 1 << 0))
             if dy_ptr is not None and Y_RMS is None:
-                store_rows(dy_ptr, dense, cols, gate[None, :] * dx, mask)
+                store_rows(dy_ptr, dense, cols, gate[None, :] * dx, to_dy)
             if y_ptr is not None:
-                y = load_rows(y_ptr, clip * y_stride_b + s * y_stride_s, cols, mask)
+                from_y = mask if Y_RMS is not None else where_asked(mask, wanted, 1 << 2 | 1 << 5)
+                y = load_rows(y_ptr, clip * y_stride_b + s * y_stride_s, cols, from_y)
                 dx = tl.where(mask, dx, 0.0)
                 if Y_RMS is not None:
                     y, y_rstd = standardize(y, mask, D, eps, Y_RMS)
@@ -179,7 +195,7 @@ def modulation_bwd_kernel(
                     if not Y_RMS:
                         dy -= (tl.sum(dn, 1) / D)[:, None]
                     if dy_ptr is not None:
-                        store_rows(dy_ptr, dense, cols, dy * y_rstd[:, None], mask)
+                        store_rows(dy_ptr, dense, cols, dy * y_rstd[:, None], to_dy)
                 R += tl.sum(dx * y, 0)
 
         dscale = weight * Q + bias * P
@@ -189,11 +205,11 @@ def modulation_bwd_kernel(
             row = (frame + program) * D + cols
             start = stop
         if dgate_ptr is not None:
-            tl.store(dgate_ptr + row, R.to(dgate_ptr.dtype.element_ty), inside)
+            tl.store(dgate_ptr + row, R.to(dgate_ptr.dtype.element_ty), where_asked(inside, wanted, 1 << 2))
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + row, P.to(dshift_ptr.dtype.element_ty), inside)
+            tl.store(dshift_ptr + row, P.to(dshift_ptr.dtype.element_ty), where_asked(inside, wanted, 1 << 3))
         if dscale_ptr is not None:
-            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), inside)
+            tl.store(dscale_ptr + row, dscale.to(dscale_ptr.dtype.element_ty), where_asked(inside, wanted, 1 << 4))
         total_dgate += R
         total_dshift += P
         total_dscale += dscale
@@ -202,15 +218,15 @@ def modulation_bwd_kernel(
 
     row = program * D + cols
     if total_dgate_ptr is not None:
-        tl.store(total_dgate_ptr + row, total_dgate, live)
+        tl.store(total_dgate_ptr + row, total_dgate, where_asked(live, wanted, 1 << 5))
     if total_dshift_ptr is not None:
-        tl.store(total_dshift_ptr + row, total_dshift, live)
+        tl.store(total_dshift_ptr + row, total_dshift, where_asked(live, wanted, 1 << 6))
     if total_dscale_ptr is not None:
-        tl.store(total_dscale_ptr + row, total_dscale, live)
+        tl.store(total_dscale_ptr + row, total_dscale, where_asked(live, wanted, 1 << 7))
     if total_dweight_ptr is not None:
-        tl.store(total_dweight_ptr + row, total_dweight, live)
+        tl.store(total_dweight_ptr + row, total_dweight, where_asked(live, wanted, 1 << 8))
     if total_dbias_ptr is not None:
-        tl.store(total_dbias_ptr + row, total_dbias, live)
+        tl.store(total_dbias_ptr + row, total_dbias, where_asked(live, wanted, 1 << 9))
 
 
 @triton.jit
@@ -288,15 +304,20 @@ def _forward(
 
 
 def _backward(
-    dout, dx_new, x, y, gate, scale, gate_table, scale_table, weight, bias, index, rms, y_rms, eps, dx, dy,
+    dout, dx_new, x, y, gate, scale, gate_table, scale_table, weight, bias, index, rms, y_rms, eps, norm, dx, dy,
     frame_grads: tuple, total_grads: tuple,
 ):  # fmt: skip
-    """frame_grads: those of gate, shift, scale [B, F, D]. total_grads: of their tables, of weight and of bias [D]."""
-    wanted = [t for t in (*frame_grads, *total_grads) if t is not None]
+    """frame_grads: those of gate, shift, scale [B, F, D]. total_grads: of their tables, of weight and of bias [D].
+
+    Of what is not asked for an empty tensor takes the place, so that one compiled kernel serves all choices. Of shift
+    and its table nothing is given here: they are taken for what scale and its table are.
+    """
+    wanted = wanted_of(dx, dy, *frame_grads, *total_grads)
     B, S, D = x.shape
     if x.numel() == 0:
-        for t in wanted:
-            t.zero_()
+        for t in (*frame_grads, *total_grads):
+            if t is not None:
+                t.zero_()
         return
     F = frames_of(gate, scale, *frame_grads)
     frames, tokens = B * F, B * S if index is not None else S // F
@@ -310,18 +331,20 @@ def _backward(
     programs = chunks if index is not None else triton.cdiv(frames, frames_per_program) * chunks
     runs = None if index is None else Runs(index, F)
 
-    def partials(t, *count):
-        return None if t is None else torch.empty((*count, D), dtype=torch.float32, device=x.device)
-
+    shift, shift_table = (x if scale is None else scale) if norm else None, total_grads[1]
+    shift_table = scale_table if shift_table is None else shift_table
+    of_frames = list(zip(frame_grads, (gate, shift, scale), strict=True))
+    of_totals = zip(total_grads, (gate_table, shift_table, scale_table, weight, bias), strict=True)
     if runs:
-        by_chunk = [partials(t, frames + programs - 1) for t in frame_grads]
+        by_chunk = [partials(*pair, frames + programs - 1, D) for pair in of_frames]
     else:
-        by_chunk = frame_grads if chunks == 1 else [partials(t, frames, chunks) for t in frame_grads]
-    by_program = [partials(t, 1, programs) for t in total_grads]
+        by_chunk = [or_nothing(*pair) if chunks == 1 else partials(*pair, frames, chunks, D) for pair in of_frames]
+    by_program = [partials(*pair, 1, programs, D) for pair in of_totals]
     ordered = (runs.order, runs.group, runs.starts, runs.run) if runs else [None] * 4
     modulation_bwd_kernel[(programs,)](
-        dout, dx_new, x, y, dx, dy, gate, scale, gate_table, scale_table, weight, bias, *ordered,
-        *by_chunk, *by_program, *row_strides(dout, dx_new, x, y, gate, scale),
+        dout, dx_new, x, y, or_nothing(dx, x if norm else None), or_nothing(dy, y),
+        gate, scale, gate_table, scale_table, weight, bias, *ordered,
+        *by_chunk, *by_program, wanted, *row_strides(dout, dx_new, x, y, gate, scale),
         frames, F, S, D, frames_per_program, chunks, tokens, tokens_per_chunk, B * S, eps,
         RMS=rms, Y_RMS=y_rms, **config,
     )  # fmt: skip
@@ -354,7 +377,7 @@ def norm_modulate_bwd(
     dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table,
 ):  # fmt: skip
     _backward(
-        dout, None, x, None, None, scale, None, scale_table, weight, bias, index, rms, None, eps, dx, None,
+        dout, None, x, None, None, scale, None, scale_table, weight, bias, index, rms, None, eps, True, dx, None,
         (None, dshift, dscale), (None, dshift_table, dscale_table, dweight, dbias),
     )  # fmt: skip
 
@@ -366,7 +389,7 @@ def gate_residual_fwd(x, y, gate, gate_table, index, y_rms, eps, host, out):
 
 def gate_residual_bwd(dout, y, gate, gate_table, index, y_rms, eps, dy, dgate, dgate_table):
     _backward(
-        None, dout, y, y, gate, None, gate_table, None, None, None, index, False, y_rms, eps, None, dy,
+        None, dout, y, y, gate, None, gate_table, None, None, None, index, False, y_rms, eps, False, None, dy,
         (dgate, None, None), (dgate_table, None, None, None, None),
     )  # fmt: skip
 
@@ -384,6 +407,6 @@ def gate_residual_norm_modulate_bwd(
     dx, dy, dgate, dshift, dscale, dweight, dbias, dgate_table, dshift_table, dscale_table,
 ):  # fmt: skip
     _backward(
-        dout, dx_new, x_new, y, gate, scale, gate_table, scale_table, weight, bias, index, rms, y_rms, eps, dx, dy,
-        (dgate, dshift, dscale), (dgate_table, dshift_table, dscale_table, dweight, dbias),
+        dout, dx_new, x_new, y, gate, scale, gate_table, scale_table, weight, bias, index, rms, y_rms, eps, True,
+        dx, dy, (dgate, dshift, dscale), (dgate_table, dshift_table, dscale_table, dweight, dbias),
     )  # fmt: skip

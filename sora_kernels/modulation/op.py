@@ -315,10 +315,11 @@ class _NormModulate(torch.autograd.Function):
         frames, rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx = like(x, need[0])
-        dshift = _rows.like(shift, need[1], x, frames)
+        dshift = _rows.like(shift, need[1] or not _rows.told_by(shift, scale), x, frames)
         dscale = _rows.like(scale, need[2], x, frames)
         dweight, dbias = like(weight, need[3]), like(bias, need[4])
-        dshift_table, dscale_table = like(shift_table, need[5]), like(scale_table, need[6])
+        dshift_table = like(shift_table, need[5] or not _rows.told_by(shift_table, scale_table))
+        dscale_table = like(scale_table, need[6])
         index = _rows.index_of(index, scale, dshift)
         _library.call("norm_modulate_bwd", impl)(
             dense(dout), dense(x), _rows.view(scale, x, frames), parameter(weight), parameter(bias),
@@ -492,10 +493,11 @@ class _GateResidualNormModulate(torch.autograd.Function):
         frames, rms, y_rms, eps, _, impl = ctx.settings
         need = ctx.needs_input_grad
         dx, dy, dgate = like(x_new, need[0]), like(y, need[1]), _rows.like(gate, need[2], x_new, frames)
-        dshift = _rows.like(shift, need[3], x_new, frames)
+        dshift = _rows.like(shift, need[3] or not _rows.told_by(shift, scale), x_new, frames)
         dscale = _rows.like(scale, need[4], x_new, frames)
         dweight, dbias = like(weight, need[5]), like(bias, need[6])
-        dtables = [like(t, n) for t, n in zip((gate_table, shift_table, scale_table), need[7:10], strict=True)]
+        told = need[7], need[8] or not _rows.told_by(shift_table, scale_table), need[9]
+        dtables = [like(t, n) for t, n in zip((gate_table, shift_table, scale_table), told, strict=True)]
         index = _rows.index_of(index, gate, scale, dshift)
         _library.call("gate_residual_norm_modulate_bwd", impl)(
             dense(dx_new), dense(dout), dense(x_new), dense(y), _rows.view(gate, x_new, frames),

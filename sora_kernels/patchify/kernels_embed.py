@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import load_rows, load_vector, store_rows, sum_partials
+from .._triton import load_rows, load_vector, or_nothing, partials, store_rows, sum_partials, wanted_of, where_asked
 from .kernels import dot, feature_offsets, token_offsets
 
 PROGRAMS = 1024  # of the forward, at least, where there is work for them; each gathers its block of tokens anew
@@ -124,9 +124,9 @@ def load_gradient(ptr, b, s, live, stride_b, stride_s, cols, D):
     return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def patch_embed3d_dweight_kernel(
-    dout_ptr, video_ptr, dweight_ptr, dbias_ptr, dpos_ptr, dout_stride_b, dout_stride_s,
+    dout_ptr, video_ptr, dweight_ptr, dbias_ptr, dpos_ptr, wanted, dout_stride_b, dout_stride_s,
     stride_b, stride_c, stride_t, stride_h, stride_w, S, grid_h, grid_w, D,
     summed, tiles, tiles_per_video, tiles_per_program,
     C: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -136,6 +136,7 @@ def patch_embed3d_dweight_kernel(
 
     A program has a block of D, a block of K, and a chunk of the tiles of tokens; its sums go to row `chunk` of the
     partials. The `summed` videos that share a row of pos follow each other at each tile, and their sum is that of pos.
+    Bits of `wanted` say which of the three to write; a pointer is None only where there is no such operand.
     """
     K: tl.constexpr = C * PT * PH * PW
     blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K if dweight_ptr is not None else 1
@@ -151,7 +152,7 @@ def patch_embed3d_dweight_kernel(
     # A step is a video's tile. The next step's dout waits in registers: a buffer of Triton's pipeline is not swizzled
     # where a tile is wanted in two layouts, and each ldmatrix would take eight wavefronts a matrix.
     first = chunk.to(tl.int32) * tiles_per_program
-    stop = tl.minimum(first + tiles_per_program, tiles)
+    stop = tl.minimum(first + tiles_per_program, tl.where((wanted & 1) + (block_k == 0) != 0, tiles, 0))
     b, s, live = video_tile(first, 0, summed, stop, tiles_per_video, S, BLOCK_S)
     g = load_gradient(dout_ptr, b, s, live, dout_stride_b, dout_stride_s, cols, D)
     dpos = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -164,7 +165,7 @@ def patch_embed3d_dweight_kernel(
             dpos = tl.where(j == 0, 0.0, dpos) + g.to(tl.float32)
             row = (tile // tiles_per_video).to(tl.int64) * S + s
             done = live & (s < tl.where(j == summed - 1, S, 0))
-            store_rows(dpos_ptr, row * D, cols, dpos, done[:, None] & own[None, :])
+            store_rows(dpos_ptr, row * D, cols, dpos, where_asked(done, wanted, 1 << 2)[:, None] & own[None, :])
         dout = g
         next_b, next_s, next_live = video_tile(
             first + (step + 1) // summed, (step + 1) % summed, summed, stop, tiles_per_video, S, BLOCK_S
@@ -172,14 +173,16 @@ def patch_embed3d_dweight_kernel(
         g = load_gradient(dout_ptr, next_b, next_s, next_live, dout_stride_b, dout_stride_s, cols, D)
         if dweight_ptr is not None:
             tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
+            live = where_asked(live, wanted, 1)
             patches = load_patches(video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW)
             acc = dot(tl.trans(dout), patches, acc, video_ptr.dtype.element_ty)
 
     if dweight_ptr is not None:
         at = (chunk * D + cols) * K
-        tl.store(dweight_ptr + at[:, None] + k[None, :], acc, (cols < D)[:, None] & (k < K)[None, :])
+        rows = where_asked(cols < D, wanted, 1)
+        tl.store(dweight_ptr + at[:, None] + k[None, :], acc, rows[:, None] & (k < K)[None, :])
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + chunk * D + cols, tl.sum(lanes, 0), own)
+        tl.store(dbias_ptr + chunk * D + cols, tl.sum(lanes, 0), where_asked(own, wanted, 1 << 1))
 
 
 def tile(K: int, dtype: torch.dtype) -> dict[str, int]:
@@ -251,18 +254,18 @@ def patch_embed3d_bwd(dout, video, weight, bias, pos, dvideo, dweight, dbias, dp
     if dweight is None and dbias is None and dpos is None:
         return
     config = dweight_tile(K, dout.dtype)
-    # The order of the sums, as in every backward, is no matter of which gradients are wanted.
     summed = B if pos is not None and pos.shape[0] == 1 else 1
     tiles_per_video = triton.cdiv(S, config["BLOCK_S"])
     tiles = B // summed * tiles_per_video
     blocks_d, blocks_k = triton.cdiv(D, config["BLOCK_D"]), triton.cdiv(K, config["BLOCK_K"])
     per_program = triton.cdiv(tiles, max(1, REDUCERS // (blocks_d * max(blocks_k, 1))))
-    programs = blocks_d * (1 if dweight is None else blocks_k)
+    programs = blocks_d * max(blocks_k, 1)
     chunks = triton.cdiv(tiles, per_program)
-    dweights = None if dweight is None else torch.empty((chunks, D, K), dtype=torch.float32, device=dout.device)
-    dbiases = None if dbias is None else torch.empty((1, chunks, D), dtype=torch.float32, device=dout.device)
+    dweights = partials(dweight, weight if K else None, chunks, D, K)
+    dbiases = partials(dbias, bias, 1, chunks, D)
     patch_embed3d_dweight_kernel[(chunks * programs,)](
-        dout, video, dweights, dbiases, dpos, *strides, *video.stride(), S, *grid[1:], D,
+        dout, video, dweights, dbiases, or_nothing(dpos, pos), wanted_of(dweight, dbias, dpos),
+        *strides, *video.stride(), S, *grid[1:], D,
         summed, tiles, tiles_per_video, per_program, **patch, **config,
     )  # fmt: skip
     if dweight is not None:

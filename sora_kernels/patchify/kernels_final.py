@@ -22,7 +22,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import frames_of, load_rows, load_vector, row_strides, store_rows, sum_partials
+from .._triton import (
+    frames_of,
+    load_rows,
+    load_vector,
+    or_nothing,
+    partials,
+    row_strides,
+    store_rows,
+    sum_partials,
+    wanted_of,
+    where_asked,
+)
 from .kernels import dot, feature_offsets, token_offsets, unpatchify3d_bwd
 from .reference import patch_of
 
@@ -175,16 +186,16 @@ def load_tokens(ptr, row, live, S, each, stride_b, stride_s, cols, D):
         return tl.load(ptr + offsets[:, None] + cols[None, :], live[:, None] & (cols < D)[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def final_layer_bwd_kernel(
     dy_ptr, x_ptr, shift_ptr, scale_ptr, weight_ptr, mean_ptr, rstd_ptr, centre_ptr, along_ptr,
-    dx_ptr, dshift_ptr, dscale_ptr, dweight_ptr, dbias_ptr,
+    dx_ptr, dshift_ptr, dscale_ptr, dweight_ptr, dbias_ptr, wanted,
     x_stride_b, x_stride_s, shift_stride_b, shift_stride_f, scale_stride_b, scale_stride_f,
     S, tokens_per_frame, tokens_per_group, tiles, chunks, tiles_per_program, D,
     N: tl.constexpr, RMS: tl.constexpr, PER_TOKEN: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All gradients, from dy, x and the statistics that the forward kernel left.
+    """All gradients, from dy, x and the statistics that the forward kernel left; bits of `wanted` say which to write.
 
     A program has a block of D and a chunk of a group's tokens. Over a frame's tokens it sums P = Σ dy and Q = Σ dyᵀx̂,
     from which every reduced gradient follows:
@@ -261,14 +272,13 @@ def final_layer_bwd_kernel(
                     dh = dot(dy_block, tl.trans(load_weight(weight_ptr, m, cols, N, D, False)), dh, dy.dtype)
             # dx and rows of one token each are freshly allocated: dense [B, S, D]
             if PER_TOKEN and dshift_ptr is not None:
-                store_rows(dshift_ptr, row.to(tl.int64) * D, cols, dh, mask)
+                store_rows(dshift_ptr, row.to(tl.int64) * D, cols, dh, where_asked(mask, wanted, 1 << 1))
             if PER_TOKEN and dscale_ptr is not None:
-                store_rows(dscale_ptr, row.to(tl.int64) * D, cols, dh * x_hat, mask)
-            if dx_ptr is not None:
-                dx = dh * factor - x_hat * tl.load(along_ptr + row, live, 0.0)[:, None]
-                if not RMS:
-                    dx -= tl.load(centre_ptr + row, live, 0.0)[:, None]
-                store_rows(dx_ptr, row.to(tl.int64) * D, cols, dx * rstd, mask)
+                store_rows(dscale_ptr, row.to(tl.int64) * D, cols, dh * x_hat, where_asked(mask, wanted, 1 << 2))
+            dx = dh * factor - x_hat * tl.load(along_ptr + row, live, 0.0)[:, None]
+            if not RMS:
+                dx -= tl.load(centre_ptr + row, live, 0.0)[:, None]
+            store_rows(dx_ptr, row.to(tl.int64) * D, cols, dx * rstd, where_asked(mask, wanted, 1 << 0))
 
     dbias = tl.sum(P, 0)
     part = (group * chunks + chunk).to(tl.int64)
@@ -277,15 +287,15 @@ def final_layer_bwd_kernel(
         wide = tl.trans(w).to(tl.float32)
         at = (part * blocks_n + block_n) * D + cols
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + at, tl.sum(P * wide, 0), inside)
+            tl.store(dshift_ptr + at, tl.sum(P * wide, 0), where_asked(inside, wanted, 1 << 1))
         if dscale_ptr is not None:
-            tl.store(dscale_ptr + at, tl.sum(Q * wide, 0), inside)
+            tl.store(dscale_ptr + at, tl.sum(Q * wide, 0), where_asked(inside, wanted, 1 << 2))
         Q = Q * scale[None, :] + P * shift[None, :]
-    if dweight_ptr is not None:
-        at = (part * N + n) * D
-        tl.store(dweight_ptr + at[:, None] + cols[None, :], Q, (n < N)[:, None] & inside[None, :])
+    at = (part * N + n) * D
+    inside = where_asked(inside, wanted, 1 << 3)
+    tl.store(dweight_ptr + at[:, None] + cols[None, :], Q, (n < N)[:, None] & inside[None, :])
     if dbias_ptr is not None:
-        own = n < tl.where(program % blocks_d == 0, N, 0)
+        own = where_asked(n < tl.where(program % blocks_d == 0, N, 0), wanted, 1 << 4)
         tl.store(dbias_ptr + part * N + n, dbias, own)
 
 
@@ -378,21 +388,20 @@ def final_layer_bwd(dout, x, shift, scale, weight, bias, T, H, W, rms, eps, dx, 
     chunks = triton.cdiv(tiles, per_program)
     parts = groups * chunks
 
-    def partials(t):
-        if t is None or not per_token:
-            return None if t is None else empty(groups, chunks * blocks_n, D)
-        return t if frame == 1 else empty(B * S // frame, frame, D)
-
-    dshifts, dscales = partials(dshift), partials(dscale)
-    dweights = None if dweight is None else empty(parts, N, D)
-    dbiases = None if dbias is None else empty(1, parts, N)
+    shape = (B * S // frame, frame, D) if per_token else (groups, chunks * blocks_n, D)
+    dshifts, dscales = (
+        or_nothing(grad, rows) if per_token and frame == 1 else partials(grad, rows, *shape)
+        for grad, rows in ((dshift, shift), (dscale, scale))
+    )
+    dweights, dbiases = partials(dweight, weight, parts, N, D), partials(dbias, bias, 1, parts, N)
     final_layer_bwd_kernel[(parts * blocks,)](
-        dy, x, shift, scale, weight, *statistics, dx, dshifts, dscales, dweights, dbiases,
+        dy, x, shift, scale, weight, *statistics, or_nothing(dx, x),
+        dshifts, dscales, dweights, dbiases, wanted_of(dx, dshift, dscale, dweight, dbias),
         *row_strides(x, shift, scale), S, frame, tokens, tiles, chunks, per_program, D,
         N=N, RMS=rms, PER_TOKEN=per_token, **config,
     )  # fmt: skip
     for partial, grad in ((dshifts, dshift), (dscales, dscale)):
-        if partial is not grad:
+        if grad is not None and partial is not grad:
             sum_partials(partial, grad.view(-1, D))
     if dweight is not None:
         sum_partials(dweights.transpose(0, 1), dweight)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kept, rounded, sum_partials
+from .._triton import kept, or_nothing, partials, rounded, sum_partials, wanted_of, where_asked
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -220,21 +220,20 @@ def qk_norm_rope_fwd_kernel(
 
 
 @triton.jit
-def store_partial(ptr, program, heads, x, y, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
-                  INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def store_partial(ptr, program, heads, x, y, wanted, BIT: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
+                  N: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """A program's fp32 row of a parameter's gradient: summed over its heads, or its heads' part of the width."""
     if WIDTH:
-        store_pairs(ptr, (program * H + heads) * E, x, y, heads < H, E, N, PAIRS, INTERLEAVED)
+        store_pairs(ptr, (program * H + heads) * E, x, y, where_asked(heads < H, wanted, BIT), E, N, PAIRS, INTERLEAVED)
     else:
         offset = program * E + tl.zeros([1], tl.int32)
-        store_pairs(
-            ptr, offset, tl.sum(x, 0)[None, :], tl.sum(y, 0)[None, :], offset >= 0, E, N, PAIRS, INTERLEAVED
-        )
+        live = where_asked(offset >= 0, wanted, BIT)
+        store_pairs(ptr, offset, tl.sum(x, 0)[None, :], tl.sum(y, 0)[None, :], live, E, N, PAIRS, INTERLEAVED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def qk_norm_rope_bwd_kernel(
-    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr, wanted,
     dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
     cos_stride_b, cos_stride_s, cos_stride_h, rows, rows_per_program, S, first, tokens, grid_h, grid_w, origin_t,
     origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr,
@@ -243,7 +242,8 @@ def qk_norm_rope_bwd_kernel(
 ):  # fmt: skip
     """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
 
-    g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once.
+    g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once. Bits of
+    `wanted` say which of dx, dweight, dbias to write; a pointer is None only without the parameter.
     """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program = tl.program_id(0)
@@ -282,13 +282,14 @@ def qk_norm_rope_bwd_kernel(
             along = mean(x * x_hat + y * y_hat, count, WIDTH)
             shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
             x, y = (x - shift - x_hat * along) * rstd, (y - shift - y_hat * along) * rstd
-        if dx_ptr is not None:  # freshly allocated by the caller: dense [B, S, H, E]
-            store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
+        # freshly allocated by the caller: dense [B, S, H, E]
+        live = where_asked(live, wanted, 1)
+        store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
     if dweight_ptr is not None:
-        store_partial(dweight_ptr, program, heads, dweight_x, dweight_y, H, E, N, PAIRS, INTERLEAVED, WIDTH)
+        store_partial(dweight_ptr, program, heads, dweight_x, dweight_y, wanted, 2, H, E, N, PAIRS, INTERLEAVED, WIDTH)
     if dbias_ptr is not None:
-        store_partial(dbias_ptr, program, heads, dbias_x, dbias_y, H, E, N, PAIRS, INTERLEAVED, WIDTH)
+        store_partial(dbias_ptr, program, heads, dbias_x, dbias_y, wanted, 4, H, E, N, PAIRS, INTERLEAVED, WIDTH)
 
 
 def tile(H: int, E: int, width: bool) -> dict[str, int]:
@@ -371,29 +372,29 @@ def qk_norm_rope_bwd(
 ):  # fmt: skip
     settings_q = _settings(q, cos, sin, axes, theta, first, eps)
     settings_k = settings_q if k_cos is None else _settings(k, k_cos, k_sin, axes, theta, first, eps)
-    of_q = settings_q, dq_out, q, q_weight, dq, dq_weight, dq_bias
-    of_k = settings_k, dk_out, k, k_weight, dk, dk_weight, dk_bias
-    for (angles, strides, scalars, rotary), dout, x, weight, dx, *parameters in (of_q, of_k):
-        wanted = [t for t in parameters if t is not None]
-        if dx is None and not wanted:
+    of_q = settings_q, dq_out, q, q_weight, q_bias, dq, dq_weight, dq_bias
+    of_k = settings_k, dk_out, k, k_weight, k_bias, dk, dk_weight, dk_bias
+    for (angles, strides, scalars, rotary), dout, x, weight, bias, dx, *parameters in (of_q, of_k):
+        wanted = wanted_of(dx, *parameters)
+        if not wanted:
             continue
         if x.numel() == 0:
-            for t in wanted:
-                t.zero_()
+            for t in parameters:
+                if t is not None:
+                    t.zero_()
             continue
         B, S, H, E = x.shape
         config = tile(H, E, width)
         blocks = triton.cdiv(H, config["HEADS"])
         rows = triton.cdiv(B * S, max(1, PROGRAMS // blocks))
         programs = triton.cdiv(B * S, rows) * blocks
-        partials = [
-            None if t is None else torch.empty((1, programs, t.numel()), dtype=torch.float32, device=x.device)
-            for t in parameters
-        ]
+        width_or_head = H * E if width else E
+        sums = [partials(d, t, 1, programs, width_or_head) for d, t in zip(parameters, (weight, bias), strict=True)]
         qk_norm_rope_bwd_kernel[(programs,)](
-            dout, x, weight, *angles, dx, *partials, *_strides(dout), *_strides(x), *strides, B * S, rows, S, *scalars,
+            dout, x, weight, *angles, or_nothing(dx, x), *sums, wanted,
+            *_strides(dout), *_strides(x), *strides, B * S, rows, S, *scalars,
             H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
-        for partial, t in zip(partials, parameters, strict=True):
+        for partial, t in zip(sums, parameters, strict=True):
             if t is not None:
                 sum_partials(partial, t.view(1, -1))
