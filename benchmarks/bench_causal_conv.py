@@ -69,6 +69,9 @@ _LAYERS = {
 }
 
 
+REPLICATE = ("hunyuan", "hunyuan1.5", "mochi")  # whose convolutions repeat borders where others have zeros
+
+
 def layer(shape: Shape) -> Layer:
     return _LAYERS[shape.id]
 
@@ -91,7 +94,9 @@ def _conv_inputs(
     C = at.channels
     weight = (draw(C, C, *taps) / math.sqrt(C * math.prod(taps))).contiguous(memory_format=torch.channels_last_3d)
     inputs: Inputs = {"x": _video(at, draw), "weight": weight, "bias": draw(C)}
-    return inputs | ({"residual": _video(at, draw)} if epilogue else {})
+    if not epilogue:
+        return inputs
+    return inputs | {"residual": _video(at, draw)} | ({"padding": "replicate"} if at.decoder in REPLICATE else {})
 
 
 def _eager_norm(x, weight, bias, *, norm, groups=32, eps=1e-6):
@@ -101,9 +106,9 @@ def _eager_norm(x, weight, bias, *, norm, groups=32, eps=1e-6):
     return F.silu(F.normalize(x, dim=1) * x.shape[1] ** 0.5 * weight + bias)
 
 
-def _eager_conv(x, weight, bias, residual):
+def _eager_conv(x, weight, bias, residual, padding="constant"):
     kt, kh, kw = weight.shape[2:]
-    return F.conv3d(F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0)), weight, bias) + residual
+    return F.conv3d(F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0), padding), weight, bias) + residual
 
 
 def _frames(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -137,12 +142,18 @@ def _diffusers_norm(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tenso
 
 
 def _diffusers_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Tensor]:
-    module = peers._import("diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers")
     out_channels, channels, *taps = inputs["weight"].shape
-    conv = module.WanCausalConv3d(channels, out_channels, tuple(taps), padding=tuple(k // 2 for k in taps))
+    if "padding" in inputs:
+        module = peers._import("diffusers.models.autoencoders.autoencoder_kl_hunyuan_video", "diffusers")
+        conv, place = module.HunyuanVideoCausalConv3d(channels, out_channels, tuple(taps)), "conv."
+    else:
+        module = peers._import("diffusers.models.autoencoders.autoencoder_kl_wan", "diffusers")
+        same = tuple(k // 2 for k in taps)
+        conv, place = module.WanCausalConv3d(channels, out_channels, tuple(taps), padding=same), ""
 
-    def causal_conv3d(x, weight, bias, residual):
-        return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x,)) + residual
+    def causal_conv3d(x, weight, bias, residual, padding="zeros"):
+        parameters = {f"{place}weight": weight, f"{place}bias": bias}
+        return torch.func.functional_call(conv, parameters, (x,)) + residual
 
     return causal_conv3d
 
@@ -151,6 +162,8 @@ def _torch_cudnn_conv(inputs: Mapping[str, Any], mode: str) -> Callable[..., Ten
     """The best that eager PyTorch can do: cuDNN on channels last, which pads in space; the past is copied in front."""
     if inputs["x"].device.type != "cuda":
         raise peers.Missing("cuDNN needs a CUDA device")
+    if "padding" in inputs:
+        raise peers.Missing("cuDNN pads with zeros")
 
     def causal_conv3d(x, weight, bias, residual):
         B, C, T, H, W = x.shape

@@ -423,10 +423,11 @@ def convolutions(names) -> Iterator[tuple[str, Callable[[], None], tuple, tuple]
         norm_weight, raw = (norm_weight, raw) if norm else (None, None)
         if op == "causal_conv3d":
             run = functools.partial(
-                kernels_triton.causal_conv3d_fwd, x, weight, bias, cache, residual, norm_weight, factor, 1e-6, out, raw
+                kernels_triton.causal_conv3d_fwd, x, weight, bias, cache, residual, norm_weight,
+                factor, False, 1e-6, out, raw,
             )
             back = functools.partial(
-                kernels_triton.causal_conv3d_bwd, out, None, x, weight, cache, None, None, factor, 1e-6,
+                kernels_triton.causal_conv3d_bwd, out, None, x, weight, cache, None, None, factor, False, 1e-6,
                 dx, dweight, None, None, None, None,
             )  # fmt: skip
         else:

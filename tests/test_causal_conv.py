@@ -31,12 +31,12 @@ def op_samples():
         ("norm_silu_fwd", (x, row, t(4), 2, 1e-6, t(*x.shape))),
         ("norm_silu_bwd", (t(*x.shape), x, row, None, 0, 1e-6, t(*x.shape), t(4), None)),
         ("norm_silu_bwd", (t(*x.shape), x, row, t(4), 2, 1e-6, t(*x.shape), t(4), t(4))),
-        ("causal_conv3d_fwd", (x, w, None, None, None, None, one, 1e-6, out, None)),
-        ("causal_conv3d_fwd", (x, w, b, cache, residual, norm, one, 1e-6, out, pre)),
-        ("causal_conv3d_bwd", (out, None, x, w, None, None, None, one, 1e-6, dx, dw, None, None, None, None)),
+        ("causal_conv3d_fwd", (x, w, None, None, None, None, one, False, 1e-6, out, None)),
+        ("causal_conv3d_fwd", (x, w, b, cache, residual, norm, one, False, 1e-6, out, pre)),
+        ("causal_conv3d_bwd", (out, None, x, w, None, None, None, one, False, 1e-6, dx, dw, None, None, None, None)),
         (
             "causal_conv3d_bwd",
-            (out, residual, x, w, cache, norm, pre, one, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
+            (out, residual, x, w, cache, norm, pre, one, False, 1e-6, dx, dw, t(6), t(*cache.shape), residual, t(6)),
         ),
         ("upsample_conv3d_fwd", (x, w, b, up_cache, (2, 1, 2), up)),
         ("upsample_conv3d_bwd", (up, x, w, None, (2, 1, 2), dx, dw, t(6), None)),
@@ -116,6 +116,20 @@ def test_tiny_eps_is_the_norm_of_wan():
     assert y.eq(0).all() and zeros.grad.isfinite().all()
 
 
+def test_replicated_borders_are_those_of_torch():
+    """Around frames; before them where there is no cache, whose frames have borders of their own."""
+    x, weight, bias = torch.randn(2, 3, 2, 3, 5), torch.randn(4, 3, 3, 5, 3), torch.randn(4)
+    padded = F.pad(x, (1, 1, 2, 2, 2, 0), mode="replicate")
+    for stride in (1, 2):
+        y = causal_conv3d(x, weight, bias, stride=stride, padding="replicate")
+        torch.testing.assert_close(y, F.conv3d(padded, weight, bias, stride))
+    past = torch.randn(2, 3, 2, 3, 5)
+    y, cache = causal_conv3d(x, weight, bias, padding="replicate", cache=past)
+    padded = F.pad(torch.cat([past, x], 2), (1, 1, 2, 2, 0, 0), mode="replicate")
+    torch.testing.assert_close(y, F.conv3d(padded, weight, bias))
+    assert torch.equal(cache, x)
+
+
 def test_epilogue_is_residual_then_norm_and_silu():
     x, weight, bias = torch.randn(2, 3, 2, 3, 5), torch.randn(4, 3, 3, 3, 3), torch.randn(4)
     residual, norm = torch.randn(2, 4, 2, 3, 5), torch.randn(4)
@@ -171,6 +185,13 @@ def draw(name, dtype=torch.float64):
             dict(x=x, weight=w, cache=t(2, 4, 2, 3, 2), residual=t(2, 2, 2, 3, 2), norm_weight=t(2)),
             dict(return_raw=True),
         ),
+        "causal_conv3d replicate": (causal_conv3d, dict(x=x, weight=w, bias=b), dict(padding="replicate")),
+        "causal_conv3d replicate everything": (
+            causal_conv3d,
+            dict(x=x, weight=t(2, 4, 3, 5, 3), bias=b, cache=t(2, 4, 2, 3, 2), residual=t(2, 2, 1, 2, 1),
+                 norm_weight=t(2)),
+            dict(padding="replicate", stride=2, return_raw=True),
+        ),
         "upsample_conv3d": (upsample_conv3d, dict(x=x, weight=w, bias=b), dict(factor=(1, 1, 2))),
         "upsample_conv3d cache": (
             upsample_conv3d, dict(x=x, weight=w, cache=t(2, 4, 1, 3, 2)), dict(factor=(2, 1, 1)),
@@ -184,8 +205,9 @@ def draw(name, dtype=torch.float64):
 
 CALLS = [
     "norm_silu rms", "norm_silu rms bias", "norm_silu group", "causal_conv3d", "causal_conv3d stride",
-    "causal_conv3d residual", "causal_conv3d everything", "causal_conv3d raw", "upsample_conv3d",
-    "upsample_conv3d cache", "downsample_conv3d", "downsample_conv3d cache",
+    "causal_conv3d residual", "causal_conv3d everything", "causal_conv3d raw", "causal_conv3d replicate",
+    "causal_conv3d replicate everything", "upsample_conv3d", "upsample_conv3d cache", "downsample_conv3d",
+    "downsample_conv3d cache",
 ]  # fmt: skip
 
 
@@ -226,6 +248,7 @@ STREAMS = {  # function, kernel, options, frames of the cache
     "causal_conv3d kt=5": (causal_conv3d, (5, 1, 1), {}, 4),
     "causal_conv3d kt=1": (causal_conv3d, (1, 3, 3), {}, 0),
     "causal_conv3d stride 2": (causal_conv3d, (3, 3, 3), {"stride": (2, 1, 1)}, 2),
+    "causal_conv3d replicate": (causal_conv3d, (3, 3, 3), {"padding": "replicate"}, 2),
     "causal_conv3d norm": (causal_conv3d, (3, 3, 3), {"norm_weight": torch.linspace(1, 2, 4)}, 2),
     "upsample_conv3d": (upsample_conv3d, (3, 3, 3), {}, 2),
     "upsample_conv3d in time": (upsample_conv3d, (4, 3, 3), {"factor": (2, 1, 1)}, 2),
@@ -240,7 +263,8 @@ def test_chunks_equal_the_whole(name, cuts):
     function, kernel, kwargs, past = STREAMS[name]
     x, weight = torch.randn(2, 3, 8, 5, 4), torch.randn(4, 3, *kernel)
     whole = function(x, weight, **kwargs)
-    cache, parts = torch.zeros(2, 3, past, 5, 4), []
+    repeated = kwargs.get("padding") == "replicate"
+    cache, parts = x[:, :, :1].expand(-1, -1, past, -1, -1) if repeated else torch.zeros(2, 3, past, 5, 4), []
     for piece in x.split(cuts, 2):
         part, cache = function(piece, weight, cache=cache, **kwargs)
         parts.append(part)
@@ -309,6 +333,9 @@ def plain(name, tensors, kwargs):
         past, pad = -(-(kt - 1) // factor[0]), (kw // 2, kw // 2, kh // 2, kh // 2)
         stride = (kwargs.get("stride", 1),) * 3
     h = F.pad(x, (0, 0, 0, 0, past, 0)) if cache is None else torch.cat([cache, x], 2)
+    if kwargs.get("padding") == "replicate":
+        h = F.pad(x if cache is None else h, (*pad, past if cache is None else 0, 0), mode="replicate")
+        pad = (0, 0, 0, 0)
     if name.startswith("upsample"):
         for axis, f in enumerate(factor, 2):
             h = h.repeat_interleave(f, axis)
@@ -463,6 +490,7 @@ BAD = {
         lambda: causal_conv3d(X, W, norm_weight=torch.ones(8), norm_eps=0.0), ValueError, "norm_eps must be positive",
     ),
     "raw of nothing": (lambda: causal_conv3d(X, W, return_raw=True), ValueError, "return_raw=True needs norm_weight"),
+    "padding": (lambda: causal_conv3d(X, W, padding="reflect"), ValueError, "padding must be .*got 'reflect'"),
     "factor 0": (lambda: upsample_conv3d(X, W, factor=(1, 0, 2)), ValueError, "factor must be at least 1"),
     "factor an int": (lambda: upsample_conv3d(X, W, factor=2), ValueError, "factor must be three integers"),
     "upsample cache": (

@@ -48,6 +48,7 @@ GEOMETRY = {  # function, kernel, options, frames of the cache; few taps, of whi
     "2x1x5": (causal_conv3d, (2, 1, 5), {}, 1),
     "3x3x3": (causal_conv3d, (3, 3, 3), {}, 2),
     "2x3x1 by 2": (causal_conv3d, (2, 3, 1), {"stride": (2, 2, 2)}, 1),
+    "2x1x5 of borders": (causal_conv3d, (2, 1, 5), {"padding": "replicate"}, 1),
     "1x1x3 by 1, 3, 2": (causal_conv3d, (1, 1, 3), {"stride": (1, 3, 2)}, 0),
     "up": (upsample_conv3d, (1, 3, 3), {"factor": (1, 2, 2)}, 0),
     "up in time": (upsample_conv3d, (3, 1, 1), {"factor": (2, 1, 1)}, 1),

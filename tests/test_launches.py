@@ -105,10 +105,10 @@ def convolution(C, O, taps, grid, B=1):  # noqa: E741
 
     x, out = empty(B, C, *grid, last=True), empty(B, O, *grid, last=True)
     weight, dweight = (empty(O, C, *taps, last=True) for _ in range(2))
-    kernels_triton.causal_conv3d_fwd(x, weight, None, None, None, None, (1, 1, 1), 1e-6, out, None)
+    kernels_triton.causal_conv3d_fwd(x, weight, None, None, None, None, (1, 1, 1), False, 1e-6, out, None)
     none = (None,) * 4
     kernels_triton.causal_conv3d_bwd(
-        out, None, x, weight, None, None, None, (1, 1, 1), 1e-6, torch.empty_like(x), dweight, *none
+        out, None, x, weight, None, None, None, (1, 1, 1), False, 1e-6, torch.empty_like(x), dweight, *none
     )
 
 

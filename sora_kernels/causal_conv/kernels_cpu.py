@@ -158,13 +158,13 @@ def _norm_op(direction: str):
 # causal_conv3d
 
 
-def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre) -> None:
+def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
     if out.numel() == 0:
         return
     total = next((t for t in (pre, out) if t is not None and _is_wide(t)), None)  # where the convolution adds up
     total = _empty(out.shape) if total is None else total
     total.zero_() if residual is None else total.copy_(residual)
-    weight, bias, padding = weight.float(), _float(bias), _same(weight)
+    weight, bias, padding = weight.float(), _float(bias), _same(weight, bordered)
     if tuple(stride) == ONE:
         _add_causal(total, x, cache, weight, bias, padding)
     else:
@@ -180,7 +180,7 @@ def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, nor
 
 
 def causal_conv3d_bwd(
-    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dout, draw, x, weight, cache, norm_weight, pre, stride, bordered, norm_eps,
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ) -> None:  # fmt: skip
     if dout.numel() == 0:
@@ -193,11 +193,11 @@ def causal_conv3d_bwd(
         if dresidual is not None:
             dresidual.copy_(dout)
     front = (weight.shape[2] - 1, 0, 0)
-    _conv_bwd(dout, x, weight, cache, stride, front, (0, 0), _same(weight), dx, dweight, dbias, dcache)
+    _conv_bwd(dout, x, weight, cache, stride, front, (0, 0), _same(weight, bordered), dx, dweight, dbias, dcache)
 
 
-def _same(weight: Tensor) -> tuple[int, int, int]:
-    return 0, weight.shape[3] // 2, weight.shape[4] // 2
+def _same(weight: Tensor, bordered: bool = False) -> tuple[int, int, int]:
+    return (0, 0, 0) if bordered else (0, weight.shape[3] // 2, weight.shape[4] // 2)
 
 
 def _conv_bwd(dout, x, weight, cache, stride, front, back, padding, dx, dweight, dbias, dcache) -> None:
@@ -305,7 +305,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
         return
     if _few(out, weight, math.prod(factor)):
         x, cache = (t if t is None else repeated(t, factor) for t in (x, cache))
-        return causal_conv3d_fwd(x, weight, bias, cache, None, None, ONE, 0.0, out, None)
+        return causal_conv3d_fwd(x, weight, bias, cache, None, None, ONE, False, 0.0, out, None)
     weight, bias, x = weight.float(), _float(bias), _wide(x)
     B, _, T, H, W = x.shape
     for axes in _phases(weight, factor):

@@ -112,11 +112,11 @@ def _first_tap(weight: Tensor, x: Tensor, cache: Tensor | None) -> int:
     return 0 if cache is not None else max(weight.shape[2] - x.shape[2], 0)
 
 
-def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre) -> None:
+def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
     if out.numel() == 0:
         return
     weight = weight[:, :, _first_tap(weight, x, cache) :]
-    front = causal_front(weight)
+    front = causal_front(weight, bordered)
     read, padding = _read(x, cache, front, front[1:])
     h = _convolution(read, dense_taps(weight, x), stride, padding)
     residual = residual if residual is None else residual.contiguous(memory_format=video_format(residual))
@@ -124,7 +124,7 @@ def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, nor
 
 
 def causal_conv3d_bwd(
-    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dout, draw, x, weight, cache, norm_weight, pre, stride, bordered, norm_eps,
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ) -> None:  # fmt: skip
     if dout.numel() == 0:
@@ -136,7 +136,7 @@ def causal_conv3d_bwd(
         dweight[:, :, :first] = 0
         dweight = dweight[:, :, first:]
     weight = weight[:, :, first:]
-    front = causal_front(weight)
+    front = causal_front(weight, bordered)
     _backward(dout, x, cache, weight, stride, front, front[1:], dx, dweight, dbias, dcache)
 
 

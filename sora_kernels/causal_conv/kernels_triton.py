@@ -55,17 +55,17 @@ def _bwd(dout, x, weight, cache, stride, front, dx, dweight, dbias, dcache) -> N
 # causal_conv3d
 
 
-def causal_front(weight: Tensor) -> list[int]:
+def causal_front(weight: Tensor, bordered: bool = False) -> list[int]:
     kt, kh, kw = weight.shape[2:]
-    return [kt - 1, kh // 2, kw // 2]
+    return [kt - 1, 0, 0] if bordered else [kt - 1, kh // 2, kw // 2]
 
 
-def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, out, pre) -> None:
+def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
     if out.numel() == 0:
         return
     x, cache = _last(x, cache)
     bias, norm_weight = parameter(bias), parameter(norm_weight)
-    call = dict(stride=stride, offset=[-n for n in causal_front(weight)], bias=bias, residual=residual)
+    call = dict(stride=stride, offset=[-n for n in causal_front(weight, bordered)], bias=bias, residual=residual)
     if norm_weight is None:
         convolve(x, cache, dense_taps(weight, x), out, **call)
     elif whole(weight, x):
@@ -89,14 +89,14 @@ def through_norm(dout, draw, pre, norm_weight, eps, dresidual, dnorm_weight) -> 
 
 
 def causal_conv3d_bwd(
-    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dout, draw, x, weight, cache, norm_weight, pre, stride, bordered, norm_eps,
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ) -> None:  # fmt: skip
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache, dresidual, dnorm_weight)
     if norm_weight is not None:
         dout = through_norm(dout, draw, pre, norm_weight, norm_eps, dresidual, dnorm_weight)
-    _bwd(dout, x, weight, cache, stride, causal_front(weight), dx, dweight, dbias, dcache)
+    _bwd(dout, x, weight, cache, stride, causal_front(weight, bordered), dx, dweight, dbias, dcache)
 
 
 # downsample_conv3d

@@ -67,6 +67,7 @@ class _Options(TypedDict, total=False):
     """For type checkers: what a call to `causal_conv3d` may say whatever it returns."""
 
     stride: int | tuple[int, int, int]
+    padding: str
     residual: Tensor | None
     norm_weight: Tensor | None
     norm_eps: float
@@ -99,6 +100,7 @@ def causal_conv3d(
     bias: Tensor | None = None,
     *,
     stride: int | tuple[int, int, int] = 1,
+    padding: str = "zeros",
     cache: Tensor | None = None,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
@@ -114,9 +116,11 @@ def causal_conv3d(
     x            [B, C, T, H, W], float32, bfloat16, float16 or float64; T may be 0.
     weight       [O, C, kt, kh, kw], a Conv3d weight as it is; kh and kw odd. bias [O] or None. Any float dtype.
     stride       an int or (t, h, w). The result is [B, O, ceil(T/st), ceil(H/sh), ceil(W/sw)].
-    cache        None: the kt−1 frames before x are zeros, and y is returned.
-                 [B, C, kt−1, H, W] in x's dtype (zeros at the start of a clip): they are the frames before x, and
-                 (y, cache for the next chunk) is returned. T must then be a multiple of stride_t.
+    padding      "zeros", or "replicate": a frame is surrounded by repeats of its outermost pixels, and preceded, where
+                 there is no cache, by repeats of the first frame. (Implementations read x and its border in one copy.)
+    cache        None: the kt−1 frames before x are zeros, or as padding says, and y is returned.
+                 [B, C, kt−1, H, W] in x's dtype (at the start of a clip zeros, or its first frame): the frames before
+                 x; (y, cache for the next chunk) is returned. T must then be a multiple of stride_t.
     residual     like the result; added before the norm.
     norm_weight  [O]: RMS norm over the O channels with `norm_eps`, then SiLU, as in norm_silu.
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
@@ -126,8 +130,8 @@ def causal_conv3d(
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw. Other
     derivatives: as norm_silu.
 
-    Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, return_raw
-    without norm_weight.
+    Errors: TypeError for a dtype, ValueError for a shape, a device, an even kh or kw, a stride below 1, an unknown
+    padding, return_raw without norm_weight.
     Numerics: fp32 accumulation (fp64 for fp64), epilogue included, rounded once; error against fp64 ≤ 2 × that of plain
     PyTorch plus the √n + 1 roundings of n = C·kt·kh·kw products summed in another order: all that chunks change.
     In triton and cudnn the weight is rounded to x's dtype; in cudnn so are the convolution, before bias, residual and
@@ -136,6 +140,7 @@ def causal_conv3d(
     op = "causal_conv3d"
     _check_conv(op, x, weight, bias, same=True)
     _check.flag(op, "return_raw", return_raw)
+    _check.choice(op, "padding", padding, ("zeros", "replicate"))
     stride = _check.triple(op, "stride", _check.per_axis(stride))
     _check_cache(op, x, cache, weight.shape[2] - 1, "kt - 1")
     if cache is not None and x.shape[2] % stride[0]:
@@ -153,7 +158,7 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    settings = stride, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad, norm_weight)
+    settings = stride, padding, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad, norm_weight)
     y = apply(_CausalConv3d, *tensors, *settings) if grad else _CausalConv3d.run(*tensors, *settings)
     if cache is None:
         return y
@@ -291,31 +296,38 @@ class _NormSilu(torch.autograd.Function):
 
 class _CausalConv3d(torch.autograd.Function):
     @staticmethod
-    def formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl):
+    def formula(x, weight, bias, cache, residual, norm_weight, stride, padding, norm_eps, shape, return_raw, impl):
         if 0 in shape:
             y = raw = x.new_zeros(shape)
         else:
-            y, raw = _causal_conv3d_formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps)
+            bordered = padding == "replicate"
+            x_read, cache = reference.replicated(x, cache, weight) if bordered else (x, cache)
+            tensors = x_read, weight, bias, cache, residual, norm_weight
+            y, raw = _causal_conv3d_formula(*tensors, stride, bordered, norm_eps)
         return (y.to(x.dtype), raw.to(x.dtype)) if return_raw else y.to(x.dtype)
 
     @staticmethod
-    def run(x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl, keep=False):
+    def run(
+        x, weight, bias, cache, residual, norm_weight, stride, padding, norm_eps, shape, return_raw, impl, keep=False
+    ):  # fmt: skip
         """y, or (y, raw) where the caller wants it or, `keep`, the backward does."""
         out = empty_video(x, shape)
         raw = torch.empty_like(out) if return_raw or keep else None
+        if bordered := padding == "replicate" and 0 not in shape:
+            x, cache = reference.replicated(x, cache, weight)
         tensors = (x, weight, parameter(bias), cache, residual, parameter(norm_weight))
-        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, norm_eps, out, raw)
+        _library.call("causal_conv3d_fwd", impl)(*tensors, stride, bordered, norm_eps, out, raw)
         return out if raw is None else (out, raw)
 
     @staticmethod
-    def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, norm_eps, shape, return_raw, impl):
+    def forward(ctx, x, weight, bias, cache, residual, norm_weight, stride, padding, norm_eps, shape, return_raw, impl):
         # what the norm read: a forward that kept only its result would have to be run again in the backward
         keep = norm_weight is not None
         tensors = (x, weight, bias, cache, residual, norm_weight)
-        out = _CausalConv3d.run(*tensors, stride, norm_eps, shape, return_raw, impl, keep)
+        out = _CausalConv3d.run(*tensors, stride, padding, norm_eps, shape, return_raw, impl, keep)
         y, pre = out if keep else (out, None)
         ctx.save_for_backward(x, weight, bias, cache, norm_weight, pre)
-        ctx.stride, ctx.norm_eps, ctx.impl = stride, norm_eps, impl
+        ctx.stride, ctx.padding, ctx.norm_eps, ctx.impl = stride, padding, norm_eps, impl
         return (y, pre) if return_raw else y
 
     @staticmethod
@@ -325,10 +337,17 @@ class _CausalConv3d(torch.autograd.Function):
         need, plain = ctx.needs_input_grad, norm_weight is None  # then the gradient of residual is `dout` itself
         dx, dweight, dbias, dcache = (_like_if(n, t) for n, t in zip(need, (x, weight, bias, cache), strict=False))
         dresidual, dnorm = _like_if(need[4] and not plain, pre), _like_if(need[5], norm_weight)
-        args = (dout, draw, x, weight, cache, parameter(norm_weight), pre, ctx.stride, ctx.norm_eps)
-        _library.call("causal_conv3d_bwd", ctx.impl)(*args, dx, dweight, dbias, dcache, dresidual, dnorm)
+        bordered = ctx.padding == "replicate" and dout.numel() > 0
+        read, past, dread, dpast = x, cache, dx, dcache
+        if bordered:
+            read, past = reference.replicated(x, cache, weight)
+            dread, dpast = (_wide_if(dx is not None or dcache is not None, t) for t in (read, past))
+        args = (dout, draw, read, weight, past, parameter(norm_weight), pre, ctx.stride, bordered, ctx.norm_eps)
+        _library.call("causal_conv3d_bwd", ctx.impl)(*args, dread, dweight, dbias, dpast, dresidual, dnorm)
+        if bordered:
+            _fold(dread, dpast, cache is None, dx, dcache)
         grads = (dx, dweight, dbias, dcache, dout if need[4] and plain else dresidual, dnorm)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _Resample(torch.autograd.Function):
@@ -390,6 +409,37 @@ def _like_if(need: bool, t: Tensor | None) -> Tensor | None:
     return (torch.empty_like(t, memory_format=video_format(t)) if t.ndim == 5 else like(t)) if need else None
 
 
+def _wide_if(need: bool, t: Tensor) -> Tensor | None:
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return torch.empty_like(t, dtype=dtype, memory_format=video_format(t)) if need else None
+
+
+def _fold(
+    dread: Tensor | None, dpast: Tensor | None, repeated: bool, dx: Tensor | None, dcache: Tensor | None
+) -> None:
+    """The adjoint of `reference.replicated`, in fp32 and one order: borders are added to the pixels they repeat."""
+    if dread is None:
+        return
+    H, W = (dx if dcache is None else dcache).shape[3:]
+    dread, dpast = (_inside(_inside(t, 3, H), 4, W) for t in (dread, dpast))
+    if repeated:
+        dread[:, :, 0] += dpast.sum(2)
+    if dcache is not None:
+        dcache.copy_(dpast)
+    if dx is not None:
+        dx.copy_(dread)
+
+
+def _inside(t: Tensor, axis: int, size: int) -> Tensor:
+    """The middle of an axis, to whose ends what lies outside of it is added."""
+    n = (t.shape[axis] - size) // 2
+    inside = t.narrow(axis, n, size)
+    if n:
+        inside.narrow(axis, 0, 1).add_(t.narrow(axis, 0, n).sum(axis, keepdim=True))
+        inside.narrow(axis, size - 1, 1).add_(t.narrow(axis, n + size, n).sum(axis, keepdim=True))
+    return inside
+
+
 def _norm_silu_formula(x, weight, bias, groups, eps):
     if x.numel() == 0:
         return torch.zeros_like(x)
@@ -404,10 +454,11 @@ def _norm_silu_bwd(dout, x, weight, bias, groups, eps, dx, dweight, dbias):
     _library.vjp(function, inputs, (dout,), destinations)
 
 
-def _causal_conv3d_formula(x, weight, bias, cache, residual, norm_weight, stride, norm_eps):
+def _causal_conv3d_formula(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps):
     """The result and what the norm read, not rounded yet."""
     wide = reference.accumulate(x)  # in its dtype until the epilogue is done
-    raw = reference.causal_conv3d(wide, weight, bias, stride=tuple(stride), cache=cache, residual=residual)
+    raw = reference.conv(*reference.causal_input(wide, weight, cache, bordered), weight, bias, tuple(stride))
+    raw = raw if residual is None else raw + residual.to(raw.dtype)
     return raw if norm_weight is None else reference.norm_silu(raw, norm_weight, eps=norm_eps), raw
 
 
@@ -420,7 +471,7 @@ def _causal_conv3d_fwd(*args):
 
 
 def _causal_conv3d_bwd(
-    dout, draw, x, weight, cache, norm_weight, pre, stride, norm_eps,
+    dout, draw, x, weight, cache, norm_weight, pre, stride, bordered, norm_eps,
     dx, dweight, dbias, dcache, dresidual, dnorm_weight,
 ):  # fmt: skip
     if norm_weight is not None:
@@ -429,7 +480,8 @@ def _causal_conv3d_bwd(
         dout = dpre if draw is None else dpre.add_(draw)
         if dresidual is not None:
             dresidual.copy_(dout)
-    _conv_bwd(reference.causal_input, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
+    read = partial(reference.causal_input, bordered=bordered)
+    _conv_bwd(read, dout, x, weight, cache, stride, dx, dweight, dbias, dcache)
 
 
 def _conv_bwd(source, dout, x, weight, cache, stride, dx, dweight, dbias, dcache):
@@ -473,14 +525,14 @@ def _implementations(op: str) -> dict[str, str]:
 _library.define(
     "causal_conv3d_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
-    "SymInt[3] stride, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
+    "SymInt[3] stride, bool bordered, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
     reference=_causal_conv3d_fwd,
     impls=_implementations("causal_conv3d_fwd"),
 )
 _library.define(
     "causal_conv3d_bwd",
     "(Tensor dout, Tensor? draw, Tensor x, Tensor weight, Tensor? cache, Tensor? norm_weight, Tensor? pre, "
-    "SymInt[3] stride, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
+    "SymInt[3] stride, bool bordered, float norm_eps, Tensor(a!)? dx, Tensor(b!)? dweight, Tensor(c!)? dbias, "
     "Tensor(d!)? dcache, Tensor(e!)? dresidual, Tensor(f!)? dnorm_weight) -> ()",
     reference=_causal_conv3d_bwd,
     impls=_implementations("causal_conv3d_bwd"),

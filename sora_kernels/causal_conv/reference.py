@@ -37,13 +37,16 @@ def causal_conv3d(
     bias: Tensor | None = None,
     *,
     stride: Triple = (1, 1, 1),
+    padding: str = "zeros",
     cache: Tensor | None = None,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
     """conv3d of cache + x along time, "same" in H and W; then + residual; then SiLU(rms(.) * norm_weight)."""
-    y = conv(*causal_input(x, weight, cache), weight, bias, stride)
+    if padding == "replicate":
+        x, cache = replicated(x, cache, weight)
+    y = conv(*causal_input(x, weight, cache, padding == "replicate"), weight, bias, stride)
     if residual is not None:
         y = y + residual.to(y.dtype)
     if norm_weight is not None:
@@ -75,10 +78,18 @@ def one_channel(t: Tensor) -> Tensor:
     return t[:, 0].unsqueeze(1) if t.shape[1] == 1 else t
 
 
-def causal_input(x: Tensor, weight: Tensor, cache: Tensor | None) -> tuple[Tensor, Triple]:
+def causal_input(x: Tensor, weight: Tensor, cache: Tensor | None, bordered: bool = False) -> tuple[Tensor, Triple]:
     """What the convolution reads (x after its past), and the symmetric zero padding that it adds itself."""
     kt, kh, kw = weight.shape[2:]
-    return _after(cache, kt - 1, x), (0, kh // 2, kw // 2)
+    return _after(cache, kt - 1, x), (0, 0, 0) if bordered else (0, kh // 2, kw // 2)
+
+
+def replicated(x: Tensor, cache: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the frames before it, without a cache repeats of its first one, with repeats of their borders around."""
+    kt, kh, kw = weight.shape[2:]
+    past = x[:, :, :1].expand(-1, -1, kt - 1, -1, -1) if cache is None else cache
+    border = (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0)
+    return F.pad(x, border, mode="replicate"), F.pad(past, border, mode="replicate") if kt > 1 else past
 
 
 def upsample_input(x: Tensor, weight: Tensor, cache: Tensor | None, factor: Triple) -> tuple[Tensor, Triple]:
