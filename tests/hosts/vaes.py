@@ -42,15 +42,15 @@ MOCHI = dict(
     latent_channels=4, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
     layers_per_block=(1, 1, 1, 1, 1), add_attention_block=(False,) * 5, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
 )  # fmt: skip
-BORDER = "it repeats the border around a frame; causal_conv3d has zeros there"
+EVEN = "its kernel has an even side, so that a frame is not padded alike on both"
 BY_PIXEL = "its norm is a CogVideoXSpatialNorm3D, whose scale differs from pixel to pixel"
 CASES = {
     "AutoencoderKLHunyuanVideo": Case(
-        partial(make, "HunyuanVideo", **HUNYUAN), partial(clip, side=32), {"norm_silu": 18}, {BORDER: 42},
+        partial(make, "HunyuanVideo", **HUNYUAN), clip, {"norm_silu": 18, "causal_conv3d": 42},
         compiled=("decoder.mid_block.resnets",), draws=4,
     ),
     "AutoencoderKLHunyuanVideo15": Case(
-        partial(make, "HunyuanVideo15", **HUNYUAN15), clip, {"norm_silu": 21}, {BORDER: 50},
+        partial(make, "HunyuanVideo15", **HUNYUAN15), clip, {"norm_silu": 21, "causal_conv3d": 50},
         compiled=("decoder.mid_block.resnets",), draws=4,
     ),
     "AutoencoderKLCogVideoX": Case(
@@ -58,11 +58,12 @@ CASES = {
         compiled=("encoder.mid_block.resnets",), draws=12,
     ),
     "AutoencoderKLLTXVideo": Case(
-        partial(make, "LTXVideo", **LTX), clip, {"norm_silu": 12, "causal_conv3d": 12},
-        {"it looks into the future": 15, "it has a stride, a dilation or groups": 3},
+        partial(make, "LTXVideo", **LTX), clip, {"norm_silu": 12, "causal_conv3d": 27},
+        {"it has a stride, a dilation or groups": 3},
         compiled=("encoder.mid_block.resnets",), draws=4,
     ),
     "AutoencoderKLMochi": Case(
-        partial(make, "Mochi", **MOCHI), clip, {"norm_silu": 11}, compiled=("encoder.block_in.resnets",), draws=4
+        partial(make, "Mochi", **MOCHI), clip, {"norm_silu": 11, "causal_conv3d": 20}, {EVEN: 3},
+        compiled=("encoder.block_in.resnets",), draws=4,
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """diffusers' VAEs of HunyuanVideo, HunyuanVideo-1.5, CogVideoX, LTX-Video and Mochi through our operations.
 
-Norm and SiLU in one pass in all of them, of whichever kind the norm is. Convolutions where they pad with zeros in space
-and, in time, with what `causal_conv3d` takes as its cache: the frames before, or the first one repeated.
+Norm and SiLU in one pass in all of them, of whichever kind the norm is. Convolutions that pad a frame with zeros or
+repeat its border; in time with what `causal_conv3d` takes as its cache: the frames before, or the first one repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _FILES = {  # model -> file of diffusers, and how its classes begin
 }
 _RESIDUAL = ("ResnetBlockCausal3D", "ResnetBlock3D", "ResnetBlock3d", "ResnetBlock")
 _ENDS = ("Encoder3D", "Encoder3d", "Decoder3D", "Decoder3d")
-_OTHER_PADDING = "it repeats the border around a frame; causal_conv3d has zeros there"
 
 
 def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
@@ -41,10 +40,11 @@ def plan(model: nn.Module, how: How) -> tuple[list[Plan], tuple[str, ...]]:
 def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
     file, prefix = next(_FILES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in _FILES)
     theirs = vars(importlib.import_module(f"diffusers.models.autoencoders.autoencoder_kl_{file}"))
-    residual, ends, convs = (
+    residual, ends = (
         tuple(cls for name in names if isinstance(cls := theirs.get(prefix + name), type))
-        for names in (_RESIDUAL, _ENDS, ("CausalConv3d",))
+        for names in (_RESIDUAL, _ENDS)
     )
+    conv = theirs.get(f"{prefix}CausalConv3d") or theirs["CogVideoXCausalConv3d"]  # which Mochi has, too
     kinds = _norms(theirs, prefix)
     for name, module in model.named_modules():
         if isinstance(module, residual):
@@ -52,9 +52,10 @@ def _steps(model: nn.Module, how: How) -> Iterator[Plan]:
         elif isinstance(module, ends) and (norm := _last_norm(module)):
             activation = "conv_act" if hasattr(module, "conv_act") else "nonlinearity"
             yield _pair(name, module, ends, (norm,), activation, kinds, how)
-        elif isinstance(module, convs):
-            reason = why_not_rebind(module, convs[0]) or _why_not_conv(module)
-            forward = _first_repeated if hasattr(module, "is_causal") else _with_cache
+        elif isinstance(module, conv):
+            reason = why_not_rebind(module, conv) or _why_not_conv(module)
+            forward = _frames_repeated if hasattr(module, "is_causal") else _borders_repeated
+            forward = _with_cache if hasattr(module, "const_padding_conv3d") else forward
             yield how.step(name, ("causal_conv3d",), reason, bind(module, forward, how.impl))
 
 
@@ -109,18 +110,24 @@ def _activate_frames(norm: nn.Module, x: Tensor, impl: str) -> Tensor:
 
 
 def _why_not_conv(module: nn.Module) -> str | None:
-    if getattr(module, "pad_mode", "constant") == "replicate":
-        return _OTHER_PADDING
-    if not getattr(module, "is_causal", True):
-        return "it looks into the future"
     conv = module.conv
     if reason := why_not_read(module, conv=(nn.Conv3d, *_safe_conv())):
         return reason
-    _, kh, kw = conv.kernel_size
-    if conv.stride != (1, 1, 1) or conv.dilation != (1, 1, 1) or conv.groups != 1:
+    (kt, kh, kw), border = conv.kernel_size, _repeats_borders(module)
+    if conv.dilation != (1, 1, 1) or conv.groups != 1 or (conv.stride != (1, 1, 1) and not border):
         return "it has a stride, a dilation or groups"
-    same = conv.padding == (0, kh // 2, kw // 2) and kh % 2 == kw % 2 == 1
-    return None if same and conv.padding_mode == "zeros" else _OTHER_PADDING
+    if not kh % 2 == kw % 2 == 1:
+        return "its kernel has an even side, so that a frame is not padded alike on both"
+    sides = (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0)
+    padding = (0, 0, 0) if border else (0, kh // 2, kw // 2)
+    same = conv.padding == padding and conv.padding_mode == "zeros"
+    same = same and not (border and module.time_causal_padding != sides)
+    ahead = not getattr(module, "is_causal", True)
+    return None if same and not (ahead and kt % 2 == 0) else "it pads in a way that is not one of causal_conv3d's"
+
+
+def _repeats_borders(module: nn.Module) -> bool:
+    return getattr(module, "pad_mode", "constant") == "replicate"
 
 
 def _safe_conv() -> tuple[type[nn.Module], ...]:
@@ -130,17 +137,33 @@ def _safe_conv() -> tuple[type[nn.Module], ...]:
     return (CogVideoXSafeConv3d,)
 
 
-def _first_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
-    """LTX-Video: before the clip lies its first frame."""
+def _frames_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
+    """LTX-Video: before the clip lies its first frame, and, where it looks ahead, after it its last."""
     if under_autocast(x) or _why_not_conv(self):
         return type(self).forward(self, x)
-    return _conv(self.conv, x, None, impl)
+    past = self.conv.kernel_size[0] - 1
+    if self.is_causal or not past:
+        return _conv(self.conv, x, None, impl)
+    first, last = (t.expand(-1, -1, past // 2, -1, -1) for t in (x[:, :, :1], x[:, :, -1:]))
+    frames = torch.cat([first, x, last], 2)
+    return _conv(self.conv, frames[:, :, past:], frames[:, :, :past], impl)
+
+
+def _borders_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
+    """HunyuanVideo and 1.5: around each frame its border, before the clip its first frame."""
+    if under_autocast(x) or _why_not_conv(self):
+        return type(self).forward(self, x)
+    conv = self.conv
+    return causal_conv3d(x, conv.weight, conv.bias, stride=conv.stride, padding="replicate", impl=impl)
 
 
 def _with_cache(self: nn.Module, impl: str, x: Tensor, conv_cache: Tensor | None = None) -> Any:
-    """CogVideoX: before a chunk lie the last frames of the one before, or its first frame; and the next one's cache."""
+    """CogVideoX: before a chunk lie the last frames of the one before, or its first frame; and the next one's cache.
+    Mochi's repeats borders, and has no cache."""
     if under_autocast(x) or _why_not_conv(self):
         return type(self).forward(self, x, conv_cache)
+    if _repeats_borders(self):
+        return _borders_repeated(self, impl, x), None
     y, frames = _conv(self.conv, x, conv_cache, impl), self.conv.kernel_size[0] - 1
     if not frames:
         return y, None
