@@ -82,8 +82,8 @@ def calls() -> dict[str, dict]:
         "merge_attention": dict(a=(randn(2, 6, 2, 8), randn(2, 2, 6)), b=(randn(2, 6, 2, 8), randn(2, 2, 6))),
         "norm_silu": dict(x=randn(2, 4, 2, 3, 3), weight=randn(4), bias=randn(4), norm="group", groups=2, eps=1e-6),
         "causal_conv3d": dict(
-            **conv, stride=(1, 1, 1), cache=randn(2, 4, 2, 4, 4), residual=randn(2, 6, 2, 4, 4), norm_weight=randn(6),
-            norm_eps=1e-6, return_raw=True,
+            **conv, stride=(1, 1, 1), padding="replicate", cache=randn(2, 4, 2, 4, 4), residual=randn(2, 6, 2, 4, 4),
+            norm_weight=randn(6), norm_eps=1e-6, return_raw=True,
         ),
         "upsample_conv3d": dict(**conv, factor=(2, 2, 2), cache=randn(2, 4, 1, 4, 4)),
         "downsample_conv3d": dict(**conv, factor=(2, 2, 2), cache=randn(2, 4, 1, 4, 4)),
