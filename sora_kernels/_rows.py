@@ -131,6 +131,8 @@ def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | Non
     if t is None:
         return None
     B, _, D = x.shape
+    if t.shape == (B, frames, D):
+        return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
     final = t.numel() == B * frames * D
     dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
     return torch.empty((B, frames, D), dtype=dtype, device=x.device) if wanted or dtype != t.dtype else None
