@@ -78,6 +78,10 @@ def _run(args: argparse.Namespace) -> int:
         models = []
     modes = MODES if args.mode == "both" else (args.mode,)
     cases = [(benchmarks[op], shapes.SHAPES[i]) for i in _fitting(named, device, ops) for op in ops]
+    if not named and device.type == "cpu":
+        cases = [(b, shape) for b, shape in cases if b.op != "spacetime_attention"]
+        cases += [(b, shapes.SHAPES[i]) for i in shapes.CPU_ATTENTION for b in map(benchmarks.get, ops)
+                  if b.op == "spacetime_attention"]  # fmt: skip
     if args.base is not None:
         ours = ((b, shape, tuple(args.impl) or suite.our_impls(b.op, device)) for b, shape in cases)
         return compare.compare(

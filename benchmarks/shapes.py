@@ -105,3 +105,4 @@ DEFAULT = {
     ),
     "cpu": ("cpu-8192x1536", "cpu-frames", "cpu-tokens", "cpu-rms", "toy", "tiny"),
 }  # fmt: skip
+CPU_ATTENTION = ("cpu-length-8", "toy", "tiny")  # instead: of eight thousand tokens eager alone takes a minute
