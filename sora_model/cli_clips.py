@@ -33,11 +33,14 @@ def _write(
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)] = None,
-    negative: Annotated[str, typer.Option(help="What the guidance leads away from.")] = "",
+    negative: Annotated[str, typer.Option(help="What the guidance leads away from.", show_default="nothing")] = "",
     shift: Annotated[float | None, typer.Option(help="Of the times toward noise.", show_default=OWN)] = None,
     loras: Annotated[
         list[str] | None,
-        typer.Option("--lora", help="FILE or FILE:WEIGHT; of two experts, FILE:WEIGHT:high or :low. Any number."),
+        typer.Option(
+            "--lora", help="FILE or FILE:WEIGHT; of two experts, FILE:WEIGHT:high or :low. Any number.",
+            show_default="none",
+        ),
     ] = None,
     attention: Annotated[
         str | None,

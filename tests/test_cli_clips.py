@@ -80,8 +80,8 @@ def test_a_command_writes_what_its_verb_gives(sora, command, options, verb):
     clip = verb(sora.model)
     clip.save("same.mp4")  # marked alike
     assert media.probe("made.mp4").fps == clip.fps
-    made, same = (np.stack(list(media.read_video(name))) for name in ("made.mp4", "same.mp4"))
-    assert np.array_equal(made, same)
+    made, same = (np.stack(list(media.read_video(name))).astype(int) for name in ("made.mp4", "same.mp4"))
+    assert made.shape == same.shape and np.abs(made - same).mean() < 0.05 * same.std()  # x264 may code again otherwise
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,12 @@ def test_several_clips_are_a_file_each_or_the_best_of_them(sora, tmp_path):
     wanted = verdicts.index(max(verdicts)) + 3
     assert code == 0 and [f"seed {seed}: " in out for seed in (3, 4, 5)] == [True] * 3
     assert f"wrote made.mp4: seed {wanted}" in out
-    made, same = (np.stack(list(media.read_video(name))) for name in ("made.mp4", f"made-{wanted}.mp4"))
-    assert np.array_equal(made, same)
+    made, *all_ = (
+        np.stack(list(media.read_video(name))).astype(int)
+        for name in ("made.mp4", "made-3.mp4", "made-4.mp4", "made-5.mp4")
+    )
+    apart = [np.abs(made - other).mean() for other in all_]
+    assert apart.index(min(apart)) == wanted - 3 and min(apart) < 0.05 * made.std()
 
 
 def test_the_clip_that_shows_what_is_said_is_chosen():

@@ -98,7 +98,8 @@ def test_the_processes_of_torchrun_generate_one_clip_and_the_first_writes_it(tmp
     in_ranks(_generate, 2, tmp_path, command)
     app([*command, "--out", f"{tmp_path}/alone.mp4"], standalone_mode=False)
     together, alone = (np.stack([*read_video(tmp_path / f"{name}.mp4")]).astype(int) for name in ("together", "alone"))
-    assert together.shape == alone.shape and together.std() > 5 and abs(together - alone).mean() < 0.1
+    assert together.shape == alone.shape and together.std() > 5
+    assert abs(together - alone).mean() < 0.01 * alone.std()  # other roundings, and coded twice
 
 
 def _on_four(rank, folder):

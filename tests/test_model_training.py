@@ -29,6 +29,15 @@ TINY_DIT = DiTConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def fresh_sigint():
+    """Python's own handling, whatever tests before have left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before is not None:  # None: not of Python
+        signal.signal(signal.SIGINT, before)
+
+
 def tiny(settings: fit.Settings, **changes) -> fit.Settings:
     return dataclasses.replace(settings, **{"batch": 4, "save_every": 2, "warmup": 1} | changes)
 
@@ -182,7 +191,8 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
     def twice(step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # until the first one is noted
+            noted = time.monotonic() + 60
+            while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < noted:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
 
