@@ -112,6 +112,7 @@ def fit(
     """
     run, ranks = Path(run), Ranks()
     named = dict(module.named_parameters())
+    parameters = list(named.values())
     made_with = {"matrices": list(matrices)} | dict(made_with or {})
     ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with)
     if settings.batch < ranks.size:
@@ -120,9 +121,8 @@ def fit(
 
     def gradients(part: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss = loss_of(*part)
-        return loss.detach(), torch.autograd.grad(loss, list(named.values()))
+        return loss.detach(), torch.autograd.grad(loss, parameters)
 
-    parameters = list(named.values())
     if ranks.rank:
         _assist(ranks, parameters, batch_at, gradients, settings)
         return module.state_dict()
@@ -173,9 +173,9 @@ def fit(
                 except RankError:
                     write_state()
                     raise
-                for parameter, total in zip(named.values(), totals, strict=True):
+                for parameter, total in zip(parameters, totals, strict=True):
                     parameter.grad = _laid_out(parameter, total)
-                norm = nn.utils.clip_grad_norm_(named.values(), settings.clip).item()
+                norm = nn.utils.clip_grad_norm_(parameters, settings.clip).item()
                 if not (math.isfinite(value) and math.isfinite(norm)):
                     raise FloatingPointError(
                         f"the loss is {value} and the norm of its gradients {norm} at step {step}; "
@@ -185,7 +185,7 @@ def fit(
                     optimiser.step()
                 if average is not None:
                     keep = min(settings.ema, (step + 1) / (step + 10))
-                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in named.values()], 1 - keep)
+                    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - keep)
                 step += 1
                 smooth = value if smooth is None else 0.95 * smooth + 0.05 * value
                 bar.update(task, completed=step, loss=f"{smooth:.4f}")
@@ -321,8 +321,8 @@ def _resume(
     wanted = {f"model.{name}": value.shape for name, value in module.state_dict().items()}
     wanted |= {f"average.{name}": value.shape for name, value in (average or {}).items()}
     for name, parameter in module.named_parameters():
-        moments = optimiser.state.get(parameter) or dict.fromkeys(("step", "exp_avg", "exp_avg_sq"))
-        wanted |= {f"optimiser.{key}.{name}": () if key == "step" else parameter.shape for key in moments}
+        kept = optimiser.kept(parameter)
+        wanted |= {f"optimiser.{key}.{name}": () if key == "step" else parameter.shape for key in kept}
     check_shapes(wanted | {"step": ()}, {name: value.shape for name, value in state.items()}, str(file))
     step = int(state["step"])
     if not 0 <= step <= settings.steps:
@@ -331,11 +331,11 @@ def _resume(
     for name, value in (average or {}).items():
         value.copy_(state[f"average.{name}"])
     for name, parameter in module.named_parameters():
-        moments = optimiser.state.get(parameter) or dict.fromkeys(("step", "exp_avg", "exp_avg_sq"))
-        for key in moments:
-            value = state[f"optimiser.{key}.{name}"]
-            moments[key] = value.to(parameter.device) if key == "step" else _laid_out(parameter, value)
-        optimiser.state[parameter] = moments
+        moments = {key: state[f"optimiser.{key}.{name}"] for key in optimiser.kept(parameter)}
+        optimiser.state[parameter] = {
+            key: value.to(parameter.device) if key == "step" else _laid_out(parameter, value)
+            for key, value in moments.items()
+        }
     write_json(run / "settings.json", now)
     rows = [row for row in read_log(run) if row["step"] <= step]
     files.write_bytes(log, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -38,6 +38,10 @@ class Muon(torch.optim.AdamW):
             self.shapes.setdefault((min(rows, columns), max(rows, columns)), []).append(matrix)
             self.state[matrix] = {"momentum": torch.zeros_like(matrix)}
 
+    def kept(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The names of what is kept of a parameter, in the optimiser's state after a step."""
+        return ("momentum",) if "momentum" in self.state.get(parameter, ()) else ("step", "exp_avg", "exp_avg_sq")
+
     @torch.no_grad()
     def step(self) -> None:
         super().step()

@@ -141,29 +141,29 @@ def generate(
 
 def _draw(sora: Sora, plans: Sequence[Any], impl: str, progress: Progress | None) -> list[Tensor]:
     """Normalised latents of the plans."""
-    guidance, dtype = plans[0].guidance, sora.dit.patch_embedding.weight.dtype
-    twice = 1 if guidance == 1 else 2  # the second time without the prompt
+    dtype, count = sora.dit.patch_embedding.weight.dtype, len(plans)
     sora.turns(sora.text)
-    text, lens = sora.text.encode([plan.prompt for plan in plans] + [""] * len(plans) * (twice - 1))
+    text, lens = sora.text.encode([plan.prompt for plan in plans] + [""] * count)
     text = text.to(sora.device, dtype)
     lens = lens.to(sora.device) if sora.text.masks_padding else None
+    prompt, null = ((text[half], None if lens is None else lens[half]) for half in (slice(count), slice(count, None)))
     noise = [
         flow.draw_noise(plan.latents, generator=torch.Generator().manual_seed(plan.seed), device=sora.device)
         for plan in plans
     ]
 
-    def parts(x: Tensor) -> list[Tensor]:
-        flat = x[0].split([part.numel() for part in noise])
+    def parts(row: Tensor) -> list[Tensor]:
+        flat = row.split([part.numel() for part in noise])
         return [part.view_as(like) for part, like in zip(flat, noise, strict=True)]
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        clips = [part.to(dtype) for part in parts(x)] * twice
-        v = packed(sora.dit, clips, [(flow.TIME_SCALE * t).float()] * len(clips), text, lens, impl=impl)
-        v = torch.cat([part.float().flatten() for part in v])[None]
-        toward, away = v.chunk(2, 1) if twice == 2 else (v, v)
-        return torch.lerp(away, toward, guidance)
+    def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
+        clips = [part.to(dtype) for row in x for part in parts(row)]
+        times = (flow.TIME_SCALE * t).float().repeat_interleave(count)
+        v = packed(sora.dit, clips, times.unbind(), text, lens, impl=impl)
+        return torch.cat([part.float().flatten() for part in v]).view_as(x)
 
+    velocity = flow.guided(model, prompt, null, plans[0].guidance)
     told = None if progress is None else lambda done, total: progress("denoise", done, total)
     flat = torch.cat([part.flatten() for part in noise])[None]
     sora.turns(sora.dit)
-    return parts(sora.solver(velocity, flat, steps=plans[0].steps, shift=plans[0].shift, progress=told))
+    return parts(sora.solver(velocity, flat, steps=plans[0].steps, shift=plans[0].shift, progress=told)[0])

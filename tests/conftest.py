@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import socket
+import sys
 from collections.abc import Callable
 
 import torch
@@ -141,3 +142,26 @@ def tiny_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "checkpoint"
     Sora(dit, vae, text, recipe.load().defaults).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def sora(monkeypatch, tmp_path, capsys):
+    """Runs the `sora` command in an empty folder: (exit code, stdout, stderr)."""
+    from sora_model import cli, cli_clips, cli_safety, cli_world
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sora", *map(str, arguments)])
+        # the consoles of the modules were bound to the streams of another test
+        for name, stderr in (("out", False), ("err", True)):
+            for module in (cli, cli_clips, cli_safety, cli_world):
+                monkeypatch.setattr(module, name, cli.console(stderr=stderr, width=300))
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -23,33 +23,11 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from benchmarks import shapes
 from sora_kernels import _library
-from sora_model import cli, cli_world, demo, evaluate, media, reconstruct, train, world
+from sora_model import cli, demo, evaluate, media, reconstruct, train, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def sora(monkeypatch, tmp_path, capsys):
-    """Runs the command in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sora", *map(str, arguments)])
-        # the consoles of the module were bound to the streams of another test
-        for name, stderr in (("out", False), ("err", True)):
-            for module in (cli, cli_world):
-                monkeypatch.setattr(module, name, cli.console(stderr=stderr, width=200))
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_generate_writes_the_clip_that_python_makes(sora, tiny_checkpoint, tmp_path):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 from test_model_verbs import untrained
 
-from sora_model import choose, cli, cli_clips, media, world
+from sora_model import choose, media, world
 from sora_model.pipeline import Clip, Sora
 
 PROMPT, FAST = "a red circle bounces around", {"steps": 2, "seed": 3}
@@ -17,31 +15,14 @@ OPTIONS = ("--steps", 2, "--seed", 3, "--weights", "folder")
 
 
 @pytest.fixture
-def sora(monkeypatch, tmp_path, capsys):
-    """Runs the command beside clip.mp4, other.mp4 and first.png, with a tiny model: (exit code, stdout, stderr); and
-    that model."""
-    monkeypatch.chdir(tmp_path)
+def model(sora, monkeypatch):
+    """That of the commands, tiny; in their folder are clip.mp4, other.mp4 and first.png."""
     model = untrained(temporal=False)
     monkeypatch.setattr(Sora, "from_pretrained", lambda source, device=None: model)
     for name, seed in (("clip", 5), ("other", 6)):
         media.write_video(f"{name}.mp4", world.sample(seed, frames=9, size=(32, 48)).video, fps=8)
     Image.fromarray(world.sample(5, frames=1, size=(32, 48)).video[0]).save("first.png")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sora", *map(str, arguments)])
-        for name, stderr in (("out", False), ("err", True)):
-            for module in (cli, cli_clips):
-                monkeypatch.setattr(module, name, cli.console(stderr=stderr, width=200))
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    run.model = model
-    return run
+    return model
 
 
 @pytest.mark.parametrize(
@@ -73,11 +54,11 @@ def sora(monkeypatch, tmp_path, capsys):
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:this checkpoint was trained on")
-def test_a_command_writes_what_its_verb_gives(sora, command, options, verb):
+def test_a_command_writes_what_its_verb_gives(sora, model, command, options, verb):
     code, out, err = sora(*command.split(), PROMPT, *options.split(), *OPTIONS, "--out", "made.mp4")
     assert code == 0, err
     assert "wrote made.mp4" in out
-    clip = verb(sora.model)
+    clip = verb(model)
     clip.save("same.mp4")  # marked alike
     assert media.probe("made.mp4").fps == clip.fps
     made, same = (np.stack(list(media.read_video(name))).astype(int) for name in ("made.mp4", "same.mp4"))
@@ -97,18 +78,18 @@ def test_a_command_writes_what_its_verb_gives(sora, command, options, verb):
         (("generate", "an elephant", "--n", 2, "--pick", "best"), "clips can be judged for captions of the world only"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line_and_no_file(sora, tmp_path, arguments, said):
+def test_what_cannot_be_is_one_line_and_no_file(sora, model, tmp_path, arguments, said):
     before = sorted(tmp_path.iterdir())
     code, _, err = sora(*arguments, *OPTIONS, "--out", "made.mp4")
     assert code == 1 and said in err and "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_several_clips_are_a_file_each_or_the_best_of_them(sora, tmp_path):
+def test_several_clips_are_a_file_each_or_the_best_of_them(sora, model, tmp_path):
     code, out, _ = sora("generate", PROMPT, "--n", 3, *OPTIONS, "--out", "made.mp4")
     assert code == 0 and [f"made-{seed}.mp4" in out for seed in (3, 4, 5)] == [True] * 3
     assert not (tmp_path / "made.mp4").exists()
-    clips = [sora.model.generate(PROMPT, seed=seed, steps=2) for seed in (3, 4, 5)]
+    clips = [model.generate(PROMPT, seed=seed, steps=2) for seed in (3, 4, 5)]
     code, out, _ = sora("generate", PROMPT, "--n", 3, "--pick", "best", *OPTIONS, "--out", "made.mp4")
     verdicts = [choose.judge(clip) for clip in clips]
     wanted = verdicts.index(max(verdicts)) + 3

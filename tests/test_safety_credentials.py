@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sora_model import Clip, Sora, cli, media
+from sora_model import Clip, Sora, media
 from sora_model.extras import MissingExtra
 from sora_model.reconstruct import load_vae, reconstruct
 from sora_model.safety import certificates, credentials
@@ -306,25 +306,6 @@ def test_no_cut_of_a_signed_file_is_trusted(tmp_path, signed):
 
 
 # --- the commands ---
-
-
-@pytest.fixture
-def sora(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["sora", *map(str, arguments)])
-        for module in ("cli", "cli_safety", "cli_clips", "cli_world"):
-            monkeypatch.setattr(f"sora_model.{module}.err", cli.console(stderr=True, width=300))
-            monkeypatch.setattr(f"sora_model.{module}.out", cli.console(width=300))
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_verify_gives_four_answers_and_codes(sora, tmp_path, signed, stranger):

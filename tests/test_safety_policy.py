@@ -11,7 +11,7 @@ import logging
 import numpy as np
 import pytest
 
-from sora_model import Sora, cli, world
+from sora_model import Sora, world
 from sora_model.safety import policy
 from sora_model.safety.policy import Policy, PolicyError
 
@@ -193,26 +193,13 @@ def test_every_way_to_a_clip_is_judged_before_anything_is_computed(tiny_checkpoi
     assert not list(tmp_path.iterdir())
 
 
-def test_the_commands_refuse_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["sora", *arguments])
-        monkeypatch.setattr("sora_model.cli.err", cli.console(stderr=True, width=300))
-        monkeypatch.setattr("sora_model.cli_safety.out", cli.console(width=300))
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
+def test_the_commands_refuse_too(tmp_path, monkeypatch, sora):
     monkeypatch.setattr(Sora, "from_pretrained", lambda *a, **k: pytest.fail("loaded before the policy was asked"))
-    code, out, err = run("generate", "a gory scene", "--out", "a.mp4")
+    code, out, err = sora("generate", "a gory scene", "--out", "a.mp4")
     assert code == 1 and not out and len(err.splitlines()) == 1 and "'gory'" in err and not list(tmp_path.iterdir())
-    code, out, _ = run("policy", "a gory scene")
+    code, out, _ = sora("policy", "a gory scene")
     assert code == 3 and out.startswith("block: class violence, rule terms/gory, characters 2 to 6 'gory'")
-    assert run("policy", "a red ball")[:2] == (0, "allow\n")
+    assert sora("policy", "a red ball")[:2] == (0, "allow\n")
     (tmp_path / "p.yaml").write_text("classes: [{id: b, action: review, terms: [ball]}]")
-    code, out, _ = run("policy", "a red ball", "--rules", "p.yaml")
+    code, out, _ = sora("policy", "a red ball", "--rules", "p.yaml")
     assert code == 0 and out.startswith("review: class b")

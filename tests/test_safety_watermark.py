@@ -7,7 +7,7 @@ import stat
 import numpy as np
 import pytest
 
-from sora_model import Clip, cli, media, world
+from sora_model import Clip, media, world
 from sora_model.safety import certificates, credentials, store, watermark
 from sora_model.safety.credentials import Origin
 
@@ -128,20 +128,9 @@ def test_what_a_model_made_is_marked_and_nothing_else_is(tmp_path, plain):
     assert Origin({"seed": 1}).identity == Origin({"seed": 1}).identity != Origin({"seed": 2}).identity
 
 
-def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, capsys):
+def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, sora):
     pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
-
-    def sora(*arguments):
-        monkeypatch.setattr("sys.argv", ["sora", *arguments])
-        for stream, stderr in (("out", False), ("err", True)):
-            monkeypatch.setattr(f"sora_model.cli_safety.{stream}", cli.console(stderr=stderr, width=300))
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-            raise SystemExit(0)
-        return end.value.code or 0, capsys.readouterr().out
-
     clips = [Clip(plain, 8, "a ring", seed, 2, 3.0) for seed in range(3)]
     for seed, clip in enumerate(clips):
         clip.save(f"{seed}.mp4")
@@ -149,14 +138,14 @@ def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, capsys):
     media.write_video("plain.mp4", plain)
     assert credentials.verify("stripped.mp4").answer == credentials.NONE and len(store.identities()) == 3
     assert credentials.verify("1.mp4").binding in {f"{one:08x}" for one in store.identities()}
-    code, out = sora("detect", "stripped.mp4")
+    code, out, _ = sora("detect", "stripped.mp4")
     assert code == 0 and out.startswith("stripped.mp4: marked by this installation: z ")
     assert "  as 1.mp4, 20" in out and "\n    c2pa.created trainedAlgorithmicMedia" in out and "seed 1" in out
     assert "altered, by sora local (assertion.bmffHash.mismatch)" in out
-    code, out = sora("detect", "plain.mp4")
+    code, out, _ = sora("detect", "plain.mp4")
     assert code == 5 and "no mark found" in out and "says nothing of where it comes from" in out
     (tmp_path / "home" / "manifests.sqlite").unlink()
-    code, out = sora("detect", "stripped.mp4")
+    code, out, _ = sora("detect", "stripped.mp4")
     assert code == 0 and "as what cannot be told" in out
     (tmp_path / "home" / "manifests.sqlite").unlink()
     (tmp_path / "home" / "manifests.sqlite").mkdir()
