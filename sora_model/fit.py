@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,8 @@ def _own_share(
     parts = [[t[k::count] for t in batch] for k in range(ranks.rank, min(clips, count), ranks.size)]
     if not parts:  # of fewer clips than ranks
         return 0.0, [torch.zeros_like(weight) for weight in weights]
-    losses, slopes = zip(*pool.map(gradients, parts), strict=True)
+    computed = [pool.submit(gradients, part) for part in parts]
+    losses, slopes = zip(*map(_result, computed), strict=True)
     shares = [len(part[0]) / clips for part in parts]
     value = sum(share * loss.item() for share, loss in zip(shares, losses, strict=True))
     totals = [sum(s * term for s, term in zip(shares, terms, strict=True)) for terms in zip(*slopes, strict=True)]
@@ -264,7 +265,7 @@ def _drawn_ahead(batch_at: Callable[[int], Sequence[Tensor]], steps: range, load
         def drawn() -> Iterator[Any]:
             following = thread.submit(batch_at, steps[0])
             for step in steps:
-                batch = following.result()
+                batch = _result(following)
                 if step + 1 in steps:
                     following = thread.submit(batch_at, step + 1)
                 yield batch
@@ -371,6 +372,13 @@ def _noted_signals() -> Iterator[list[int]]:
         yield noted
     finally:
         restore()
+
+
+def _result(future: Future[Any]) -> Any:
+    """Its result, waited for in slices: a signal that the system hands to another thread does not end a wait."""
+    while not wait([future], timeout=0.1).done:
+        pass
+    return future.result()
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from test_cli import sora  # noqa: F401
 
 from sora_model import reader, reconstruct
 from sora_model.media import MediaError, probe, read_video, write_video

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import sora  # noqa: F401
 from test_model_pipeline import make_wan_directory
 
 from sora_kernels._dispatch import Unavailable

@@ -8,7 +8,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_cli import sora  # noqa: F401
 from test_model_pipeline import make_wan_directory
 
 from sora_model import machine, media, reconstruct, world

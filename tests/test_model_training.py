@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -187,14 +188,24 @@ def test_batches_drawn_by_other_processes_are_the_same_ones(tmp_path, vae):
         assert all(torch.equal(value, weights[name]) for name, value in runs[0][0].items())
 
 
-def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path):
+@pytest.mark.parametrize("told", ["process", "thread"])
+def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path, told):
+    """Whichever thread the system hands the signal to: one that computes, here, and the one that waits for it."""
+
+    def interrupt():
+        if told == "thread":
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+
     def twice(step):
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
             noted = time.monotonic() + 60
             while signal.getsignal(signal.SIGINT) is not signal.default_int_handler and time.monotonic() < noted:
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
+            time.sleep(1)
 
     settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2), workers=1)
     with pytest.raises(KeyboardInterrupt):
