@@ -86,11 +86,12 @@ def fit(
     *,
     label: str,
     matrices: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
     made_with: Mapping[str, Any] | None = None,
     on_save: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimises `loss_of(*batch_at(step))` by Muon for the parameters named in `matrices` and AdamW for the others;
-    returns the weights to keep: the moving average if there is one.
+    """Minimises `loss_of(*batch_at(step))` by Muon, of products in `dtype`, for the parameters named in `matrices`
+    and AdamW for the others; returns the weights to keep: the moving average if there is one.
 
     `batch_at(step)` gives tensors of one length, that of the step's clips; `loss_of` the mean loss of the clips it is
     given. Each of `settings.workers` threads takes a share of them and their gradients are averaged in order, so that
@@ -128,7 +129,7 @@ def fit(
         return module.state_dict()
     optimiser = Muon(
         [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
-        lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True,
+        lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True, dtype=dtype,
     )  # fmt: skip
     average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
     smooth = None

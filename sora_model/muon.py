@@ -19,8 +19,8 @@ class Muon(torch.optim.AdamW):
         p ← p − lr·(weight_decay·p + 0.2·√max(rows, columns)·U)
 
     so that the mean square of an update is that of AdamW (Jordan et al. 2024; scaled as in arXiv:2502.16982).
-    PyTorch's own multiplies in bfloat16, thirty times as slow as fp32 on a CPU without products of it; here matrices of
-    one shape are multiplied together, in their own dtype. Deterministic.
+    PyTorch's own multiplies in bfloat16, thirty times as slow as fp32 on a CPU without products of it; here
+    `dtype` says in what, and matrices of one shape are multiplied together. Deterministic.
     """
 
     def __init__(
@@ -29,10 +29,11 @@ class Muon(torch.optim.AdamW):
         matrices: Iterable[nn.Parameter],
         *,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
         **adamw: Any,
     ) -> None:
         super().__init__(parameters, **adamw)
-        self.momentum, self.shapes = momentum, {}
+        self.momentum, self.dtype, self.shapes = momentum, dtype, {}
         for matrix in matrices:
             rows, columns = matrix.shape
             self.shapes.setdefault((min(rows, columns), max(rows, columns)), []).append(matrix)
@@ -52,7 +53,7 @@ class Muon(torch.optim.AdamW):
                 moment = self.state[matrix]["momentum"].lerp_(matrix.grad, 1 - self.momentum)
                 update = matrix.grad.lerp(moment, self.momentum)
                 updates.append(update.T if _tall(matrix) else update)
-            for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+            for matrix, update in zip(matrices, orthogonal(torch.stack(updates).to(self.dtype)), strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update.T if _tall(matrix) else update, alpha=group["lr"] * 0.2 * longer**0.5)
 
@@ -63,7 +64,7 @@ def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x
 
 

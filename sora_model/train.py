@@ -183,7 +183,7 @@ def train_dit(
     dropped and 3 % of the words are forgotten.
 
     start          weights to begin with instead of random ones, of the same sizes
-    dtype          in which the transformer computes; parameters, their average and the optimiser stay in fp32
+    dtype          in which the transformer and Muon compute; parameters, their average and the optimiser stay in fp32
     checkpointing  less memory for more work, as `SoraDiT` has it
     Every save also calls `on_save(dit, text, step)` with the averaged weights. Of several processes (`fit`) the first
     alone saves and returns these; the others return the weights of the last step.
@@ -258,7 +258,8 @@ def train_dit(
         "dtype": str(dtype),
     }
     matrices = [name for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
-    fit(model, batch_at, loss_of, settings, run, label="DiT", matrices=matrices, made_with=made_with, on_save=save)
+    how = dict(matrices=matrices, dtype=dtype, made_with=made_with, on_save=save)
+    fit(model, batch_at, loss_of, settings, run, label="DiT", **how)
     return kept.get("dit", model["dit"]), kept.get("text", model["text"])
 
 

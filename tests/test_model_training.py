@@ -363,13 +363,14 @@ def test_orthogonal_keeps_singular_vectors_and_brings_singular_values_near_1(row
     assert 0.5 < diagonal.min() and diagonal.max() < 1.3
 
 
-def test_matrices_go_by_muon_and_the_rest_by_adamw():
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_matrices_go_by_muon_and_the_rest_by_adamw(dtype, rounding):
     """The first step from the formula; then, with momentum, the same bits for a matrix as for its transpose."""
     torch.manual_seed(0)
     tall, bias = torch.nn.Parameter(torch.randn(20, 8)), torch.nn.Parameter(torch.randn(8))
     wide, plain = torch.nn.Parameter(tall.detach().T.clone()), torch.nn.Parameter(bias.detach().clone())
     options = dict(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99))
-    optimiser, adamw = muon.Muon([bias], [wide, tall], **options), torch.optim.AdamW([plain], **options)
+    optimiser, adamw = muon.Muon([bias], [wide, tall], dtype=dtype, **options), torch.optim.AdamW([plain], **options)
     before = tall.detach().clone()
     for step in range(3):
         tall.grad, bias.grad = torch.randn(20, 8), torch.randn(8)
@@ -380,7 +381,8 @@ def test_matrices_go_by_muon_and_the_rest_by_adamw():
             u, _, vh = torch.linalg.svd(tall.grad, full_matrices=False)
             change = (before * (1 - 0.1 * 0.5) - tall) / (0.1 * 0.2 * 20**0.5)
             values = u.mT @ change @ vh.mT
-            assert (values - torch.diag(values.diagonal())).abs().max() < 1e-5
+            apart = (values - torch.diag(values.diagonal())).abs().max()
+            assert apart < rounding and (dtype == torch.float32 or apart > 1e-4)
             assert 0.5 < values.diagonal().min() and values.diagonal().max() < 1.3
         assert torch.equal(bias, plain) and torch.equal(tall, wide.T)
 
