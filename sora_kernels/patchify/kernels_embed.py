@@ -136,7 +136,8 @@ def patch_embed3d_dweight_kernel(
 
     A program has a block of D, a block of K, and a chunk of the tiles of tokens; its sums go to row `chunk` of the
     partials. The `summed` videos that share a row of pos follow each other at each tile, and their sum is that of pos.
-    Bits of `wanted` say which of the three to write; a pointer is None only where there is no such operand.
+    Bits of `wanted` say which of the three to write; a pointer is None only where there is no such operand. The first
+    block of K multiplies even where no weight's gradient is asked for: a mask of its loads spilled.
     """
     K: tl.constexpr = C * PT * PH * PW
     blocks_k: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K if dweight_ptr is not None else 1
@@ -173,7 +174,6 @@ def patch_embed3d_dweight_kernel(
         g = load_gradient(dout_ptr, next_b, next_s, next_live, dout_stride_b, dout_stride_s, cols, D)
         if dweight_ptr is not None:
             tokens = token_offsets(b, s, stride_b, stride_t, stride_h, stride_w, grid_h, grid_w, PT, PH, PW)
-            live = where_asked(live, wanted, 1)
             patches = load_patches(video_ptr, tokens, k, live, stride_c, stride_t, stride_h, stride_w, C, PT, PH, PW)
             acc = dot(tl.trans(dout), patches, acc, video_ptr.dtype.element_ty)
 

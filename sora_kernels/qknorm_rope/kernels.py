@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kept, or_nothing, partials, rounded, sum_partials, wanted_of, where_asked
+from .._triton import kept, partials, rounded, sum_partials, wanted_of, where_asked
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -243,7 +243,8 @@ def qk_norm_rope_bwd_kernel(
     """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
 
     g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once. Bits of
-    `wanted` say which of dx, dweight, dbias to write; a pointer is None only without the parameter.
+    `wanted` say which of dweight and dbias to write; a pointer is None only without the parameter. dx is written even
+    where nobody asked: a mask of it took a third more registers.
     """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program = tl.program_id(0)
@@ -283,13 +284,12 @@ def qk_norm_rope_bwd_kernel(
             shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
             x, y = (x - shift - x_hat * along) * rstd, (y - shift - y_hat * along) * rstd
         # freshly allocated by the caller: dense [B, S, H, E]
-        live = where_asked(live, wanted, 1)
         store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
     if dweight_ptr is not None:
-        store_partial(dweight_ptr, program, heads, dweight_x, dweight_y, wanted, 2, H, E, N, PAIRS, INTERLEAVED, WIDTH)
+        store_partial(dweight_ptr, program, heads, dweight_x, dweight_y, wanted, 1, H, E, N, PAIRS, INTERLEAVED, WIDTH)
     if dbias_ptr is not None:
-        store_partial(dbias_ptr, program, heads, dbias_x, dbias_y, wanted, 4, H, E, N, PAIRS, INTERLEAVED, WIDTH)
+        store_partial(dbias_ptr, program, heads, dbias_x, dbias_y, wanted, 2, H, E, N, PAIRS, INTERLEAVED, WIDTH)
 
 
 def tile(H: int, E: int, width: bool) -> dict[str, int]:
@@ -375,8 +375,8 @@ def qk_norm_rope_bwd(
     of_q = settings_q, dq_out, q, q_weight, q_bias, dq, dq_weight, dq_bias
     of_k = settings_k, dk_out, k, k_weight, k_bias, dk, dk_weight, dk_bias
     for (angles, strides, scalars, rotary), dout, x, weight, bias, dx, *parameters in (of_q, of_k):
-        wanted = wanted_of(dx, *parameters)
-        if not wanted:
+        wanted = wanted_of(*parameters)
+        if dx is None and not wanted:
             continue
         if x.numel() == 0:
             for t in parameters:
@@ -391,7 +391,7 @@ def qk_norm_rope_bwd(
         width_or_head = H * E if width else E
         sums = [partials(d, t, 1, programs, width_or_head) for d, t in zip(parameters, (weight, bias), strict=True)]
         qk_norm_rope_bwd_kernel[(programs,)](
-            dout, x, weight, *angles, or_nothing(dx, x), *sums, wanted,
+            dout, x, weight, *angles, x.new_empty(x.shape) if dx is None else dx, *sums, wanted,
             *_strides(dout), *_strides(x), *strides, B * S, rows, S, *scalars,
             H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
