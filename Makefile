@@ -56,7 +56,7 @@ demo: .venv/.model
 
 test: build .venv/.installed
 	@$(call say,'ruff'); .venv/bin/ruff check . || $(call failed,'ruff found the problems above.','.venv/bin/ruff check --fix . repairs most of them.')
-	@$(call say,'pytest'); OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile -p no:benchmark -m 'not gpu and not slow' \
+	@$(call say,'pytest'); OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -p no:benchmark -m 'not gpu and not slow' \
 	  || $(call failed,'Tests failed; see above.','$(PY) -m pytest tests/test_NAME.py -x runs one file alone.')
 
 lint: .venv/.installed

@@ -84,14 +84,14 @@ def record(call: Callable[[], None], *modules, recorder: type[Recorder] = Record
     return launches
 
 
-def distinct(launches: list) -> list:
-    """One launch of each compiled kernel: the phases of a convolution share theirs."""
+def distinct(launches: list) -> dict[str, tuple]:
+    """One launch of each compiled kernel, by what it is compiled from: the phases of a convolution share theirs."""
     found = {}
     for kernel, args, kwargs in launches:
         source, options = specialise(kernel, args, dict(kwargs))
         key = repr((kernel.__name__, source.signature, source.constants, source.attrs, options))
         found.setdefault(key, (kernel, args, kwargs))
-    return list(found.values())
+    return found
 
 
 def compile_for(capability: int, source: ASTSource, options: dict) -> tuple:
@@ -515,13 +515,15 @@ SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {
 
 
 def rows(capabilities: list[int], name: str) -> Iterator[dict]:
-    family = name.removesuffix("_everywhere")
+    family, measured = name.removesuffix("_everywhere"), {}  # cases share kernels, above all those that add partials
     for case, call, modules, *only in (FAMILIES | SLOW)[name]():
         targets = [c for c in capabilities if not only or c in only[0]]
-        for kernel, args, kwargs in distinct(record(call, *modules)) if targets else ():
-            for capability in targets:
-                row = measure(kernel, args, kwargs, capability)
-                yield dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
+        launches = distinct(record(call, *modules)) if targets else {}
+        for (source, launch), capability in itertools.product(launches.items(), targets):
+            if (source, capability) not in measured:
+                measured[source, capability] = measure(*launch, capability)
+            row = measured[source, capability]
+            yield dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
 
 
 def main() -> None:

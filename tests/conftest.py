@@ -85,7 +85,12 @@ def quick_interpreter():
         yield
 
 
+# Begun first, or one of them would be left to one worker when all others are done.
+LONGEST = ["test_compile_only.py", "test_ptx.py", "test_ptx_sm_90.py"]
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     executed = config.pluginmanager.has_plugin("ptx.plugin")  # which runs what takes any device there is
