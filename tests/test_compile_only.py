@@ -30,8 +30,6 @@ STACK_BYTES |= {"group C=33 channels last backward": 16}
 STACK_BYTES |= {f"rms C={C} channels last backward": 24 for C in (192, 384)}
 # A program's place, divided out of one number, lives as long as its sums.
 STACK_BYTES |= {"rms C=96 channels first backward": 8}
-# With boxes ptxas settles for 128 registers on sm_100.
-STACK_BYTES |= {"boxes E=128 bfloat16 window backward": 24}
 ATTENTION = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel")
 LAYERS = ("Wan", "Hunyuan")  # how the cases of convolutions begin
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
