@@ -59,6 +59,34 @@ def test_convolutions_on_a_cpu(name, shape, past, monkeypatch):
     judged(function, lambda ts, kw: by_reference(function, ts, kw), tensors, kwargs, terms_of, scale=0.1)
 
 
+def by_products(x, dout, kernel, stride):
+    """The gradient of the weight, as one product of matrices: what plain PyTorch computes of few channels."""
+    kt, kh, kw = kernel
+    windows = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, kt - 1, 0))
+    for dim, size, step in zip((2, 3, 4), kernel, stride, strict=True):
+        windows = windows.unfold(dim, size, step)
+    return torch.einsum("bothw, bcthwijk -> ocijk", dout, windows)
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+@pytest.mark.parametrize("size", [(5, 32, 32), (1, 7, 500), (9, 1, 400), (1, 60, 70)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("channels", [(8, 8), (3, 17), (24, 2)], ids=str)
+def test_weight_gradients_are_long_sums_in_short_runs(channels, stride, size, clips, monkeypatch):
+    """oneDNN adds all pixels one after another, where a product of matrices adds them in blocks: it erred 4 times as
+    much."""
+    monkeypatch.setattr(kernels_cpu, "FEW", 0)
+    C, out = channels
+    x, weight = torch.randn(clips, C, *size), torch.randn(out, C, 3, 3, 3).requires_grad_()
+    y = causal_conv3d(x, weight, stride=stride, impl="cpu")
+    dout = torch.randn_like(y)
+    (actual,) = torch.autograd.grad(y, weight, dout)
+    oracle = by_products(x.double(), dout.double(), (3, 3, 3), stride)
+    baseline = by_products(x, dout, (3, 3, 3), stride)
+    ours, plain = ((t - oracle).norm() / oracle.norm() for t in (actual, baseline))
+    assert ours <= 2 * plain + torch.finfo(torch.float32).eps, f"{ours:.1e}, a product of matrices {plain:.1e}"
+
+
 @cpu_library
 @pytest.mark.parametrize("norm", ["rms", "group"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

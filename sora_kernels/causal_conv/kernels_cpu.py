@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _dispatch, _library
@@ -29,6 +30,7 @@ from .reference import one_channel, repeated, upsample_past, upsample_spare
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
 FEW = 4_000_000  # products that take about as long as a call of oneDNN
+RUN, PARTS = 512, 16  # of the sum over pixels that a weight gradient is: so many at least, so many parts at most
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -114,10 +116,37 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, op
     return [g.to_dense() if g is not None and g.is_mkldnn else g for g in grads[:2]]
 
 
-def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask):
-    dout, x = _images(dout), _images(x)
-    opaque = len(x) == 1 and x[..., 0].numel() <= 20480  # a single small image
-    return _backward(dout, x, weight, stride[1:], padding[1:], mask, opaque)
+def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
+    """The gradients of a convolution of each frame, None where not asked for."""
+    dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
+    dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=False)[0] if data else None
+    if not taps:
+        return dx, None
+    dweight = torch.zeros_like(weight)
+    for block in _blocks(dout, x, weight, stride, padding):
+        dweight += _backward(*block, [False, True], opaque=False)[1]
+    return dx, dweight
+
+
+def _blocks(dout: Tensor, x: Tensor, weight: Tensor, stride, padding) -> Iterator[tuple]:
+    """Images, or rows of one, in at most about PARTS blocks: the weight gradient is the sum of theirs.
+
+    oneDNN adds pixel after pixel, and a sum of n so errs as √n, of 5000 four times as much as a product of matrices,
+    which is what taps of one pixel are. A part costs a call, which many pixels do not notice.
+    """
+    N, _, H, W = dout.shape
+    alone = weight.shape[2:] == (1, 1)
+    rows = max(1, max(RUN, N * H * W if alone else N * H * W // PARTS) // W)
+    if rows >= H:
+        for d, r in zip(dout.split(rows // H), x.split(rows // H), strict=True):
+            yield d, r, weight, stride, padding
+        return
+    (step, _), (border, side), kernel = stride, padding, weight.shape[2]
+    x = F.pad(x, (0, 0, border, border))
+    for d, r in zip(dout.split(1), x.split(1), strict=True):
+        for h in range(0, H, rows):
+            last = min(h + rows, H) - 1
+            yield d[:, :, h : h + rows], r[:, :, h * step : last * step + kernel], weight, stride, (0, side)
 
 
 def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
@@ -130,7 +159,7 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: b
     """
     B, _, frames = dout.shape[:3]
     if weight.shape[2] == 1 and stride[0] == 1:
-        dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, [data, taps])
+        dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, data, taps)
         return dx.unflatten(0, (B, frames)).transpose(1, 2) if data else None, dweight[:, :, None] if taps else None
     if _few(dout, weight):
         return _backward(dout, x, weight, stride, padding, [data, taps], opaque=False)
@@ -140,7 +169,7 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: b
     dweight = torch.empty_like(weight)
     for i in range(weight.shape[2]):
         read = x[:, :, i : i + (frames - 1) * stride[0] + 1 : stride[0]]
-        dweight[:, :, i] = _images_backward(dout, read, weight[:, :, i], stride, padding, [False, True])[1]
+        dweight[:, :, i] = _images_backward(dout, read, weight[:, :, i], stride, padding, False, True)[1]
     return dx, dweight
 
 
