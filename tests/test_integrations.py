@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hosts import assert_rounds_like, assert_unchanged, exactly, output, run, state_of
 from hosts.wan import WAN22, inputs, vae, wan
 from torch import nn
@@ -490,6 +491,25 @@ def test_a_pipeline_one_part_of_which_cannot_be_patched_stays_whole():
     assert "forward" not in vars(pipe.transformer)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "wrapped"])
+def test_a_pipeline_whose_part_is_inside_another_module_is_refused(wrap):
+    """Its other parts alone would be patched, and the report would not speak of the one that matters."""
+    pipe = pipeline()
+    plain = pipe.transformer
+    pipe.transformer = wrap(plain)
+    with pytest.raises(ValueError, match="transformer of this WanPipeline is a .* around a WanTransformer3DModel; put"):
+        patch_model(pipe)
+    assert all("forward" not in vars(part) for part in (plain, pipe.transformer_2, pipe.vae))
+
+
+def test_patched_ends_for_a_part_that_was_wrapped_in_between():
+    pipe = pipeline()
+    plain = pipe.transformer
+    with patched(pipe):
+        pipe.transformer = torch.compile(plain, backend="eager")
+    assert all("forward" not in vars(module) for part in (plain, pipe.vae) for module in part.modules())
+
+
 def test_a_part_that_a_pipeline_has_twice_is_one():
     pipe = pipeline()
     pipe.transformer_2 = pipe.transformer
@@ -615,6 +635,36 @@ def test_the_run_of_verification_is_eulers(monkeypatch):
     monkeypatch.setattr(verify, "_psnr", lambda actual, expected: ends.append(actual) or 1.0)
     verify_patch(model, hidden_states=batch[0], timestep=batch[1].long(), encoder_hidden_states=batch[2])
     torch.testing.assert_close(ends[0], x, rtol=0, atol=1e-4)
+
+
+class Packed(nn.Linear):
+    """A linear layer with weights as bytes, which it unpacks to its own dtype, as those of GGUF files."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = nn.Parameter(linear.weight.data.view(torch.uint8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.view(torch.float32), self.bias)
+
+
+def test_weights_as_bytes_are_left_to_their_layers_and_verification_says_that_they_have_no_fp64():
+    model = wan()
+    batch = inputs(model)
+    plain = output(model, *batch)
+    for owner in (model, *(attn for block in model.blocks for attn in (block.attn1, block.attn2))):
+        for name in ("to_q", "to_k", "to_v", "proj_out"):
+            if name in owner._modules:
+                setattr(owner, name, Packed(getattr(owner, name)))
+    report = patch_model(model)
+    assert [(step.where, step.reason) for step in report.left] == [
+        ("norm_out, proj_out", "proj_out is a Packed, not Linear")
+    ]
+    torch.testing.assert_close(output(model, *batch), plain, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="an fp64 copy of this WanTransformer3DModel does not run: .* verify the"):
+        verify_patch(model, *batch)
+    assert patch_model(model) == report, "it is not patched any more"
 
 
 def test_verification_restores_the_patch_after_an_error():

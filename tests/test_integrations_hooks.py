@@ -7,11 +7,13 @@ import io
 import types
 from functools import partial
 
+import hosts
 import pytest
 import torch
 import torch.nn.functional as F
 from hosts import assert_rounds_like, exactly, output, run
 from hosts.wan import clip, inputs, vae, wan
+from in_ranks import in_ranks
 from test_integrations import spy
 
 import sora_kernels
@@ -261,6 +263,42 @@ def test_fsdp_units_anywhere(mesh, units, when):
     (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
     ours = {"output": out.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     assert_rounds_like(*({name: results[name] for name in ours} for results in (plain, ours, exact)))
+
+
+SHARDED = ["LTXVideo", "HunyuanVideo-1.5"]
+
+
+def _sharded(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for name in SHARDED:
+        case = hosts.cases()[name]
+        model = case.make()
+        batch = case.inputs(model)
+        patch_model(model)
+        for blocks in case.compiled:
+            for block in model.get_submodule(blocks):
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        out = model(**batch, return_dict=False)[0]
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        ours = {"output": out.detach()}
+        ours |= {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+        torch.save((ours, len(patch_model(model).replaced)), f"{folder}/{name} {rank}.pt")
+
+
+def test_fsdp_of_two_processes_and_other_families(tmp_path):
+    in_ranks(_sharded, 2, tmp_path)
+    for name in SHARDED:
+        case = hosts.cases()[name]
+        model = case.make()
+        batch = case.inputs(model)
+        plain, exact = run(model, **batch), exactly(model, **batch)
+        for rank in range(2):
+            ours, replaced = torch.load(tmp_path / f"{name} {rank}.pt")
+            assert replaced == sum(case.steps.values()) and len(ours) > 20
+            assert_rounds_like(*({key: results[key] for key in ours} for results in (plain, ours, exact)))
 
 
 def test_torchs_context_parallel_is_refused_or_served_and_never_silently_wrong(mesh, monkeypatch):

@@ -208,9 +208,9 @@ def patch_model(
     Patching again in the same way changes nothing.
 
     Raises TypeError for a model or a pipeline no part of which is known (the message lists the classes that are),
-    ValueError for an unknown op, impl or rounding, a model patched otherwise, compiled already, without weights (on the
-    meta device) or with weights in 8 bits that nothing upcasts. The model, and every part of a pipeline, is untouched
-    then.
+    ValueError for an unknown op, impl or rounding, a model patched otherwise, compiled or (in a pipeline) wrapped
+    already, without weights (on the meta device) or with weights in 8 bits that nothing upcasts. The model, and every
+    part of a pipeline, is untouched then.
     """
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
     _check.choice("patch_model", "rounding", rounding, ("host", "once"))
@@ -249,15 +249,16 @@ def unpatch_model(model: Any) -> None:
 def patched(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
     """`with patched(model, ...) as report:` is `patch_model(model, ...)` for the length of a block.
 
-    Parts that were patched before stay so.
+    Parts that were patched before stay so. In a pipeline the parts it had at the beginning are undone, whatever took
+    their place.
     """
-    before = {id(part) for part in parts_of("patched", model).values() if RECORD in vars(part)}
+    parts = [part for part in parts_of("patched", model).values() if RECORD not in vars(part)]
     report = patch_model(model, *args, **kwargs)
     try:
         yield report
     finally:
-        for part in parts_of("patched", model).values():
-            if RECORD in vars(part) and id(part) not in before:
+        for part in parts:
+            if RECORD in vars(part):
                 unpatch_model(part)
 
 
@@ -271,8 +272,15 @@ def parts_of(function: str, model: Any) -> dict[str, nn.Module]:
         raise TypeError(f"{function}: {_expected()}; got {_named(model)}")
     names: dict[nn.Module, str] = {}
     for name, part in components.items():
-        if isinstance(part, nn.Module) and _file_of(part):
+        if not isinstance(part, nn.Module):
+            continue
+        if _file_of(part):
             names.setdefault(part, name)
+        elif inner := next((_named(module) for module in part.modules() if _file_of(module)), None):
+            raise ValueError(
+                f"{function}: {name} of this {type(model).__name__} is a {_named(part)} around a {inner}; "
+                "put the model itself there, and compile or wrap it after patching"
+            )
     if not names:
         held = ", ".join(f"{name}: {type(part).__name__}" for name, part in components.items())
         raise TypeError(f"{function}: {_expected()}; got a {type(model).__name__} of {held or 'no parts'}")

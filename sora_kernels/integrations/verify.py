@@ -93,7 +93,8 @@ def verify_patch(model: Any, *inputs: Any, gradients: bool = True, **kwargs: Any
     everything, the mode of each module included, is as before. Needs memory for the copy, 8 bytes a parameter, for
     three sets of gradients, and the time of 20 calls and one in fp64.
 
-    Raises ValueError for a model that is not patched, TypeError where the model's output holds no tensor.
+    Raises ValueError for a model that is not patched or of which an fp64 copy does not run, as with quantized weights
+    (it stays patched), TypeError where the model's output holds no tensor.
     """
     parts = {name: part for name, part in parts_of("verify_patch", model).items() if RECORD in vars(part)}
     if not parts:
@@ -131,9 +132,7 @@ def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], g
         ours, end = _outputs(model, inputs, kwargs), _end(model, host, inputs, kwargs)
         with _undone(record.swaps):
             theirs, their_end = _outputs(model, inputs, kwargs), _end(model, host, inputs, kwargs)
-            oracle = copy.deepcopy(model).double()
-        with _FloatMeansDouble():
-            exact = _outputs(oracle, _double(inputs), _double(kwargs))
+            oracle, exact = _exactly(model, inputs, kwargs)
         checks: dict[str, Check] = {}
         for draw in range(DRAWS if left is None else 0):
             runs = [_gradients(model, inputs, kwargs, draw)]
@@ -158,6 +157,21 @@ def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], g
     if not found.ok:
         unpatch_model(model)
     return found
+
+
+def _exactly(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """An fp64 copy of an unpatched model that has run on these inputs, and its outputs."""
+    try:
+        oracle = copy.deepcopy(model).double()
+        with _FloatMeansDouble():
+            return oracle, _outputs(oracle, _double(inputs), _double(kwargs))
+    except RuntimeError as error:
+        raise ValueError(
+            f"verify_patch: an fp64 copy of this {type(model).__name__} does not run: {error}. Quantized weights do "
+            "not become fp64: verify the model before they are"
+        ) from error
 
 
 @torch.no_grad()

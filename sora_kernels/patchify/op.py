@@ -110,7 +110,7 @@ def final_layer(
     x             [B, S, D], float32, bfloat16, float16 (float64 in `reference`), any strides
     shift, scale  one of [D], [B, D], [B, 1, D], [B, F, D] with F dividing S (each of F frames' S/F consecutive tokens
                   shares a row), [B, S, D], with 1 instead of B for rows of every clip; any strides, any float dtype;
-                  None: absent
+                  None: absent. For rows that an index chooses: norm_modulate(index=), linear, unpatchify3d
     weight, bias  [pt·ph·pw·C, D] and [pt·ph·pw·C], rows ordered (pt, ph, pw, C); any float dtype
     grid, patch   (T, H, W) in tokens with T·H·W = S; (pt, ph, pw)
 
