@@ -131,12 +131,16 @@ def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, d
 def _blocks(dout: Tensor, x: Tensor, weight: Tensor, stride, padding) -> Iterator[tuple]:
     """Images, or rows of one, in at most about PARTS blocks: the weight gradient is the sum of theirs.
 
-    oneDNN adds pixel after pixel, and a sum of n so errs as √n, of 5000 four times as much as a product of matrices,
-    which is what taps of one pixel are. A part costs a call, which many pixels do not notice.
+    oneDNN adds pixel after pixel, and a sum of n so errs as √n, of 5000 four times as much as a product of matrices. A
+    part costs a call, which many pixels do not notice. One block are taps of one pixel, which are such a product, and
+    with AVX-512 several images of 16 channels or more, of which oneDNN sums the rows first.
     """
-    N, _, H, W = dout.shape
-    alone = weight.shape[2:] == (1, 1)
-    rows = max(1, max(RUN, N * H * W if alone else N * H * W // PARTS) // W)
+    (N, C), (H, W) = x.shape[:2], dout.shape[2:]
+    by_rows = N > 1 and C >= 16 and max(stride) == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if by_rows or weight.shape[2:] == (1, 1):
+        yield dout, x, weight, stride, padding
+        return
+    rows = max(1, max(RUN, N * H * W // PARTS) // W)
     if rows >= H:
         for d, r in zip(dout.split(rows // H), x.split(rows // H), strict=True):
             yield d, r, weight, stride, padding
