@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from . import files
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-DTYPES = tuple(_DTYPES.values())
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES, FP8 = tuple(_DTYPES.values()), tuple(_FP8.values())
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _CONFIG_BYTES = 4 << 20
 
@@ -62,7 +63,7 @@ def write_tensors(
 def check_dtypes(dtypes: Mapping[str, Any], where: str, *, also: Sequence[torch.dtype] = ()) -> None:
     """Raises `CheckpointError` that names the first tensor of a dtype that no model here is kept in."""
     for name, dtype in dtypes.items():
-        if dtype not in (*DTYPES, *also):
+        if dtype not in (*DTYPES, *also) and not name.endswith(".comfy_quant"):  # a note in bytes
             raise CheckpointError(
                 f"{where}: tensor {name!r} is {dtype}; weights must be of {', '.join(map(str, DTYPES))}: convert them"
             )
@@ -71,7 +72,8 @@ def check_dtypes(dtypes: Mapping[str, Any], where: str, *, also: Sequence[torch.
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raises FloatingPointError that names the first tensor with a NaN or an infinity, if there is one."""
     for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        wide = value.float() if value.dtype in FP8 else value  # of which PyTorch computes nothing in fp8
+        if value.is_floating_point() and not torch.isfinite(wide).all():
             raise FloatingPointError(f"{where}: tensor {name!r} holds NaN or infinite values")
 
 
@@ -111,14 +113,23 @@ def read_tensors(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = 
     return state
 
 
-def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES`."""
+def read_shapes(
+    path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES` or `also`."""
+    known = _DTYPES | _FP8
     with _opened(path) as source:
         header = {name: source.get_slice(name) for name in source.keys()}
-        dtypes = {name: _DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in header.items()}
+        dtypes = {name: known.get(part.get_dtype(), part.get_dtype()) for name, part in header.items()}
         shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
-    check_dtypes(dtypes, os.fspath(path))
+    check_dtypes(dtypes, os.fspath(path), also=also)
     return shapes
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the tensors of a safetensors file, of any dtype."""
+    with _opened(path) as source:
+        return list(source.keys())
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -127,7 +138,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return source.metadata() or {}
 
 
-def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_wan_directory(
+    path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads one model's folder in the diffusers layout.
 
     The folder holds `config.json` and its weights, as one `*.safetensors` file or as shards with an index. Of several
@@ -143,7 +156,7 @@ def read_wan_directory(path: str | os.PathLike[str]) -> tuple[dict[str, Any], di
     config = read_json(folder / "config.json")
     state: dict[str, Tensor] = {}
     for file in wan_weights(folder):
-        part = read_tensors(file)
+        part = read_tensors(file, also=also)
         twice = sorted(state.keys() & part.keys())
         if twice:
             raise CheckpointError(f"{file} holds {twice[0]!r} again, which an earlier shard holds already")

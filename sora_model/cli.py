@@ -58,8 +58,12 @@ def options(
 
 
 @app.command()
-def info(weights: Weights = "toy") -> None:
-    """What runs on this machine, and what a checkpoint holds."""
+def info(
+    weights: Annotated[
+        str, typer.Argument(metavar="[DIR]", help="Checkpoint folder, as of --weights.", show_default="toy")
+    ] = "toy",
+) -> None:
+    """What runs on this machine, and what a checkpoint holds and needs."""
     from sora_kernels import info as kernels
 
     from . import wan
@@ -93,20 +97,31 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     """Of a checkpoint that is too large to be loaded for that."""
     import torch
 
-    from . import machine, wan
+    from . import wan
+    from .machine import available, choose_device, gib
+    from .planning import Sizes
 
-    parts = wan.parts_of(folder)
+    dit, vae = wan.configs(folder)
+    parts, device = wan.parts_of(folder), choose_device(None)
     table = Table(title=plain(f"checkpoint {folder}"))
     for name in ("part", "parameters", "on disk"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in parts:
-        table.add_row(part.name, f"{part.parameters:,}", machine.gib(part.bytes))
+        table.add_row(part.name, f"{part.parameters:,}", gib(part.bytes))
     out.print(table)
-    say(out, wan.which(folder, index))
-    whole, largest = sum(part.bytes for part in parts), max(part.bytes for part in parts)
-    free = machine.gib(machine.available(torch.device("cpu")))
-    say(out, f"weights as stored: {machine.gib(whole)} in memory, of which {free} are free;")
-    say(out, f"on a GPU the same together, or {machine.gib(largest)} where the parts take turns (offload)")
+    say(out, wan.which(dit, index))
+    free, made = available(device), wan.defaults(dit, index)
+    (height, width), frames = made["size"], made["frames"]
+    say(out, f"on {device}, where {gib(free)} of memory are free, a clip of {frames} frames of {width}x{height} takes")
+    for dtype in (torch.float32, torch.bfloat16):
+        held, largest = wan.weights_in(parts, dtype), max(wan.weights_in([part], dtype) for part in parts)
+        if device.type != "cpu" and held > 0.9 * free:  # as Sora.from_pretrained has it
+            held, turns = largest, " of the largest part, as they take turns,"
+        else:
+            turns = ""
+        needed, fits = Sizes(dit, vae, dtype).clip(frames, height, width, max(0, free - held))
+        enough = "too little memory" if held >= free else fits or "runs here"
+        say(out, f"  in {str(dtype).removeprefix('torch.')}: {gib(held)} of weights{turns} and {gib(needed)}: {enough}")
 
 
 @app.command()

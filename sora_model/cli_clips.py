@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import OWN, Credentials, Device, Impl, Weights, parse_size
+from .arguments import OWN, Credentials, Device, Impl, Weights, parse_guidance, parse_size
 from .terminal import bars, console, notes, say
 
 clips = typer.Typer()
@@ -32,7 +32,13 @@ def _write(
     fps: Annotated[float | None, typer.Option(help="Frames per second.", show_default=OWN)] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of the sampler.", show_default=OWN)] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly to follow the prompt.", show_default=OWN)] = None,
+    guidance: Annotated[
+        str | None,
+        typer.Option(
+            help="How strongly to follow the prompt: a number, or of two experts HIGH,LOW, such as 4.0,3.0.",
+            show_default=OWN,
+        ),
+    ] = None,
     negative: Annotated[str, typer.Option(help="What the guidance leads away from.", show_default="nothing")] = "",
     shift: Annotated[float | None, typer.Option(help="Of the times toward noise.", show_default=OWN)] = None,
     loras: Annotated[
@@ -65,7 +71,8 @@ def _write(
 
     with notes(err), signing(credentials):
         check_prompt(prompt)
-        options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, guidance=guidance, attention=attention)
+        options: dict[str, Any] = dict(fps=fps, seed=seed, steps=steps, attention=attention)
+        options |= {"guidance": None if guidance is None else parse_guidance(guidance)}
         options |= {"impl": impl, "size": None if size is None else parse_size(size)}
         options |= {"negative": negative, "shift": shift}
         check_impl(impl)
@@ -79,7 +86,7 @@ def _write(
                 for text in loras or ():
                     file, weight, expert = lora.parse(text)
                     sora.load_lora(file, weight, expert=expert)
-            guided = (sora.defaults.guidance if guidance is None else guidance) != 1
+            guided = (options["guidance"] or sora.defaults.guidance) != 1
             with bars(err) as progress, parallel.sampling(sora.dit, sora.vae, guided=guided):
                 said = make(sora, to, prompt, progress=progress if first else None, **options)
     for line in said if first else ():

@@ -471,12 +471,14 @@ class SoraDiT(nn.Module):
         own safetensors, a directory of theirs or one file.
 
         The weights are in the dtypes they have, or in `dtype` save those that Wan keeps in fp32; a module's are copied,
-        a file's are mapped into memory where they keep their dtype.
+        a file's are mapped into memory where they keep their dtype. Those stored in fp8, with scales or without, are
+        widened one by one, to bf16 where no `dtype` is named.
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for another class, however
         much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
         """
         # the model itself needs no safetensors
-        from .checkpoint import CheckpointError, check_dtypes, planned_shapes, read_tensors, read_wan_directory
+        from . import fp8
+        from .checkpoint import FP8, CheckpointError, check_dtypes, planned_shapes, read_tensors, read_wan_directory
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
@@ -484,14 +486,18 @@ class SoraDiT(nn.Module):
         if is_module:
             sizes, state = checks.config_of(source, "WanTransformer3DModel", "forward"), source.state_dict()
         elif Path(source).is_file():
-            sizes, state = {"_class_name": _ORIGINAL}, read_tensors(source)
+            sizes, state = {"_class_name": _ORIGINAL}, read_tensors(source, also=FP8)
         else:
-            sizes, state = read_wan_directory(source)
+            sizes, state = read_wan_directory(source, also=FP8)
         where = type(source).__name__ if is_module else str(source)
         if any("lora_" in name for name in state):
             raise CheckpointError(f"{where} is a LoRA, which changes a model's weights: load the model, then load_lora")
+        scales = {own_name(name): scale for name, scale in fp8.scales(state, where).items()}
+        state = fp8.weights(state)
         given = {own_name(name): value.detach() for name, value in state.items() if "norm_added_q" not in name}
-        check_dtypes({name: value.dtype for name, value in given.items()}, where)
+        check_dtypes({name: value.dtype for name, value in given.items()}, where, also=FP8)
+        if dtype is None and (scales or any(value.dtype in FP8 for value in given.values())):
+            dtype = torch.bfloat16
         shapes = {name: tuple(value.shape) for name, value in given.items()}
         if sizes.get("_class_name") == _ORIGINAL:
             config = DiTConfig.of_weights(shapes, heads=sizes.get("num_heads"))
@@ -504,7 +510,9 @@ class SoraDiT(nn.Module):
                 f"the first being {unfit[0]!r}; take both from one model"
             )
         for name, value in given.items():
-            given[name] = value.to(_kept_in(name, dtype) if dtype else value.dtype, copy=is_module)
+            kept = _kept_in(name, dtype) if dtype else value.dtype
+            wide = fp8.widened(value, scales.get(name), kept)
+            given[name] = wide.clone() if is_module and wide is value else wide
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(given, assign=True)

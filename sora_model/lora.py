@@ -1,8 +1,8 @@
 """LoRA files: changes of low rank to a transformer's weights, W' = W + weight * alpha/rank * B A (arXiv 2106.09685).
 
 Of any of the layouts that are about: diffusers and PEFT (lora_A, lora_B), Wan's own names (lora_down, lora_up, alpha,
-and whole differences of weights and biases), and those flattened with underscores. Merged into the weights; the weights
-themselves are kept, and come back to the bit.
+and whole differences of weights and biases), and those flattened with underscores. Merged into the weights, or kept
+apart, y = W x + weight * alpha/rank * B A x; the weights come back to the bit.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from . import checks
 from .checkpoint import CheckpointError, read_metadata, read_tensors
 from .dit import SoraDiT, own_name
 
@@ -54,32 +56,87 @@ class Change:
         return total if self.whole is None else total + self.whole.to(total).view(own.shape)
 
 
-class LoRAs:
-    """What is merged into one transformer. Weights are summed in fp32 from those that it had, whatever came before.
+class Branch(nn.Module):
+    """weight * scale * up @ down @ x, beside a linear layer in whose dtype it is; `like` is that layer's weight."""
 
-    Those are kept in the CPU's memory.
+    def __init__(self, change: Change, weight: float, like: nn.Parameter) -> None:
+        super().__init__()
+        self.weight, self.scale = weight, change.scale
+        for name, half in (("down", change.down), ("up", change.up)):
+            half = half.flatten(1).to(like.device, like.dtype)
+            setattr(self, name, nn.Parameter(half, requires_grad=like.requires_grad))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.scale * F.linear(F.linear(x, self.down), self.up)
+
+
+def _beside(linear: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+    """A forward hook: what the branches give is added to the layer's own result."""
+    return sum((branch(*inputs) for branch in linear.branches), y)
+
+
+@dataclasses.dataclass
+class _Added:
+    """A file's changes: some merged into the weights, some in branches."""
+
+    merged: Mapping[str, Change]
+    apart: list[tuple[nn.Linear, Branch]]
+    weight: float
+
+
+class LoRAs:
+    """The changes of one transformer. Weights that are merged are summed in fp32 from those that it had, whatever came
+    before; these are kept in the CPU's memory.
     """
 
     def __init__(self, dit: SoraDiT) -> None:
         self.dit = dit
         self._kept: dict[str, Tensor] = {}
-        self._added: list[tuple[Mapping[str, Change], float]] = []
+        self._added: list[_Added] = []
+        self._hooks: dict[nn.Linear, Any] = {}
 
-    def add(self, changes: Mapping[str, Change], weight: float) -> None:
-        """Changes as `read` gives them, times `weight`."""
-        self._added.append((changes, weight))
-        for name in changes:
-            parameter = self.dit.get_parameter(name)
-            own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
-            total = own.float() + sum(w * c[name].of(own) for c, w in self._added if name in c)
-            parameter.data = total.to(own.dtype)
+    def __len__(self) -> int:
+        """How many files were added."""
+        return len(self._added)
+
+    def add(self, changes: Mapping[str, Change], weight: float, *, merge: bool = True) -> None:
+        """Changes as `read` gives them, times `weight`. Not merged, those of low rank of the blocks' and embeddings'
+        linear layers are kept apart; others, of which a branch would be no smaller, are merged all the same."""
+        called = {f"{name}.weight": m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
+        del called["head.weight"]  # is read by final_layer
+        low = {} if merge else {n: c for n, c in changes.items() if n in called and c.whole is None}
+        apart = [(called[n], Branch(c, weight, called[n].weight)) for n, c in low.items()]
+        for linear, branch in apart:
+            if linear not in self._hooks:
+                linear.branches, self._hooks[linear] = nn.ModuleList(), linear.register_forward_hook(_beside)
+            linear.branches.append(branch)
+        self._added.append(_Added({n: c for n, c in changes.items() if n not in low}, apart, weight))
+        self._merge(self._added[-1].merged)
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Other weights of the files, in the order in which they were added."""
+        for added, weight in zip(self._added, weights, strict=True):
+            added.weight = weight
+            for _, branch in added.apart:
+                branch.weight = weight
+        self._merge(self._kept)
 
     def clear(self) -> None:
-        """The weights are what they were, to the bit."""
-        for name, own in self._kept.items():
+        """The weights are what they were, to the bit, and nothing is beside them."""
+        self._added.clear()
+        self._merge(self._kept)
+        self._kept.clear()
+        for linear, hook in self._hooks.items():
+            hook.remove()
+            del linear.branches
+        self._hooks.clear()
+
+    def _merge(self, names: Iterable[str]) -> None:
+        for name in names:
             parameter = self.dit.get_parameter(name)
-            parameter.data = own.to(parameter.device)
-        self._kept, self._added = {}, []
+            own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
+            changes = [a.weight * a.merged[name].of(own) for a in self._added if name in a.merged]
+            parameter.data = (own.float() + sum(changes)).to(own.dtype) if changes else own
 
 
 def parse(text: str) -> tuple[str, float, str | None]:
@@ -113,7 +170,7 @@ def read(path: str | os.PathLike[str], dit: SoraDiT) -> tuple[dict[str, Change],
             continue
         parts = found[second].setdefault(module, {})
         parts[kind] = value
-        if kind == "down" and (alpha := _alpha(settings, match["path"], len(value))) is not None:
+        if kind == "down" and (alpha := _alpha(settings, match["path"], len(value), where)) is not None:
             parts.setdefault("alpha", torch.tensor(alpha))
     if len(unknown) == len(state):
         raise CheckpointError(f"{where} holds no LoRA of this model: its first tensor is {next(iter(state), '')!r}")
@@ -151,13 +208,24 @@ def _settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _alpha(settings: Mapping[str, Any], path: str, rank: int) -> float | None:
+def _alpha(settings: Mapping[str, Any], path: str, rank: int, where: str) -> float | None:
     """PEFT's, for a module that it may name."""
     prefix, _, module = path.partition(".")
-    alpha = settings.get(f"{prefix}.lora_alpha")
-    for name, own in (settings.get(f"{prefix}.alpha_pattern") or {}).items():
+    alpha, patterns = settings.get(f"{prefix}.lora_alpha"), settings.get(f"{prefix}.alpha_pattern") or {}
+    for name, own in patterns.items() if isinstance(patterns, dict) else ():
         alpha = own if module == name or module.endswith(f".{name}") else alpha
-    return alpha * math.sqrt(rank) if alpha is not None and settings.get(f"{prefix}.use_rslora") else alpha
+    if alpha is None:
+        return None
+    try:
+        checks.number(f"{where}: lora_alpha", alpha, -1e6, 1e6)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    return alpha * math.sqrt(rank) if settings.get(f"{prefix}.use_rslora") else alpha
+
+
+def _halves(up: Tensor, down: Tensor) -> bool:
+    """Do they go together? Of a rank of at least 1; of convolutions, one of the two sees the neighbours."""
+    return up.ndim == down.ndim >= 2 and up.shape[1] == len(down) > 0 and up[0, 0].numel() == 1
 
 
 def _checked(
@@ -166,8 +234,10 @@ def _checked(
     changes = {}
     for module, parts in modules.items():
         up, down = parts.get("up"), parts.get("down")
-        if (up is None) != (down is None) or (up is not None and up.shape[1] != len(down)):
+        if (up is None) != (down is None) or (up is not None and not _halves(up, down)):
             raise CheckpointError(f"{where} holds halves of the LoRA of {module!r} that do not go together")
+        if "alpha" in parts and parts["alpha"].numel() != 1:
+            raise CheckpointError(f"{where}: the alpha of {module!r} must be a number; got {parts['alpha'].tolist()!r}")
         scale = parts["alpha"].item() / len(down) if "alpha" in parts and down is not None else 1.0
         weight, bias = module if module in shapes else f"{module}.weight", f"{module}.bias"
         if up is not None or "whole" in parts:

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import flow, lora, machine, media, planning, wan
+from . import checks, flow, lora, machine, media, planning, wan
 from .attention import AttentionMode
 from .checkpoint import (
     CheckpointError,
     build,
     check_finite,
     read_json,
+    read_names,
     read_part,
-    read_tensors,
     write_json,
     write_tensors,
 )
@@ -169,7 +169,7 @@ class Sora(Verbs, Planning):
                 f"there is no checkpoint at {folder}; give the folder that holds model_index.json, or 'toy'"
             )
         if folder.is_file():
-            if any("lora_" in name for name in read_tensors(folder)):
+            if any("lora_" in name for name in read_names(folder)):
                 raise CheckpointError(f"{folder} is a LoRA: load the model that it changes, then load_lora, or --lora")
             raise CheckpointError(
                 f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json"
@@ -232,15 +232,20 @@ class Sora(Verbs, Planning):
             write_json(Path(folder) / name / "config.json", dataclasses.asdict(parts[name].config))
         write_json(Path(folder) / "model_index.json", {"_class_name": "Sora"} | dataclasses.asdict(self.defaults))
 
-    def load_lora(self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None) -> None:
-        """Merges a LoRA file into the transformer, `weight` times; further files add to it.
+    def load_lora(
+        self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None, merge: bool = True
+    ) -> None:
+        """Changes the transformer by a LoRA file, `weight` times; further files add to it.
 
         expert  of a checkpoint of two: "high", for much noise, "low" or "both"; None where the file names both itself
+        merge   into the weights, which are kept beside; else as a branch beside each linear layer, which takes a little
+                time in every step, and no copy of the weights
 
         Nothing is changed where it raises: `CheckpointError` for a file of something else or of another size,
         ValueError for another expert.
         """
         weight = planning.number("weight", weight, -100, 100)
+        checks.flag("merge", merge)
         first, second = lora.read(path, self.dit)
         if self.second is None and (expert or second):
             raise ValueError(f"this checkpoint has one transformer; got expert={expert!r}, or a file for two of them")
@@ -254,7 +259,19 @@ class Sora(Verbs, Planning):
         self.turns.leave()
         changes = {"high": (first, {}), "low": ({}, first), "both": (first, first)}.get(expert, (first, second))
         for loras, own in zip(self._loras, changes, strict=False):
-            loras.add(own, weight)
+            loras.add(own, weight, merge=merge)
+
+    def weigh_loras(self, *weights: float) -> None:
+        """Other weights of the LoRA files, one for each, in the order in which they were loaded.
+
+        Of those that were not merged this is at once; others are summed anew.
+        """
+        weights = [planning.number("weights", weight, -100, 100) for weight in weights]
+        if len(weights) != (count := len(self._loras[0])):
+            raise ValueError(f"weights must be {count}, one for each LoRA that is loaded; got {len(weights)}")
+        self.turns.leave()
+        for loras in self._loras:
+            loras.weigh(weights)
 
     def unload_loras(self) -> None:
         """The transformer's weights as they were loaded, to the bit."""

@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 from . import checks, estimate, flow, machine
 from .attention import AttentionMode
+from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
 from .text import WordTextEncoder, check_prompt
+from .vae import CausalVAE, VAEConfig
 
 LONG = ("once", "stream", "pieces")
 CHUNK = 4  # frames that a stream makes at once
@@ -232,6 +236,21 @@ class Planning:
         if shorter is not None:
             offers.append(f"{shorter + 1} frames at this size")
         return f"{' or '.join(offers)} would fit" if offers else "ask for a smaller and shorter clip"
+
+
+class Sizes(Planning):
+    """A model of which nothing but the sizes is there: what clips would take."""
+
+    def __init__(self, dit: DiTConfig, vae: VAEConfig, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            self.dit, self.vae = SoraDiT(dit).to_dtype(dtype), CausalVAE(vae)
+
+    def clip(self, frames: int, height: int, width: int, free: int) -> tuple[int, str]:
+        """About the bytes that a clip written to a file takes beyond the weights, and what fits where they are more
+        than are free."""
+        frames = self._padded(frames)
+        needed = self._memory(frames, height, width, "auto", False, free)[1]
+        return needed, "" if needed <= free else self._would_fit(frames, height, width, "auto", False, free)
 
 
 def number(name: str, value: Any, least: float, most: float) -> float:

@@ -536,7 +536,7 @@ class CausalVAE(nn.Module):
             raise
         except ValueError as error:
             raise checkpoint.CheckpointError(f"CausalVAE.from_wan: {where if file else 'source'} {error}") from error
-        config = checkpoint.build(VAEConfig, sizes if file else _wan_config(sizes, where), where)
+        config = checkpoint.build(VAEConfig, sizes if file else wan_config(sizes, where), where)
         checkpoint.check_dtypes({name: value.dtype for name, value in state.items()}, where)
         shapes = checkpoint.planned_shapes(cls, config, (value.shape for value in state.values()), where)
         state = _wan_state(state, shapes)
@@ -612,7 +612,7 @@ _WAN_UNUSED = ("scale_factor_temporal", "scale_factor_spatial")  # what follows 
 _WAN_FIXED = {"attn_scales": (), "dropout": 0.0}  # so in Wan's own
 
 
-def _wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def wan_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a VAEConfig from those of an AutoencoderKLWan."""
     from . import checkpoint
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checks
-from .checkpoint import CheckpointError, read_json, read_shapes, wan_weights
+from . import checks, fp8
+from .checkpoint import FP8, CheckpointError, build, read_json, read_shapes, wan_weights
 from .dit import DiTConfig, SoraDiT
 from .image import ImageEncoder
 from .machine import TooLargeError, gib
 from .solvers import Hosted
 from .text import UMT5TextEncoder
-from .vae import CausalVAE
+from .vae import CausalVAE, VAEConfig, wan_config
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer")
@@ -53,7 +54,7 @@ def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[
     parts["text"] = UMT5TextEncoder.from_directory(folder)
     if parts["dit"].config.image_dim is not None:
         parts["image"] = ImageEncoder.from_directory(folder)
-    return parts, _defaults(parts, bool(index.get("expand_timesteps")))
+    return parts, defaults(parts["dit"].config, index) | ({"shift": parts["solver"].shift} if parts["solver"] else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,32 +73,45 @@ def parts_of(folder: Path) -> list[Part]:
         if name in _ALWAYS or (folder / name).is_dir():
             if not (folder / name).is_dir():
                 raise CheckpointError(f"{folder} lacks the folder {name!r} of a Wan checkpoint; copy it whole")
-            files = wan_weights(folder / name)
-            numbers = sum(math.prod(shape) for file in files for shape in read_shapes(file).values())
+            files, shapes = wan_weights(folder / name), {}
+            for file in files:
+                shapes |= read_shapes(file, also=FP8 if name.startswith("transformer") else ())
+            if any("lora_" in key for key in shapes):
+                raise CheckpointError(
+                    f"{folder / name} holds a LoRA, which changes a model's weights: copy the model there, then "
+                    "load_lora, or --lora"
+                )
+            numbers = sum(map(math.prod, fp8.weights(shapes).values()))
             parts.append(Part(name, numbers, sum(file.stat().st_size for file in files)))
     return parts
 
 
+def weights_in(parts: Sequence[Part], dtype: torch.dtype) -> int:
+    """Bytes of the parts in memory, the transformers in `dtype`, the VAE in fp32, the others as they are stored."""
+    sizes = {"transformer": dtype.itemsize, "transformer_2": dtype.itemsize, "vae": 4}
+    return sum(part.parameters * sizes[part.name] if part.name in sizes else part.bytes for part in parts)
+
+
 def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
     """Raises `TooLargeError` where a folder's weights, the transformers' in `dtype`, take more than `free` bytes."""
-    parts = parts_of(folder)
-
-    def needed(dtype: torch.dtype) -> int:
-        sizes = {"transformer": dtype.itemsize, "transformer_2": dtype.itemsize, "vae": 4}
-        return sum(part.parameters * sizes[part.name] if part.name in sizes else part.bytes for part in parts)
-
-    if (wanted := needed(dtype)) > free:
-        half = torch.bfloat16
-        offer = f"dtype={half}, of {gib(needed(half))}, would fit" if needed(half) <= free else "use a smaller model"
+    parts, half = parts_of(folder), torch.bfloat16
+    if (wanted := weights_in(parts, dtype)) > free:
+        fits = (smaller := weights_in(parts, half)) <= free
+        offer = f"dtype={half}, of {gib(smaller)}, would fit" if fits else "use a smaller model"
         raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and {gib(free)} of memory are free; {offer}")
 
 
-def which(folder: Path, index: dict[str, Any]) -> str:
-    """The model of a folder and its model_index.json, in words."""
+def configs(folder: Path) -> tuple[DiTConfig, VAEConfig]:
+    """Those of a folder's transformer and VAE."""
     try:
-        config = DiTConfig.from_wan(read_json(folder / "transformer" / "config.json"))
+        dit = DiTConfig.from_wan(read_json(folder / "transformer" / "config.json"))
+        return dit, build(VAEConfig, wan_config(read_json(folder / "vae" / "config.json"), "the VAE"), "the VAE")
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def which(config: DiTConfig, index: dict[str, Any]) -> str:
+    """The model of a transformer's config and a model_index.json, in words."""
     sees = config.in_channels > config.out_channels
     if index.get("expand_timesteps"):
         kind = "Wan 2.2, from text or an image"
@@ -119,13 +133,12 @@ def _solver(folder: Path) -> Hosted | None:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _defaults(parts: dict[str, Any], small: bool) -> dict[str, Any]:
-    """What the model's own examples ask for; `small` is Wan 2.2's of five billion, told by its times of tokens."""
-    shift = parts["solver"].shift if parts["solver"] else 3.0
-    found = {"frames": 81, "size": (480, 832), "fps": 16, "steps": 50, "guidance": 5.0, "shift": shift}
-    if small:
+def defaults(config: DiTConfig, index: dict[str, Any]) -> dict[str, Any]:
+    """What the model's own examples ask for; Wan 2.2's of five billion is told by its times of tokens."""
+    found = {"frames": 81, "size": (480, 832), "fps": 16, "steps": 50, "guidance": 5.0, "shift": 3.0}
+    if index.get("expand_timesteps"):
         found |= {"frames": 121, "size": (704, 1280), "fps": 24}
-    if "second" in parts:
-        sees = parts["dit"].config.in_channels != parts["dit"].config.out_channels
+    if index.get("boundary_ratio") is not None:
+        sees = config.in_channels != config.out_channels
         found |= {"steps": 40, "guidance": (3.5, 3.5) if sees else (4.0, 3.0)}
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,8 +105,6 @@ def test_the_layout_of_diffusers_with_what_peft_says_beside_it(rslora, tmp_path)
 
 def prefixed(config):
     """As a pipeline of diffusers saves it."""
-    import json
-
     kept = {k: v for k, v in config.to_dict().items() if isinstance(v, dict | int | float | bool | str)}
     return json.dumps({f"transformer.{name}": value for name, value in kept.items()})
 
@@ -125,6 +125,79 @@ def test_the_weights_come_back_to_the_bit(tmp_path):
         assert torch.equal(value, before[name]) == (name not in changes), name
     loras.clear()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_apart_it_computes_what_merged_weights_do(layout, tmp_path):
+    """Output and gradients, of several files with weights, which may change; and nothing of it is left behind."""
+    _, image = LAYOUTS[layout]
+    model, merged = (SoraDiT.from_wan(wan(**IMAGE if image else {})) for _ in range(2))
+    batch = inputs(wan(**IMAGE if image else {}).config, (2, 4, 6), length=512)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = outputs(model, batch)
+    apart, together = lora.LoRAs(model), lora.LoRAs(merged)
+    for seed, weight in ((0, 0.7), (1, -0.4)):
+        state = LAYOUTS[layout][0] | head()
+        state = {k: v if k.endswith("alpha") else v + seed * 0.01 * torch.randn_like(v) for k, v in state.items()}
+        save_file(state, tmp_path / "lora.safetensors")
+        changes, _ = lora.read(tmp_path / "lora.safetensors", model)
+        apart.add(changes, weight, merge=False)
+        together.add(changes, weight)
+    changed = {n for n, value in before.items() if not torch.equal(value, model.state_dict()[n])}
+    assert changed == {"head.weight"} | {n for n in changes if n.endswith("bias")}, "a branch leaves the weights be"
+    for weights in (None, (0.2, 0.3)):
+        if weights:
+            apart.weigh(weights), together.weigh(weights)
+        results, gradients = [], []
+        for part in (model, merged):
+            part.zero_grad()
+            latents = batch[0].clone().requires_grad_()
+            out = part(latents, *batch[1:3], image=batch[3] if image else None)
+            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+            results.append(out.detach())
+            own = {name: p.grad for name, p in part.named_parameters() if "branches" not in name}
+            gradients.append({"latents": latents.grad} | own)
+        assert (results[0] - plain).abs().max() > 0.02
+        torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+        for name, wanted in gradients[1].items():
+            near(gradients[0][name], wanted)
+        branch, linear = model.blocks[1].ffn[0].branches[1], merged.blocks[1].ffn[0]
+        scale = branch.weight * branch.scale
+        near(branch.up.grad, scale * linear.weight.grad @ branch.down.detach().T)
+        near(branch.down.grad, scale * branch.up.detach().T @ linear.weight.grad)
+    apart.clear()
+    assert model.state_dict().keys() == before.keys() and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def near(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+
+
+def head():
+    """Of a layer whose weight is read by an operation, beside which no branch can be."""
+    return {"diffusion_model.head.head.lora_down.weight": torch.ones(2, 48), "diffusion_model.head.head.lora_up.weight":
+            torch.full((16, 2), 0.1)}  # fmt: skip
+
+
+def test_kept_apart_in_half_precision_and_with_checkpointing(tmp_path):
+    save_file(LAYOUTS["Wan's names"][0], tmp_path / "lora.safetensors")
+    model = SoraDiT.from_wan(wan())
+    batch = inputs(wan().config, (2, 4, 6), length=5)
+    changes, _ = lora.read(tmp_path / "lora.safetensors", model)
+    lora.LoRAs(model).add(changes, 0.5, merge=False)
+    gradients = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(*batch).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert any("branches" in name for name in gradients[0])
+    for name, wanted in gradients[0].items():
+        assert torch.equal(gradients[1][name], wanted), name
+    with torch.no_grad():
+        exact = model(*batch)
+        half = model.to_dtype(torch.bfloat16)(batch[0].bfloat16(), batch[1], batch[2].bfloat16())
+    assert (half - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_whole_differences_of_any_weight(tmp_path):
@@ -166,11 +239,35 @@ def halves(name, rows=48, columns=48, rank=RANK, other=None):
         (halves("blocks.0.ffn.0", rows=48, columns=56), r"changes 'blocks.0.ffn.0.weight', which is \(56, 48\) here"),
         ({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(3, 48)}, "halves of .* that do not go together"),
         (halves("blocks.0.self_attn.q", other=4), "halves of the LoRA of 'blocks.0.self_attn.q' that do not go"),
+        (halves("blocks.0.self_attn.q", rank=0), "halves of the LoRA of 'blocks.0.self_attn.q' that do not go"),
+        (
+            {f"blocks.0.self_attn.q.lora_{half}.weight": torch.zeros(3) for half in "AB"},
+            "halves of the LoRA of 'blocks.0.self_attn.q' that do not go",
+        ),
+        (
+            halves("blocks.0.self_attn.q") | {"blocks.0.self_attn.q.alpha": torch.ones(2)},
+            r"the alpha of 'blocks.0.self_attn.q' must be a number; got \[1.0, 1.0\]",
+        ),
+        (
+            halves("blocks.0.self_attn.q") | {"blocks.0.self_attn.q.alpha": torch.tensor(float("nan"))},
+            "'blocks.0.self_attn.q.alpha' holds NaN or infinite values; the checkpoint is damaged",
+        ),
+        ({}, "holds no LoRA of this model: its first tensor is ''"),
     ],
 )
 def test_files_that_are_refused(state, said, tmp_path):
     save_file(state, tmp_path / "lora.safetensors")
     with pytest.raises(CheckpointError, match=said):
+        lora.read(tmp_path / "lora.safetensors", ours(wan()))
+
+
+@pytest.mark.parametrize("alpha", ["a", None, [1], float("nan"), 1e300])
+def test_what_is_no_alpha_is_refused_or_means_none(alpha, tmp_path):
+    notes = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha, "transformer.alpha_pattern": [1]})}
+    save_file(halves("transformer.blocks.0.attn1.to_q"), tmp_path / "lora.safetensors", notes)
+    if alpha is None:
+        return lora.read(tmp_path / "lora.safetensors", ours(wan()))
+    with pytest.raises(CheckpointError, match="lora_alpha must be a number from"):
         lora.read(tmp_path / "lora.safetensors", ours(wan()))
 
 
@@ -232,6 +329,24 @@ def test_experts_that_are_refused(tmp_path):
         one.load_lora(tmp_path / "one.safetensors", "1")
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_weights_of_files_are_changed_later(merge, tmp_path):
+    save_file(own_layout("{}".format), tmp_path / "a.safetensors")
+    save_file(own_layout("{}".format, seed=1), tmp_path / "b.safetensors")
+    batch = inputs(wan().config, (2, 4, 6), length=5)
+    one, two = (Checkpoint(ours(wan()), ours(wan(seed=1))) for _ in range(2))
+    for sora, weights in ((one, (0.1, 0.2)), (two, (0.9, -0.3))):
+        for file, weight, expert in zip("ab", weights, ("high", "both"), strict=True):
+            sora.load_lora(tmp_path / f"{file}.safetensors", weight, expert=expert, merge=merge)
+    one.weigh_loras(0.9, -0.3)
+    for name in ("dit", "second"):
+        assert torch.equal(outputs(getattr(one, name), batch), outputs(getattr(two, name), batch))
+    with pytest.raises(ValueError, match="weights must be 2, one for each LoRA that is loaded; got 1"):
+        one.weigh_loras(1.0)
+    with pytest.raises(ValueError, match="merge must be true or false; got 'no'"):
+        one.load_lora(tmp_path / "a.safetensors", expert="both", merge="no")
+
+
 def test_the_command_merges_each_file_and_hands_the_rest_on(tiny_checkpoint, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
@@ -239,8 +354,9 @@ def test_the_command_merges_each_file_and_hands_the_rest_on(tiny_checkpoint, tmp
 
     told = []
     monkeypatch.setattr(Sora, "load_lora", lambda self, file, weight, *, expert: told.append((file, weight, expert)))
-    monkeypatch.setattr(Sora, "generate_to", lambda self, *_, **how: told.append((how["negative"], how["shift"])))
+    asked = ("negative", "shift", "guidance")
+    monkeypatch.setattr(Sora, "generate_to", lambda self, *_, **how: told.append(tuple(how[name] for name in asked)))
     where = ["--weights", str(tiny_checkpoint), "--out", str(tmp_path / "a.mp4")]
     options = ["--lora", "x:0.5", "--lora", "y:1:low", "--negative", "a square", "--shift", "4"]
-    result = CliRunner().invoke(app, ["generate", "a red circle", *where, *options])
-    assert result.exit_code == 0 and told == [("x", 0.5, None), ("y", 1.0, "low"), ("a square", 4.0)]
+    result = CliRunner().invoke(app, ["generate", "a red circle", *where, *options, "--guidance", "4.0,3.0"])
+    assert result.exit_code == 0 and told == [("x", 0.5, None), ("y", 1.0, "low"), ("a square", 4.0, (4.0, 3.0))]

@@ -126,17 +126,18 @@ def test_same_frames_as_diffusers(form, text, tmp_path, monkeypatch):
     else:
         clip = sora.generate(PROMPT, **how)
     noise = flow.draw_noise((1, *sora.vae.config.latent_shape(9, height, width)), generator=torch.manual_seed(3))
+    theirs.to(torch.float64)  # in fp32 it is as far from that as 5e-5, on some processors
     options = dict(image=Image.fromarray(images[0])) if given else {}
     options |= dict(last_image=Image.fromarray(images[1])) if given > 1 else {}
     options |= dict(guidance_scale_2=3.0) if "boundary_ratio" in settings else {}
     with torch.no_grad():
         expected = theirs(
             prompt=PROMPT, negative_prompt=NEGATIVE, height=height, width=width, num_frames=9, num_inference_steps=4,
-            guidance_scale=4.0, latents=noise, output_type="pt", **options,
+            guidance_scale=4.0, latents=noise.double(), output_type="pt", **options,
         ).frames[0]  # fmt: skip
     actual = (torch.cat(videos, 2)[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
     assert actual.std() > 0.01
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
     pixels = (expected.permute(0, 2, 3, 1) * 255).numpy()
     own = slice(1 if given else 0, -1 if given > 1 else None)
     assert np.abs(clip.frames[own] - pixels[own]).max() <= 0.5 + 0.01
@@ -252,7 +253,7 @@ def test_the_vae_of_an_image_to_video_checkpoint_is_read_alone(folders):
 )
 def test_a_folder_says_which_model_it_is_without_being_loaded(folders, form, said):
     folder = folders(form)
-    assert wan.which(folder, read_json(folder / "model_index.json")).startswith(said)
+    assert wan.which(wan.configs(folder)[0], read_json(folder / "model_index.json")).startswith(said)
     sora = Sora.from_pretrained(folder, device="cpu")
     held = {"transformer": sora.dit, "transformer_2": sora.second, "vae": sora.vae, "text_encoder": sora.text.model}
     held |= {"image_encoder": sora.image.model} if sora.image else {}
