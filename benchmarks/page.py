@@ -87,15 +87,16 @@ def load(paths: Iterable[Path]) -> list[Row]:
 
 
 def _other(file: Path) -> bool:
-    """Counts of compiled code and patched models are recorded beside the rows, and are not rows."""
-    return file.parent.name in ("compiled", "patched")
+    """What is counted of compiled code, patched models and whole ones is recorded beside the rows, and is none."""
+    return file.parent.name in ("compiled", "patched", "model_memory")
 
 
 def _stream(row: Row) -> Row:
     """What `benchmarks.stream_memory` records, as a row: a point of a curve over frames."""
     size = f"{row['frames']} frames of {row['pixels']}px" + (f" in tiles of {row['tile']}" if row["tile"] else "")
     return dict.fromkeys(report.REQUIRED) | row | {
-        "op": f"vae {row['code']}, whole clip", "impl": row["coder"], "shape": size, "mode": "fwd", "dtype": "float32",
+        "op": f"vae {row.get('vae', '2.1')} {row['code']}, whole clip", "impl": row["coder"], "shape": size,
+        "mode": "fwd", "dtype": "float32",
         "kind": "ours" if row["coder"] == "ours" else "peer", "status": "ok", "p50_us": row["seconds"] * 1e6,
         "peak_memory": row["peak_mib"] * 2**20, "dims": {n: row[n] for n in ("frames", "base", "pixels", "tile")},
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """Peak memory of the VAE over the length of a clip: our stream beside diffusers' coder, a fresh process each.
 
-    python -m benchmarks.stream_memory [--frames 17 65 257] [--code decode encode] [--base 16] [--latent 8]
-        [--tile PIXELS ...] [--threads 1] [--json FILE] [--plot FILE.svg]
+    python -m benchmarks.stream_memory [--vae 2.1] [--frames 17 65 257] [--code decode encode] [--base 16]
+        [--latent 8] [--tile PIXELS ...] [--threads 1] [--json FILE] [--plot FILE.svg]
 
 Both have the same sizes, random weights, fp32. Ours takes and hands out a latent frame, or the four frames that it
 stands for, at a time and forgets them, as one who reads or writes a video file needs them; diffusers takes and returns
@@ -28,6 +28,15 @@ from . import machine, report
 CODERS = ("ours", "diffusers")
 FIELDS = frozenset(("code", "coder", "frames", "base", "pixels", "tile", "peak_mib", "seconds"))  # and the machine's
 CODES = ("decode", "encode")
+VAES = {  # pixels of a latent, its channels; config beside the base width, as diffusers has it
+    "2.1": (8, 16, {}),
+    "2.2": (
+        16, 48, dict(
+            z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+            latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+        ),
+    ),
+}  # fmt: skip
 
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
@@ -35,10 +44,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     (coder,), (code,), (frames,), (tile,) = args.coder, args.code, args.frames, args.tile
-    model = _model(coder, args.base)
-    side = args.latent if code == "decode" else 8 * args.latent
+    model = _model(coder, args.vae, args.base)
+    factor, latents, _ = VAES[args.vae]
+    side = args.latent if code == "decode" else factor * args.latent
     pieces = (frames - 1) // 4 + 1 if code == "decode" else frames
-    channels = 16 if code == "decode" else 3
+    channels = latents if code == "decode" else 3
     before, start, coded = _resident(), time.perf_counter(), 0
     with torch.no_grad():
         if coder == "ours":
@@ -50,20 +60,23 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             coded = (model.decode(clip).sample if code == "decode" else model.encode(clip).latent_dist.mean).shape[2]
     assert coded == (frames if code == "decode" else (frames - 1) // 4 + 1), coded
     return {
-        "code": code, "coder": coder, "frames": frames, "base": args.base, "pixels": 8 * args.latent,
-        "tile": tile or None, "peak_mib": _peak() - before, "seconds": time.perf_counter() - start,
-        **machine.facts("cpu"),
+        "code": code, "coder": coder, "vae": args.vae, "frames": frames, "base": args.base,
+        "pixels": factor * args.latent, "tile": tile or None, "peak_mib": _peak() - before,
+        "seconds": time.perf_counter() - start, **machine.facts("cpu"),
     }  # fmt: skip
 
 
-def _model(coder: str, base: int) -> torch.nn.Module:
+def _model(coder: str, vae: str, base: int) -> torch.nn.Module:
+    config = VAES[vae][2] | {"base_dim": base}
+    if vae == "2.2":
+        config["decoder_base_dim"] = 8 * base // 5  # as 256 is of 160
     if coder == "ours":
-        from sora_model.vae import CausalVAE, VAEConfig
+        from sora_model.vae import CausalVAE, VAEConfig, wan_config
 
-        return CausalVAE(VAEConfig(base_dim=base)).eval()
+        return CausalVAE(VAEConfig(**wan_config(config | {"_class_name": "AutoencoderKLWan"}, "config"))).eval()
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(base_dim=base).eval()
+    return AutoencoderKLWan(**config).eval()
 
 
 def _resident() -> float:
@@ -104,7 +117,9 @@ def draw(rows: list[dict], target: Path) -> None:
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.minorticks_off()
     where = ", ".join(f"base width {base}, {side}x{side} pixels" for base, side in sizes)
-    axes.set_title(f"Peak memory of the Wan 2.1 VAE over the length of a clip\n{where}, fp32, {rows[-1]['device']}")
+    versions = " and ".join(sorted({row.get("vae", "2.1") for row in rows}))
+    title = f"Peak memory of the Wan {versions} VAE over the length of a clip"
+    axes.set_title(f"{title}\n{where}, fp32, {rows[-1]['device']}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#ddd", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -115,10 +130,11 @@ def draw(rows: list[dict], target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", choices=VAES, default="2.1", help="Wan's version")
     parser.add_argument("--frames", type=int, nargs="+", default=[17, 65, 257], help="4n+1 each")
     parser.add_argument("--code", choices=CODES, nargs="+", default=list(CODES))
     parser.add_argument("--coder", choices=CODERS, nargs="+", default=list(CODERS))
-    parser.add_argument("--base", type=int, default=16, help="channels at full resolution; Wan 2.1 has 96")
+    parser.add_argument("--base", type=int, default=16, help="channels at full resolution; Wan 2.1 has 96, 2.2 160")
     parser.add_argument("--latent", type=int, default=8, help="height and width of the latents")
     parser.add_argument("--tile", type=int, nargs="+", default=[0], help="of ours, in pixels; 0: whole frames")
     parser.add_argument("--threads", type=int, default=1)
@@ -140,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     ]  # fmt: skip
     for code, coder, tile, frames in cases:
         command = [sys.executable, "-m", "benchmarks.stream_memory", "--here", "--code", code, "--coder", coder]
-        sizes = dict(frames=frames, tile=tile, base=args.base, latent=args.latent, threads=args.threads)
+        sizes = dict(
+            vae=args.vae, frames=frames, tile=tile, base=args.base, latent=args.latent, threads=args.threads
+        )
         command += [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
         row = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
         tiled = f"tiles of {tile}" if tile else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from test_benchmarks import FIELDS
 
-from benchmarks import report, run, stream_memory, suite, targets, timing, vae_decode
+from benchmarks import model_memory, report, run, stream_memory, suite, targets, timing, vae_decode
 from benchmarks.models import MODELS
 from sora_model.vae import CausalVAE, VAEConfig
 
@@ -83,16 +84,37 @@ def test_goals_of_decodes():
         assert shape in MODELS[op].cases and set(mode) <= set(MODELS[op].modes.values())
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is read in Linux's /proc")
+def test_memory_of_a_whole_model_is_measured_in_a_process_of_its_own(tmp_path, capsys):
+    """Each beside the same weights on disk, which were made once."""
+    pytest.importorskip("diffusers")
+    target = tmp_path / "models.jsonl"
+    sizes = ["--model", "tiny", "--folder", str(tmp_path), "--size", "32x64", "--json", str(target)]
+    assert model_memory.main([*sizes, "--by", "diffusers"]) == 0
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    capsys.readouterr()
+    assert model_memory.main([*sizes, "--by", "ours", "--here", "--folder", str(tmp_path / "tiny")]) == 0
+    rows = [*report.read_jsonl(target, model_memory.FIELDS), json.loads(capsys.readouterr().out)]
+    assert [row["by"] for row in rows] == ["diffusers", "ours"] and len(made) == 2
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+    for row in rows:
+        assert 1 < row["weights_mib"] < 20 and 10 < row["peak_mib"] < 1000 and row["seconds"] > 0 and row["commit"]
+    for arguments in (["--size", "30x64"], ["--frames", "4"], ["--model", "x"]):
+        with pytest.raises(SystemExit):
+            model_memory.main(arguments)
+
+
 def test_memory_is_measured_in_a_process_of_its_own_and_drawn_from_the_lines_on_file(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     target = tmp_path / "memory.jsonl"
     sizes = ["--frames", "5", "--base", "8", "--latent", "8", "--coder", "ours", "--json", str(target)]
     assert stream_memory.main([*sizes, "--code", "decode"]) == 0
     capsys.readouterr()
-    for code in stream_memory.CODES:
-        assert stream_memory.main([*sizes, "--code", code, "--tile", "32", "--here"]) == 0
+    for code, vae in zip(stream_memory.CODES, stream_memory.VAES, strict=True):
+        assert stream_memory.main([*sizes, "--vae", vae, "--code", code, "--tile", "32", "--here"]) == 0
         row = json.loads(capsys.readouterr().out)
         assert row["tile"] == 32 and row["code"] == code and row["seconds"] > 0 and row["commit"]
+        assert row["vae"] == vae and row["pixels"] == (64 if vae == "2.1" else 128)
     (row,) = rows = report.read_jsonl(target, stream_memory.FIELDS)
     assert row["coder"] == "ours" and row["tile"] is None and row["frames"] == 5 and 4 < row["peak_mib"] < 400
     rows += [row | {"frames": 9}, row | {"coder": "diffusers"}, row | {"tile": 32}]
