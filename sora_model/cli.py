@@ -97,8 +97,8 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     """Of a checkpoint that is too large to be loaded for that."""
     import torch
 
-    from . import wan
-    from .machine import available, choose_device, gib
+    from . import machine, wan
+    from .machine import choose_device, gib
     from .planning import Sizes
 
     dit, vae = wan.configs(folder)
@@ -110,7 +110,7 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
         table.add_row(part.name, f"{part.parameters:,}", gib(part.bytes))
     out.print(table)
     say(out, wan.which(dit, index))
-    free, made = available(device), wan.defaults(dit, index)
+    free, made = machine.available(device), wan.defaults(dit, index)
     (height, width), frames = made["size"], made["frames"]
     say(out, f"on {device}, where {gib(free)} of memory are free, a clip of {frames} frames of {width}x{height} takes")
     for dtype in (torch.float32, torch.bfloat16):

@@ -232,7 +232,7 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["prompts"] == 2 and result["steps"] == 1 and result["floor"]["colour"] == 1.0
 
-    code, out, err = sora("info", "--weights", "made")
+    code, out, err = sora("info", "made")
     assert code == 0 and "transformer" in out and "made for 64x64, 17 frames at 8 per second" in out
 
 
@@ -291,7 +291,7 @@ def test_text_of_the_user_is_printed_as_it_is(sora, tiny_checkpoint, tmp_path, n
         code, out, err = sora(*arguments)
         assert code == 1 and not out and err.count("error:") == 1 and "Traceback" not in err
         assert "\x1b" not in err and len(err.splitlines()) == 1
-    code, _, err = sora("info", "--weights", f"[/b]{name}")
+    code, _, err = sora("info", f"[/b]{name}")
     assert code == 1 and "[/b]" in err and "Traceback" not in err
 
 
@@ -536,5 +536,5 @@ def test_help_shows_the_default_of_every_option():
 
 
 def test_info_lists_the_words_of_a_checkpoint(sora, tiny_checkpoint):
-    code, out, _ = sora("info", "--weights", tiny_checkpoint)
+    code, out, _ = sora("info", tiny_checkpoint)
     assert code == 0 and f"it knows {len(world.VOCABULARY)} words: {', '.join(world.VOCABULARY)}" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 
 import numpy as np
@@ -280,12 +281,68 @@ def test_weights_larger_than_memory_are_refused_with_the_dtype_that_would_fit(fo
     assert Sora.from_pretrained(folder, device="cpu", dtype=torch.bfloat16).second is not None
 
 
-def test_the_command_says_which_model_it_is(folders, capsys):
+def test_the_command_says_which_model_it_is_and_what_it_takes(folders, capsys, monkeypatch):
     from sora_model.cli import info
 
     info(str(folders("2.2 image, two experts")))
     said = capsys.readouterr().out
-    assert "Wan 2.2 of two experts, from an image" in said and "transformer_2" in said and "where the parts" in said
+    assert "Wan 2.2 of two experts, from an image" in said and "transformer_2" in said
+    assert "a clip of 81 frames of 832x480 takes" in said and said.count("runs here") == 2 and "in bfloat16: " in said
+    monkeypatch.setattr(machine, "available", lambda device: 400 * 2**20)
+    info(str(folders("2.2 image, two experts")))
+    assert re.search(r"in float32: .*: \d+x\d+ with as many frames or \d+ frames at this size would", text_of(capsys))
+    monkeypatch.setattr(machine, "available", lambda device: 1000)
+    info(str(folders("2.2 image, two experts")))
+    assert text_of(capsys).count("too little memory") == 2
+
+
+def text_of(capsys):
+    """What was printed, without the breaks of lines."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def only(folder, name, content):
+    """A file in the place of all weights of a folder."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / name).write_bytes(content)
+
+
+def a_lora():
+    from safetensors.torch import save
+
+    return save({f"blocks.0.self_attn.q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"})
+
+
+def first(folder):
+    return next(folder.glob("*-00001-of-*"))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (lambda d: first(d).unlink(), "-00001-of-.* is missing"),
+        (lambda d: next(d.glob("*.index.json")).unlink(), "shards without their index"),
+        (lambda d: only(d, "wan.gguf", b"GGUF"), "wan.gguf is a GGUF file, whose quantised weights are not read"),
+        (lambda d: only(d, "wan.safetensors", b"GGUF" + bytes(99)), "is a GGUF file, whose quantised weights"),
+        (lambda d: only(d, "wan.safetensors", a_lora()), "a LoRA, which changes a model's weights"),
+        (lambda d: only(d, "wan.bin", b"PK"), "wan.bin is a pickle, which can run code"),
+        (
+            lambda d: first(d).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            "is a pointer of Git LFS, not the file itself: run `git lfs pull`",
+        ),
+        (lambda d: first(d).write_text("<!DOCTYPE html>"), "is a web page, as a download that failed leaves it"),
+        (lambda d: first(d).write_bytes(first(d).read_bytes()[:-9]), "is not a whole safetensors file"),
+    ],
+)
+def test_what_often_lies_in_the_place_of_weights_is_named(folders, tmp_path, mistake, said):
+    from sora_model.cli import info
+
+    folder = shutil.copytree(folders("2.1 text"), tmp_path / "wan")
+    mistake(folder / "transformer")
+    for look in (info, lambda path: Sora.from_pretrained(path, device="cpu")):
+        with pytest.raises(CheckpointError, match=said):
+            look(str(folder))
 
 
 @pytest.mark.parametrize(
