@@ -235,13 +235,13 @@ def planned_shapes(
 
 
 def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:
-    """Raises `CheckpointError` that names the first missing, unknown or misshapen tensor, unless all agree."""
+    """Raises `CheckpointError` that lists missing and unknown tensors or names one misshapen, unless all agree."""
     missing = sorted(wanted.keys() - found.keys())
     unknown = sorted(found.keys() - wanted.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{where} is a checkpoint of another model: it lacks {len(missing)} of the {len(wanted)} expected tensors"
-            f"{_first(missing)} and has {len(unknown)} unknown ones{_first(unknown)}"
+            f"{_listed(missing)} and has {len(unknown)} unknown ones{_listed(unknown)}"
         )
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
@@ -318,6 +318,8 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if file.suffix.lower() in PICKLES:
         raise CheckpointError(_pickle_reason(file))
+    if file.is_dir():
+        raise CheckpointError(f"{file} is a folder; expected a file")
     if not file.is_file():
         beside = _names(file.parent) if file.parent.is_dir() else "no such folder"
         raise CheckpointError(f"{file} is missing (found there: {beside}); copy the checkpoint again")
@@ -336,5 +338,5 @@ def _names(folder: Path, most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "") if names else "nothing"
 
 
-def _first(names: list[str]) -> str:
-    return f" (first: {names[0]!r})" if names else ""
+def _listed(names: list[str], most: int = 10) -> str:
+    return f" ({', '.join(map(repr, names[:most]))}{', ...' if len(names) > most else ''})" if names else ""

@@ -32,13 +32,18 @@ def several(name: str, value: Any) -> tuple:
     return tuple(value)
 
 
+def of_kind(config: Mapping[str, Any], kind: str) -> None:
+    """That of diffusers' class `kind`, or of none that it names."""
+    if (found := config.get("_class_name", kind)) != kind:
+        raise ValueError(f"not the config of a {kind}, but of a {found}, which computes something else")
+
+
 def only(config: Mapping[str, Any], kind: str, fields: Iterable[str]) -> None:
     """A config of diffusers' class `kind` with none but these fields: one that is read nowhere would have no effect.
 
     Fields that begin with an underscore are notes.
     """
-    if (found := config.get("_class_name", kind)) != kind:
-        raise ValueError(f"not the config of a {kind}, but of a {found}, which computes something else")
+    of_kind(config, kind)
     if unknown := sorted(name for name in config.keys() - set(fields) if not name.startswith("_")):
         raise ValueError(
             f"{unknown[0]}={reprlib.repr(config[unknown[0]])} is no field of a {kind} that is known here, so what it "

@@ -120,7 +120,7 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
         else:
             turns = ""
         needed, fits = Sizes(dit, vae, dtype).clip(frames, height, width, max(0, free - held))
-        enough = "too little memory" if held >= free else fits or "runs here"
+        enough = "too little memory" if held >= free else fits or "fits"
         say(out, f"  in {str(dtype).removeprefix('torch.')}: {gib(held)} of weights{turns} and {gib(needed)}: {enough}")
 
 

@@ -123,6 +123,7 @@ class DiTConfig:
         """
         names = {"num_attention_heads": "heads", "num_layers": "layers", "patch_size": "patch"}
         named_image = {"image_dim": "image_dim", "pos_embed_seq_len": "image_tokens"}
+        checks.of_kind(config, "WanTransformer3DModel")
         if missing := [name for name in (*names, "attention_head_dim", "ffn_dim") if name not in config]:
             raise ValueError(f"not the config of a WanTransformer3DModel: it lacks {', '.join(missing)}")
         known = {field.name for field in dataclasses.fields(cls)} - {"attention"}
@@ -478,7 +479,15 @@ class SoraDiT(nn.Module):
         """
         # the model itself needs no safetensors
         from . import fp8
-        from .checkpoint import FP8, CheckpointError, check_dtypes, planned_shapes, read_tensors, read_wan_directory
+        from .checkpoint import (
+            FP8,
+            CheckpointError,
+            check_dtypes,
+            check_shapes,
+            planned_shapes,
+            read_tensors,
+            read_wan_directory,
+        )
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
@@ -503,12 +512,7 @@ class SoraDiT(nn.Module):
             config = DiTConfig.of_weights(shapes, heads=sizes.get("num_heads"))
         else:
             config = DiTConfig.from_wan(sizes)
-        wanted = planned_shapes(cls, config, shapes.values(), where)
-        if unfit := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
-            raise CheckpointError(
-                f"the weights are not those of their config: {len(unfit)} are missing, unknown or misshapen, "
-                f"the first being {unfit[0]!r}; take both from one model"
-            )
+        check_shapes(planned_shapes(cls, config, shapes.values(), where), shapes, where)
         for name, value in given.items():
             kept = _kept_in(name, dtype) if dtype else value.dtype
             wide = fp8.widened(value, scales.get(name), kept)

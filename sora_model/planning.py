@@ -109,7 +109,7 @@ class Planning:
             guidance = number("guidance", guidance, -100, 100)
         shift = number("shift", defaults.shift if shift is None else shift, 1e-3, 1e3)
         if negative != "":
-            check_prompt(negative)
+            check_prompt(negative, "negative")
         attention = AttentionMode.parse(attention) if isinstance(attention, str) else attention
         if not isinstance(attention, AttentionMode | None):
             raise TypeError(f"attention must be an AttentionMode, text or None; got {type(attention).__name__}")

@@ -29,15 +29,15 @@ _SPECIALS = ("<pad>", "<unk>", "<null>")
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
-def check_prompt(prompt: object) -> str:
+def check_prompt(prompt: object, name: str = "prompt") -> str:
     """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with
     a word; `safety.policy.PolicyError` where the policy refuses it."""
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be a str, got {type(prompt).__name__}")
+        raise TypeError(f"{name} must be a str, got {type(prompt).__name__}")
     if len(prompt) > MAX_CHARACTERS:
-        raise ValueError(f"prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are accepted, so shorten it")
+        raise ValueError(f"{name} has {len(prompt)} characters; at most {MAX_CHARACTERS} are accepted, so shorten it")
     if not _WORD.search(prompt):
-        raise ValueError(f"prompt holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
+        raise ValueError(f"{name} holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
     policy.check(prompt)
     return prompt
 

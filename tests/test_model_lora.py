@@ -261,6 +261,11 @@ def test_files_that_are_refused(state, said, tmp_path):
         lora.read(tmp_path / "lora.safetensors", ours(wan()))
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder; expected a file"):
+        lora.read(tmp_path, ours(wan()))
+
+
 @pytest.mark.parametrize("alpha", ["a", None, [1], float("nan"), 1e300])
 def test_what_is_no_alpha_is_refused_or_means_none(alpha, tmp_path):
     notes = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha, "transformer.alpha_pattern": [1]})}

@@ -286,7 +286,7 @@ DIT = ("transformer", "model.safetensors")
         (lambda d: d.joinpath(*DIT).write_bytes(struct.pack("<Q", 2**63) + b"{}"), "not a whole safetensors file"),
         (lambda d: d.joinpath(*DIT).write_bytes(pickle.dumps(Exploit())), "not a whole safetensors file"),
         (lambda d: edit(d.joinpath(*DIT), lambda s: s.pop("head.bias")), "lacks 1 of .*'head.bias'"),
-        (lambda d: edit(d.joinpath(*DIT), lambda s: s.update(extra=torch.ones(1))), "1 unknown ones .first: 'extra'"),
+        (lambda d: edit(d.joinpath(*DIT), lambda s: s.update(extra=torch.ones(1))), "1 unknown ones .'extra'"),
         (
             lambda d: edit(d.joinpath(*DIT), lambda s: s.update({"head.bias": torch.ones(3)})),
             r"head.bias.*\(16,\).*\(3,\)",

@@ -287,7 +287,7 @@ def test_the_command_says_which_model_it_is_and_what_it_takes(folders, capsys, m
     info(str(folders("2.2 image, two experts")))
     said = capsys.readouterr().out
     assert "Wan 2.2 of two experts, from an image" in said and "transformer_2" in said
-    assert "a clip of 81 frames of 832x480 takes" in said and said.count("runs here") == 2 and "in bfloat16: " in said
+    assert "a clip of 81 frames of 832x480 takes" in said and said.count(": fits") == 2 and "in bfloat16: " in said
     monkeypatch.setattr(machine, "available", lambda device: 400 * 2**20)
     info(str(folders("2.2 image, two experts")))
     assert re.search(r"in float32: .*: \d+x\d+ with as many frames or \d+ frames at this size would", text_of(capsys))
@@ -412,7 +412,7 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
         ("2.1 first and last", lambda s: s.animate(IMAGE, PROMPT, **SHORT), "sees the last frame of a clip: it must"),
         ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, guidance=(3, 4)), "guidance must be a number, got tuple"),
         ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, shift=0), "shift must lie between 0.001 and 1000"),
-        ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, negative="..."), "prompt holds no word"),
+        ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, negative="..."), "negative holds no word"),
     ],
 )  # fmt: skip
 def test_bad_requests(folders, form, call, said):
