@@ -227,6 +227,10 @@ def test_the_wan_text_encoder_pads_with_zeros_to_512(wan):
         (lambda d: shutil.rmtree(d / "tokenizer"), "lacks the folder 'tokenizer'"),
         (lambda d: (d / "vae" / "config.json").unlink(), r"config\.json is missing"),
         (
+            lambda d: change_config(d / "text_encoder", relative_attention_max_distance=1),
+            "relative_attention_max_distance must be a whole number from 9 to 1048576; got 1",
+        ),
+        (
             lambda d: change_config(d / "scheduler" / "scheduler_config.json", flow_shift=-2),
             "shift must be a number from 0.001 to 1000; got -2",
         ),
