@@ -579,7 +579,7 @@ def test_foreign_configs_and_weights_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, said in (
         ({"ffn_dim": 57}, r"'blocks.0.ffn.0.weight' should have the shape \(57, 48\) .*, but has \(56, 48\)"),
-        ({"num_layers": 3}, r"lacks 27 of \d+ .* \(('blocks.2.[^']*', ){10}\.\.\.\) and has 0 unknown"),
+        ({"num_layers": 3}, r"lacks 27 of the \d+ .* \(('blocks.2.[^']*', ){10}\.\.\.\) and has 0 unknown"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=said):
