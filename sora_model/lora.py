@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import checks
 from .checkpoint import CheckpointError, read_metadata, read_tensors
 from .dit import SoraDiT, own_name
+from .planning import number
 
 _KEY = re.compile(r"(?P<path>.+?)\.(?P<kind>lora_\w+(?:\.default)?\.(?:weight|bias)|alpha|diff|diff_b)")
 _KINDS = {
@@ -137,6 +138,57 @@ class LoRAs:
             own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
             changes = [a.weight * a.merged[name].of(own) for a in self._added if name in a.merged]
             parameter.data = (own.float() + sum(changes)).to(own.dtype) if changes else own
+
+
+class Loading:
+    """The methods of `Sora` that take LoRA files."""
+
+    def load_lora(
+        self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None, merge: bool = True
+    ) -> None:
+        """Changes the transformer by a LoRA file, `weight` times; further files add to it.
+
+        expert  of a checkpoint of two: "high", for much noise, "low" or "both"; None where the file names both itself
+        merge   into the weights, which are kept beside; else as a branch beside each linear layer, which takes a little
+                time in every step, and no copy of the weights
+
+        Nothing is changed where it raises: `CheckpointError` for a file of something else or of another size,
+        ValueError for another expert.
+        """
+        weight = number("weight", weight, -100, 100)
+        checks.flag("merge", merge)
+        first, second = read(path, self.dit)
+        if self.second is None and (expert or second):
+            raise ValueError(f"this checkpoint has one transformer; got expert={expert!r}, or a file for two of them")
+        if self.second is not None and not second and expert not in ("high", "low", "both"):
+            raise ValueError(
+                f"expert must be 'high', 'low' or 'both': this checkpoint has two transformers, and the file does not "
+                f"say which it is for; got {expert!r}"
+            )
+        if second and expert is not None:
+            raise ValueError(f"expert must be None: the file names both transformers itself; got {expert!r}")
+        self.turns.leave()
+        changes = {"high": (first, {}), "low": ({}, first), "both": (first, first)}.get(expert, (first, second))
+        for loras, own in zip(self._loras, changes, strict=False):
+            loras.add(own, weight, merge=merge)
+
+    def weigh_loras(self, *weights: float) -> None:
+        """Other weights of the LoRA files, one for each, in the order in which they were loaded.
+
+        Of those that were not merged this is at once; others are summed anew.
+        """
+        weights = [number("weights", weight, -100, 100) for weight in weights]
+        if len(weights) != (count := len(self._loras[0])):
+            raise ValueError(f"weights must be {count}, one for each LoRA that is loaded; got {len(weights)}")
+        self.turns.leave()
+        for loras in self._loras:
+            loras.weigh(weights)
+
+    def unload_loras(self) -> None:
+        """The transformer's weights as they were loaded, to the bit."""
+        self.turns.leave()
+        for loras in self._loras:
+            loras.clear()
 
 
 def parse(text: str) -> tuple[str, float, str | None]:

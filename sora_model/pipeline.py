@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks, flow, lora, machine, media, planning, wan
+from . import flow, lora, machine, media, planning, wan
 from .attention import AttentionMode
 from .checkpoint import (
     CheckpointError,
@@ -35,6 +35,7 @@ from .checkpoint import (
 from .dit import DiTConfig, SoraDiT
 from .frames import to_pixels
 from .image import ImageEncoder
+from .lora import Loading
 from .machine import TooLargeError, Turns, choose_device, gib
 from .planning import Defaults, Plan, Planning
 from .safety.credentials import Origin
@@ -94,7 +95,7 @@ class Clip:
         )
 
 
-class Sora(Verbs, Planning):
+class Sora(Verbs, Planning, Loading):
     """A text-to-video model ready to use. Build it by `from_pretrained`.
 
     second, boundary  a transformer that takes over from `dit` below a time, 0 to 1: Wan 2.2's expert of little noise
@@ -231,53 +232,6 @@ class Sora(Verbs, Planning):
             write_tensors(Path(folder) / name / "model.safetensors", state)
             write_json(Path(folder) / name / "config.json", dataclasses.asdict(parts[name].config))
         write_json(Path(folder) / "model_index.json", {"_class_name": "Sora"} | dataclasses.asdict(self.defaults))
-
-    def load_lora(
-        self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None, merge: bool = True
-    ) -> None:
-        """Changes the transformer by a LoRA file, `weight` times; further files add to it.
-
-        expert  of a checkpoint of two: "high", for much noise, "low" or "both"; None where the file names both itself
-        merge   into the weights, which are kept beside; else as a branch beside each linear layer, which takes a little
-                time in every step, and no copy of the weights
-
-        Nothing is changed where it raises: `CheckpointError` for a file of something else or of another size,
-        ValueError for another expert.
-        """
-        weight = planning.number("weight", weight, -100, 100)
-        checks.flag("merge", merge)
-        first, second = lora.read(path, self.dit)
-        if self.second is None and (expert or second):
-            raise ValueError(f"this checkpoint has one transformer; got expert={expert!r}, or a file for two of them")
-        if self.second is not None and not second and expert not in ("high", "low", "both"):
-            raise ValueError(
-                f"expert must be 'high', 'low' or 'both': this checkpoint has two transformers, and the file does not "
-                f"say which it is for; got {expert!r}"
-            )
-        if second and expert is not None:
-            raise ValueError(f"expert must be None: the file names both transformers itself; got {expert!r}")
-        self.turns.leave()
-        changes = {"high": (first, {}), "low": ({}, first), "both": (first, first)}.get(expert, (first, second))
-        for loras, own in zip(self._loras, changes, strict=False):
-            loras.add(own, weight, merge=merge)
-
-    def weigh_loras(self, *weights: float) -> None:
-        """Other weights of the LoRA files, one for each, in the order in which they were loaded.
-
-        Of those that were not merged this is at once; others are summed anew.
-        """
-        weights = [planning.number("weights", weight, -100, 100) for weight in weights]
-        if len(weights) != (count := len(self._loras[0])):
-            raise ValueError(f"weights must be {count}, one for each LoRA that is loaded; got {len(weights)}")
-        self.turns.leave()
-        for loras in self._loras:
-            loras.weigh(weights)
-
-    def unload_loras(self) -> None:
-        """The transformer's weights as they were loaded, to the bit."""
-        self.turns.leave()
-        for loras in self._loras:
-            loras.clear()
 
     @property
     def device(self) -> torch.device:
