@@ -232,13 +232,13 @@ def _check_sizes(folder: Path) -> None:
     held = len({name[2] for name in names if name[:2] == ["encoder", "block"] and len(name) > 2})
     if type(asked) is not int or asked != held:
         raise CheckpointError(f"{folder / 'config.json'}: num_layers must be {held}, as in the weights; got {asked!r}")
+    with _damaged(folder.parent), torch.device("meta"):
+        wanted = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True)).state_dict()
+    both = wanted.keys() & found.keys()  # of tied weights one is kept
+    check_shapes({name: wanted[name].shape for name in both}, {name: found[name] for name in both}, str(folder))
     buckets, far = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
     try:  # half of the buckets are of one direction, and half of these are one distance each
         checks.whole("relative_attention_num_buckets", buckets, 4, 4096)
         checks.whole("relative_attention_max_distance", far, buckets // 4 + 1, 2**20)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    with _damaged(folder.parent), torch.device("meta"):
-        wanted = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True)).state_dict()
-    both = wanted.keys() & found.keys()  # of tied weights one is kept
-    check_shapes({name: wanted[name].shape for name in both}, {name: found[name] for name in both}, str(folder))

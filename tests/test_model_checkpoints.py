@@ -129,7 +129,7 @@ def test_weights_of_which_it_is_not_clear_what_to_read_are_refused(tmp_path, nam
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path, name):
     model_of(1.0, tmp_path / "m", index="model.safetensors.index.json")
     write_json(tmp_path / "m" / "model.safetensors.index.json", {"weight_map": {"t": name}})
-    with pytest.raises(CheckpointError, match="outside its own folder|is missing"):
+    with pytest.raises(CheckpointError, match="outside its own folder|is missing|is a folder"):
         read_wan_directory(tmp_path / "m")
 
 
