@@ -59,6 +59,11 @@ def train_dit(
         bool,
         typer.Option("--checkpointing", help="Keep no activations inside of blocks: less memory, a third more work."),
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Divide weights and optimiser among the processes of torchrun (FSDP2).")
+    ] = False,
+    cp: Annotated[int, typer.Option(help="Processes that share the tokens of a clip; divides as --shard.")] = 1,
+    accumulate: Annotated[int, typer.Option(help="Parts of a process' clips, one after the other; as --shard.")] = 1,
     impl: Impl = "auto",
     device: TrainDevice = "cpu",
 ) -> None:
@@ -89,10 +94,10 @@ def train_dit(
         if how.samples:
             train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)
 
-    with ranks.started(device) as own:
+    with ranks.started(device, alone=shard or (cp, accumulate) != (1, 1)) as own:
         train.train_dit(
             run, coder, how, start=begun and (begun.dit, begun.text), device=own, dtype=computes[dtype],
-            checkpointing=checkpointing, impl=impl, on_save=save,
+            checkpointing=checkpointing, shard=shard, cp=cp, accumulate=accumulate, impl=impl, on_save=save,
         )  # fmt: skip
         if ranks.Ranks().rank == 0:
             say(out, f"wrote {checkpoint}")

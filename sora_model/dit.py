@@ -466,6 +466,10 @@ class SoraDiT(nn.Module):
         """The weights as `to_dtype` converts them, for `torch.func.functional_call`: gradients reach the parameters."""
         return {name: parameter.to(_kept_in(name, dtype)) for name, parameter in self.named_parameters()}
 
+    def kept_wide(self, dtype: torch.dtype) -> set[nn.Parameter]:
+        """The weights that `to_dtype` does not convert."""
+        return {parameter for name, parameter in self.named_parameters() if _kept_in(name, dtype) != dtype}
+
     @classmethod
     def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:
         """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in; or as Wan's

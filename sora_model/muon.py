@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _QUINTIC = 3.4445, -4.7750, 2.0315  # of Jordan 2024: singular values of 0 to 1 come near 1 in five steps
 
@@ -19,8 +20,9 @@ class Muon(torch.optim.AdamW):
         p ← p − lr·(weight_decay·p + 0.2·√max(rows, columns)·U)
 
     so that the mean square of an update is that of AdamW (Jordan et al. 2024; scaled as in arXiv:2502.16982).
-    PyTorch's own multiplies in bfloat16, thirty times as slow as fp32 on a CPU without products of it; here
-    `dtype` says in what, and matrices of one shape are multiplied together. Deterministic.
+    PyTorch's own multiplies in bfloat16, thirty times as slow as fp32 on a CPU without products of it; here `dtype`
+    says in what, and matrices of one shape are multiplied together. Of a sharded one every rank does the whole and
+    keeps its part. Deterministic.
     """
 
     def __init__(
@@ -52,10 +54,14 @@ class Muon(torch.optim.AdamW):
             for matrix in matrices:
                 moment = self.state[matrix]["momentum"].lerp_(matrix.grad, 1 - self.momentum)
                 update = matrix.grad.lerp(moment, self.momentum)
+                update = update.full_tensor() if isinstance(update, DTensor) else update
                 updates.append(update.T if _tall(matrix) else update)
             for matrix, update in zip(matrices, orthogonal(torch.stack(updates).to(self.dtype)), strict=True):
+                update = update.T if _tall(matrix) else update
+                if isinstance(matrix, DTensor):
+                    update = distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update.T if _tall(matrix) else update, alpha=group["lr"] * 0.2 * longer**0.5)
+                matrix.sub_(update, alpha=group["lr"] * 0.2 * longer**0.5)
 
 
 def orthogonal(x: Tensor, steps: int = 5) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 from .machine import choose_device
 
 _END = -1
+_LOST = re.compile("gloo|nccl|connection|timed? ?out", re.IGNORECASE)  # gloo raises RuntimeError itself
 
 
 class RankError(ConnectionError):
@@ -29,21 +31,25 @@ class RankError(ConnectionError):
 
 
 @contextmanager
-def started(device: str | torch.device | None, *, minutes: float = 30) -> Iterator[torch.device]:
+def started(
+    device: str | torch.device | None, *, alone: bool = False, minutes: float = 30
+) -> Iterator[torch.device]:
     """Joins the processes of `torchrun`, where it started this one; gives the device of this one.
 
+    alone    one process is joined to itself, for what is divided among any number
     minutes  how long to wait for a process that does not answer. Raises RankError where one never comes.
     """
     size, device = int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
-    if size == 1 or dist.is_initialized():
+    if (size == 1 and not alone) or dist.is_initialized():
         yield device
         return
     backend = "gloo"
     if device.type == "cuda":
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
-    rank, limit = int(os.environ["RANK"]), datetime.timedelta(minutes=minutes)
-    dist.init_process_group(backend, store=_met(rank, size, limit), rank=rank, world_size=size, timeout=limit)
+    rank, limit = int(os.environ.get("RANK", 0)), datetime.timedelta(minutes=minutes)
+    store = dist.HashStore() if size == 1 else _met(rank, size, limit)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
         yield device
     finally:
@@ -93,7 +99,7 @@ class Ranks:
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
-        with _told("before the first step"):
+        with told_of_loss("before the first step"):
             dist.all_gather_object(everyone, dict(facts))
         for rank, theirs in enumerate(everyone):
             for name in everyone[0].keys() | theirs.keys():
@@ -106,7 +112,7 @@ class Ranks:
     def order(self, step: int, weights: Sequence[Tensor]) -> None:
         """Of rank 0: let the others compute this step with these weights."""
         if self.size > 1:
-            with _told(f"before step {step}"):
+            with told_of_loss(f"before step {step}"):
                 self._broadcast_step(step, weights[0].device)
                 dist.broadcast(_flat(weights), 0)
 
@@ -122,7 +128,7 @@ class Ranks:
 
     def receive(self, weights: Sequence[Tensor]) -> int | None:
         """Of the others: the step to compute now, its weights being written into `weights`; None at the end."""
-        with _told("while it waited for rank 0"):
+        with told_of_loss("while it waited for rank 0"):
             step = self._broadcast_step(_END, weights[0].device)
             if step == _END:
                 return None
@@ -139,7 +145,7 @@ class Ranks:
             return value, gradients
         flat = torch.cat([gradients[0].new_tensor([value]), _flat(gradients)])
         gathered = [torch.empty_like(flat) for _ in range(self.size)] if self.rank == 0 else None
-        with _told(f"at step {step}"):
+        with told_of_loss(f"at step {step}"):
             dist.gather(flat, gathered)
         if gathered is None:
             return value, gradients
@@ -158,11 +164,13 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _told(when: str) -> Iterator[None]:
+def told_of_loss(when: str) -> Iterator[None]:
     """What torch says of a process that is gone or silent, as one line that says what to do."""
     try:
         yield
     except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise
         raise RankError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process {when} ({_first_line(error)}); "
             "the last save is whole: the same command resumes from it"

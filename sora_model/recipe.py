@@ -15,8 +15,8 @@ from typing import Any
 from . import checks
 from .checkpoint import CheckpointError, build
 from .dit import DiTConfig
-from .fit import Settings
 from .planning import Defaults
+from .steps import Settings
 from .text import check_prompt
 from .vae import VAEConfig
 from .world import SCENES

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import files, flow, world
+from . import checks, files, flow, parallel, sharded, world
 from .attention import AttentionMode
 from .checkpoint import fingerprint, load_into, read_json, read_part, write_json, write_tensors
 from .conditioning import Known, draw_mask, token_times
 from .dit import SoraDiT
-from .fit import fit, generator_of, read_log
+from .fit import fit
 from .frames import to_video
 from .machine import choose_device
 from .pipeline import Sora
 from .ranks import Ranks
 from .recipe import Recipe
+from .steps import generator_of, read_log
 from .text import WordTextConfig, WordTextEncoder
 from .vae import AttentionBlock, CausalVAE, Decoder, Downsample, Encoder, ResidualBlock, Upsample, VAEConfig
 from .world.data import Bucket, WorldData
@@ -171,6 +173,9 @@ def train_dit(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     checkpointing: bool = False,
+    shard: bool = False,
+    cp: int = 1,
+    accumulate: int = 1,
     impl: str = "auto",
     on_save: Callable[[SoraDiT, WordTextEncoder, int], None] | None = None,
 ) -> tuple[SoraDiT, WordTextEncoder]:
@@ -185,6 +190,9 @@ def train_dit(
     start          weights to begin with instead of random ones, of the same sizes
     dtype          in which the transformer and Muon compute; parameters, their average and the optimiser stay in fp32
     checkpointing  less memory for more work, as `SoraDiT` has it
+    shard          divides weights and optimiser among the processes of the run (`sharded.fit`); so do the next two
+    cp             processes that share the tokens of a clip
+    accumulate     parts that a process works off its clips in: less memory
     Every save also calls `on_save(dit, text, step)` with the averaged weights. Of several processes (`fit`) the first
     alone saves and returns these; the others return the weights of the last step.
     """
@@ -202,7 +210,13 @@ def train_dit(
         load_into(model[name], part.state_dict(), f"start: {name}")
     model.to(device, torch.float32)
     data = WorldData(settings.batch, recipe.buckets, recipe.scenes, settings.seed)
-    patch, draws = recipe.dit.patch, recipe.draws
+    patch, draws, kinds = recipe.dit.patch, recipe.draws, {name: type(part) for name, part in model.items()}
+    mesh = None
+    if shard or (cp, accumulate) != (1, 1):
+        checks.whole("cp", cp, 1, 2**20)
+        checks.whole("accumulate", accumulate, 1, 2**20)
+        mesh = sharded.mesh_of(device, cp, recipe.dit.heads)
+        sharded.shard(model["dit"], model["text"], dtype=dtype)
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
         """Of B clips: uint8 videos, and of each draw the tokens of a caption, noise, times and what is known."""
@@ -234,14 +248,18 @@ def train_dit(
         mode = AttentionMode(causal="frame") if causal[0] else None
         inputs = x.to(dtype), flow.TIME_SCALE * token_times(t, mask, patch), text.to(dtype), lens
         dit, how = model["dit"], {"attention": mode, "impl": impl}
-        v = dit(*inputs, **how) if dtype == torch.float32 else functional_call(dit, dit.weights_in(dtype), inputs, how)
+        with parallel.over(dit, mesh["ring", "ulysses"]) if cp > 1 else nullcontext():
+            if mesh is not None or dtype == torch.float32:
+                v = dit(*inputs, **how)
+            else:
+                v = functional_call(dit, dit.weights_in(dtype), inputs, how)
         error = (v.float() - flow.velocity_target(x0, noise)).square().masked_fill(mask, 0)
         drawn = (~mask).flatten(1).sum(1) * x0.shape[1]
         return (error.flatten(1).sum(1) / drawn).mean()
 
     def save(step: int, weights: dict[str, Tensor]) -> None:
         for name in ("dit", "text"):
-            copy = type(model[name])(model[name].config)
+            copy = kinds[name](model[name].config)
             begins = f"{name}."
             mine = {key.removeprefix(begins): value for key, value in weights.items() if key.startswith(begins)}
             load_into(copy, mine, str(run))
@@ -258,8 +276,11 @@ def train_dit(
         "dtype": str(dtype),
     }
     matrices = [name for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2]
-    how = dict(matrices=matrices, dtype=dtype, made_with=made_with, on_save=save)
-    fit(model, batch_at, loss_of, settings, run, label="DiT", **how)
+    how = dict(label="DiT", matrices=matrices, dtype=dtype, made_with=made_with, on_save=save)
+    if mesh is None:
+        fit(model, batch_at, loss_of, settings, run, **how)
+    else:
+        sharded.fit(model, batch_at, loss_of, settings, run, mesh=mesh, accumulate=accumulate, **how)
     return kept.get("dit", model["dit"]), kept.get("text", model["text"])
 
 

@@ -12,8 +12,9 @@ import torch
 from in_ranks import in_ranks
 
 from sora_model.checkpoint import read_tensors
-from sora_model.fit import Settings, fit, generator_of, read_log
+from sora_model.fit import fit
 from sora_model.ranks import RankError, started
+from sora_model.steps import Settings, generator_of, read_log
 
 SETTINGS = Settings(steps=12, batch=5, lr=0.05, warmup=2, save_every=5, workers=1, ema=0.9)
 

@@ -22,6 +22,7 @@ from sora_model.dit import DiTConfig
 from sora_model.files import WriteError
 from sora_model.frames import to_video
 from sora_model.recipe import Recipe
+from sora_model.steps import Settings, read_log
 from sora_model.world.data import Bucket
 
 TINY_VAE = train.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
@@ -39,7 +40,7 @@ def fresh_sigint():
         signal.signal(signal.SIGINT, before)
 
 
-def tiny(settings: fit.Settings, **changes) -> fit.Settings:
+def tiny(settings: Settings, **changes) -> Settings:
     return dataclasses.replace(settings, **{"batch": 4, "save_every": 2, "warmup": 1} | changes)
 
 
@@ -92,7 +93,7 @@ def saved_step(run) -> int:
 
 
 def losses(run) -> list[float]:
-    return [(row["step"], row["loss"]) for row in fit.read_log(run)]
+    return [(row["step"], row["loss"]) for row in read_log(run)]
 
 
 # --- resuming ---
@@ -142,7 +143,7 @@ def test_gradients_and_weights_that_lie_differently_in_memory_meet_by_their_indi
         torch.manual_seed(0)
         model = torch.nn.Conv3d(3, 4, (2, 3, 3)).to(memory_format=layout)
         goal = torch.randn(1, *model.weight.shape, generator=torch.Generator().manual_seed(1))
-        settings = fit.Settings(steps=3, batch=1, lr=1e-2, workers=1, clip=1e6)
+        settings = Settings(steps=3, batch=1, lr=1e-2, workers=1, clip=1e6)
         loss_of = lambda goal: (model.weight.contiguous() - goal[0]).square().sum() + model.bias.sum()  # noqa: E731
         return fit.fit(model, lambda step: (goal,), loss_of, settings, tmp_path / name, label="test")["weight"]
 
@@ -152,7 +153,7 @@ def test_gradients_and_weights_that_lie_differently_in_memory_meet_by_their_indi
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_inside_the_optimiser_waits_for_the_end_of_the_step(tmp_path, monkeypatch, when):
-    settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2))
+    settings = tiny(Settings(steps=9, batch=4, lr=1e-2))
     whole = fit.fit(*ramp(), settings, tmp_path / "whole", label="test")
     optimise, steps = torch.optim.AdamW.step, []
 
@@ -207,7 +208,7 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path, told):
             interrupt()
             time.sleep(1)
 
-    settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2), workers=1)
+    settings = tiny(Settings(steps=9, batch=4, lr=1e-2), workers=1)
     with pytest.raises(KeyboardInterrupt):
         fit.fit(*acting(twice, *ramp()), settings, tmp_path, label="test")
     assert saved_step(tmp_path) == 2
@@ -252,7 +253,7 @@ def test_whoever_acts_upon_a_signal_is_told_after_the_save(tmp_path, number):
     before = signal.signal(number, lambda *args: told.append(saved_step(tmp_path)))
     try:
         with pytest.raises(KeyboardInterrupt):
-            settings = tiny(fit.Settings(steps=9, batch=4, lr=1e-2))
+            settings = tiny(Settings(steps=9, batch=4, lr=1e-2))
             fit.fit(*acting(hang_up, *ramp()), settings, tmp_path, label="test")
     finally:
         signal.signal(number, before)
@@ -260,7 +261,7 @@ def test_whoever_acts_upon_a_signal_is_told_after_the_save(tmp_path, number):
 
 
 def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
-    settings = tiny(fit.Settings(steps=4, batch=4, lr=1e-2))
+    settings = tiny(Settings(steps=4, batch=4, lr=1e-2))
     fit.fit(*ramp(), settings, tmp_path, label="test", made_with={"data": [1]})
 
     def again(made_with=None, **changes):
@@ -290,7 +291,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_only(tmp_path):
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(tmp_path, change, said):
-    settings = tiny(fit.Settings(steps=2, batch=4, lr=1e-2))
+    settings = tiny(Settings(steps=2, batch=4, lr=1e-2))
     fit.fit(*ramp(), settings, tmp_path, label="test")
     state = load_file(tmp_path / "state.safetensors")
     change(state)
@@ -300,7 +301,7 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path, change, said):
 
 
 def test_a_log_that_a_crash_cut_short_is_read_up_to_there(tmp_path):
-    settings = tiny(fit.Settings(steps=20, batch=4, lr=1e-2))
+    settings = tiny(Settings(steps=20, batch=4, lr=1e-2))
     fit.fit(*ramp(), settings, tmp_path, label="test")
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('3\n{"step": "x", "loss": 1, "seconds": 1}\n{"step": 30, "lo')
@@ -312,7 +313,7 @@ def test_a_log_that_a_crash_cut_short_is_read_up_to_there(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path, vae):
-    settings, refused = tiny(fit.Settings(steps=1, batch=4, lr=1e-2)), []
+    settings, refused = tiny(Settings(steps=1, batch=4, lr=1e-2)), []
 
     def meanwhile(step):
         for other in (
@@ -405,7 +406,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_touches_the_weights(
     def steep(x, y, steps):
         return loss_of(x, y) + ((0 * model.weight).sqrt().sum() if steps[0] == 2 else 0)
 
-    settings = tiny(fit.Settings(steps=8, batch=4, lr=1e-2))
+    settings = tiny(Settings(steps=8, batch=4, lr=1e-2))
     with pytest.raises(FloatingPointError, match="norm of its gradients nan at step 2; lower the learning rate"):
         numbered = acting(lambda step: None, model, batch_at, loss_of)[1]
         fit.fit(model, numbered, steep, settings, tmp_path, label="test")
@@ -414,7 +415,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_it_touches_the_weights(
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):
     model, batch_at, loss_of = ramp()
-    settings = fit.Settings(steps=1, batch=4, lr=1.0)
+    settings = Settings(steps=1, batch=4, lr=1.0)
     with pytest.raises(FloatingPointError, match="the loss is nan .* at step 0; lower the learning rate"):
         fit.fit(model, batch_at, lambda x, y: loss_of(x, y) * float("nan"), settings, tmp_path, label="test")
 
@@ -426,7 +427,7 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
     def spoil(step):
         model.spare.fill_(0.0 if step < 3 else float("nan"))
 
-    settings = tiny(fit.Settings(steps=8, batch=4, lr=1e-2), workers=1)
+    settings = tiny(Settings(steps=8, batch=4, lr=1e-2), workers=1)
     with pytest.raises(FloatingPointError, match="cannot write .*state.safetensors.*'model.spare' holds NaN"):
         fit.fit(*acting(spoil, model, *task), settings, tmp_path, label="test")
     assert saved_step(tmp_path) == 2
@@ -437,7 +438,7 @@ def test_a_state_that_is_not_finite_is_not_saved_over_a_good_one(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_clips_count_alike_however_many_workers_share_them(tmp_path, size):
-    settings = fit.Settings(steps=20, batch=size, lr=5e-2, weight_decay=0.0)
+    settings = Settings(steps=20, batch=size, lr=5e-2, weight_decay=0.0)
 
     def fitted(workers: int) -> torch.Tensor:
         run = tmp_path / str(workers)
@@ -449,7 +450,7 @@ def test_clips_count_alike_however_many_workers_share_them(tmp_path, size):
 
 
 def test_fit_descends(tmp_path):
-    settings = fit.Settings(steps=150, batch=8, lr=5e-2, weight_decay=0.0)
+    settings = Settings(steps=150, batch=8, lr=5e-2, weight_decay=0.0)
     weight = fit.fit(*ramp(8), settings, tmp_path, label="test")["weight"]
     torch.testing.assert_close(weight, torch.ones(1, 3), atol=0.02, rtol=0)
 

@@ -7,12 +7,12 @@
 #include "common/heads.h"
 #include "common/library.h"
 #include "common/loops.h"
+#include "common/math.h"
 #include "common/memory.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 
 namespace sora {
 namespace {
@@ -45,38 +45,54 @@ struct Params {
   int64_t rows() const { return B * S * H; }
 };
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+// Vanishes below -88.8. NaN stays.
+template <class F>
+SORA_INLINE F sigmoid(F x) {
+  return 1.0f / (1.0f + exponential(-at_most(87.3f, at_least(-88.8f, x))));
+}
+
+constexpr int64_t kHeads = 64;  // whose gates are read, and their shares computed, at a time
+
+// f(b, s, h, sigmoid of the gate) for each head of rows begin to end: (b, s, h) as one number.
+template <int V, class F>
+SORA_INLINE void each_head(const Params& p, int64_t begin, int64_t end, const F& f) {
+  int64_t b = begin / p.H / p.S, s = begin / p.H % p.S, h = begin % p.H;
+  const auto next = [&p](int64_t& b, int64_t& s, int64_t& h) SORA_LAMBDA {
+    if (++h == p.H) h = 0, ++s;
+    if (s == p.S) s = 0, ++b;
+  };
+  float share[kHeads];
+  for (; begin < end; begin += kHeads) {
+    const int64_t n = std::min(kHeads, end - begin);
+    int64_t gate_b = b, gate_s = s, gate_h = h;
+    for (int64_t i = 0; i < n; ++i, next(gate_b, gate_s, gate_h)) share[i] = p.gate.load(p.gate.at(gate_b, gate_s, gate_h));
+    map<V>(n, share, [&](auto at) SORA_LAMBDA { return sigmoid(at(share)); });
+    for (int64_t i = 0; i < n; ++i, next(b, s, h)) f(b, s, h, share[i]);
+  }
+}
 
 template <int V, class T>
 struct Forward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / p.H / p.S, s = row / p.H % p.S, h = row % p.H;
-      const float factor = p.scale * sigmoid(p.gate.load(p.gate.at(b, s, h)));
+    each_head<V>(p, begin, end, [&](int64_t b, int64_t s, int64_t h, float share) SORA_LAMBDA {
+      const float factor = p.scale * share;
       const T* x = p.x.at<const T>(b, s, h);
       map<V>(p.E, p.out.at<T>(b, s, h), [=](auto at) SORA_LAMBDA { return at(x) * factor; });
-    }
+    });
   }
 };
 
 template <int V, class T>
 struct Backward {
   static SORA_INLINE void run(const Params& p, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / p.H / p.S, s = row / p.H % p.S, h = row % p.H;
-      const float share = sigmoid(p.gate.load(p.gate.at(b, s, h))), factor = p.scale * share;
+    each_head<V>(p, begin, end, [&](int64_t b, int64_t s, int64_t h, float share) SORA_LAMBDA {
+      const float factor = p.scale * share;
       const T *x = p.x.at<const T>(b, s, h), *dout = p.dout.at<const T>(b, s, h);
-      if (p.dx) {
-        map<V>(p.E, p.dx.at<T>(b, s, h), [=](auto at) SORA_LAMBDA { return at(dout) * factor; });
-      }
-      if (!p.dgate.data) continue;
-      Floats<V> total = {};
-      int64_t i = 0;
-      for (; i + V <= p.E; i += V) total += fetch<V>(dout + i) * fetch<V>(x + i);
-      float along = sum<V>(total);
-      for (; i < p.E; ++i) along += to_float(dout[i]) * to_float(x[i]);
+      if (p.dx) map<V>(p.E, p.dx.at<T>(b, s, h), [=](auto at) SORA_LAMBDA { return at(dout) * factor; });
+      if (!p.dgate.data) return;
+      const float along = sum<V>(p.E, [=](auto at) SORA_LAMBDA { return at(dout) * at(x); });
       p.dgate.store(p.dgate.at(b, s, h), along * factor * (1.0f - share));
-    }
+    });
   }
 };
 
