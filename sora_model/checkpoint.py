@@ -310,8 +310,7 @@ def _recognised(file: Path) -> str | None:
 
 
 def _make_folder(path: str | os.PathLike[str]) -> None:
-    with files.naming(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(Path(path).parent)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

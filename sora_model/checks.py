@@ -5,9 +5,10 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def whole(name: str, value: Any, least: int, most: int) -> None:

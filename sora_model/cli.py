@@ -134,6 +134,7 @@ def reconstruct(
     credentials: Credentials = True,
 ) -> None:
     """Send a video through a checkpoint's VAE and back, and say what that loses."""
+    from .files import make_folder
     from .machine import check_impl
     from .media import check_target
     from .reconstruct import load_vae, remarks
@@ -142,7 +143,7 @@ def reconstruct(
 
     check_impl(impl)
     if to == Path("out/reconstruction.mp4"):
-        to.parent.mkdir(exist_ok=True)
+        make_folder(to.parent)
     check_target(to)
     vae = load_vae(weights, device=device)
     vae.impl = impl

@@ -63,6 +63,7 @@ def _write(
     Under torchrun all processes make one clip, and the first of them writes it.
     """
     from . import lora, parallel, ranks
+    from .files import make_folder
     from .machine import check_impl
     from .media import check_target
     from .pipeline import Sora
@@ -77,7 +78,7 @@ def _write(
         options |= {"negative": negative, "shift": shift}
         check_impl(impl)
         if to == _TO:
-            to.parent.mkdir(exist_ok=True)
+            make_folder(to.parent)
         check_target(to)
         sealer(to.name)
         with ranks.started(device) as own, ranks.spare(to) as (first, to):
@@ -126,7 +127,7 @@ def generate(
             show_default="stream where the checkpoint can",
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, max=1000, help="Clips, of the seeds SEED, SEED + 1, ...")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, help="Clips, of the seeds SEED, SEED + 1, ...")] = 1,
     pick: Annotated[
         str,
         typer.Option(help="Of several: all, a file each, or best, the one that shows most of what PROMPT says."),
@@ -134,9 +135,11 @@ def generate(
     **options: Any,
 ) -> list[str]:
     """Make a clip of what PROMPT says."""
-    from . import choose
+    from . import checks, choose
     from .media import check_target
+    from .safety import limits
 
+    checks.whole("--n", n, 1, limits.current().clips)
     if pick not in ("all", "best"):
         raise ValueError(f"--pick must be all or best; got {pick!r}")
     options |= {"seconds": seconds, "long": long}

@@ -72,7 +72,7 @@ def train_dit(
     import torch
 
     from . import ranks, recipe, train
-    from .files import naming
+    from .files import make_folder
     from .machine import check_impl
     from .pipeline import Sora
 
@@ -84,8 +84,7 @@ def train_dit(
     how = recipe.load(config or recipe.TOY, changes or ())
     coder = train.load_vae(vae)
     begun = None if start is None else Sora.from_pretrained(start, device="cpu")
-    with naming(checkpoint):
-        checkpoint.mkdir(parents=True, exist_ok=True)
+    make_folder(checkpoint)
 
     def save(dit: Any, text: Any, step: int) -> None:
         sora = Sora(dit, coder, text, how.defaults)

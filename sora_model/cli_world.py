@@ -34,7 +34,7 @@ def render(
     """Write true clips of the world, each an MP4, and beside it its caption and state as JSON."""
     from . import world
     from .checkpoint import write_json
-    from .files import naming
+    from .files import make_folder
     from .media import write_video
     from .safety.credentials import Origin, signing
 
@@ -45,8 +45,7 @@ def render(
     with notes(err), signing(credentials):
         for number in range(seed, seed + n):
             clip = world.sample(number, prompt_spec=spec, **options)
-            with naming(to):
-                to.mkdir(parents=True, exist_ok=True)
+            make_folder(to)
             name = f"{clip.scene.name}-{number}"
             origin = Origin({"scene": clip.scene.name, "seed": number}, source="algorithmicMedia")
             write_video(to / f"{name}.mp4", clip.video, fps, origin=origin)
@@ -72,7 +71,7 @@ def evaluate(
     """Measure a checkpoint against the world: JSON, tables, and a page with clips side by side beside the JSON."""
     from . import evaluate as measure
     from . import world
-    from .files import naming, write_atomically
+    from .files import make_folder, naming, write_atomically
     from .machine import check_impl
     from .page import write_page
     from .pipeline import Sora
@@ -82,7 +81,7 @@ def evaluate(
     if long is not None and not 4 <= long <= 3600:
         raise ValueError(f"--long must be from 4 to 3600 seconds, got {long:g}")
     if to == Path("out/eval.json"):
-        to.parent.mkdir(exist_ok=True)
+        make_folder(to.parent)
     page, clips = to.with_suffix(".html"), []
     if page == to:
         raise ValueError(f"--out is the JSON file, beside which the page {page.name} is written; name it .json")

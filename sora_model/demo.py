@@ -32,6 +32,7 @@ from sora_kernels._dispatch import Unavailable
 from sora_kernels.qknorm_rope import reference as qknorm_rope
 from sora_kernels.testing import error_bound, max_error, poison_empty
 
+from .files import make_folder
 from .pipeline import Sora
 from .terminal import bars, console, error, forgive_encodings, notes, say
 
@@ -153,7 +154,7 @@ def generate(prompt: str, out: Console) -> None:
     started = time.perf_counter()
     name = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "clip"
     path = Path("out") / f"{name}.mp4"
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     sora = Sora.from_pretrained()
     with notes(out), bars(out, transient=True) as progress:
         sora.generate_to(path, prompt, seed=SEED, progress=progress)

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .safety import limits
+
 _PREFIX, _SUFFIX, _LOCK = ".sora-", ".part", ".lock"
 
 
@@ -71,6 +73,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         part.write_bytes(data)
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder and those above it, where they are missing: errors as `write_atomically`."""
+    _confined(path, Path(os.path.realpath(path)))
+    with naming(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """The system's errors as a `WriteError` that names the file."""
@@ -89,8 +98,8 @@ def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises `WriteError` at once where another holds it. Where the filesystem knows no locks, nothing is held.
     """
     folder = Path(folder)
+    make_folder(folder)
     with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if _take(lock) is False:
@@ -99,6 +108,11 @@ def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _confined(path: str | os.PathLike[str], target: Path) -> None:
+    if (reason := limits.outside(path, target)) is not None:
+        raise WriteError(f"cannot write there: {reason}")
 
 
 def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
@@ -110,6 +124,7 @@ def _target(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     if not name or "\0" in name:
         raise ValueError(f"cannot write {name!r}: the name {'holds a NUL character' if name else 'is empty'}")
     target = Path(os.path.realpath(name))
+    _confined(name, target)
     with naming(name):
         try:
             found = os.stat(name)  # not of the target: a pipe's name in /proc leads nowhere

@@ -11,6 +11,8 @@ from torch import nn
 
 from sora_kernels import _dispatch, _library
 
+from .safety import limits
+
 _ROOT = Path("/")
 
 
@@ -48,10 +50,19 @@ def own_dtypes(device: torch.device) -> torch.autocast:
 
 
 def available(device: torch.device) -> int:
-    """Bytes of memory that are free on a device; of a CPU's, those that the process's control groups leave it."""
+    """Bytes of memory that are free on a device; of a CPU's, those that the process's control groups leave it. Of
+    either no more than `Limits.memory`."""
+    most = limits.current().memory
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min([_free(), *_left_by_groups()])
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min([_free(), *_left_by_groups()])
+    return free if most is None else min(free, most)
+
+
+def left(free: int) -> str:
+    """Of what `available` gives, for an error."""
+    return f"{gib(free)} are free" + (" or allowed" if limits.current().memory is not None else "")
 
 
 def _free() -> int:

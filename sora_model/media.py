@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -23,10 +24,10 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from .files import check_writable, write_atomically
-from .reader import MAX_FRAMES, MAX_PIXELS, SIZE_TAG, MediaError, VideoInfo, as_media_error, probe, read_video, show
+from .reader import SIZE_TAG, MediaError, VideoInfo, as_media_error, probe, read_video, show
 from .safety.credentials import Origin, mark, sealer
 
-__all__ = ["MAX_FRAMES", "MAX_PIXELS", "MediaError", "VideoInfo", "check_target", "probe", "read_video", "write_video"]
+__all__ = ["MediaError", "VideoInfo", "check_target", "probe", "read_video", "video_bytes", "write_video"]
 
 _MAX_SIDE = 16384
 # x264's output depends on its number of threads, which by default is that of the machine.
@@ -72,17 +73,29 @@ def write_video(
         raise ValueError(f"crf must be a whole number from 0 to 51, got {crf!r}")
     check_target(path)
     with write_atomically(path) as part:
-        seal = None if origin is None else sealer(Path(os.fsdecode(path)).name)
-        source = iter(frames)
-        first = next(source, None)
-        if first is None:
-            raise MediaError(f"no frames to write to {show(path)}; give at least one")
-        shape = _frame(first, None, 0).shape
-        images = (_frame(image, shape, i) for i, image in enumerate(itertools.chain([first], source)))
-        _encode(path, part, shape, mark(images, origin), _stamps(rate, times), rate, crf, aspect)
-        if seal is not None:
-            seal(part, origin)
+        _write(path, part, frames, rate, crf, times, aspect, origin)
     return Path(path)
+
+
+def video_bytes(frames: Iterable[np.ndarray], fps: float = 8, *, origin: Origin | None = None) -> bytes:
+    """What `write_video` would write, for a page."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "clip.mp4"
+        _write(part, part, frames, _rate(fps), 18, None, Fraction(1), origin)
+        return part.read_bytes()
+
+
+def _write(path, part: Path, frames, rate: Fraction, crf: int, times, aspect: Fraction, origin: Origin | None) -> None:
+    seal = None if origin is None else sealer(Path(os.fsdecode(path)).name)
+    source = iter(frames)
+    first = next(source, None)
+    if first is None:
+        raise MediaError(f"no frames to write to {show(path)}; give at least one")
+    shape = _frame(first, None, 0).shape
+    images = (_frame(image, shape, i) for i, image in enumerate(itertools.chain([first], source)))
+    _encode(path, part, shape, mark(images, origin), _stamps(rate, times), rate, crf, aspect)
+    if seal is not None:
+        seal(part, origin)
 
 
 def check_target(path: str | os.PathLike) -> None:

@@ -122,13 +122,14 @@ def generate(
     needed = sum(sora._memory(sora._padded(plan.frames), *plan.size, impl, True, free)[1] for plan in plans)
     if needed > free:
         raise machine.TooLargeError(
-            f"{len(plans)} clips together need about {machine.gib(needed)} and {machine.gib(free)} are free; "
+            f"{len(plans)} clips together need about {machine.gib(needed)} and {machine.left(free)}; "
             "ask for fewer at a time"
         )
     with machine.own_dtypes(sora.device):
         latents = _draw(sora, plans, impl, progress)
         clips = []
         for plan, latent in zip(plans, latents, strict=True):
+            plan.clock()
             sora.vae.impl = impl
             sora.turns(sora.vae)
             video = sora.vae.decode_stream([sora.vae.denormalize(latent[None])], clamp=False, tile=plan.tile)
@@ -159,6 +160,7 @@ def _draw(sora: Sora, plans: Sequence[Any], impl: str, progress: Progress | None
     def model(x: Tensor, t: Tensor, text: Tensor, lens: Tensor | None) -> Tensor:
         clips = [part.to(dtype) for row in x for part in parts(row)]
         times = (flow.TIME_SCALE * t).float().repeat_interleave(count)
+        plans[0].clock()
         v = packed(sora.dit, clips, times.unbind(), text, lens, impl=impl)
         return torch.cat([part.float().flatten() for part in v]).view_as(x)
 

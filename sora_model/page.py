@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,8 +179,7 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, 
 
 
 def _figure(caption: str, frames: np.ndarray, fps: float) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        large = np.repeat(np.repeat(frames, 2, 1), 2, 2)
-        data = base64.b64encode(media.write_video(Path(folder) / "clip.mp4", large, fps).read_bytes()).decode()
+    large = np.repeat(np.repeat(frames, 2, 1), 2, 2)
+    data = base64.b64encode(media.video_bytes(large, fps)).decode()
     video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
     return f"<figure>{video}<figcaption>{html.escape(caption)}</figcaption></figure>"

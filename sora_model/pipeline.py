@@ -11,7 +11,6 @@ import base64
 import dataclasses
 import html
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,9 +71,12 @@ class Clip:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a signed H.264 MP4, whole or not at all, and returns its path. Raises `media.MediaError` if it cannot,
         `safety.credentials.CredentialsError` for a certificate that has expired, say."""
+        return media.write_video(path, self.frames, self.fps, origin=self._origin)
+
+    @property
+    def _origin(self) -> Origin:
         made = dict(seed=self.seed, steps=self.steps, guidance=self.guidance)
-        origin = self.origin or Origin.of(None, prompt=self.prompt, **made)
-        return media.write_video(path, self.frames, self.fps, origin=origin)
+        return self.origin or Origin.of(None, prompt=self.prompt, **made)
 
     def __repr__(self) -> str:
         count, height, width, _ = self.frames.shape
@@ -84,8 +86,7 @@ class Clip:
 
     def _repr_html_(self) -> str:
         """The clip itself, playing in a notebook."""
-        with tempfile.TemporaryDirectory() as folder:
-            video = base64.b64encode(self.save(Path(folder) / "clip.mp4").read_bytes()).decode()
+        video = base64.b64encode(media.video_bytes(self.frames, self.fps, origin=self._origin)).decode()
         height, width = self.frames.shape[1:3]
         scale = max(1, 256 // max(height, width))  # small clips enlarged by whole pixels
         return (
@@ -181,7 +182,7 @@ class Sora(Verbs, Planning, Loading):
         if kind == "Sora":
             if (weights := sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))) > free:
                 raise TooLargeError(
-                    f"the weights in {folder} take {gib(weights)}, and {gib(free)} of memory are free; "
+                    f"the weights in {folder} take {gib(weights)}, and of memory {machine.left(free)}; "
                     "use a smaller model"
                 )
             parts = {name: read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}
@@ -322,7 +323,7 @@ class Sora(Verbs, Planning, Loading):
         sampler = Sampler(
             self.dit, self.text, plan.prompt, steps=plan.steps, guidance=plan.guidance, shift=plan.shift,
             negative=plan.negative, second=self.second, boundary=self.boundary, solver=self.solver,
-            attention=plan.attention, impl=impl, turns=self.turns,
+            attention=plan.attention, impl=impl, turns=self.turns, clock=plan.clock,
         )  # fmt: skip
         latents = self._latents(plan, sampler, progress, how)
         self.vae.impl = impl
@@ -330,6 +331,7 @@ class Sora(Verbs, Planning, Loading):
         for video in self.vae.decode_stream(map(self.vae.denormalize, latents), clamp=False, tile=plan.tile):
             pixels = to_pixels(video, impl)[: plan.frames - done]
             done += len(pixels)
+            plan.clock()
             if progress is not None:
                 progress("decode", done, plan.frames)
             if len(pixels):

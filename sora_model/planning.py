@@ -15,6 +15,7 @@ from . import checks, estimate, flow, machine
 from .attention import AttentionMode
 from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
+from .safety import limits
 from .text import WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
 
@@ -69,6 +70,7 @@ class Plan:
     latents: tuple[int, int, int, int]
     tile: tuple[int, int]
     inputs: list[Any] = dataclasses.field(default_factory=list)  # what was given, for the record of the result
+    clock: limits.Clock = dataclasses.field(default_factory=limits.Clock, compare=False)
 
 
 class Planning:
@@ -91,16 +93,16 @@ class Planning:
         impl: str = "auto",
         held: bool = True,
     ) -> Plan:
-        defaults, vae = self.defaults, self.vae.config
+        defaults, vae, most = self.defaults, self.vae.config, limits.current()
         check_prompt(prompt)
         machine.check_impl(impl)
         fps = number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
-        seconds = number("seconds", defaults.frames / fps if seconds is None else seconds, 0, 86_400)
+        seconds = number("seconds", defaults.frames / fps if seconds is None else seconds, 0, most.seconds)
         if not (frames := round(seconds * fps)):
             raise ValueError(
                 f"seconds={seconds} at {fps} frames per second is less than one frame; ask for at least {1 / fps:.3g}"
             )
-        steps = whole("steps", defaults.steps if steps is None else steps, 1, MAX_STEPS)
+        steps = whole("steps", defaults.steps if steps is None else steps, 1, most.steps)
         seed = whole("seed", seed, 0, 2**63 - 1)
         guidance = defaults.guidance if guidance is None else guidance
         if self.second is not None and isinstance(guidance, tuple | list) and len(guidance) == 2:
@@ -117,24 +119,30 @@ class Planning:
         long = self._long(long, frames, attention)
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt, negative])
-        padded = self._padded(frames)
-        self.turns.leave()
-        free = machine.available(self.device) - self.turns.largest
-        at_once = padded if long == "once" else min(padded, defaults.frames)
-        tile, needed = self._memory(padded, height, width, impl, held, free, at_once)
-        if needed > free:
-            raise TooLargeError(
-                f"{width}x{height} with {frames} frames needs about {gib(needed)} and {gib(free)} are free; "
-                + self._would_fit(padded, height, width, impl, held, free)
-            )
-        latents = vae.latent_shape(padded, height, width)
-        seen = None if long == "once" else at_once
-        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance, seen):
+        at_once = None if long == "once" else min(self._padded(frames), defaults.frames)
+        tile = self._fit(frames, (height, width), impl, held=held, at_once=at_once)
+        latents = vae.latent_shape(self._padded(frames), height, width)
+        for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance, at_once):
             warnings.warn(remark, stacklevel=3)
         size = height, width
         return Plan(
             prompt, frames, size, fps, seed, steps, guidance, negative, shift, attention, long, latents, tile
         )
+
+    def _fit(
+        self, frames: int, size: tuple[int, int], impl: str, *, held: bool = True, at_once: int | None = None
+    ) -> tuple[int, int]:
+        """The tile to decode with. Raises `TooLargeError` for a clip of which `at_once` frames, by default all, are
+        drawn together, where there is not the memory for it."""
+        self.turns.leave()
+        free, padded = machine.available(self.device) - self.turns.largest, self._padded(frames)
+        tile, needed = self._memory(padded, *size, impl, held, free, at_once)
+        if needed > free:
+            raise TooLargeError(
+                f"{size[1]}x{size[0]} with {frames} frames needs about {gib(needed)} and {machine.left(free)}; "
+                + self._would_fit(padded, *size, impl, held, free)
+            )
+        return tile
 
     def _long(self, long: Any, frames: int, attention: AttentionMode | None) -> str:
         if long not in (None, *LONG):
@@ -185,10 +193,10 @@ class Planning:
             ("height", height, self.dit.config.patch[1]),
             ("width", width, self.dit.config.patch[2]),
         ):
-            unit = self.vae.config.spatial_factor * patch
+            unit, most = self.vae.config.spatial_factor * patch, limits.current().side
             whole = isinstance(side, Integral) and not isinstance(side, bool)
-            if not whole or not unit <= side <= MAX_SIDE:
-                raise ValueError(f"size: the {name} must be a whole number from {unit} to {MAX_SIDE}, got {side!r}")
+            if not whole or not unit <= side <= most:
+                raise ValueError(f"size: the {name} must be a whole number from {unit} to {most}, got {side!r}")
             if side % unit:
                 below = side // unit * unit
                 raise ValueError(

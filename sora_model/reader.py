@@ -27,9 +27,8 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace
 
 from .containers import DamagedError, Tally
+from .safety import limits
 
-MAX_PIXELS = 4096 * 2304
-MAX_FRAMES = 7200
 SIZE_TAG = "sora_size"
 _UNSPECIFIED = 2
 _PICTURE = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -61,7 +60,7 @@ class VideoInfo:
 
 
 def read_video(
-    path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES, times: bool = False
+    path: str | os.PathLike, *, max_pixels: int | None = None, max_frames: int | None = None, times: bool = False
 ) -> Iterator[Any]:
     """Frames of a local video file (MP4, MOV, WebM, MKV, AVI), uint8 [H,W,3] sRGB, decoded as asked for.
 
@@ -72,10 +71,14 @@ def read_video(
     without one, or not later than the one before, follows that at 1 / `VideoInfo.fps`.
 
     The file is opened, its header checked and its first picture decoded at the call. max_pixels (width x height) and
-    max_frames are refusals, not truncations: a header that announces more raises before anything is decoded, a stream
-    that brings more than announced raises there. Raises MediaError, also for a file that is cut short, too damaged
+    max_frames, by default `safety.limits.Limits.read_pixels` and `read_frames`, are refusals, not truncations: a header
+    that announces more raises before anything is decoded, a stream that brings more than announced raises there.
+    Raises MediaError, also for a file that is cut short, too damaged
     to decode, or not a video: at the call, or where the damage is met, at the latest after the last frame.
     """
+    most = limits.current()
+    max_pixels = most.read_pixels if max_pixels is None else max_pixels
+    max_frames = most.read_frames if max_frames is None else max_frames
     _limit("max_pixels", max_pixels)
     _limit("max_frames", max_frames)
     source = _Source(path, max_pixels, max_frames)
@@ -84,7 +87,7 @@ def read_video(
 
 def probe(path: str | os.PathLike) -> VideoInfo:
     """What a video file holds: its header is read, and its first picture. Raises MediaError as ``read_video`` does."""
-    source = _Source(path, MAX_PIXELS, None)
+    source = _Source(path, limits.current().read_pixels, None)
     source.close()
     return source.info
 
@@ -240,9 +243,13 @@ def _open(path: str | os.PathLike, max_pixels: int) -> tuple[BinaryIO, Any, str]
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise MediaError(f"cannot read {show(path)}: {reason}; give the path of a local video file") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    found, most = os.fstat(handle), limits.current().read_bytes
+    if not stat.S_ISREG(found.st_mode) or found.st_size > most:
         os.close(handle)
-        raise MediaError(f"cannot read {show(path)}: it is not a regular file")
+        what = "is not a regular file" if not stat.S_ISREG(found.st_mode) else (
+            f"has {found.st_size} bytes, and the limits allow read_bytes={most}"
+        )
+        raise MediaError(f"cannot read {show(path)}: it {what}")
     file = os.fdopen(handle, "rb")
     try:
         head = file.read(16)

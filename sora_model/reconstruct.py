@@ -24,6 +24,7 @@ from .checkpoint import CheckpointError, read_json, read_part
 from .frames import to_pixels, to_video
 from .machine import TooLargeError, choose_device, gib
 from .pipeline import TOY
+from .safety import limits
 from .safety.credentials import Input, Origin
 from .tiling import Tile
 from .vae import CausalVAE, VAEConfig
@@ -111,7 +112,7 @@ def reconstruct(
     where they are counted.
     Errors: as `encode_file`; `media.write_video`'s for a target that cannot be written.
     """
-    info = media.probe(source)
+    info, clock = media.probe(source), limits.Clock()
     encode, decode = _tiles(vae, source, info, "encode", "decode")
     if progress is not None:
         progress(0, info.frames)
@@ -132,6 +133,7 @@ def reconstruct(
             for frame in to_pixels(video, vae.impl)[: len(original)]:
                 error += int(np.square(frame.astype(np.int32) - original.popleft()).sum())
                 done += 1
+                clock()
                 yield frame
             if progress is not None:
                 progress(done, info.frames)
@@ -205,5 +207,5 @@ def _tiles(
     offer = next((f"; {w}x{h} would fit" for h, w in smaller if fit(h, w)[1] <= free), "")
     raise TooLargeError(
         f"{os.fspath(path)!r} is {info.width}x{info.height}, for which the VAE needs about {gib(needed)}, and "
-        f"{gib(free)} are free{offer}; scale the video down"
+        f"{machine.left(free)}{offer}; scale the video down"
     )

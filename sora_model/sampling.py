@@ -25,6 +25,7 @@ class Sampler:
     solver                  integrates the velocity: `flow.sample`, or what is called like it
     attention               mode of self-attention; None: the model's own, and causal by frames in a stream
     turns                   called with each part before it is at work
+    clock                   called before each evaluation; raises where the time is over
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Sampler:
         attention: AttentionMode | None = None,
         impl: str = "auto",
         turns: Turns | None = None,
+        clock: Callable[[], None] = lambda: None,
     ) -> None:
         self.dit, self.steps, self.guidance, self.shift = dit, steps, flow.pair(guidance), shift
         self.second, self.boundary, self.solver = second, boundary, solver
-        self.attention, self.impl = attention, impl
+        self.attention, self.impl, self.clock = attention, impl, clock
         weight = dit.patch_embedding.weight
         self.turns = turns or Turns(weight.device)
         self.dtype, self.device = weight.dtype, self.turns.device
@@ -152,6 +154,7 @@ class Sampler:
                     options["image"] = image.expand(len(x), -1, -1)
                 if frames is not None:
                     x = torch.cat([x, frames.to(x).expand(len(x), -1, -1, -1, -1)], 1)
+                self.clock()
                 self.turns(dit)
                 return dit(x.to(self.dtype), (flow.TIME_SCALE * t).float(), text, lens, **options).float()
 

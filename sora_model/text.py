@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from . import checks, extras
 from .checkpoint import CheckpointError, check_finite, check_shapes, read_json, read_shapes, wan_weights
-from .safety import policy
-
-MAX_CHARACTERS = 4096
+from .safety import limits, policy
 
 _PAD, _UNKNOWN, _NULL = 0, 1, 2
 _SPECIALS = ("<pad>", "<unk>", "<null>")
@@ -30,12 +28,12 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 def check_prompt(prompt: object, name: str = "prompt") -> str:
-    """The prompt itself. Raises TypeError or ValueError unless it is text of 1 to `MAX_CHARACTERS` characters with
-    a word; `safety.policy.PolicyError` where the policy refuses it."""
+    """The prompt itself. Raises TypeError or ValueError unless it is text with a word, of at most `Limits.characters`
+    characters; `safety.policy.PolicyError` where the policy refuses it."""
     if not isinstance(prompt, str):
         raise TypeError(f"{name} must be a str, got {type(prompt).__name__}")
-    if len(prompt) > MAX_CHARACTERS:
-        raise ValueError(f"{name} has {len(prompt)} characters; at most {MAX_CHARACTERS} are accepted, so shorten it")
+    if len(prompt) > (most := limits.current().characters):
+        raise ValueError(f"{name} has {len(prompt)} characters; at most {most} are accepted, so shorten it")
     if not _WORD.search(prompt):
         raise ValueError(f"{name} holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
     policy.check(prompt)

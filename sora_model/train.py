@@ -290,8 +290,7 @@ def write_sheet(path: str | Path, sora: Sora, prompts: Sequence[str], *, impl: s
 
     clips = [sora.generate(prompt, steps=10, impl=impl).frames[::4] for prompt in prompts]
     rows = [np.concatenate(list(frames), axis=1) for frames in clips]
-    with files.naming(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(Path(path).parent)
     with files.write_atomically(path) as part, files.naming(path):
         Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
 
@@ -300,7 +299,7 @@ def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, comman
     """Writes how a checkpoint was trained beside it: `training.json`, both logs, and the loss curves if matplotlib
     is there."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     record: dict[str, Any] = {"command": command, "step": step, "torch": torch.__version__, "threads": os.cpu_count()}
     curves = {}
     for name, run in (("vae", Path(vae)), ("dit", Path(dit))):

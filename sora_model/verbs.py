@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import machine, media
+from . import machine, media, planning
 from .conditioning import Known, place
 from .frames import covering, held, to_video
+from .safety import limits
 from .safety.credentials import Input, Origin
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Given = Any
 """Frames, a clip, or a path."""
+
+_IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none that another program reads, as EPS
 
 
 class Verbs:
@@ -63,6 +66,7 @@ class Verbs:
         frames = self._given("clip", clip, plan)
         wanted = self._count("seconds", seconds, plan)
         length = len(frames) + wanted
+        self._fit(length, plan.size, impl, at_once=plan.frames)
         seed = plan.seed
         while len(frames) < length:
             known = self._fitting(min(len(frames), plan.frames // 2), begins=not backward)
@@ -105,11 +109,12 @@ class Verbs:
             raise ValueError(f"factor must be a whole number from 2 to 64; got {factor!r}")
         plan, impl, progress = self._planned(prompt, options | {"seconds": None})
         frames = self._given("clip", clip, plan)
+        self._fit((len(frames) - 1) * factor + 1, plan.size, impl, at_once=plan.frames)
         step = max(1, (plan.frames - 1) // factor)  # of the clip's frames, from one piece to the next
         made = [frames[:1]]
         for at in range(0, len(frames) - 1, step):
             own = frames[at : at + step + 1]
-            piece = dataclasses.replace(self._sized(plan, (len(own) - 1) * factor + 1), seed=plan.seed + at)
+            piece = dataclasses.replace(self._sized(plan, (len(own) - 1) * factor + 1, impl), seed=plan.seed + at)
             parts = {i * factor: own[i : i + 1] for i in range(len(own))}
             made.append(self._around(piece, parts, impl, progress)[1:])
         whole = self._clip(plan, np.concatenate(made))
@@ -122,7 +127,7 @@ class Verbs:
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise ValueError(f"strength must be a number from 0 to 1; got {strength!r}")
         frames = self._given("clip", clip, plan)
-        plan = self._sized(plan, len(frames))
+        plan = self._sized(plan, len(frames), impl)
         latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
         return self._clip(plan, self._drawn(plan, impl, progress, clip=latents, strength=float(strength)))
 
@@ -135,7 +140,7 @@ class Verbs:
         frames. The box is widened to whole tokens."""
         plan, impl, progress = self._planned(prompt, options | {"seconds": None})
         frames = self._given("clip", clip, plan)
-        plan = self._sized(plan, len(frames))
+        plan = self._sized(plan, len(frames), impl)
         rows, columns = self._box(box, plan.size)
         latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
         mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.bool)
@@ -164,7 +169,7 @@ class Verbs:
         return covering(frames, plan.size)
 
     def _count(self, name: str, seconds: Any, plan: Any) -> int:
-        frames = round(seconds * plan.fps)
+        frames = round(planning.number(name, seconds, 0, limits.current().seconds) * plan.fps)
         if frames < 1:
             raise ValueError(f"{name}={seconds} at {plan.fps:g} frames per second is less than one frame")
         return frames
@@ -203,7 +208,7 @@ class Verbs:
         ends = self._fitting(min(len(before), plan.frames // 4 + 1), begins=True)
         begins = self._fitting(min(len(after), plan.frames // 4 + 1), begins=False)
         frames = self._fitting(frames, begins=False)
-        plan = self._sized(plan, ends + frames + begins)
+        plan = self._sized(plan, ends + frames + begins, impl)
         parts = {0: before[-ends:], -begins: after[:begins]}
         return self._around(plan, parts, impl, progress)[ends : ends + frames]
 
@@ -271,9 +276,10 @@ class Verbs:
     def _padded_frames(self, frames: np.ndarray) -> np.ndarray:
         return held(frames, self._padded(len(frames)))
 
-    def _sized(self, plan: Any, frames: int) -> Any:
-        """The plan for another number of frames."""
+    def _sized(self, plan: Any, frames: int, impl: str) -> Any:
+        """The plan for another number of frames. Raises `TooLargeError`."""
         height, width = plan.size
+        self._fit(frames, plan.size, impl)
         return dataclasses.replace(
             plan, frames=frames, latents=self.vae.config.latent_shape(self._padded(frames), height, width)
         )
@@ -287,19 +293,36 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
     """The frames that an image or a video shows at `fps`."""
     from PIL import Image, UnidentifiedImageError
 
+    most = limits.current()
     try:
-        with Image.open(path) as image:
+        if (size := os.path.getsize(path)) > most.read_bytes:
+            raise media.MediaError(
+                f"{os.fspath(path)!r} has {size} bytes, and the limits allow read_bytes={most.read_bytes}"
+            )
+        with Image.open(path, formats=_IMAGES) as image:
             if getattr(image, "n_frames", 1) == 1:
+                if image.width * image.height > most.read_pixels:
+                    raise media.MediaError(
+                        f"{os.fspath(path)!r} is {image.width}x{image.height}, and the limits allow "
+                        f"read_pixels={most.read_pixels}; scale it down"
+                    )
                 return np.array(image.convert("RGB"))[None]
     except UnidentifiedImageError:
         pass
-    except OSError as error:
+    except media.MediaError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if not os.path.exists(path):
             raise media.MediaError(f"there is no file {os.fspath(path)!r}") from error
         raise media.MediaError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
-    frames, shown = [], []
+    frames, shown, free = [], [], machine.available(torch.device("cpu"))
     for time, frame in media.read_video(path, times=True):
         shown.append(float(time))
         frames.append(frame)
+        if len(frames) * frame.nbytes > free // 2:
+            raise machine.TooLargeError(
+                f"{os.fspath(path)!r} is too long: its first {len(frames)} frames take half of the memory, of which "
+                f"{machine.left(free)}; cut it, or scale it down"
+            )
     wanted = np.arange(max(1, round((shown[-1] - shown[0]) * fps) + 1)) / fps + shown[0]
     return np.stack([frames[i] for i in np.searchsorted(shown, wanted + 1e-6, side="right") - 1])

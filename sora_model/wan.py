@@ -14,7 +14,7 @@ from . import checks, fp8
 from .checkpoint import FP8, CheckpointError, build, read_json, read_shapes, wan_weights
 from .dit import DiTConfig, SoraDiT
 from .image import ImageEncoder
-from .machine import TooLargeError, gib
+from .machine import TooLargeError, gib, left
 from .solvers import Hosted
 from .text import UMT5TextEncoder
 from .vae import CausalVAE, VAEConfig, wan_config
@@ -98,7 +98,7 @@ def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
     if (wanted := weights_in(parts, dtype)) > free:
         fits = (smaller := weights_in(parts, half)) <= free
         offer = f"dtype={half}, of {gib(smaller)}, would fit" if fits else "use a smaller model"
-        raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and {gib(free)} of memory are free; {offer}")
+        raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and of memory {left(free)}; {offer}")
 
 
 def configs(folder: Path) -> tuple[DiTConfig, VAEConfig]:
