@@ -87,7 +87,7 @@ install = SORA_KERNELS_BUILD= $(PIP) install --no-build-isolation -c .venv/const
 
 .venv/.installed: .venv/.model
 	@$(call say,'installing the other extras$(comma) for tests and benchmarks')
-	@$(call install,'.[triton$(comma)model$(comma)safety$(comma)diffusers$(comma)bench$(comma)dev]')
+	@$(call install,'.[triton$(comma)model$(comma)safety$(comma)redteam$(comma)diffusers$(comma)bench$(comma)dev]')
 	@touch $@
 
 .venv/.model: .venv/.torch pyproject.toml

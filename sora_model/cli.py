@@ -1,5 +1,5 @@
 """The `sora` command: generate and what begins with frames, info, reconstruct, patch, train, world, eval, policy,
-verify, detect, certs, bench.
+verify, detect, redteam, certs, bench.
 
 A mistake is a line, exit code 1.
 Where it is to be written is tried before any work, and by `files.write_atomically`: whole or not at all.
@@ -22,7 +22,7 @@ from rich.table import Table
 from . import extras
 from .arguments import Credentials, Device, Impl, Weights
 from .cli_clips import clips
-from .cli_safety import certs, detect, judge, verify
+from .cli_safety import certs, detect, judge, redteam, verify
 from .cli_train import training
 from .cli_world import evaluate, worlds
 from .terminal import bars, console, error, forgive_encodings, note, notes, plain, say
@@ -181,6 +181,7 @@ app.command("eval")(evaluate)
 app.command("policy")(judge)
 app.command()(verify)
 app.command()(detect)
+app.command()(redteam)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

@@ -1,4 +1,4 @@
-"""`sora policy`, `verify`, `detect` and `certs`: what may be asked for, where a file comes from, who signs."""
+"""`sora policy`, `verify`, `detect`, `redteam` and `certs`: what may be asked for, where a file is from, who signs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from .terminal import console, note, say
 
@@ -93,6 +94,46 @@ def detect(
     say(out, f"  as {record.title}, {record.made}, identity {identity:08x}; its record, of the pixels as they were:")
     for line in _told(credentials.verify(file, manifest=record.manifest), 1):
         say(out, line)
+
+
+def redteam(
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plain, writings, wording, temporal, languages, benign, bias, provenance or files; any number.",
+            show_default="all",
+        ),
+    ] = None,
+    to: Annotated[Path, typer.Option("--out", help="Folder of the page and of the log.")] = Path("out/redteam"),
+) -> None:
+    """Attack what is promised of prompts, records, marks and files, and count what gets through: a table and a page.
+
+    Exit code 0: no more than the budget allows of any family. 3: more.
+    """
+    from .files import make_folder, naming, write_atomically
+    from .safety import redteam as suite
+    from .safety.redteam import runner
+
+    cases = suite.cases(family or suite.BUDGET)
+    make_folder(to)
+    with write_atomically(to / "index.html") as part:
+        found = runner.run(cases, to / "log")
+        with naming(part):
+            runner.page(found, part)
+    table = Table("", "through", "share", "95 %", "at most")
+    for name, groups in suite.table(found).items():
+        through, count = map(sum, zip(*groups.values(), strict=True))
+        low, high = suite.interval(through, count)
+        table.add_row(
+            name, f"{through} of {count}", f"{through / count:.1%}", f"{low:.1%} to {high:.1%}",
+            f"{suite.BUDGET[name]:.0%}",
+        )  # fmt: skip
+    out.print(table)
+    say(out, f"wrote {to / 'index.html'}; the log: inspect view --log-dir {to / 'log'}")
+    for line in (over := suite.over_budget(found)):
+        note(err, line)
+    if over:
+        raise typer.Exit(3)
 
 
 def _told(verdict: Verdict, depth: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 EXTRAS = {  # module -> the extra that brings it
     "PIL": "model", "av": "model", "numpy": "model", "omegaconf": "model", "rich": "model", "safetensors": "model",
     "typer": "model", "yaml": "model",
-    "c2pa": "safety", "cryptography": "safety",
+    "c2pa": "safety", "cryptography": "safety", "inspect_ai": "redteam",
     "diffusers": "diffusers", "transformers": "diffusers", "matplotlib": "bench", "triton": "triton",
 }  # fmt: skip
 

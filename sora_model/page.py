@@ -61,11 +61,15 @@ def write_page(path: str | os.PathLike[str], result: Mapping[str, Any], clips: S
         for _, title, frames in members:
             figures = [_figure(name, video, fps) for name, video in frames.items()]
             parts.append(f'<h3>{html.escape(title)}</h3><div class="row">{"".join(figures)}</div>')
-    document = (
+    Path(path).write_text(document("sora eval", parts), encoding="utf-8")
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of its own, style and all."""
+    return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>sora eval</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
-    Path(path).write_text(document, encoding="utf-8")
 
 
 def _settings(result: Mapping[str, Any]) -> str:
@@ -75,7 +79,7 @@ def _settings(result: Mapping[str, Any]) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     first = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{first}</tr>{body}</table></div>'
@@ -94,7 +98,7 @@ def _text(result: Mapping[str, Any]) -> str:
         intervals = result.get("intervals", {}).get(key, {})
         rows.append([name, *(_share(result[key][c], intervals.get(c)) for c in CLAIMS)])
     told = "Share of the clips that show what their caption says, claim by claim."
-    return f"<h2>Text</h2><p>{told}</p>" + _table(["", *CLAIMS], rows)
+    return f"<h2>Text</h2><p>{told}</p>" + table(["", *CLAIMS], rows)
 
 
 def _cell(found: Mapping[str, float] | None) -> str:
@@ -104,11 +108,11 @@ def _cell(found: Mapping[str, float] | None) -> str:
 
 
 def _measures(result: Mapping[str, Any]) -> str:
-    table = result["continuation"]
-    names = dict.fromkeys(name for found in table.values() for name in found)
-    rows = [[html.escape(label(name)), *(_cell(found.get(name)) for found in table.values())] for name in names]
+    continued = result["continuation"]
+    names = dict.fromkeys(name for found in continued.values() for name in found)
+    rows = [[html.escape(label(name)), *(_cell(found.get(name)) for found in continued.values())] for name in names]
     told = f"True clips continued from their first {result['known']} frames, of every scene. Lengths in pixels of 64."
-    return f"<h2>Continuation</h2><p>{told}</p>" + _table(["", *table], rows)
+    return f"<h2>Continuation</h2><p>{told}</p>" + table(["", *continued], rows)
 
 
 def _horizons(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -146,7 +150,7 @@ def _sizes(result: Mapping[str, Any]) -> str:
     for name, found in {"its own": result, **result["sizes"]}.items():
         rigid = found["shape"].get("rigidity")
         rows.append([html.escape(name), *(_share(found["score"][c]) for c in CLAIMS), _cell(rigid)])
-    return "<h2>Size</h2>" + _table(["", *CLAIMS, "rigidity"], rows)
+    return "<h2>Size</h2>" + table(["", *CLAIMS, "rigidity"], rows)
 
 
 def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, width: int = 640) -> str:

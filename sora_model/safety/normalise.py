@@ -9,17 +9,31 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from urllib.parse import unquote
 
 _LETTER = r"[^\W\d_]"
 _LEET = str.maketrans("01345678@$!|9", "oieasgtbasilg")
+_ONE_AS_L = str.maketrans("1|", "ll")
 _DIGIT = r"[01345678@$9]"
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
 # single letters with little between them
 _SPACED = rf"(?<![^\W_])(?:{_LETTER}[\W_]{{1,3}}){{3,}}{_LETTER}(?![^\W_])"
+_ESCAPE = r"(?:%[0-9A-Fa-f]{2})+|&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z]{2,8});|" + (
+    r"\\u\{[0-9A-Fa-f]{1,6}\}|\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}|U\+[0-9A-Fa-f]{4,6}"
+)
+_HEX = re.compile(r"(?:[0-9A-Fa-f]{2}[ :]?){6,}")
+_MORSE_TEXT = re.compile(r"[.-]{1,4}(?:[ /|]+[.-]{1,4}){3,}")
+_MORSE = dict(
+    zip(
+        ".- -... -.-. -.. . ..-. --. .... .. .--- -.- .-.. -- -. --- .--. --.- .-. ... - ..- ...- .-- -..- -.-- --.."
+        .split(), "abcdefghijklmnopqrstuvwxyz", strict=True,
+    )
+)  # fmt: skip
 _ODD_SHARE = 1 / 3  # of a text's words, beyond which it is unreadable
 
 
@@ -43,13 +57,15 @@ _LOOKALIKES = _lookalikes()
 @dataclass(frozen=True)
 class Reading:
     """One reading of a prompt. `at[i]`: the place in the prompt that character i comes from; `bounded`: whether words
-    can be told apart in it; `least`: the fewest letters of a match that means anything in it."""
+    can be told apart in it; `least`: the fewest letters of a match that means anything in it; `single`: whether letters
+    that were doubled stand in it once."""
 
     name: str
     text: str
     at: tuple[int, ...]
     bounded: bool = True
     least: int = 1
+    single: bool = False
 
     def span(self, start: int, end: int) -> tuple[int, int]:
         """(first, behind the last) character of the prompt, of a stretch of the reading."""
@@ -59,8 +75,21 @@ class Reading:
 
 def readings(prompt: str) -> Iterator[Reading]:
     """The prompt as it is in lower case, then folded to plain letters, then decoded."""
-    yield Reading("plain", *_flat((c, i) for i, whole in enumerate(prompt) for c in whole.lower()))
-    folded = _folded(prompt)
+    given = Reading("plain", prompt, tuple(range(len(prompt))))
+    plain = "".join(c if len(c) == 1 else whole for whole in prompt for c in [whole.lower()])  # as many characters
+    yield replace(given, text=plain.replace("_", " "))
+    escaped = _replaced(given, _ESCAPE, _unescaped)
+    yield from _of_letters(given, _LEET)
+    if escaped.text != prompt:
+        yield from _of_letters(escaped, _LEET)
+    if re.search("[1|]", prompt):
+        yield from _of_letters(escaped, _LEET | _ONE_AS_L)
+    yield from _encoded(prompt)
+
+
+def _of_letters(given: Reading, leet: dict[int, str]) -> Iterator[Reading]:
+    """What a text comes to, folded."""
+    folded = _folded(given, leet)
     normal = _replaced(folded, r"(?<=[^\W_])(?:[^\w\s]|_){1,2}(?=[^\W_])", lambda match: "")
     normal = _replaced(normal, _SPACED, lambda match: re.sub(r"(?<=\w)[\W_](?=\w)", "", match[0]))
     yield normal
@@ -68,12 +97,19 @@ def readings(prompt: str) -> Iterator[Reading]:
         squeezed = _replaced(normal, rf"({_LETTER})\1{{2,}}", lambda match, most=most: match[1] * most)
         if squeezed.text != normal.text:
             yield squeezed
+    if len(re.findall("aa|ii|uu", normal.text)) > 1:  # which few words have
+        yield replace(_replaced(normal, rf"({_LETTER})\1+", lambda match: match[1]), single=True, least=4)
     for spaced in re.finditer(_SPACED, folded.text):
         letters = [(c, at) for c, at in zip(spaced[0], folded.at[slice(*spaced.span())], strict=True) if c.isalpha()]
         yield Reading("joined", *_flat(letters), bounded=False, least=4)
+    for long in re.finditer(rf"{_LETTER}{{16,}}", normal.text):
+        yield Reading("joined", long[0], normal.at[slice(*long.span())], bounded=False, least=5)
     yield Reading("reversed", normal.text[::-1], normal.at[::-1], least=4)
+    yield replace(_replaced(normal, r"\w+", lambda match: match[0][::-1]), name="words reversed", least=4)
     yield replace(normal, name="rot13", text=codecs.encode(normal.text, "rot13"), least=4)
-    yield from _base64(prompt)
+    words = re.findall(r"\w{3,}", normal.text)
+    if 2 * sum(word.endswith("ay") for word in words) > len(words):
+        yield replace(_replaced(normal, r"(\w+)(\w)ay\b", lambda match: match[2] + match[1]), name="pig latin", least=4)
 
 
 def unreadable(prompt: str) -> tuple[int, int] | None:
@@ -94,31 +130,52 @@ def unreadable(prompt: str) -> tuple[int, int] | None:
     return odd[0] if len(odd) > _ODD_SHARE * len(words) else None
 
 
-def _folded(prompt: str) -> Reading:
+def _folded(text: Reading, table: dict[int, str]) -> Reading:
     """Plain letters: compatibility forms, accents and lookalikes folded, what is invisible dropped, leet undone."""
 
     def letters() -> Iterator[tuple[str, int]]:
-        for i, given in enumerate(prompt):
+        for given, i in zip(text.text, text.at, strict=True):
             for part in unicodedata.normalize("NFD", unicodedata.normalize("NFKC", _LOOKALIKES.get(given, given))):
                 if unicodedata.category(part) not in ("Mn", "Me", "Cf"):
                     yield from ((_LOOKALIKES.get(c, c), i) for c in part.lower())
 
     reading = Reading("normal", *_flat(letters()))
-    leet = rf"(?<=[a-z]){_DIGIT}|{_DIGIT}(?=[a-z])|(?<=[a-z])[!|](?=[a-z])"
+    leet = rf"(?<=[a-z]){_DIGIT}|{_DIGIT}(?=[a-z])|(?<=[a-z])[!|](?=[a-z@$01345678])"
     for _ in range(3):  # from letters on, digit by digit
-        reading = _replaced(reading, leet, lambda match: match[0].translate(_LEET))
+        reading = _replaced(reading, leet, lambda match: match[0].translate(table))
     return reading
 
 
-def _base64(prompt: str) -> Iterator[Reading]:
-    for found in _BASE64.finditer(prompt):
-        code = found[0].rstrip("=").replace("-", "+").replace("_", "/")
-        try:
-            text = base64.b64decode(code + "=" * (-len(code) % 4), validate=True).decode("utf-8").lower()
-        except (binascii.Error, UnicodeDecodeError):
-            continue
-        # each letter of it stands for the whole of what was encoded
-        yield Reading("base64", text, (found.start(),) * (len(text) - 1) + (found.end() - 1,))
+def _encoded(prompt: str) -> Iterator[Reading]:
+    for name, pattern, decode in (
+        ("base64", _BASE64, _of_base64), ("hexadecimal", _HEX, bytes.fromhex), ("morse", _MORSE_TEXT, _of_morse),
+    ):  # fmt: skip
+        for found in pattern.finditer(prompt):
+            try:
+                text = decode(found[0]).decode("utf-8").lower()
+            except (binascii.Error, ValueError):
+                continue
+            if text:  # each letter of it stands for the whole of what was encoded
+                yield Reading(name, text, (found.start(),) * (len(text) - 1) + (found.end() - 1,))
+
+
+def _of_base64(code: str) -> bytes:
+    code = code.rstrip("=").replace("-", "+").replace("_", "/")
+    return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
+
+
+def _of_morse(code: str) -> bytes:
+    return " ".join("".join(_MORSE.get(c, "") for c in word.split()) for word in re.split("[/|]", code)).encode()
+
+
+def _unescaped(match: re.Match) -> str:
+    """What `_ESCAPE` found: percent signs of URLs, entities of HTML, escapes of programs."""
+    code = match[0]
+    if code[0] == "%":
+        return unquote(code)
+    if code[0] == "&":
+        return html.unescape(code)
+    return chr(number) if (number := int(code[2:].strip("{}"), 16)) < 0x110000 else code
 
 
 def _flat(pairs: Iterable[tuple[str, int]]) -> tuple[str, tuple[int, ...]]:

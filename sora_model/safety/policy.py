@@ -12,7 +12,7 @@
         message: graphic violence is not made here
         terms: [gore, behead*]         # whole words in any writing; * stands for any ending
         persons: [Some Body]           # names, likewise
-        patterns: {blood: 'pools? of blood'}      # regular expressions, by name
+        patterns: {blood: 'pools? of blood'}      # regular expressions, by name; a blank is what parts words
         exceptions: [gore-tex]         # what is meant otherwise
 
 "block" refuses the prompt, "review" lets it pass with a warning, "allow" only tells of it. Every decision that names a
@@ -78,16 +78,19 @@ class _Class:
     bounded: re.Pattern[str] | None
     """What the rules match where words can be told apart, the group of rule i being the last, named `_i`."""
     loose: re.Pattern[str] | None
+    single: re.Pattern[str] | None
     exceptions: re.Pattern[str] | None
 
     def hit(self, reading: Reading) -> tuple[str, tuple[int, int]] | None:
-        pattern = self.bounded if reading.bounded else self.loose
-        excepted = None
-        for match in pattern.finditer(reading.text) if pattern else ():
+        pattern = self.single if reading.single else self.bounded if reading.bounded else self.loose
+        if pattern is None or not pattern.search(reading.text):
+            return None
+        text = reading.text
+        if self.exceptions:
+            text = self.exceptions.sub(lambda match: "\0" * len(match[0]), text)
+        for match in pattern.finditer(text):
             start, end = match.span()
-            if excepted is None:
-                excepted = [m.span() for m in self.exceptions.finditer(reading.text)] if self.exceptions else []
-            if end - start >= reading.least and not any(a <= start and end <= b for a, b in excepted):
+            if end - start >= reading.least:
                 return self.rules[int(match.lastgroup[1:])], reading.span(start, end)
         return None
 
@@ -174,12 +177,13 @@ def _class(content: Any) -> _Class:
             re.compile(pattern)
         except (TypeError, re.error) as error:
             raise ValueError(f"pattern {rule!r} of class {name!r} is no regular expression: {error}") from None
-        rules[f"patterns/{rule}"] = pattern
+        rules[f"patterns/{rule}"] = pattern.replace(" ?", r"\W?").replace(" ", r"\W+")
     excepted = _texts(f"exceptions of class {name!r}", content.get("exceptions"))
     return _Class(
         name, action, str(content.get("message", "")), tuple(rules),
         _any(rules.values(), _WORDS),
         _any((pattern.replace(_GAP, "").replace(r"\w*", "") for pattern in rules.values()), "{}"),
+        _any((re.sub(r"(?<!\\)([a-z])\1", r"\1", pattern) for pattern in rules.values()), _WORDS),
         _any((_phrase(term).replace(_GAP, r"[\W_]*") for term in excepted), _WORDS),
     )  # fmt: skip
 
