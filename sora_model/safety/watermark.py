@@ -139,33 +139,46 @@ def residual(frames: Iterable[np.ndarray]) -> Tensor:
 def search(total: Tensor, key: bytes) -> Detection:
     """`detect`, of what `residual` gives."""
     sync, codes = _patterns(key)
-    found, tried = [], 0
+    spectra, tried = spectra_of(total)
+    z, at = peaks(spectra, torch.fft.rfft2(sync))
+    best = int(z.argmax())
+    rows, columns = torch.meshgrid(torch.fft.fftfreq(TILE), torch.fft.rfftfreq(TILE), indexing="ij")
+    turn = 2 * math.pi * (rows * (at[best] // TILE) + columns * (at[best] % TILE))
+    spectrum = spectra[best] * torch.polar(torch.ones_like(turn), turn)  # shifted to where the mark begins
+    bits = torch.fft.irfft2(spectrum * torch.fft.rfft2(codes).conj())[:, 0, 0]
+    return Detection(float(z[best]), chance(float(z[best]), len(tried)), *tried[best], tuple(bits.tolist()))
+
+
+def chance(z: float, tried: int) -> float:
+    """The bound p for the largest z of `tried` spectra, each at every shift."""
+    return min(1.0, tried * TILE * TILE * math.erfc(z / math.sqrt(2)) / 2)
+
+
+def spectra_of(total: Tensor) -> tuple[Tensor, list[tuple[float, bool]]]:
+    """The whitened spectra `[N, TILE, TILE / 2 + 1]` of all tiles that a mark is sought in, and of which scale each is,
+    mirrored or not."""
+    tiles, tried = [], []
     for scale in SCALES:
         size = [round(side / scale) for side in total.shape]
         if min(size) >= TILE // 4:
             resized = total if scale == 1 else _resized(total, size)
             for mirrored in (False, True):
-                tried += 1
-                found.append((*_peak(_fold(resized.flip(1) if mirrored else resized), sync), scale, mirrored))
-    z, spectrum, scale, mirrored = max(found, key=lambda one: one[0])
-    bits = torch.fft.irfft2(spectrum * torch.fft.rfft2(codes).conj())[:, 0, 0]
-    p = min(1.0, tried * TILE * TILE * math.erfc(z / math.sqrt(2)) / 2)
-    return Detection(z, p, scale, mirrored, tuple(bits.tolist()))
+                tiles.append(_fold(resized.flip(1) if mirrored else resized))
+                tried.append((scale, mirrored))
+    return _phases(torch.fft.rfft2(torch.stack(tiles))), tried
 
 
-def _peak(tile: Tensor, sync: Tensor) -> tuple[float, Tensor]:
-    """(z, the tile's whitened spectrum, shifted to where the mark begins)."""
-    band = _band()
-    spectrum = torch.fft.rfft2(tile)
-    spectrum = torch.where(band, spectrum / spectrum.abs().clamp(min=1e-12), 0)
-    known = torch.fft.rfft2(sync)
-    known = torch.where(band, known / known.abs().clamp(min=1e-12), 0)
-    surface = torch.fft.irfft2(spectrum * known.conj())
-    deviation = math.sqrt(2 * int(band.sum())) / TILE**2  # of a sum of cosines of independent phases, by `irfft2`
-    at = int(surface.argmax())
-    rows, columns = torch.meshgrid(torch.fft.fftfreq(TILE), torch.fft.rfftfreq(TILE), indexing="ij")
-    turn = 2 * math.pi * (rows * (at // TILE) + columns * (at % TILE))
-    return float(surface.max()) / deviation, spectrum * torch.polar(torch.ones_like(turn), turn)
+def peaks(spectra: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """(z `[N]`, the shift `[N]`) of the largest correlation of each whitened spectrum with the tile of
+    spectrum `known`."""
+    surfaces = torch.fft.irfft2(spectra * _phases(known).conj()).flatten(1)
+    deviation = math.sqrt(2 * int(_band().sum())) / TILE**2  # of a sum of cosines of independent phases, by `irfft2`
+    largest, at = surfaces.max(1)
+    return largest / deviation, at
+
+
+def _phases(spectrum: Tensor) -> Tensor:
+    return torch.where(_band(), spectrum / spectrum.abs().clamp(min=1e-12), 0)
 
 
 def _fold(image: Tensor) -> Tensor:
@@ -181,17 +194,21 @@ def _fold(image: Tensor) -> Tensor:
 def _patterns(key: bytes) -> tuple[Tensor, Tensor]:
     """The tile that is always there and those of the bits `[BITS, TILE, TILE]`, fp32 of standard deviation 1,
     orthogonal."""
-    band = _band()
-    waves = []
-    for index in range(BITS + 1):
-        drawn = hashlib.shake_256(b"sora mark 1" + key + index.to_bytes(2, "big")).digest(2 * band.numel())
-        phase = torch.from_numpy(np.frombuffer(drawn, "<u2").astype(np.float64)).view(band.shape) * (math.pi / 2**15)
-        waves.append(torch.fft.irfft2(torch.where(band, torch.polar(torch.ones_like(phase), phase), 0)).flatten())
+    waves = [torch.fft.irfft2(drawn_phases(key, index)).flatten() for index in range(BITS + 1)]
     q, r = torch.linalg.qr(torch.stack(waves).T)  # the first stays as it was drawn
     tiles = (q * r.diagonal().sign()).T.reshape(-1, TILE, TILE) * TILE
     return tiles[0].float(), tiles[1:].float()
 
 
+def drawn_phases(key: bytes, index: int) -> Tensor:
+    """The spectrum of a tile before those before it are taken out; of index 0, that which is always there."""
+    band = _band()
+    drawn = hashlib.shake_256(b"sora mark 1" + key + index.to_bytes(2, "big")).digest(2 * band.numel())
+    phase = torch.from_numpy(np.frombuffer(drawn, "<u2").astype(np.float64)).view(band.shape) * (math.pi / 2**15)
+    return torch.where(band, torch.polar(torch.ones_like(phase), phase), 0)
+
+
+@lru_cache(1)
 def _band() -> Tensor:
     """Where a tile's spectrum carries the mark; each wave once: of the column of frequency 0, half of the rows."""
     rows, columns = torch.fft.fftfreq(TILE, 1 / TILE)[:, None], torch.fft.rfftfreq(TILE, 1 / TILE)[None]
