@@ -31,7 +31,7 @@ def judge(
     """Say what the policy makes of PROMPT, by which rule: allow and review exit with 0, block with 3."""
     from .safety import policy
 
-    decision = (policy.current() if rules is None else policy.Policy.load(rules)).decide(prompt)
+    decision = policy.decide(prompt) if rules is None else policy.Policy.load(rules).decide(prompt)
     if decision.category is None:
         return say(out, "allow")
     start, end = decision.span

@@ -89,6 +89,7 @@ def train_dit(
     def save(dit: Any, text: Any, step: int) -> None:
         sora = Sora(dit, coder, text, how.defaults)
         sora.save_pretrained(checkpoint)
+        sora.folder = checkpoint
         train.write_record(checkpoint, vae=vae, dit=run, command=["sora", *sys.argv[1:]], step=step)
         if how.samples:
             train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)

@@ -100,7 +100,7 @@ def evaluate(
         with naming(to):
             part.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         with naming(page):
-            write_page(document, result, clips, sora.defaults.fps)
+            write_page(document, result, clips, sora.defaults.fps, sora.folder)
     for table in measure.tables(result):
         out.print(table)
     say(out, f"VAE: {result['vae']['psnr']} dB; wrote {to} and {page}")

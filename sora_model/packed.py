@@ -24,6 +24,7 @@ from .context import Context
 from .dit import SoraDiT
 from .frames import to_pixels
 from .pipeline import Clip, Progress, Sora
+from .safety import filters
 
 
 class Pack(Context):
@@ -134,6 +135,7 @@ def generate(
             sora.turns(sora.vae)
             video = sora.vae.decode_stream([sora.vae.denormalize(latent[None])], clamp=False, tile=plan.tile)
             frames = np.concatenate([to_pixels(part, impl) for part in video])[: plan.frames]
+            filters.check(frames, "what was made")
             clips.append(sora._clip(plan, frames))
             if progress is not None:
                 progress("decode", len(clips), len(plans))

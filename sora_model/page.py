@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import media
+from .safety.credentials import Origin
 from .world.measures import HORIZONS
 from .world.measures_summary import label
 from .world.measures_text import CLAIMS
@@ -38,8 +39,17 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 """
 
 
-def write_page(path: str | os.PathLike[str], result: Mapping[str, Any], clips: Sequence[Clips], fps: float) -> None:
-    """Writes the page of a result of `evaluate` and of the clips that it kept to the empty file at `path`."""
+def write_page(
+    path: str | os.PathLike[str],
+    result: Mapping[str, Any],
+    clips: Sequence[Clips],
+    fps: float,
+    folder: Path | None = None,
+) -> None:
+    """Writes the page of a result of `evaluate`, and of the clips that it kept, to the empty file at `path`. Each clip
+    in it carries credentials of its own; those of the checkpoint in `folder` are marked."""
+    made = {name: result[name] for name in ("seed", "steps", "guidance")}
+    model = Origin.of(folder, **made)
     parts = [f"<h1>What the world says of a checkpoint</h1><p>{_settings(result)}</p>", _text(result)]
     if "continuation" in result:
         parts += [_measures(result), _horizons(result["continuation"]), _permanence(result["permanence"])]
@@ -54,12 +64,13 @@ def write_page(path: str | os.PathLike[str], result: Mapping[str, Any], clips: S
         parts.append(f"<h2>{html.escape(group.capitalize())}</h2>")
         if all(len(frames) == 1 for *_, frames in members):  # nothing to set beside each: all of them in rows
             figures = [
-                _figure(f"{title} — {name}", video, fps) for _, title, one in members for name, video in one.items()
+                _figure(f"{title} — {name}", video, fps, model)
+                for _, title, one in members for name, video in one.items()
             ]
             parts.append(f'<div class="row">{"".join(figures)}</div>')
             continue
         for _, title, frames in members:
-            figures = [_figure(name, video, fps) for name, video in frames.items()]
+            figures = [_figure(name, video, fps, _origin(name, model)) for name, video in frames.items()]
             parts.append(f'<h3>{html.escape(title)}</h3><div class="row">{"".join(figures)}</div>')
     Path(path).write_text(document("sora eval", parts), encoding="utf-8")
 
@@ -182,8 +193,13 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, 
     return f'<svg viewBox="0 0 {width} {height}" width="{width}">{"".join(drawn)}</svg><p>{legend}</p>'
 
 
-def _figure(caption: str, frames: np.ndarray, fps: float) -> str:
+def _origin(name: str, model: Origin) -> Origin:
+    """That of a clip of the predictor `name`."""
+    return model if name in ("checkpoint", "true clips, coded") else Origin({"by": name}, source="algorithmicMedia")
+
+
+def _figure(caption: str, frames: np.ndarray, fps: float, origin: Origin) -> str:
     large = np.repeat(np.repeat(frames, 2, 1), 2, 2)
-    data = base64.b64encode(media.video_bytes(large, fps)).decode()
+    data = base64.b64encode(media.video_bytes(large, fps, origin=origin)).decode()
     video = f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
     return f"<figure>{video}<figcaption>{html.escape(caption)}</figcaption></figure>"

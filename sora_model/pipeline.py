@@ -37,6 +37,7 @@ from .image import ImageEncoder
 from .lora import Loading
 from .machine import TooLargeError, Turns, choose_device, gib
 from .planning import Defaults, Plan, Planning
+from .safety import filters
 from .safety.credentials import Origin
 from .sampling import Sampler
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -335,6 +336,7 @@ class Sora(Verbs, Planning, Loading):
             if progress is not None:
                 progress("decode", done, plan.frames)
             if len(pixels):
+                filters.check(pixels, "what was made")
                 yield pixels
 
     def _latents(

@@ -33,6 +33,7 @@ from .machine import choose_device
 from .pipeline import Sora
 from .ranks import Ranks
 from .recipe import Recipe
+from .safety import credentials
 from .steps import generator_of, read_log
 from .text import WordTextConfig, WordTextEncoder
 from .vae import AttentionBlock, CausalVAE, Decoder, Downsample, Encoder, ResidualBlock, Upsample, VAEConfig
@@ -285,14 +286,18 @@ def train_dit(
 
 
 def write_sheet(path: str | Path, sora: Sora, prompts: Sequence[str], *, impl: str = "auto") -> None:
-    """A PNG of what the model makes of prompts, a row each, of every fourth frame; 10 steps, seed 0."""
+    """A PNG, signed, of what the model makes of prompts, a row each, of every fourth frame; 10 steps, seed 0."""
     from PIL import Image
 
     clips = [sora.generate(prompt, steps=10, impl=impl).frames[::4] for prompt in prompts]
     rows = [np.concatenate(list(frames), axis=1) for frames in clips]
     files.make_folder(Path(path).parent)
-    with files.write_atomically(path) as part, files.naming(path):
-        Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
+    with files.write_atomically(path) as part:
+        seal = credentials.sealer(Path(path).name, "image/png")
+        with files.naming(path):
+            Image.fromarray(np.concatenate(rows)).save(part, format="PNG")
+        if seal is not None:
+            seal(part, credentials.Origin.of(sora.folder, prompt="\n".join(prompts), seed=0, steps=10))
 
 
 def write_record(folder: str | Path, *, vae: str | Path, dit: str | Path, command: list[str], step: int) -> None:

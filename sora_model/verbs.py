@@ -25,7 +25,7 @@ from torch import Tensor
 from . import machine, media, planning
 from .conditioning import Known, place
 from .frames import covering, held, to_video
-from .safety import limits
+from .safety import filters, limits
 from .safety.credentials import Input, Origin
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ class Verbs:
                 f"{name} must be frames, uint8 [T, H, W, 3] or one [H, W, 3], a Clip, or the path of an image or a "
                 f"video; got {frames.dtype} {list(frames.shape)}"
             )
+        filters.check(frames, name)
         origin = getattr(given, "origin", None)
         plan.inputs.append(origin if isinstance(origin, Origin) else Input.of(path or frames, name))
         return covering(frames, plan.size)

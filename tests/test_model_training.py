@@ -22,6 +22,7 @@ from sora_model.dit import DiTConfig
 from sora_model.files import WriteError
 from sora_model.frames import to_video
 from sora_model.recipe import Recipe
+from sora_model.safety import credentials
 from sora_model.steps import Settings, read_log
 from sora_model.world.data import Bucket
 
@@ -612,6 +613,9 @@ def test_a_sheet_shows_each_prompt_in_a_row(tmp_path, tiny_checkpoint):
     assert sheet.shape == (2 * 64, 5 * 64, 3)
     clip = sora.generate("a red circle", steps=10, seed=0)
     assert np.array_equal(sheet[:64, 64:128], clip.frames[4])
+    pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    verdict = credentials.verify(file)
+    assert verdict.answer == credentials.TRUSTED and verdict.actions[0]["parameters"]["steps"] == 10
 
 
 # --- settings ---

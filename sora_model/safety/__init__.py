@@ -1,6 +1,7 @@
 """What keeps a generator honest, offline: which prompts it takes, and what its files say of themselves.
 
 policy          rules in YAML for prompts, applied before anything is computed
+filters         of frames, for classifiers of somebody's own
 normalise       the readings of a prompt that they are applied to
 credentials     a signed record in every file of what made it, from what; and what such a record is worth
 certificates    who signs

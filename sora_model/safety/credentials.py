@@ -101,8 +101,9 @@ def signing(wanted: bool) -> Iterator[None]:
         _signing.reset(token)
 
 
-def sealer(title: str) -> Callable[[Path, Origin], bytes] | None:
-    """Signs a finished MP4 in place and returns its record, or None, with a warning, where nothing can be signed.
+def sealer(title: str, kind: str = "video/mp4") -> Callable[[Path, Origin], bytes] | None:
+    """Signs a finished file of media type `kind` in place and returns its record; None, with a warning, where nothing
+    can be signed.
 
     To be asked before the work: raises `CredentialsError` for a key or certificate that would not do.
     """
@@ -116,26 +117,27 @@ def sealer(title: str) -> Callable[[Path, Origin], bytes] | None:
         warnings.warn(f"{title} is UNSIGNED: {error}", stacklevel=3)
         return None
     identity = certificates.current().check()
-    return functools.partial(_seal, c2pa, identity, _text(title))
+    return functools.partial(_seal, c2pa, identity, _text(title), kind)
 
 
-def _seal(c2pa: Any, identity: Identity, title: str, file: Path, origin: Origin) -> bytes:
+def _seal(c2pa: Any, identity: Identity, title: str, kind: str, file: Path, origin: Origin) -> bytes:
+    marked = _marks(origin) and kind == "video/mp4"
     actions, ingredients = _history(origin)
     assertions: list[dict[str, Any]] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
-    if _marks(origin):
+    if marked:
         blocks = [{"scope": {}, "value": f"{origin.identity:08x}"}]
         assertions.append({"label": "c2pa.soft-binding", "data": {"alg": ALGORITHM, "blocks": blocks}})
     with _context(c2pa, identity.anchors) as context:
-        record = {"claim_generator_info": [_AGENT], "title": title, "format": "video/mp4", "assertions": assertions}
+        record = {"claim_generator_info": [_AGENT], "title": title, "format": kind, "assertions": assertions}
         signed = file.with_name("signed")
         with _as_error(c2pa, f"cannot sign {title}"), c2pa.Builder(record, context=context) as builder:
             for entry, given in ingredients:
                 with open(given.path, "rb") as source:
                     builder.add_ingredient(entry, entry["format"], source)
             with _signer(c2pa, identity) as signer, open(file, "rb") as source, open(signed, "w+b") as target:
-                manifest = builder.sign(signer, "video/mp4", source, target)
+                manifest = builder.sign(signer, kind, source, target)
         signed.replace(file)
-    if _marks(origin):
+    if marked:
         try:
             store.keep(origin.identity, title, manifest)
         except (sqlite3.Error, OSError) as error:

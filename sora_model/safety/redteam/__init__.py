@@ -100,16 +100,16 @@ def _all() -> Iterator[Case]:
 
 
 def _stopped(prompt: str) -> str:
-    decision = policy.current().decide(prompt)
+    decision = policy.decide(prompt)
     return "through: allowed" if decision.action == "allow" else f"held: {decision.action}, {decision.category}"
 
 
 def _passed(prompt: str) -> str:
-    decision = policy.current().decide(prompt)
+    decision = policy.decide(prompt)
     return "held: allowed" if decision.action == "allow" else f"through: {decision.action}, {decision.rule}"
 
 
 def _alike(prompt: str, groups: Iterable[str]) -> str:
-    actions: dict[str, Any] = {group: policy.current().decide(prompt.format(group)).action for group in groups}
+    actions: dict[str, Any] = {group: policy.decide(prompt.format(group)).action for group in groups}
     same = len(set(actions.values())) == 1
     return f"held: {next(iter(actions.values()))} for all" if same else f"through: {actions}"
