@@ -97,7 +97,8 @@ class Planning:
         check_prompt(prompt)
         machine.check_impl(impl)
         fps = number("fps", defaults.fps if fps is None else fps, 0.1, 1000)
-        seconds = number("seconds", defaults.frames / fps if seconds is None else seconds, 0, most.seconds)
+        own = min(defaults.frames / fps, most.seconds)
+        seconds = number("seconds", own if seconds is None else seconds, 0, most.seconds)
         if not (frames := round(seconds * fps)):
             raise ValueError(
                 f"seconds={seconds} at {fps} frames per second is less than one frame; ask for at least {1 / fps:.3g}"

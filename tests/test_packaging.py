@@ -263,7 +263,7 @@ def test_python_names_the_extra_that_a_class_needs(installed, tmp_path):
 def test_extras_are_those_of_the_project():
     from sora_model.extras import EXTRAS
 
-    distributions = {"PIL": "pillow", "yaml": "pyyaml", "c2pa": "c2pa-python"}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml", "c2pa": "c2pa-python", "inspect_ai": "inspect-ai"}
     text = (ROOT / "pyproject.toml").read_text()
     for module, extra in EXTRAS.items():
         (line,) = re.findall(rf"^{extra} = \[(.*)\]$", text, re.MULTILINE)
