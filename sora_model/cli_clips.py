@@ -128,6 +128,9 @@ def generate(
         ),
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Clips, of the seeds SEED, SEED + 1, ...")] = 1,
+    shade: Annotated[
+        bool, typer.Option("--shade", help="Mark the noise that the clip is drawn from, too: another clip.")
+    ] = False,
     pick: Annotated[
         str,
         typer.Option(help="Of several: all, a file each, or best, the one that shows most of what PROMPT says."),
@@ -142,7 +145,7 @@ def generate(
     checks.whole("--n", n, 1, limits.current().clips)
     if pick not in ("all", "best"):
         raise ValueError(f"--pick must be all or best; got {pick!r}")
-    options |= {"seconds": seconds, "long": long}
+    options |= {"seconds": seconds, "long": long, "shade": shade}
     if n == 1:
         return [f"wrote {sora.generate_to(to, prompt, **options)}"]
     first = options.pop("seed")

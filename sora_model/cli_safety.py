@@ -72,6 +72,10 @@ def verify(
 
 def detect(
     file: Annotated[Path, typer.Argument(help="A video file, however it was encoded, scaled, cut or mirrored.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint by which to look in the noise too, for clips of --shade.", show_default="none"),
+    ] = None,
 ) -> None:
     """Look for this installation's mark in FILE's pixels, and for the record of what it was made by.
 
@@ -81,6 +85,13 @@ def detect(
     from .safety import credentials, store, watermark
 
     found = watermark.detect(read_video(file))
+    if not found.present and weights is not None:
+        from .pipeline import Sora
+        from .safety import shading
+
+        noise = shading.detect(Sora.from_pretrained(weights), read_video(file))
+        say(out, f"{file.name}: in the noise z {noise.z:.1f}, p {noise.p:.1g}")
+        found = noise if noise.present else found
     if not found.present:
         needed = f"z {found.z:.1f}, where {watermark.THRESHOLD:g} is needed"
         say(out, f"{file.name}: no mark found ({needed}), which says nothing of where it comes from")

@@ -37,7 +37,7 @@ from .image import ImageEncoder
 from .lora import Loading
 from .machine import TooLargeError, Turns, choose_device, gib
 from .planning import Defaults, Plan, Planning
-from .safety import filters
+from .safety import filters, shading
 from .safety.credentials import Origin
 from .sampling import Sampler
 from .text import UMT5TextEncoder, WordTextConfig, WordTextEncoder
@@ -263,6 +263,7 @@ class Sora(Verbs, Planning, Loading):
         shift: float | None = None,
         attention: AttentionMode | str | None = None,
         long: str | None = None,
+        shade: bool = False,
         impl: str = "auto",
         progress: Progress | None = None,
     ) -> Clip:
@@ -281,6 +282,7 @@ class Sora(Verbs, Planning, Loading):
                    at a time that see the last ones made and the first, in constant memory; "pieces", clips of that
                    length that begin with the end of the last, in constant memory. Checkpoints whose latents are frames
                    have all three, and "stream" by default; others have "once"
+        shade      draw the noise with a mark in it (`safety.shading`), of this installation's key: another clip
         impl       of every kernel: "auto", "reference", "cpu" or "triton"
 
         What is left out is the checkpoint's own default. The same arguments on the same device give the same clip;
@@ -290,7 +292,7 @@ class Sora(Verbs, Planning, Loading):
         """
         plan = self._plan(
             prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance, negative=negative,
-            shift=shift, attention=attention, long=long, impl=impl,
+            shift=shift, attention=attention, long=long, shade=shade, impl=impl,
         )  # fmt: skip
         with machine.own_dtypes(self.device):
             frames = np.concatenate(list(self._frames(plan, impl, progress)))
@@ -304,6 +306,7 @@ class Sora(Verbs, Planning, Loading):
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
         known = ("seconds", "size", "fps", "seed", "steps", "guidance", "negative", "shift", "attention", "long")
+        known += ("shade",)
         if unknown := sorted(options.keys() - set(known)):
             raise TypeError(
                 f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
@@ -344,7 +347,11 @@ class Sora(Verbs, Planning, Loading):
     ) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(plan.seed)
         if plan.long == "once":
-            noise = flow.draw_noise((1, *plan.latents), generator=generator, device=self.device)
+            shape = 1, *plan.latents
+            if plan.shade:
+                noise = shading.draw(shape, self._origin(plan).identity, generator=generator).to(self.device)
+            else:
+                noise = flow.draw_noise(shape, generator=generator, device=self.device)
             told = None if progress is None else lambda done, total: progress("denoise", done, total)
             parts = iter([sampler.draw(noise, progress=told, **how)])
         elif plan.long == "stream":
@@ -367,5 +374,5 @@ class Sora(Verbs, Planning, Loading):
         return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance, self._origin(plan))
 
     def _origin(self, plan: Plan) -> Origin:
-        made = dict(seed=plan.seed, steps=plan.steps, guidance=plan.guidance)
+        made = dict(seed=plan.seed, steps=plan.steps, guidance=plan.guidance) | ({"shade": True} if plan.shade else {})
         return Origin.of(self.folder, prompt=plan.prompt, inputs=tuple(plan.inputs), **made)

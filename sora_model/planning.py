@@ -70,6 +70,7 @@ class Plan:
     latents: tuple[int, int, int, int]
     tile: tuple[int, int]
     inputs: list[Any] = dataclasses.field(default_factory=list)  # what was given, for the record of the result
+    shade: bool = False
     clock: limits.Clock = dataclasses.field(default_factory=limits.Clock, compare=False)
 
 
@@ -92,6 +93,7 @@ class Planning:
         long: Any = None,
         impl: str = "auto",
         held: bool = True,
+        shade: Any = False,
     ) -> Plan:
         defaults, vae, most = self.defaults, self.vae.config, limits.current()
         check_prompt(prompt)
@@ -118,6 +120,9 @@ class Planning:
             raise TypeError(f"attention must be an AttentionMode, text or None; got {type(attention).__name__}")
         height, width = self._check_size(defaults.size if size is None else size)
         long = self._long(long, frames, attention)
+        checks.flag("shade", shade)
+        if shade and long != "once":
+            raise ValueError(f"shade marks the noise of a clip that is made long='once'; this one is made {long!r}")
         if isinstance(self.text, WordTextEncoder):
             self.text.tokenize([prompt, negative])
         at_once = None if long == "once" else min(self._padded(frames), defaults.frames)
@@ -127,8 +132,9 @@ class Planning:
             warnings.warn(remark, stacklevel=3)
         size = height, width
         return Plan(
-            prompt, frames, size, fps, seed, steps, guidance, negative, shift, attention, long, latents, tile
-        )
+            prompt, frames, size, fps, seed, steps, guidance, negative, shift, attention, long, latents, tile,
+            shade=shade,
+        )  # fmt: skip
 
     def _fit(
         self, frames: int, size: tuple[int, int], impl: str, *, held: bool = True, at_once: int | None = None

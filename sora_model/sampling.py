@@ -78,7 +78,7 @@ class Sampler:
         clip      with it, what is left of these latents after noise of `strength` (0 to 1) is the beginning
         """
         x = noise if clip is None else flow.interpolate(clip, noise, noise.new_full((1,), strength))
-        velocity = self._velocity(frames=frames, image=image)
+        velocity = self.velocity(frames=frames, image=image)
         if known is not None:
             velocity, x = conditioned(velocity, known, self.dit.config.patch), known.hold(x)
         start = 1.0 if clip is None else strength
@@ -107,7 +107,7 @@ class Sampler:
         while memory.frames < frames:
             count = min(chunk, frames - memory.frames)
             noise = flow.draw_noise((1, channels, count, *size), generator=generator, device=self.device)
-            x = self.solver(self._velocity(memory), noise, steps=self.steps, shift=self.shift)
+            x = self.solver(self.velocity(memory), noise, steps=self.steps, shift=self.shift)
             self._remember(x, memory)
             yield x
 
@@ -136,15 +136,16 @@ class Sampler:
 
     def _remember(self, x: Tensor, memory: Memory) -> None:
         times = x.new_zeros(1)
-        self._velocity(memory, remember=True)(x, times)
+        self.velocity(memory, remember=True)(x, times)
 
-    def _velocity(
+    def velocity(
         self,
         memory: Memory | None = None,
         remember: bool = False,
         frames: Tensor | None = None,
         image: Tensor | None = None,
     ) -> flow.Velocity:
+        """That of the prompt, guided: of latents that the memory goes before, and that are remembered in it or not."""
         image = None if image is None else image.to(self.device, self.dtype)
 
         def guided(dit: SoraDiT, guidance: float) -> flow.Velocity:

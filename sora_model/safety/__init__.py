@@ -6,6 +6,7 @@ normalise       the readings of a prompt that they are applied to
 credentials     a signed record in every file of what made it, from what; and what such a record is worth
 certificates    who signs
 watermark       a mark in the pixels, for when the record is gone
+shading         another in the noise that a clip is drawn from
 limits          what a request may ask for and take, and where files are written
 redteam         attacks on all of this, counted
 store           the records of what was signed here, by the identity of its mark
