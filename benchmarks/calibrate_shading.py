@@ -1,4 +1,6 @@
-"""What of a mark in the noise can be read from a checkpoint's clips: `python -m benchmarks.calibrate_shading --json FILE`.
+"""What of a mark in the noise can be read from a checkpoint's clips.
+
+    python -m benchmarks.calibrate_shading --weights toy --json FILE
 
 Clips of prompts of the world, drawn from marked noise, as the checkpoint does by default and without guidance: how many
 are found in their frames as they are, and through H.264; beside it the z of a key that is another's.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from sora_model import Sora
+from sora_model import Sora, media
 from sora_model.safety import shading
 from sora_model.safety.credentials import Origin
+from sora_model.safety.watermark import Detection
 from sora_model.sampling import Sampler
 
 KEY, IDENTITY, SHAPE = b"k" * 32, 0x1234ABCD, (1, 8, 5, 8, 8)
@@ -85,3 +87,15 @@ def test_what_cannot_be_marked_is_one_error(tiny_checkpoint):
     with pytest.raises(ValueError, match="shade must be true or false; got 'yes'"):
         sora.generate("a ball", shade="yes")
     assert Origin({"shade": True}).identity != Origin({}).identity
+
+
+def test_the_command_looks_in_the_noise_where_the_pixels_hold_nothing(sora, monkeypatch, tmp_path):
+    media.write_video("a.mp4", np.zeros((3, 64, 64, 3), np.uint8))
+    monkeypatch.setattr(Sora, "from_pretrained", lambda weights: str(weights))
+    for z, code in ((9.0, 0), (3.0, 5)):
+        monkeypatch.setattr(
+            shading, "detect", lambda model, frames, z=z: Detection(z, 1e-9, 1.0, False, (1.0,) * 32) if model else None
+        )
+        said = sora("detect", "a.mp4", "--weights", "some")
+        assert said[0] == code and f"a.mp4: in the noise z {z}, p 1e-09" in said[1]
+    assert "in the noise" not in sora("detect", "a.mp4")[1]
