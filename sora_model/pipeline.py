@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import html
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -174,9 +176,7 @@ class Sora(Verbs, Planning, Loading):
         if folder.is_file():
             if any("lora_" in name for name in read_names(folder)):
                 raise CheckpointError(f"{folder} is a LoRA: load the model that it changes, then load_lora, or --lora")
-            raise CheckpointError(
-                f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json"
-            )
+            raise CheckpointError(f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json")
         index = read_json(folder / "model_index.json")
         kind = index.get("_class_name")
         free = machine.available(torch.device("cpu"))
@@ -305,12 +305,8 @@ class Sora(Verbs, Planning, Loading):
         Nothing is computed if the request or the path is bad. Returns the path; also raises `media.MediaError`.
         """
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        known = ("seconds", "size", "fps", "seed", "steps", "guidance", "negative", "shift", "attention", "long")
-        known += ("shade",)
-        if unknown := sorted(options.keys() - set(known)):
-            raise TypeError(
-                f"generate_to takes no argument {unknown[0]!r}; it takes {', '.join(known)}, impl and progress"
-            )
+        if unknown := sorted(options.keys() - inspect.signature(self.generate).parameters.keys()):
+            raise TypeError(f"generate_to takes no argument {unknown[0]!r}; it takes those of generate")
         plan = self._plan(prompt, **options, impl=impl, held=False)
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
         with machine.own_dtypes(self.device):
@@ -347,11 +343,8 @@ class Sora(Verbs, Planning, Loading):
     ) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(plan.seed)
         if plan.long == "once":
-            shape = 1, *plan.latents
-            if plan.shade:
-                noise = shading.draw(shape, self._origin(plan).identity, generator=generator).to(self.device)
-            else:
-                noise = flow.draw_noise(shape, generator=generator, device=self.device)
+            draw = functools.partial(shading.draw, identity=self._origin(plan).identity) if plan.shade else flow.draw_noise
+            noise = draw((1, *plan.latents), generator=generator).to(self.device)
             told = None if progress is None else lambda done, total: progress("denoise", done, total)
             parts = iter([sampler.draw(noise, progress=told, **how)])
         elif plan.long == "stream":
