@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import html
 import inspect
 import os
@@ -343,8 +342,8 @@ class Sora(Verbs, Planning, Loading):
     ) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(plan.seed)
         if plan.long == "once":
-            draw = functools.partial(shading.draw, identity=self._origin(plan).identity) if plan.shade else flow.draw_noise
-            noise = draw((1, *plan.latents), generator=generator).to(self.device)
+            identity = self._origin(plan).identity if plan.shade else None
+            noise = shading.draw((1, *plan.latents), identity, generator=generator).to(self.device)
             told = None if progress is None else lambda done, total: progress("denoise", done, total)
             parts = iter([sampler.draw(noise, progress=told, **how)])
         elif plan.long == "stream":

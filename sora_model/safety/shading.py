@@ -40,10 +40,12 @@ STEPS = 20  # of the way back
 
 
 def draw(
-    shape: tuple[int, ...], identity: int, *, generator: torch.Generator, key: bytes | None = None
+    shape: tuple[int, ...], identity: int | None, *, generator: torch.Generator, key: bytes | None = None
 ) -> Tensor:
-    """Standard normal fp32 noise `[1, C, T, H, W]` with the mark of `identity`, 0 to 2^32 - 1, on the CPU. The nonce is
-    the first number that the generator gives."""
+    """Standard normal fp32 noise `[1, C, T, H, W]` with the mark of `identity`, 0 to 2^32 - 1, on the CPU; of
+    None, `flow.draw_noise`. The nonce is the first number that the generator gives."""
+    if identity is None:
+        return flow.draw_noise(shape, generator=generator)
     nonce = int(torch.randint(NONCES, (), generator=generator))
     count = math.prod(shape)
     bits = torch.tensor([identity >> bit & 1 for bit in range(BITS)], dtype=torch.bool)
