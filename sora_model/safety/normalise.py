@@ -148,7 +148,7 @@ def _folded(text: Reading, table: dict[int, str]) -> Reading:
 
 def _encoded(prompt: str) -> Iterator[Reading]:
     for name, pattern, decode in (
-        ("base64", _BASE64, _of_base64), ("hexadecimal", _HEX, bytes.fromhex), ("morse", _MORSE_TEXT, _of_morse),
+        ("base64", _BASE64, _of_base64), ("hexadecimal", _HEX, _of_hex), ("morse", _MORSE_TEXT, _of_morse),
     ):  # fmt: skip
         for found in pattern.finditer(prompt):
             try:
@@ -162,6 +162,10 @@ def _encoded(prompt: str) -> Iterator[Reading]:
 def _of_base64(code: str) -> bytes:
     code = code.rstrip("=").replace("-", "+").replace("_", "/")
     return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
+
+
+def _of_hex(code: str) -> bytes:
+    return bytes.fromhex(code.replace(":", " "))
 
 
 def _of_morse(code: str) -> bytes:
