@@ -26,7 +26,7 @@ def test_no_more_gets_through_than_the_budget(family, tmp_path, monkeypatch):
     found = [(case, case.run()) for case in redteam.cases([family])]
     assert redteam.over_budget(found) == [], [(c.group, c.name, o) for c, o in found if not o.startswith("held")]
     if family != "provenance":  # where an encoder has a say
-        ((through, count),) = {tuple(map(sum, zip(*groups.values(), strict=True))) for groups in redteam.table(found).values()}
+        through, count = map(sum, zip(*redteam.table(found)[family].values(), strict=True))
         (row,) = [line for line in DOCS.read_text().splitlines() if line.startswith(f"| {family} |")]
         assert row.endswith(f"| {through} of {count} |"), "the table in docs/safety.md"
     assert dict(os.environ) == before and limits.current() == limits.Limits() and not list(tmp_path.iterdir())
