@@ -38,7 +38,7 @@ def test_the_noise_is_normal_and_independent_from_clip_to_clip():
 def test_it_is_read_by_its_key_alone_from_what_is_left_of_it():
     noise = drawn()
     found = shading.read(noise, key=KEY)
-    assert found.present and found.p == 0 and found.identity([7, IDENTITY, IDENTITY ^ 0xFF]) == IDENTITY
+    assert found.z > 30 and found.p == 0 and found.identity([7, IDENTITY, IDENTITY ^ 0xFF]) == IDENTITY
     rest = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
     weak = shading.read(0.3 * (noise + 1.5 * rest), key=KEY)  # of any scale
     assert weak.present and weak.z < found.z and weak.identity([7, IDENTITY]) == IDENTITY
