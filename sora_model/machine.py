@@ -60,9 +60,9 @@ def available(device: torch.device) -> int:
     return free if most is None else min(free, most)
 
 
-def left(free: int) -> str:
-    """Of what `available` gives, for an error."""
-    return f"{gib(free)} are free" + (" or allowed" if limits.current().memory is not None else "")
+def left(free: int, what: str = "") -> str:
+    """Of what `available` gives, for an error: "2.0 GiB of memory are free"."""
+    return f"{gib(free)} {what}are free" + (" or allowed" if limits.current().memory is not None else "")
 
 
 def _free() -> int:

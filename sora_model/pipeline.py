@@ -182,7 +182,7 @@ class Sora(Verbs, Planning, Loading):
         if kind == "Sora":
             if (weights := sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))) > free:
                 raise TooLargeError(
-                    f"the weights in {folder} take {gib(weights)}, and of memory {machine.left(free)}; "
+                    f"the weights in {folder} take {gib(weights)}, and {machine.left(free, 'of memory ')}; "
                     "use a smaller model"
                 )
             parts = {name: read_part(folder / name, *kinds) for name, kinds in _PARTS.items()}

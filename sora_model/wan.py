@@ -98,7 +98,7 @@ def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
     if (wanted := weights_in(parts, dtype)) > free:
         fits = (smaller := weights_in(parts, half)) <= free
         offer = f"dtype={half}, of {gib(smaller)}, would fit" if fits else "use a smaller model"
-        raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and of memory {left(free)}; {offer}")
+        raise TooLargeError(f"the weights in {folder} take {gib(wanted)}, and {left(free, 'of memory ')}; {offer}")
 
 
 def configs(folder: Path) -> tuple[DiTConfig, VAEConfig]:
