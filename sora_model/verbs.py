@@ -170,7 +170,7 @@ class Verbs:
         return covering(frames, plan.size)
 
     def _count(self, name: str, seconds: Any, plan: Any) -> int:
-        frames = round(planning.number(name, seconds, 0, limits.current().seconds) * plan.fps)
+        frames = round(planning.number(name, seconds, 0, limits.current().seconds) * plan.fps) if seconds else 0
         if frames < 1:
             raise ValueError(f"{name}={seconds} at {plan.fps:g} frames per second is less than one frame")
         return frames
