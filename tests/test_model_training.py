@@ -653,7 +653,7 @@ def test_recipes_come_from_files(tmp_path):
         file.write_text(text)
         with pytest.raises(CheckpointError, match=said):
             recipe.load(file)
-    file.write_text(recipe.TOY.read_text().replace("draws: 4", "draws: 7"))
+    file.write_text(recipe.TOY.read_text().replace("draws: 1 ", "draws: 7 "))
     assert recipe.load(file).draws == 7
 
 
