@@ -51,7 +51,7 @@ CASES = {
     ),
     "AutoencoderKLHunyuanVideo15": Case(
         partial(make, "HunyuanVideo15", **HUNYUAN15), clip, {"norm_silu": 21, "causal_conv3d": 50},
-        compiled=("decoder.mid_block.resnets",), draws=4,
+        compiled=("decoder.mid_block.resnets",), draws=8,
     ),
     "AutoencoderKLCogVideoX": Case(
         partial(make, "CogVideoX", **COGVIDEOX), clip, {"norm_silu": 7, "causal_conv3d": 78}, {BY_PIXEL: 11},
