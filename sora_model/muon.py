@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 _QUINTIC = 3.4445, -4.7750, 2.0315  # of Jordan 2024: singular values of 0 to 1 come near 1 in five steps
 
@@ -54,11 +53,13 @@ class Muon(torch.optim.AdamW):
             for matrix in matrices:
                 moment = self.state[matrix]["momentum"].lerp_(matrix.grad, 1 - self.momentum)
                 update = matrix.grad.lerp(moment, self.momentum)
-                update = update.full_tensor() if isinstance(update, DTensor) else update
+                update = update.full_tensor() if hasattr(update, "full_tensor") else update
                 updates.append(update.T if _tall(matrix) else update)
             for matrix, update in zip(matrices, orthogonal(torch.stack(updates).to(self.dtype)), strict=True):
                 update = update.T if _tall(matrix) else update
-                if isinstance(matrix, DTensor):
+                if hasattr(matrix, "full_tensor"):
+                    from torch.distributed.tensor import distribute_tensor  # seconds, for who needs none of it
+
                     update = distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=group["lr"] * 0.2 * longer**0.5)

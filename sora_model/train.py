@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import checks, files, flow, parallel, sharded, world
+from . import checks, files, flow, world
 from .attention import AttentionMode
 from .checkpoint import fingerprint, load_into, read_json, read_part, write_json, write_tensors
 from .conditioning import Known, draw_mask, token_times
@@ -214,6 +214,8 @@ def train_dit(
     patch, draws, kinds = recipe.dit.patch, recipe.draws, {name: type(part) for name, part in model.items()}
     mesh = None
     if shard or (cp, accumulate) != (1, 1):
+        from . import parallel, sharded  # they take seconds to import
+
         checks.whole("cp", cp, 1, 2**20)
         checks.whole("accumulate", accumulate, 1, 2**20)
         mesh = sharded.mesh_of(device, cp, recipe.dit.heads)
