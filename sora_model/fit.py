@@ -8,7 +8,6 @@ equals one that was not.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,20 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .checkpoint import CheckpointError, check_shapes, load_into, read_tensors, write_json, write_tensors
+from .checkpoint import check_shapes, load_into, read_tensors, write_json, write_tensors
 from .muon import Muon
 from .ranks import RankError, Ranks
 from .steps import (
     Settings,
     act_upon,
     check_begun,
+    check_left,
     drawn_ahead,
     journal,
     no_garbage_before,
     noted_signals,
     result_of,
     rewind,
+    state_of,
     torch_threads,
+    written,
 )
 
 
@@ -90,18 +92,15 @@ def fit(
         [parameter for name, parameter in named.items() if name not in matrices], [named[name] for name in matrices],
         lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True, dtype=dtype,
     )  # fmt: skip
-    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else None
+    average = {name: value.detach().clone() for name, value in named.items()} if settings.ema else {}
 
     def write_state() -> None:
-        state = {f"model.{name}": value for name, value in module.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in (average or {}).items()}
-        for name, value in named.items():
-            state |= {f"optimiser.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
-        write_tensors(run / "state.safetensors", state | {"step": torch.tensor(step)})
+        state = state_of(module, optimiser, average) | {"step": torch.tensor(step)}
+        write_tensors(run / "state.safetensors", state)
 
     def save() -> dict[str, Tensor]:
         write_state()
-        weights = module.state_dict() | (average or {})
+        weights = module.state_dict() | average
         if on_save is not None:
             on_save(step, weights)
         return weights
@@ -133,7 +132,7 @@ def fit(
                 settings.check_finite(step, value, norm)
                 with torch_threads(threads):
                     optimiser.step()
-                if average is not None:
+                if average:
                     settings.follow(list(average.values()), parameters, step)
                 step += 1
                 told(step, value, norm)
@@ -198,29 +197,28 @@ def _resume(
     run: Path,
     module: nn.Module,
     optimiser: Muon,
-    average: dict[str, Tensor] | None,
+    average: dict[str, Tensor],
     settings: Settings,
     made_with: Mapping[str, Any],
 ) -> tuple[int, float]:
     """Takes up what `run` holds of an earlier run: its last step, and the seconds that it took."""
     file = run / "state.safetensors"
-    now = json.loads(json.dumps(dataclasses.asdict(settings) | made_with))
+    now = written(settings, made_with)
     if not file.exists():
         write_json(run / "settings.json", now)
         return 0, rewind(run, 0)
     check_begun(run, now)
     state = read_tensors(file, also=[torch.int64])
     wanted = {f"model.{name}": value.shape for name, value in module.state_dict().items()}
-    wanted |= {f"average.{name}": value.shape for name, value in (average or {}).items()}
+    wanted |= {f"average.{name}": value.shape for name, value in average.items()}
     for name, parameter in module.named_parameters():
         kept = optimiser.kept(parameter)
         wanted |= {f"optimiser.{key}.{name}": () if key == "step" else parameter.shape for key in kept}
     check_shapes(wanted | {"step": ()}, {name: value.shape for name, value in state.items()}, str(file))
     step = int(state["step"])
-    if not 0 <= step <= settings.steps:
-        raise CheckpointError(f"{run} has {step} steps behind it, more than steps={settings.steps}; ask for more")
+    check_left(run, step, settings)
     load_into(module, {name: state[f"model.{name}"] for name in module.state_dict()}, str(file))
-    for name, value in (average or {}).items():
+    for name, value in average.items():
         value.copy_(state[f"average.{name}"])
     for name, parameter in module.named_parameters():
         moments = {key: state[f"optimiser.{key}.{name}"] for key in optimiser.kept(parameter)}

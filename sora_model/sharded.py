@@ -10,7 +10,6 @@ distributed ones, which any number of ranks reads. The losses are those of `fit.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import warnings
@@ -37,11 +36,14 @@ from .steps import (
     Settings,
     act_upon,
     check_begun,
+    check_left,
     drawn_ahead,
     journal,
     no_garbage_before,
     noted_signals,
     rewind,
+    state_of,
+    written,
 )
 
 
@@ -111,10 +113,7 @@ def fit(
     for value in others:  # as its first step makes it: a checkpoint is read into what is there
         moments = {key: torch.zeros_like(value, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
         optimiser.state[value] = {"step": torch.zeros((), device=value.device)} | moments
-    state = {f"model.{name}": value for name, value in module.state_dict().items()}
-    state |= {f"average.{name}": value for name, value in average.items()}
-    for name, value in named.items():
-        state |= {f"optimiser.{key}.{name}": moment for key, moment in optimiser.state[value].items()}
+    state = state_of(module, optimiser, average)
 
     def save() -> dict[str, Tensor]:
         weights = _whole(module.state_dict() | average, f"cannot write {str(run)!r}")
@@ -231,12 +230,11 @@ def _write(run: Path, state: dict[str, Any], step: int) -> None:
 
 def _resume(run: Path, state: dict[str, Any], settings: Settings, made_with: Mapping[str, Any]) -> tuple[int, float]:
     """Takes up what `run` holds of an earlier run: its last step, and the seconds that it took."""
-    now = json.loads(json.dumps(dataclasses.asdict(settings) | made_with))
+    now = written(settings, made_with)
     step, folder = (_saves(run) or [(0, None)])[-1]
     if folder is not None:
         check_begun(run, now)
-        if step > settings.steps:
-            raise CheckpointError(f"{run} has {step} steps behind it, more than steps={settings.steps}; ask for more")
+        check_left(run, step, settings)
         with _saying(f"{folder} cannot be read"):
             dcp.load(state, checkpoint_id=folder)
     with told_of_loss("before the first step"):

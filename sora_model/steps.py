@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import checks, files
 from .checkpoint import CheckpointError, read_json
+from .muon import Muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,26 @@ class Settings:
 def generator_of(seed: int, step: int) -> torch.Generator:
     """The random numbers of one step of a run."""
     return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def written(settings: Settings, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is made with, as `settings.json` has it."""
+    return json.loads(json.dumps(dataclasses.asdict(settings) | dict(made_with)))
+
+
+def state_of(module: nn.Module, optimiser: Muon, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a run keeps beside its step, by name; the tensors themselves."""
+    state = {f"model.{name}": value for name, value in module.state_dict().items()}
+    state |= {f"average.{name}": value for name, value in average.items()}
+    for name, parameter in module.named_parameters():
+        state |= {f"optimiser.{key}.{name}": moment for key, moment in optimiser.state[parameter].items()}
+    return state
+
+
+def check_left(run: Path, step: int, settings: Settings) -> None:
+    """Raises CheckpointError where `run` has more steps behind it than it is to have."""
+    if not 0 <= step <= settings.steps:
+        raise CheckpointError(f"{run} has {step} steps behind it, more than steps={settings.steps}; ask for more")
 
 
 def check_begun(run: Path, now: Mapping[str, Any]) -> None:

@@ -53,6 +53,6 @@ _STEPS = {
 }  # fmt: skip
 _ONE = {name: count // 2 or 1 for name, count in _STEPS.items()}
 CASES = {
-    "Cosmos": Case(cosmos, inputs, _STEPS, lora=_LORA, compiled=("transformer_blocks",)),
+    "Cosmos": Case(cosmos, inputs, _STEPS, lora=_LORA, compiled=("transformer_blocks",), draws=8),
     "Cosmos with an image": Case(cosmos_with_image, inputs_with_image, _ONE, compiled=("transformer_blocks",)),
 }

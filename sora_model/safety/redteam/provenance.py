@@ -105,12 +105,17 @@ for _name, _change, _crf in (
     _attack("stripped")(_stripped_attack)
 
 
-@_attack("forged")
-def one_byte_of_the_picture(folder: Path) -> str:
-    path = _signed(folder)
+def _altered(path: Path) -> Path:
+    """The same file, with another last byte."""
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+    return path
+
+
+@_attack("forged")
+def one_byte_of_the_picture(folder: Path) -> str:
+    path = _altered(_signed(folder))
     answer = credentials.verify(path).answer
     return _told(answer == ALTERED, answer)
 
@@ -165,10 +170,7 @@ def the_mark_of_many_clips_on_a_stranger(folder: Path) -> str:
 
 @_attack("forged")
 def a_parent_that_was_altered(folder: Path) -> str:
-    parent = _signed(folder)
-    data = bytearray(parent.read_bytes())
-    data[-1] ^= 1
-    parent.write_bytes(data)
+    parent = _altered(_signed(folder))
     child = media.write_video(folder / "child.mp4", _frames(2), origin=Origin({"seed": 2}, (Input.of(parent),)))
     altered = [one.name for one in credentials.verify(child).altered_inputs()]
     return _told(altered == ["1.mp4"], f"altered: {', '.join(altered) or 'none'}")
