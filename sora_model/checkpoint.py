@@ -117,13 +117,20 @@ def read_shapes(
     path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES` or `also`."""
+    return {name: shape for name, (shape, _) in read_header(path, also=also).items()}
+
+
+def read_header(
+    path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every tensor of a safetensors file, as `read_shapes`."""
     known = _DTYPES | _FP8
     with _opened(path) as source:
         header = {name: source.get_slice(name) for name in source.keys()}
         dtypes = {name: known.get(part.get_dtype(), part.get_dtype()) for name, part in header.items()}
         shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
     check_dtypes(dtypes, os.fspath(path), also=also)
-    return shapes
+    return {name: (shape, dtypes[name]) for name, shape in shapes.items()}
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:

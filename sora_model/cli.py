@@ -109,6 +109,9 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     for part in parts:
         table.add_row(part.name, f"{part.parameters:,}", gib(part.bytes))
     out.print(table)
+    for part in parts:
+        if part.fp8:
+            say(out, f"{part.name}: of its parameters {part.fp8:,} stay in fp8 and are widened layer by layer")
     say(out, wan.which(dit, index))
     free, made = machine.available(device), wan.defaults(dit, index)
     (height, width), frames = made["size"], made["frames"]

@@ -457,27 +457,34 @@ class SoraDiT(nn.Module):
         return frames, height, width
 
     def to_dtype(self, dtype: torch.dtype) -> SoraDiT:
-        """Converts the weights as Wan keeps them: to `dtype`, save those that stay in fp32. Returns the model."""
-        for name, parameter in self.named_parameters():
+        """Converts the weights as Wan keeps them: to `dtype`, save those that stay in fp32, and in fp8. Returns the
+        model."""
+        for name, parameter in self._not_in_fp8():
             parameter.data = parameter.data.to(_kept_in(name, dtype))
         return self
 
     def weights_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights as `to_dtype` converts them, for `torch.func.functional_call`: gradients reach the parameters."""
-        return {name: parameter.to(_kept_in(name, dtype)) for name, parameter in self.named_parameters()}
+        return {name: parameter.to(_kept_in(name, dtype)) for name, parameter in self._not_in_fp8()}
+
+    def _not_in_fp8(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.dtype.itemsize > 1]
 
     def kept_wide(self, dtype: torch.dtype) -> set[nn.Parameter]:
         """The weights that `to_dtype` does not convert."""
         return {parameter for name, parameter in self.named_parameters() if _kept_in(name, dtype) != dtype}
 
     @classmethod
-    def from_wan(cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None) -> SoraDiT:
+    def from_wan(
+        cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None, keep_fp8: bool = False
+    ) -> SoraDiT:
         """The same model as a diffusers WanTransformer3DModel: the module, or a directory it was saved in; or as Wan's
         own safetensors, a directory of theirs or one file.
 
         The weights are in the dtypes they have, or in `dtype` save those that Wan keeps in fp32; a module's are copied,
         a file's are mapped into memory where they keep their dtype. Those stored in fp8, with scales or without, are
-        widened one by one, to bf16 where no `dtype` is named.
+        widened one by one, to bf16 where no `dtype` is named; with `keep_fp8` those of the blocks' linear layers, which
+        are nearly all, stay in fp8 and are widened to the same bits by each layer as it runs: they take no gradients.
         Raises CheckpointError for what cannot be read or does not fit together, ValueError for another class, however
         much it resembles Wan (SkyReels-V2, ChronoEdit, VACE, ...).
         """
@@ -518,12 +525,15 @@ class SoraDiT(nn.Module):
             config = DiTConfig.from_wan(sizes)
         check_shapes(planned_shapes(cls, config, shapes.values(), where), shapes, where)
         for name, value in given.items():
-            kept = _kept_in(name, dtype) if dtype else value.dtype
-            wide = fp8.widened(value, scales.get(name), kept)
+            if keep_fp8 and fp8.stays(name, value.shape, value.dtype):
+                wide = value
+            else:
+                wide = fp8.widened(value, scales.get(name), _kept_in(name, dtype) if dtype else value.dtype)
             given[name] = wide.clone() if is_module and wide is value else wide
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(given, assign=True)
+        fp8.keep(model, scales)
         return model
 
 

@@ -1,19 +1,22 @@
 """Weights that a file keeps in fp8, plain or with a scale beside each: W = scale * stored.
 
-Plain casts have no scale. ComfyUI's files have X.scale_weight and a tensor named scaled_fp8, or X.weight_scale and a
-note X.comfy_quant; scales of activations, which stay in the model's dtype here, have no effect.
+Widened when they are read; or kept so, and widened by each layer as it runs, to the same bits. Plain casts have no
+scale. ComfyUI's files have X.scale_weight and a tensor named scaled_fp8, or X.weight_scale and a note X.comfy_quant;
+scales of activations, which stay in the model's dtype here, have no effect.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .checkpoint import CheckpointError
+from .checkpoint import FP8, CheckpointError
 
 T = TypeVar("T")
 _SCALES = (".scale_weight", ".weight_scale")
@@ -55,6 +58,58 @@ def widened(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return stored.to(dtype)
     return (stored.float() * scale.float().view(-1, *[1] * (stored.ndim - 1))).to(dtype)
+
+
+def stays(name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a transformer's weight, by our name, can be kept in fp8: those of the blocks' linear layers."""
+    return dtype in FP8 and len(shape) == 2 and name.startswith("blocks.")
+
+
+def room(shapes: Sequence[Sequence[int]]) -> int:
+    """Bytes that the largest of such weights takes while it is widened: stored in fp32, and times its scale."""
+    return max((8 * math.prod(shape) for shape in shapes), default=0)
+
+
+class Linear(nn.Linear):
+    """W x + b, where W stays in fp8 and is widened to x's dtype each time that it is used.
+
+    W takes no gradient; x and b do. In W's place may come one of x's dtype, which is used as it is. By a conversion to
+    another dtype, `module.half()` say, W is widened for good.
+    """
+
+    def __init__(self, linear: nn.Linear, scale: Tensor | None) -> None:
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias = nn.Parameter(linear.weight.detach(), requires_grad=False), linear.bias
+        self.register_buffer("scale_weight", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype in FP8 and self.weight.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                "a weight that is kept in fp8 takes no gradient: load the model by SoraDiT.from_wan(...), which widens "
+                "its weights, or train what is beside them"
+            )
+        return F.linear(x, self.wide(self.weight, x.dtype), self.bias)
+
+    def wide(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """This layer's weight, as it is stored or as it was, in `dtype`; one that is not in fp8 as it is."""
+        return widened(weight.detach(), self.scale_weight, dtype) if weight.dtype in FP8 else weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        if self.weight.dtype in FP8 and fn(self.weight.detach()[:0]).dtype not in FP8:  # the scale would be lost
+            self.weight.data, self.scale_weight = self.wide(self.weight, torch.float32), None
+        return super()._apply(fn, recurse)
+
+
+def keep(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Makes a `Linear` of each linear layer of which the weight is in fp8; scales by the weights' names."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and linear.weight.dtype in FP8:
+            model.set_submodule(name, Linear(linear, scales.get(f"{name}.weight")))
+
+
+def kept(model: nn.Module) -> list[Tensor]:
+    """The weights that a model keeps in fp8."""
+    return [m.weight for m in model.modules() if isinstance(m, Linear) and m.weight.dtype in FP8]
 
 
 def _format(note: Tensor) -> object:

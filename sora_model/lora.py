@@ -2,7 +2,7 @@
 
 Of any of the layouts that are about: diffusers and PEFT (lora_A, lora_B), Wan's own names (lora_down, lora_up, alpha,
 and whole differences of weights and biases), and those flattened with underscores. Merged into the weights, or kept
-apart, y = W x + weight * alpha/rank * B A x; the weights come back to the bit.
+apart, y = W x + weight * alpha/rank * B A x, as beside weights that stay in fp8; the weights come back to the bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .checkpoint import CheckpointError, read_metadata, read_tensors
+from .checkpoint import FP8, CheckpointError, read_metadata, read_tensors
 from .dit import SoraDiT, own_name
 from .planning import number
 
@@ -58,7 +58,7 @@ class Change:
 
 
 class Branch(nn.Module):
-    """weight * scale * up @ down @ x, beside a linear layer in whose dtype it is; `like` is that layer's weight."""
+    """weight * scale * up @ down @ x, beside a linear layer in whose dtype it is; `like` is that layer's bias."""
 
     def __init__(self, change: Change, weight: float, like: nn.Parameter) -> None:
         super().__init__()
@@ -100,13 +100,15 @@ class LoRAs:
         """How many files were added."""
         return len(self._added)
 
-    def add(self, changes: Mapping[str, Change], weight: float, *, merge: bool = True) -> None:
+    def add(self, changes: Mapping[str, Change], weight: float, *, merge: bool | None = None) -> None:
         """Changes as `read` gives them, times `weight`. Not merged, those of low rank of the blocks' and embeddings'
-        linear layers are kept apart; others, of which a branch would be no smaller, are merged all the same."""
+        linear layers are kept apart; others, of which a branch would be no smaller, are merged all the same. None:
+        merged, save into weights that are kept in fp8."""
         called = {f"{name}.weight": m for name, m in self.dit.named_modules() if isinstance(m, nn.Linear)}
         del called["head.weight"]  # is read by final_layer
-        low = {} if merge else {n: c for n, c in changes.items() if n in called and c.whole is None}
-        apart = [(called[n], Branch(c, weight, called[n].weight)) for n, c in low.items()]
+        may = {n for n, m in called.items() if merge is False or (merge is None and m.weight.dtype in FP8)}
+        low = {n: c for n, c in changes.items() if n in may and c.whole is None}
+        apart = [(called[n], Branch(c, weight, called[n].bias)) for n, c in low.items()]
         for linear, branch in apart:
             if linear not in self._hooks:
                 linear.branches, self._hooks[linear] = nn.ModuleList(), linear.register_forward_hook(_beside)
@@ -137,6 +139,9 @@ class LoRAs:
             parameter = self.dit.get_parameter(name)
             own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
             changes = [a.weight * a.merged[name].of(own) for a in self._added if name in a.merged]
+            if changes and own.dtype in FP8:
+                linear = self.dit.get_submodule(name.removesuffix(".weight"))
+                own = linear.wide(own, linear.bias.dtype)
             parameter.data = (own.float() + sum(changes)).to(own.dtype) if changes else own
 
 
@@ -144,19 +149,21 @@ class Loading:
     """The methods of `Sora` that take LoRA files."""
 
     def load_lora(
-        self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None, merge: bool = True
+        self, path: str | os.PathLike[str], weight: float = 1.0, *, expert: str | None = None, merge: bool | None = None
     ) -> None:
         """Changes the transformer by a LoRA file, `weight` times; further files add to it.
 
         expert  of a checkpoint of two: "high", for much noise, "low" or "both"; None where the file names both itself
-        merge   into the weights, which are kept beside; else as a branch beside each linear layer, which takes a little
-                time in every step, and no copy of the weights
+        merge   True: into the weights, which are kept beside; those in fp8 then take the memory of the model's dtype.
+                False: as a branch beside each linear layer, which takes a little time in every step, and no copy of the
+                weights. None: merged, save where weights are kept in fp8, which get a branch
 
         Nothing is changed where it raises: `CheckpointError` for a file of something else or of another size,
         ValueError for another expert.
         """
         weight = number("weight", weight, -100, 100)
-        checks.flag("merge", merge)
+        if merge is not None:
+            checks.flag("merge", merge)
         first, second = read(path, self.dit)
         if self.second is None and (expert or second):
             raise ValueError(f"this checkpoint has one transformer; got expert={expert!r}, or a file for two of them")

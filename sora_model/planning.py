@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import checks, estimate, flow, machine
+from . import checks, estimate, flow, fp8, machine
 from .attention import AttentionMode
 from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
@@ -224,6 +224,7 @@ class Planning:
         tokens = 2 * cells // math.prod(dit.patch)
         wide = self.dit.patch_embedding.weight.element_size()
         denoise = tokens * (10 * dit.dim + 2 * dit.ffn_dim) * wide + 8 * cells * vae.z_dim * 4
+        denoise += fp8.room([weight.shape for weight in fp8.kept(self.dit)])
         if impl == "reference":
             denoise += 3 * dit.heads * tokens * tokens * 2
         clip = 2 * frames * height * width * 3 if held else 0

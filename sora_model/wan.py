@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from . import checks, fp8
-from .checkpoint import FP8, CheckpointError, build, read_json, read_shapes, wan_weights
-from .dit import DiTConfig, SoraDiT
+from .checkpoint import FP8, CheckpointError, build, read_header, read_json, wan_weights
+from .dit import DiTConfig, SoraDiT, own_name
 from .image import ImageEncoder
 from .machine import TooLargeError, gib, left
 from .solvers import Hosted
@@ -26,7 +26,8 @@ _ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer")
 def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the arguments of `Sora`, the fields of its defaults) of a folder and its model_index.json.
 
-    Transformers are in `dtype`. Raises `CheckpointError` for a part that is missing, damaged or of something else.
+    Transformers are in `dtype`, save what is stored in fp8 and stays so. Raises `CheckpointError` for a part that is
+    missing, damaged or of something else.
     """
     also = [
         name for name in ("transformer_2", "image_encoder")
@@ -42,10 +43,11 @@ def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[
         )
     parts: dict[str, Any] = {"solver": _solver(folder)}
     try:
-        parts["dit"] = SoraDiT.from_wan(folder / "transformer", dtype=dtype)
+        how = {"dtype": dtype, "keep_fp8": True}
+        parts["dit"] = SoraDiT.from_wan(folder / "transformer", **how)
         if boundary is not None:
             checks.number("boundary_ratio", boundary, 0, 1)
-            parts |= {"second": SoraDiT.from_wan(folder / "transformer_2", dtype=dtype), "boundary": float(boundary)}
+            parts |= {"second": SoraDiT.from_wan(folder / "transformer_2", **how), "boundary": float(boundary)}
         parts["vae"] = CausalVAE.from_wan(folder / "vae")
     except CheckpointError:
         raise
@@ -59,11 +61,17 @@ def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Of a checkpoint on disk, from the headers of its files: numbers, and bytes."""
+    """Of a checkpoint on disk, from the headers of its files: numbers, and bytes.
+
+    fp8   how many numbers stay in fp8 in memory
+    room  bytes for the widening of the largest weight of these
+    """
 
     name: str
     parameters: int
     bytes: int
+    fp8: int = 0
+    room: int = 0
 
 
 def parts_of(folder: Path) -> list[Part]:
@@ -73,23 +81,30 @@ def parts_of(folder: Path) -> list[Part]:
         if name in _ALWAYS or (folder / name).is_dir():
             if not (folder / name).is_dir():
                 raise CheckpointError(f"{folder} lacks the folder {name!r} of a Wan checkpoint; copy it whole")
-            files, shapes = wan_weights(folder / name), {}
+            files, header = wan_weights(folder / name), {}
             for file in files:
-                shapes |= read_shapes(file, also=FP8 if name.startswith("transformer") else ())
-            if any("lora_" in key for key in shapes):
+                header |= read_header(file, also=FP8 if name.startswith("transformer") else ())
+            if any("lora_" in key for key in header):
                 raise CheckpointError(
                     f"{folder / name} holds a LoRA, which changes a model's weights: copy the model there, then "
                     "load_lora, or --lora"
                 )
-            numbers = sum(map(math.prod, fp8.weights(shapes).values()))
-            parts.append(Part(name, numbers, sum(file.stat().st_size for file in files)))
+            held = fp8.weights(header)
+            numbers = sum(math.prod(shape) for shape, _ in held.values())
+            kept = [shape for key, (shape, dtype) in held.items() if fp8.stays(own_name(key), shape, dtype)]
+            size = sum(file.stat().st_size for file in files)
+            parts.append(Part(name, numbers, size, sum(map(math.prod, kept)), fp8.room(kept)))
     return parts
 
 
 def weights_in(parts: Sequence[Part], dtype: torch.dtype) -> int:
-    """Bytes of the parts in memory, the transformers in `dtype`, the VAE in fp32, the others as they are stored."""
-    sizes = {"transformer": dtype.itemsize, "transformer_2": dtype.itemsize, "vae": 4}
-    return sum(part.parameters * sizes[part.name] if part.name in sizes else part.bytes for part in parts)
+    """Bytes of the parts in memory: the transformers in `dtype`, save what stays in fp8, and the room to widen that in;
+    the VAE in fp32, the others as they are stored."""
+    sizes, total = {"transformer": dtype.itemsize, "transformer_2": dtype.itemsize, "vae": 4}, 0
+    for part in parts:
+        wide = part.parameters - part.fp8
+        total += wide * sizes[part.name] + part.fp8 if part.name in sizes else part.bytes
+    return total + max((part.room for part in parts), default=0)
 
 
 def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
