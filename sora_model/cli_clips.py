@@ -57,12 +57,15 @@ def _write(
     impl: Impl = "auto",
     device: Device = None,
     credentials: Credentials = True,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Under torchrun: each half of the processes loads one of two experts.")
+    ] = False,
 ) -> None:
     """Loads the checkpoint, lets `make(sora, to, prompt, **options)` write, and says what it says.
 
     Under torchrun all processes make one clip, and the first of them writes it.
     """
-    from . import lora, parallel, ranks
+    from . import experts, lora, parallel, ranks
     from .files import make_folder
     from .machine import check_impl
     from .media import check_target
@@ -82,13 +85,13 @@ def _write(
         check_target(to)
         sealer(to.name)
         with ranks.started(device) as own, ranks.spare(to) as (first, to):
+            expert = experts.own() if apart else None
             with err.status("loading the checkpoint"):
-                sora = Sora.from_pretrained(weights, device=own)
+                sora = Sora.from_pretrained(weights, device=own, expert=expert)
                 for text in loras or ():
                     file, weight, expert = lora.parse(text)
                     sora.load_lora(file, weight, expert=expert)
-            guided = (options["guidance"] or sora.defaults.guidance) != 1
-            with bars(err) as progress, parallel.sampling(sora.dit, sora.vae, guided=guided):
+            with bars(err) as progress, parallel.sampling(sora, guidance=options["guidance"]):
                 said = make(sora, to, prompt, progress=progress if first else None, **options)
     for line in said if first else ():
         say(out, line)

@@ -69,12 +69,12 @@ def seconds(
 ) -> float:
     """About how long a clip of latents [C, T, H, W] takes here, right within a factor of three; 0 for a moment.
     `seen`: as `denoise_flops`."""
-    weight = dit.patch_embedding.weight
+    device, dtype = vae.quant_conv.weight.device, dit.patch_embedding.weight.dtype
     denoise = denoise_flops(dit, latents, evaluations=steps * (1 if guidance == 1 else 2), seen=seen)
     decode = decode_flops(vae, latents)
     if denoise + decode < SMALL:
         return 0.0
-    return (denoise / rate(weight.device, weight.dtype) + decode / rate(weight.device, torch.float32)) / SHARE
+    return (denoise / rate(device, dtype) + decode / rate(device, torch.float32)) / SHARE
 
 
 def coding_seconds(vae: CausalVAE, frames: int, height: int, width: int) -> float:

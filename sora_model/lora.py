@@ -137,6 +137,8 @@ class LoRAs:
     def _merge(self, names: Iterable[str]) -> None:
         for name in names:
             parameter = self.dit.get_parameter(name)
+            if parameter.is_meta:  # of an expert whose weights are on other processes
+                continue
             own = self._kept.setdefault(name, parameter.data.cpu()).to(parameter.device)
             changes = [a.weight * a.merged[name].of(own) for a in self._added if name in a.merged]
             if changes and own.dtype in FP8:

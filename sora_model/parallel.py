@@ -22,7 +22,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from sora_kernels import qk_norm_rope, spacetime_attention
 from sora_kernels.attention import reference as rules
 from sora_kernels.qknorm_rope.reference import default_split, rotary_freqs
 
+from . import experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
 from .exchange import Gather, Range, Ring, Swap, Tiles, fetch
@@ -81,21 +82,35 @@ def over(dit: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
 
 
 @contextmanager
-def sampling(dit: nn.Module, vae: nn.Module, *, guided: bool) -> Iterator[None]:
+def sampling(sora: Any, *, guidance: float | tuple[float, float] | None = None) -> Iterator[None]:
     """All processes of the run sample one clip inside the block: `over` and `tiles_over` a mesh of all of them.
 
-    With guidance half of an even number takes the prompt and half takes none; of each half as many as divide the heads
-    in the largest number go to Ulysses, the others to the ring. In one process nothing happens.
+    With guidance, by default the checkpoint's, half of an even number takes the prompt and half takes none; of each
+    half as many as divide the heads in the largest number go to Ulysses, the others to the ring. Where each process
+    holds one of two experts, those of an expert are divided so. In one process nothing happens.
     """
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if size == 1:
         yield
         return
-    device = dit.head_table.device.type
-    clips = 2 if guided and size % 2 == 0 else 1
-    ulysses = math.gcd(size // clips, dit.config.heads)
-    mesh = init_device_mesh(device, (clips, size // clips // ulysses, ulysses), mesh_dim_names=AXES)
-    with over(dit, mesh), tiles_over(vae, init_device_mesh(device, (size,))):
+    device, apart = sora.device.type, experts.check_halves(sora.expert)
+    halves = 2 if apart else 1
+    guided = [number != 1 for number in flow.pair(sora.defaults.guidance if guidance is None else guidance)]
+    meshes = {}
+    for either in sorted(set(guided)):
+        share = size // halves
+        clips = 2 if either and share % 2 == 0 else 1
+        ulysses = math.gcd(share // clips, sora.dit.config.heads)
+        sizes = halves, clips, share // clips // ulysses, ulysses
+        meshes[either] = init_device_mesh(device, sizes, mesh_dim_names=("experts", *AXES))
+    with ExitStack() as stack:
+        for name, dit, either in zip(experts.NAMES, (sora.dit, sora.second), guided, strict=True):
+            if dit is not None and sora.expert in (None, name) and size > halves:
+                stack.enter_context(over(dit, meshes[either][AXES]))
+        stack.enter_context(tiles_over(sora.vae, init_device_mesh(device, (size,))))
+        if apart:
+            sora.experts = experts.Experts(meshes[guided[0]].get_group("experts"), experts.NAMES.index(sora.expert))
+            stack.callback(setattr, sora, "experts", None)
         yield
 
 

@@ -33,6 +33,7 @@ from .checkpoint import (
     write_tensors,
 )
 from .dit import DiTConfig, SoraDiT
+from .experts import NAMES, Experts
 from .frames import to_pixels
 from .image import ImageEncoder
 from .lora import Loading
@@ -109,6 +110,12 @@ class Sora(Verbs, Planning, Loading):
     folder: Path | None = None
     """Where the checkpoint was read from."""
 
+    expert: str | None = None
+    """The one of two whose weights are here, where the other's are on other processes."""
+
+    experts: Experts | None = None
+    """How they meet, inside of `parallel.sampling`."""
+
     def __init__(
         self,
         dit: SoraDiT,
@@ -152,6 +159,7 @@ class Sora(Verbs, Planning, Loading):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         offload: bool | None = None,
+        expert: str | None = None,
     ) -> Sora:
         """Loads a checkpoint folder: one written by `save_pretrained`, "toy" for the shipped one, or one of Wan 2.1 or
         2.2 in the diffusers layout, from text or from images.
@@ -160,7 +168,8 @@ class Sora(Verbs, Planning, Loading):
         and model_index.json; models of two experts, or that see an image, have folders for these too. `device` defaults
         to a GPU where there is one; `dtype`, of the transformer, to fp32, for Wan on a GPU to bf16. In half precision
         some weights stay in fp32, as Wan keeps them. With `offload` the parts take turns on the device, each there only
-        while it is at work; None: where they do not all fit. Only local safetensors are read. Raises `CheckpointError`
+        while it is at work; None: where they do not all fit. Of a checkpoint of two experts, an `expert`, "high" or
+        "low", has its weights alone loaded: see `experts`. Only local safetensors are read. Raises `CheckpointError`
         for what is missing, damaged, unsafe or of another model, `TooLargeError` for weights that do not fit in memory,
         TypeError for another dtype.
         """
@@ -178,6 +187,10 @@ class Sora(Verbs, Planning, Loading):
             raise CheckpointError(f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json")
         index = read_json(folder / "model_index.json")
         kind = index.get("_class_name")
+        if expert not in (None, *NAMES):
+            raise ValueError(f"expert must be 'high', 'low' or None; got {expert!r}")
+        if expert is not None and index.get("boundary_ratio") is None:
+            raise ValueError(f"expert must be None: {folder} has one transformer, not two experts; got {expert!r}")
         free = machine.available(torch.device("cpu"))
         if kind == "Sora":
             if (weights := sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))) > free:
@@ -191,8 +204,8 @@ class Sora(Verbs, Planning, Loading):
             sora = cls(parts["transformer"], parts["vae"], parts["text_encoder"], defaults)
         elif kind in wan.PIPELINES:
             dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-            wan.check_memory(folder, dtype, free)
-            parts, defaults = wan.read(folder, index, dtype)
+            wan.check_memory(folder, dtype, free, expert)
+            parts, defaults = wan.read(folder, index, dtype, expert)
             sora = cls(**parts, defaults=build(Defaults, defaults, str(folder)))
         else:
             raise CheckpointError(
@@ -201,11 +214,12 @@ class Sora(Verbs, Planning, Loading):
             )
         for module in filter(None, (sora.dit, sora.second, sora.vae.to(torch.float32))):
             module.eval().requires_grad_(False)
-        sora.folder = folder
+        sora.folder, sora.expert = folder, expert
         return sora._placed(device, offload)
 
     def _placed(self, device: torch.device, offload: bool | None) -> Sora:
-        parts = list(filter(None, (self.text, self.image, self.dit, self.second, self.vae)))
+        experts = [part for part in (self.dit, self.second) if part is not None and not part.head_table.is_meta]
+        parts = list(filter(None, (self.text, self.image, *experts, self.vae)))
         turns = Turns(device, parts)
         if offload is None:
             offload = device.type != "cpu" and turns.whole > 0.9 * machine.available(device)
@@ -241,7 +255,8 @@ class Sora(Verbs, Planning, Loading):
     @property
     def turns(self) -> Turns:
         """Called with each part before it is at work."""
-        return self._turns or Turns(self.dit.head_table.device)
+        here = self.second if self.expert == "low" else self.dit
+        return self._turns or Turns(here.head_table.device)
 
     @property
     def sees_frames(self) -> bool:
@@ -321,8 +336,8 @@ class Sora(Verbs, Planning, Loading):
             )
         sampler = Sampler(
             self.dit, self.text, plan.prompt, steps=plan.steps, guidance=plan.guidance, shift=plan.shift,
-            negative=plan.negative, second=self.second, boundary=self.boundary, solver=self.solver,
-            attention=plan.attention, impl=impl, turns=self.turns, clock=plan.clock,
+            negative=plan.negative, second=self.second, boundary=self.boundary, experts=self.experts,
+            solver=self.solver, attention=plan.attention, impl=impl, turns=self.turns, clock=plan.clock,
         )  # fmt: skip
         latents = self._latents(plan, sampler, progress, how)
         self.vae.impl = impl

@@ -11,6 +11,7 @@ from . import flow
 from .attention import AttentionMode
 from .conditioning import Known, conditioned, place
 from .dit import SoraDiT
+from .experts import Experts
 from .machine import Turns
 from .memory import Memory
 from .text import UMT5TextEncoder, WordTextEncoder
@@ -22,6 +23,7 @@ class Sampler:
     steps, guidance, shift  of the solver, as `Sora.generate` has them
     negative                what the guidance leads away from
     second, boundary        a transformer for times below the boundary, 0 to 1: Wan 2.2's expert of little noise
+    experts                 where one of the two is on other ranks, and has no weights here
     solver                  integrates the velocity: `flow.sample`, or what is called like it
     attention               mode of self-attention; None: the model's own, and causal by frames in a stream
     turns                   called with each part before it is at work
@@ -40,6 +42,7 @@ class Sampler:
         negative: str = "",
         second: SoraDiT | None = None,
         boundary: float = 0.0,
+        experts: Experts | None = None,
         solver: Callable[..., Tensor] = flow.sample,
         attention: AttentionMode | None = None,
         impl: str = "auto",
@@ -48,7 +51,9 @@ class Sampler:
     ) -> None:
         self.dit, self.steps, self.guidance, self.shift = dit, steps, flow.pair(guidance), shift
         self.second, self.boundary, self.solver = second, boundary, solver
-        self.attention, self.impl, self.clock = attention, impl, clock
+        self.attention, self.impl, self.clock, self.experts = attention, impl, clock, experts
+        if experts is None and any(part.head_table.is_meta for part in (dit, second) if part is not None):
+            raise ValueError("this process has one of two experts: sample inside of parallel.sampling, on two or more")
         weight = dit.patch_embedding.weight
         self.turns = turns or Turns(weight.device)
         self.dtype, self.device = weight.dtype, self.turns.device
@@ -165,4 +170,6 @@ class Sampler:
         if self.second is None:
             return noisy
         clean = guided(self.second, self.guidance[1])
+        if self.experts is not None:
+            noisy, clean = self.experts.shared((noisy, clean), torch.cat([text for text, _ in self._texts], 1))
         return lambda x, t: (noisy if t.max() >= self.boundary else clean)(x, t)

@@ -13,6 +13,7 @@ import torch
 from . import checks, fp8
 from .checkpoint import FP8, CheckpointError, build, read_header, read_json, wan_weights
 from .dit import DiTConfig, SoraDiT, own_name
+from .experts import NAMES
 from .image import ImageEncoder
 from .machine import TooLargeError, gib, left
 from .solvers import Hosted
@@ -20,14 +21,17 @@ from .text import UMT5TextEncoder
 from .vae import CausalVAE, VAEConfig, wan_config
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_TRANSFORMERS = ("transformer", "transformer_2")  # in the order of experts.NAMES
 _ALWAYS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 
-def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(
+    folder: Path, index: dict[str, Any], dtype: torch.dtype, expert: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the arguments of `Sora`, the fields of its defaults) of a folder and its model_index.json.
 
-    Transformers are in `dtype`, save what is stored in fp8 and stays so. Raises `CheckpointError` for a part that is
-    missing, damaged or of something else.
+    Transformers are in `dtype`, save what is stored in fp8 and stays so; of two, but for the `expert` where one is
+    named, the sizes alone. Raises `CheckpointError` for a part that is missing, damaged or of something else.
     """
     also = [
         name for name in ("transformer_2", "image_encoder")
@@ -43,11 +47,17 @@ def read(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> tuple[dict[
         )
     parts: dict[str, Any] = {"solver": _solver(folder)}
     try:
-        how = {"dtype": dtype, "keep_fp8": True}
-        parts["dit"] = SoraDiT.from_wan(folder / "transformer", **how)
         if boundary is not None:
             checks.number("boundary_ratio", boundary, 0, 1)
-            parts |= {"second": SoraDiT.from_wan(folder / "transformer_2", **how), "boundary": float(boundary)}
+            parts["boundary"] = float(boundary)
+        own = {
+            name: SoraDiT.from_wan(folder / name, dtype=dtype, keep_fp8=True)
+            for name, which in zip(_TRANSFORMERS[: 1 if boundary is None else 2], NAMES, strict=False)
+            if expert in (None, which)
+        }
+        with torch.device("meta"):
+            sizes = None if expert is None else SoraDiT(next(iter(own.values())).config).to_dtype(dtype)
+        parts |= {"dit": own.get("transformer", sizes), "second": own.get("transformer_2", sizes)}
         parts["vae"] = CausalVAE.from_wan(folder / "vae")
     except CheckpointError:
         raise
@@ -107,9 +117,10 @@ def weights_in(parts: Sequence[Part], dtype: torch.dtype) -> int:
     return total + max((part.room for part in parts), default=0)
 
 
-def check_memory(folder: Path, dtype: torch.dtype, free: int) -> None:
+def check_memory(folder: Path, dtype: torch.dtype, free: int, expert: str | None = None) -> None:
     """Raises `TooLargeError` where a folder's weights, the transformers' in `dtype`, take more than `free` bytes."""
-    parts, half = parts_of(folder), torch.bfloat16
+    others = {name for name, which in zip(_TRANSFORMERS, NAMES, strict=True) if expert not in (None, which)}
+    parts, half = [part for part in parts_of(folder) if part.name not in others], torch.bfloat16
     if (wanted := weights_in(parts, dtype)) > free:
         fits = (smaller := weights_in(parts, half)) <= free
         offer = f"dtype={half}, of {gib(smaller)}, would fit" if fits else "use a smaller model"

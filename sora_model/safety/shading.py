@@ -92,7 +92,7 @@ def invert(sora: Sora, frames: Iterable[np.ndarray], *, steps: int = STEPS, impl
     x = sora._coded(video, impl)
     sampler = Sampler(
         sora.dit, sora.text, "", steps=steps, guidance=1.0, shift=sora.defaults.shift, second=sora.second,
-        boundary=sora.boundary, impl=impl, turns=sora.turns,
+        boundary=sora.boundary, experts=sora.experts, impl=impl, turns=sora.turns,
     )  # fmt: skip
     velocity = sampler.velocity()
     times = flow.schedule(steps, sora.defaults.shift).flip(0).tolist()
