@@ -103,6 +103,12 @@ def _diffusers(inputs: Mapping[str, Any], mode: str) -> Callable[..., tuple[Tens
     return qk_norm_rope
 
 
+def _eager_sums(q: Tensor, k: Tensor) -> Tensor:
+    """As a norm over tensor-parallel ranks begins: squares in the dtype, added up in fp32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.cat([x.square().sum((2, 3), dtype=wide) for x in (q, k)], 1)
+
+
 def _flops(shape: Shape, mode: str) -> int:
     """Per element of q and k: a norm 4 forward and 9 backward, its weight 1 and 2, a bias 1, a rotation 3."""
     model, elements = shape.model, 2 * math.prod(_size(shape))
@@ -123,5 +129,16 @@ BENCHMARKS = [
         backward_writes=("q", "k", "q_weight", "k_weight", "q_bias", "k_bias"),
         flops=_flops,
         outputs=2,
+    ),
+    Benchmark(
+        "qk_norm_stats",
+        inputs=lambda shape, dtype, draw: {name: draw(*_size(shape)) for name in "qk"},
+        reference=reference.qk_norm_stats,
+        eager=_eager_sums,
+        differentiable=("q", "k"),
+        backward_reads=("q", "k"),
+        backward_writes=("q", "k"),
+        flops=lambda shape, mode: {"fwd": 2, "bwd": 1}[mode] * 2 * math.prod(_size(shape)),
+        terms=lambda inputs: math.prod(inputs["q"].shape[2:]),
     ),
 ]

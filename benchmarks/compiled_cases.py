@@ -113,7 +113,8 @@ def reduction() -> Iterator[Case]:
 
 
 def qknorm_rope() -> Iterator[Case]:
-    """Wan 1.3B and 14B across the width, HunyuanVideo by head; 32 tokens a program of the backward."""
+    """Wan 1.3B and 14B across the width, HunyuanVideo by head, Wan 1.3B on two ranks; 32 tokens a program of the
+    backward."""
     for H, across, bound in ((12, "width", 4), (40, "width", 4), (24, "head", 12)):
         weights = H * 128 if across == "width" else 128
         yield Case(
@@ -121,6 +122,14 @@ def qknorm_rope() -> Iterator[Case]:
             lambda H=H, n=weights: dict(q=draw(1, 128, H, 128), k=draw(1, 128, H, 128), q_weight=draw(n),
                                         k_weight=draw(n)), bounds={"qknorm_rope.kernels.PROGRAMS": bound},
         )  # fmt: skip
+    q, k = (partial(draw, 1, 128, 6, 128) for _ in "qk")  # one of two ranks
+    yield Case("qk_norm_stats 6x128", op("qk_norm_stats"), lambda: dict(q=q(), k=k()))
+    yield Case(
+        "qk_norm_rope 6x128 on a rank",
+        op("qk_norm_rope", across="width", grid=(4, 8, 8), tokens=(128, 256), width=1536),
+        lambda: dict(q=q(), k=k(), q_weight=draw(768), k_weight=draw(768),
+                     stats=draw(1, 256, dtype=FP32).square() + 1500), bounds={"qknorm_rope.kernels.PROGRAMS": 4},
+    )  # fmt: skip
 
 
 def patchify() -> Iterator[Case]:

@@ -13,7 +13,7 @@ from .attention import (
 from .causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_conv3d
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from .patchify import final_layer, patch_embed3d, unpatchify3d, video_to_uint8
-from .qknorm_rope import qk_norm_rope
+from .qknorm_rope import qk_norm_rope, qk_norm_stats
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "norm_silu",
     "patch_embed3d",
     "qk_norm_rope",
+    "qk_norm_stats",
     "spacetime_attention",
     "unpatchify3d",
     "upsample_conv3d",

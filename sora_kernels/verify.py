@@ -73,6 +73,7 @@ def _cases() -> Iterator[Case]:
         shapes = dict(q=(2, 33, H, E), k=(2, 33, H, E), q_weight=(width,), k_weight=(width,))
         arguments = dict(grid=(2, 3, 5), text_len=3, across=across)
         yield Case("qk_norm_rope", shapes, qknorm_rope.qk_norm_rope, arguments, 66 * H)
+        yield Case("qk_norm_stats", dict(q=(2, 33, H, E), k=(2, 33, H, E)), qknorm_rope.qk_norm_stats, {}, H * E)
     for C, D, patch in ((3, 72, (1, 2, 2)), (16, 1536, (1, 2, 2))):
         grid, features = (3, 4, 5), C * math.prod(patch)
         video, tokens = (2, C, *(n * p for n, p in zip(grid, patch, strict=True))), (2, 60, features)

@@ -75,6 +75,9 @@ def cases(device: torch.device) -> dict[str, Case]:
     ) -> tuple[Tensor, Tensor]:
         return qknorm_rope.qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, grid=grid, across=across)
 
+    def squares(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat([x.square().sum((2, 3)) for x in (q, k)], 1)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
@@ -114,6 +117,7 @@ def cases(device: torch.device) -> dict[str, Case]:
             dict(x=x, y=y, gate=row(), **rows), gate_modulate
         ),
         "qk_norm_rope": (turned, rotate),
+        "qk_norm_stats": (dict(q=heads(), k=heads()), squares),
         "patch_embed3d": (dict(video=latents, weight=draw(D, 8, *PATCH) / 6), embed),
         "unpatchify3d": (
             dict(tokens=draw(B, S, 32), grid=GRID, patch=PATCH, channels=8), unpatchify

@@ -161,7 +161,7 @@ def modulation() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
     """The heads of public models: across the width and per head, both pairings, partial rotation, given freqs."""
     from sora_kernels import _triton
-    from sora_kernels.qknorm_rope import kernels
+    from sora_kernels.qknorm_rope import kernels, kernels_stats
 
     cases = [  # heads, E, rotary_dim, norm (a layer norm with a bias), across the width, interleaved, freqs
         (12, 128, 128, 1, True, True, None),
@@ -174,16 +174,20 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         (24, 112, 112, 1, False, True, None),
         (1, 2048, 2048, 1, False, True, "of a token"),
         (32, 128, 128, 1, True, False, "of a head"),
+        (6, 128, 128, 1, True, True, "of all ranks"),
     ]
     for H, E, rotary, norm, width, interleaved, given in cases:
         q, dout, out, dq = (torch.empty(1, 4096, H, E, dtype=torch.bfloat16, device="meta") for _ in range(4))
         weight, dweight, bias, dbias = (torch.empty(H * E if width else E, device="meta") for _ in range(4))
         bias, dbias = (bias, dbias) if norm == 2 else (None, None)
         n = rotary // 2
+        ranks = given == "of all ranks"  # sums of squares, and some of the tokens of a grid
         rows = (4096, H) if given == "of a head" else (4096,)
-        tables = [torch.empty(*rows, n, device="meta") if given else None for _ in range(2)]
-        axes = [] if given else [16, 16, 16, n - 2 * (n // 3), n // 3, n // 3, 0, 0, 0]
-        settings = (*tables, None, None, norm, width, axes, 1e4, 0, interleaved, 1e-6)
+        tables = [torch.empty(*rows, n, device="meta") if given and not ranks else None for _ in range(2)]
+        axes = [] if given and not ranks else [16, 16, 16, n - 2 * (n // 3), n // 3, n // 3, 0, 0, 0]
+        axes = [32, *axes[1:], 4096, 8192] if ranks else axes
+        stats, dstats = (torch.empty(1, 4096, device="meta") if ranks else None for _ in range(2))
+        settings = (stats, *tables, None, None, norm, width, axes, 1e4, 0, interleaved, 1e-6, 2 * H * E, 2 * H * E)
         none = q[:, :0]  # k is launched like q: once is enough
 
         def forward(q=q, none=none, affine=(weight, None, bias, None), settings=settings, out=out):
@@ -191,14 +195,19 @@ def qknorm_rope() -> Iterator[tuple[str, Callable[[], None], tuple]]:
 
         def backward(
             dout=dout, q=q, none=none, affine=(weight, None, bias, None), settings=settings,
-            grads=(dq, none, dweight, None, dbias, None),
+            grads=(dq, none, dweight, None, dbias, None, dstats),
         ):  # fmt: skip
             kernels.qk_norm_rope_bwd(dout, none, q, none, *affine, *settings, *grads)
 
-        kind = " across" * width + " biased" * (norm == 2)
+        kind = " across" * width + " biased" * (norm == 2) + " ranks" * ranks
         name = f"{H}x{E}{kind} {rotary} turn {'pairs' if interleaved else 'halves'}"
         yield f"{name} forward", forward, (kernels, _triton)
         yield f"{name} backward", backward, (kernels, _triton)
+        if ranks:
+            sums = functools.partial(kernels_stats.qk_norm_stats_fwd, q, none, stats)
+            back = functools.partial(kernels_stats.qk_norm_stats_bwd, dstats, q, none, dq, None)
+            yield f"sums of {H}x{E} forward", sums, (kernels_stats,)
+            yield f"sums of {H}x{E} backward", back, (kernels_stats,)
 
 
 def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:

@@ -55,6 +55,9 @@ def calls() -> dict[str, dict]:
         ),
         "qk_norm_rope with freqs": dict(q=heads["q"], k=heads["k"], freqs=(randn(8, 3), randn(8, 3)),
                                         k_freqs=(randn(2, 8, 1, 3), randn(2, 8, 1, 3)), rotary_dim=6, text_len=1),
+        "qk_norm_rope on ranks": dict(q=heads["q"], k=heads["k"], across="width", stats=randn(2, 18).square(), width=32,
+                                      grid=(3, 2, 2), tokens=(2, 11)),
+        "qk_norm_stats": dict(q=heads["q"], k=heads["k"]),
         "patch_embed3d": dict(video=randn(2, 3, 2, 4, 4), weight=randn(5, 3, 1, 2, 2), bias=randn(5), pos=randn(8, 5)),
         "unpatchify3d": dict(tokens=randn(2, 8, 12), grid=(2, 2, 2), patch=(1, 2, 2), channels=3),
         "final_layer": dict(

@@ -59,6 +59,13 @@ CALLS = PLAIN | {
         ),
         lambda n: (torch.randn(n, 10, 2, 8), torch.randn(n, 10, 3, 8), *(torch.randn(c) for c in (16, 24, 16))),
     ),
+    "qk_norm_rope stats": (
+        lambda q, k, s, w: sk.qk_norm_rope(
+            q, k, q_weight=w, across="width", stats=s.square() + 1, width=32, grid=(3, 2, 2), tokens=(1, 11)
+        ),
+        lambda n: (torch.randn(n, 10, 2, 8), torch.randn(n, 10, 3, 8), torch.randn(n, 20), torch.randn(16)),
+    ),
+    "qk_norm_stats": (sk.qk_norm_stats, lambda n: (torch.randn(n, 6, 2, 8), torch.randn(n, 5, 3, 8))),
     "qk_norm_rope freqs": (
         lambda q, k: sk.qk_norm_rope(q, k, norm=None, freqs=(torch.linspace(0, 1, 24).view(6, 4),) * 2),
         lambda n: torch.randn(2, n, 6, 2, 8).unbind(),

@@ -1,4 +1,4 @@
-"""Operations over several processes: DTensors are refused, `local_map` serves them."""
+"""Operations over several processes: DTensors are refused, `local_map` serves them; a norm of heads on several ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from in_ranks import in_ranks
 
 import sora_kernels
 from sora_kernels import norm_modulate
+from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,56 @@ def test_local_map_gives_what_one_process_gives_where_the_gradients_of_rows_are_
     expected = [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=0, atol=1e-5)
+
+
+WIDTH, HEADS, GRID = 48, 4, (2, 3, 2)
+
+
+def _projected(x, q_proj, k_proj, q_norm, k_norm, norms, **rest):
+    """q and k [B, S, H, E] of the heads whose channels the projections have."""
+    q, k = (torch.nn.functional.linear(x, w).unflatten(2, (-1, WIDTH // HEADS)) for w in (q_proj, k_proj))
+    return norms(q, k, q_weight=q_norm, k_weight=k_norm, across="width", grid=GRID, **rest)
+
+
+def _columns_of_a_rank(rank, folder):
+    """Projections divided by columns, on two ranks: three heads of four, and one."""
+    from torch.distributed.nn.functional import all_reduce
+
+    given, grads = torch.load(f"{folder}/given.pt")
+    heads, channels = (slice(0, 3), slice(3, 4))[rank], (slice(0, 36), slice(36, 48))[rank]
+    x = given.pop("x").requires_grad_()
+    own = {name: t[channels].clone().requires_grad_() for name, t in given.items()}
+
+    def norms(q, k, **rest):
+        stats = all_reduce(sora_kernels.qk_norm_stats(q, k))
+        return sora_kernels.qk_norm_rope(q, k, stats=stats, width=WIDTH, **rest)
+
+    outputs = _projected(x, **own, norms=norms)
+    dx, *parts = torch.autograd.grad(outputs, [x, *own.values()], [g[:, :, heads] for g in grads])
+    dist.all_reduce(dx)  # of what every rank has
+    results = [t.detach() for t in outputs], dx, parts
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def test_a_norm_over_the_width_of_divided_heads_is_that_of_one_process(tmp_path):
+    """Outputs and every gradient, beside fp64, by the error rule."""
+    from sora_kernels.qknorm_rope import reference
+
+    shapes = dict(x=(2, 12, 40), q_proj=(WIDTH, 40), k_proj=(WIDTH, 40), q_norm=(WIDTH,), k_norm=(WIDTH,))
+    given = {name: torch.randn(shape) for name, shape in shapes.items()}
+    grads = [torch.randn(2, 12, HEADS, WIDTH // HEADS) for _ in "qk"]
+    torch.save((given, grads), tmp_path / "given.pt")
+    in_ranks(_columns_of_a_rank, 2, tmp_path)
+
+    def whole(**tensors):
+        return _projected(**tensors, norms=reference.qk_norm_rope)
+
+    oracle = outputs_and_grads(whole, {n: t.double() for n, t in given.items()}, [g.double() for g in grads])
+    baseline = outputs_and_grads(whole, given, grads)
+    (outs, dx, parts), (more_outs, same_dx, more_parts) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    ours = [torch.cat(pair, 2) for pair in zip(outs, more_outs, strict=True)] + [dx]
+    ours += [torch.cat(pair) for pair in zip(parts, more_parts, strict=True)]
+    assert torch.equal(dx, same_dx)
+    for (name, expected), result in zip(oracle.items(), ours, strict=True):
+        terms = {"output0": 40, "output1": 40, "grad x": 2 * WIDTH}.get(name, 24)  # channels, else tokens
+        assert_matches_oracle(result, expected, baseline[name], name, terms)

@@ -60,10 +60,18 @@ def qknorm_rope(B, S, H, E):
     q, out, dout, dq = (empty(B, S, H, E) for _ in range(4))
     none = q[:, :0]
     cos, sin, weight, dweight = empty(S, E // 2), empty(S, E // 2), empty(E), empty(E)
-    settings = (cos, sin, None, None, 1, False, [], 1e4, 0, True, 1e-6)
+    settings = (None, cos, sin, None, None, 1, False, [], 1e4, 0, True, 1e-6, 0, 0)
     kernels.qk_norm_rope_fwd(q, none, weight, None, None, None, *settings, False, out, none)
-    grads = dq, none, dweight, None, None, None
+    grads = dq, none, dweight, None, None, None, None
     kernels.qk_norm_rope_bwd(dout, none, q, none, weight, None, None, None, *settings, *grads)
+
+
+def sums(B, S, H, E):
+    from sora_kernels.qknorm_rope import kernels_stats
+
+    q, dq, stats = empty(B, S, H, E), empty(B, S, H, E), empty(B, S, dtype=torch.float32)
+    kernels_stats.qk_norm_stats_fwd(q, q[:, :0], stats)
+    kernels_stats.qk_norm_stats_bwd(stats, q, q[:, :0], dq, None)
 
 
 def patchify(B, C, grid, patch, D, frames=1):
@@ -136,6 +144,7 @@ CASES = {
     "many clips": [
         *(lambda index=index: modulation(70_000, 4, 64, 2, index) for index in (False, True)),
         lambda: qknorm_rope(70_000, 4, 2, 64),
+        lambda: sums(70_000, 4, 2, 64),
         lambda: patchify(70_000, 4, (1, 2, 2), (1, 2, 2), 64),
         *(lambda g=g, last=last: norms(70_000, 32, (1, 4, 4), g, last) for g in (0, 4) for last in (False, True)),
         lambda: convolution(16, 16, (3, 3, 3), (1, 4, 4), B=70_000),
@@ -151,6 +160,7 @@ CASES = {
     "many pixels": [
         *(lambda index=index: modulation(1, 2**25, 128, 2**15, index) for index in (False, True)),
         lambda: qknorm_rope(1, 2**24, 8, 128),
+        lambda: sums(1, 2**24, 8, 128),
         lambda: patchify(1, 16, (64, 256, 1024), (1, 2, 2), 256, frames=64),
         *(lambda g=g, last=last: norms(1, 32, (512, 1024, 1024), g, last) for g in (0, 4) for last in (False, True)),
         lambda: convolution(16, 16, (3, 3, 3), (64, 2048, 2048)),
@@ -196,6 +206,7 @@ OFFSETS = {  # the function, the shapes of what lies spread, and of a weight
     "norm_modulate": (lambda x, s, **impl: sora_kernels.norm_modulate(x, s, s, **impl), [TOKENS] * 2),
     "gate_residual": (sora_kernels.gate_residual, [TOKENS] * 3),
     "qk_norm_rope": (lambda q, **impl: sora_kernels.qk_norm_rope(q, q, grid=(3, 1, 1), **impl)[0], [HEADS]),
+    "qk_norm_stats": (sora_kernels.qk_norm_stats, [HEADS] * 2),
     "gate_heads": (sora_kernels.gate_heads, [HEADS, HEADS[:3]]),
     "spacetime_attention": (sora_kernels.spacetime_attention, [HEADS] * 3),
     "spacetime_attention in windows": (
@@ -246,6 +257,7 @@ TOO_WIDE = {
         x, x, x[0, 0], x[0, 0], x[0, 0], impl="triton"
     ),
     "qk_norm_rope": lambda x: sora_kernels.qk_norm_rope(x[:, :, None], x[:, :, None], impl="triton"),
+    "qk_norm_stats": lambda x: sora_kernels.qk_norm_stats(x[:, :, None], x[:, :, None], impl="triton"),
     "norm_silu": lambda x: sora_kernels.norm_silu(x.reshape(1, WIDE, 1, 1, 1), x[0, 0], impl="triton"),
     "causal_conv3d": lambda x: sora_kernels.causal_conv3d(
         x[..., :2].reshape(1, 2, 1, 1, 1), x.new_empty(WIDE, 2, 1, 1, 1), norm_weight=x[0, 0], impl="triton"

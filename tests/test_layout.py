@@ -21,6 +21,8 @@ LONG = {  # file -> why it may exceed 400 lines
     "sora_kernels/modulation/op.py": "three functions with long signatures, each with schema, autograd and docstring",
     "sora_kernels/modulation/kernels.py": "one forward and one backward kernel, and the launchers of three functions",
     "sora_kernels/patchify/kernels_final.py": "one forward, which the backward runs too, and one backward kernel",
+    "sora_kernels/qknorm_rope/op.py": "two functions, one with a long signature, each with schema, autograd, docstring",
+    "sora_kernels/qknorm_rope/kernels.py": "one forward and one backward kernel, of heads on one rank or on several",
     "sora_kernels/causal_conv/kernels_norm.py": "two norms, two memory formats, both directions: five kernels in step",
     "sora_kernels/causal_conv/op.py": "four functions with long signatures, each with schema, autograd and docstring",
     "sora_model/dit.py": "configuration, layers and Wan's names are one model in one file",

@@ -105,6 +105,11 @@ CASES = {
         "qk_norm_rope", dict(q=(2, 4, 2, 8), k=(2, 3, 1, 8), cos=(2, 4, 2, 4), sin=(2, 4, 2, 4),
                              k_cos=(1, 3, 1, 4), k_sin=(1, 3, 1, 4)), {}, ("cos", "sin", "k_cos", "k_sin"),
     ),
+    "qk_norm_rope, stats": Case(
+        "qk_norm_rope", HEADS | dict(q_weight=(16,), k_weight=(16,), stats=(1, 12)),
+        dict(across="width", width=32, eps=4.0, grid=(2, 2, 3), tokens=(4, 10)),
+    ),
+    "qk_norm_stats": Case("qk_norm_stats", dict(q=(2, 6, 2, 8), k=(2, 4, 3, 8))),
     "patch_embed3d": Case(
         "patch_embed3d", dict(video=(2, 3, 1, 4, 4), weight=(5, 3, 1, 2, 2), bias=(5,), pos=(4, 5))
     ),
@@ -357,6 +362,9 @@ def empty_cases():
             both = dict(x=x, y=x, gate=(D,), shift=row, scale=row, gate_table=(D,), **vectors)
             yield Case("gate_residual_norm_modulate", both)
     for B, S, H, E in ((0, 6, 2, 8), (2, 0, 2, 8), (2, 6, 0, 8), (2, 6, 2, 0)):
+        yield Case("qk_norm_stats", dict(q=(B, S, H, E), k=(B, S + 1, H, E)))
+        shapes = dict(q=(B, S, H, E), k=(B, S, H, E), stats=(B, 2 * S), q_weight=(H * E,))
+        yield Case("qk_norm_rope", shapes, dict(across="width", width=32, eps=9.0))
         for across, norm in itertools.product(("head", "width"), ("rms", "layer", None)):
             width = (E,) if across == "head" else (H * E,)
             names = ("q_weight", "k_weight", "q_bias", "k_bias")[: 0 if norm is None else 2 if norm == "rms" else 4]

@@ -26,11 +26,16 @@ def op_samples() -> list[tuple[str, tuple]]:
     torch.manual_seed(0)
     q, k = torch.randn(2, 7, 3, 8), torch.randn(2, 7, 1, 8)
     affine, none = tuple(torch.randn(4, 8)), (None,) * 4
-    on_the_fly = (None, None, None, None, 2, False, [1, 2, 3, 2, 1, 1, 0, 5, 0], 1e4, 1, True, 1e-6)
-    given = (torch.randn(7, 3), torch.randn(7, 3), None, None, 2, False, None, 1e4, 0, False, 1e-6)
-    by_clip = (*torch.randn(2, 2, 7, 1, 4), *torch.randn(2, 1, 7, 1, 4), 0, False, None, 1e4, 0, False, 1e-6)
-    by_head = (torch.randn(6, 3, 4), torch.randn(6, 3, 4), None, None, 1, False, None, 1e4, 1, False, 1e-6)
-    plain = (None, None, None, None, 0, False, None, 1e4, 0, True, 1e-6)
+    on_the_fly = (*none, None, 2, False, [1, 2, 3, 2, 1, 1, 0, 5, 0], 1e4, 1, True, 1e-6, 0, 0)
+    given = (None, torch.randn(7, 3), torch.randn(7, 3), None, None, 2, False, None, 1e4, 0, False, 1e-6, 0, 0)
+    tables = *torch.randn(2, 2, 7, 1, 4), *torch.randn(2, 1, 7, 1, 4)
+    by_clip = (None, *tables, 0, False, None, 1e4, 0, False, 1e-6, 0, 0)
+    by_head = (None, torch.randn(6, 3, 4), torch.randn(6, 3, 4), None, None, 1, False, None, 1e4, 1, False, 1e-6, 0, 0)
+    plain = (*none, None, 0, False, None, 1e4, 0, True, 1e-6, 0, 0)
+    stats, part = torch.rand(2, 14), [4, 2, 3, 2, 1, 1, 0, 5, 0, 11, 17]
+    across = (stats, *none, 1, True, part, 1e4, 0, True, 1e-6, 48, 16)
+    weights = (torch.randn(24), torch.randn(8), None, None)
+    dweights = (*map(torch.empty_like, weights[:2]), None, None)
     empty = torch.empty_like
     return [
         ("qk_norm_rope_fwd", (q, k, *affine, *on_the_fly, False, empty(q), empty(k))),
@@ -38,10 +43,13 @@ def op_samples() -> list[tuple[str, tuple]]:
         ("qk_norm_rope_fwd", (q, q, *none, *by_head, False, empty(q), empty(q))),
         ("qk_norm_rope_fwd", (q, k, *none, *by_clip, False, empty(q), empty(k))),
         ("qk_norm_rope_fwd", (q, k, *none, *plain, False, empty(q), empty(k))),
-        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *on_the_fly, *map(empty, (q, k, *affine)))),
-        ("qk_norm_rope_bwd", (q, q, q, q, *none, *by_head, *map(empty, (q, q)), *none)),
-        ("qk_norm_rope_bwd", (q, k, q, k, *none, *by_clip, *map(empty, (q, k)), *none)),
-        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *given, None, empty(k), None, *map(empty, affine[1:3]), None)),
+        ("qk_norm_rope_fwd", (q, k, *weights, *across, False, empty(q), empty(k))),
+        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *on_the_fly, *map(empty, (q, k, *affine)), None)),
+        ("qk_norm_rope_bwd", (q, q, q, q, *none, *by_head, *map(empty, (q, q)), *none, None)),
+        ("qk_norm_rope_bwd", (q, k, q, k, *none, *by_clip, *map(empty, (q, k)), *none, None)),
+        ("qk_norm_rope_bwd", (q, k, q, k, *affine, *given, None, empty(k), None, *map(empty, affine[1:3]), None, None)),
+        ("qk_norm_rope_bwd", (q, k, q, k, *weights, *across, empty(q), empty(k), *dweights, empty(stats))),
+        ("qk_norm_rope_bwd", (q, k, q, k, *weights, *across, *none, None, None, empty(stats))),
     ]  # fmt: skip
 
 
@@ -216,6 +224,30 @@ def test_origin_continues_a_clip():
     whole, _ = qk_norm_rope(x, x, grid=(4, 2, 3))
     later, _ = qk_norm_rope(x[:, 12:], x[:, 12:], grid=(2, 2, 3), origin=(2, 0, 0))
     assert torch.equal(whole[:, 12:], later)
+
+
+@IMPLS
+@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[4]])
+def test_some_of_a_grids_tokens_are_those_of_the_whole(case, impl, require):
+    """Bit for bit, text before and behind them, and the gradients too: they begin and end within a row."""
+    require("qk_norm_rope", impl, grad=True)
+    inputs, settings = make(case, torch.float32)
+    grid = settings.pop("grid")
+    settings |= dict(origin=(2, 0, 5), impl=impl)
+    grads = [torch.randn_like(inputs[x]) for x in "qk"]
+    count, affine = math.prod(grid), {name: t for name, t in inputs.items() if "_" in name}
+    whole = outputs_and_grads(lambda **kw: qk_norm_rope(**kw, **settings, grid=grid), inputs, grads)
+    text = list(range(case.first)) or list(range(count, case.S))
+    for start, stop in ((0, count), (count // 3, count - 1), (count, count)):
+        mine = [case.first + n for n in range(start, stop)]
+        some = text + mine if case.first else mine + text
+        given = {x: inputs[x][:, some] for x in "qk"}
+        part = outputs_and_grads(
+            lambda tokens=(start, stop), **kw: qk_norm_rope(**kw, **affine, **settings, grid=grid, tokens=tokens),
+            given, [g[:, some] for g in grads],
+        )  # fmt: skip
+        for name, t in part.items():
+            assert torch.equal(t, whole[name][:, some]), (name, start, stop)
 
 
 def test_freqs_equal_grid():
@@ -508,7 +540,7 @@ def test_tables_are_read_where_they_lie(case, impl, require, monkeypatch):
     for arranged in (across, wide, one):
         calls.clear()
         assert all(torch.equal(a, b) for a, b in zip(run(arranged).values(), expected.values(), strict=True))
-        for args, at in zip(calls, (6, 8), strict=True):
+        for args, at in zip(calls, (7, 9), strict=True):
             given = [t for pair in arranged for t in pair]
             assert [t.data_ptr() for t in args[at : at + 4]] == [t.data_ptr() for t in given]
 
@@ -671,6 +703,11 @@ ERRORS = [
     (dict(q=x[..., :7], k=x[..., :7]), ValueError, "rotary_dim must be even.*got 7"),
     (dict(split=(1, 1, 1)), ValueError, r"split \(1, 1, 1\) must sum to rotary_dim/2 = 4; got 3"),
     (dict(split=(5, -1, 0)), ValueError, "split must be at least 0"),
+    (dict(tokens=(0, 6), grid=None), ValueError, "tokens are those of a grid=.T, H, W.; got none"),
+    (dict(tokens=6), ValueError, r"tokens must be two integers \(start, stop\); got 6"),
+    (dict(tokens=(1, 7)), ValueError, r"tokens \(start, stop\) must lie in the grid's 6, in order; got \(1, 7\)"),
+    (dict(tokens=(4, 2)), ValueError, r"in order; got \(4, 2\)"),
+    (dict(tokens=(0, 5)), ValueError, r"tokens \(0, 5\) of grid \(1, 2, 3\) and text_len 0 make 5 tokens; q has S=6"),
     (dict(theta=0.0), ValueError, "theta must be positive"),
     (dict(eps=0.0), ValueError, "eps must be positive"),
     (dict(origin=(0, 0)), ValueError, "origin must be three integers"),

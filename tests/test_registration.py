@@ -94,6 +94,13 @@ CALLS = {
         lambda q, k, u, v: sora_kernels.qk_norm_rope(q, k, q_weight=u, k_weight=v, grid=(3, 2, 2)),
         lambda n: (*heads(n)[:2], *torch.randn(2, 8)),
     ),
+    "qk_norm_stats": (sora_kernels.qk_norm_stats, lambda n: heads(n)[:2]),
+    "qk_norm_rope stats": (
+        lambda q, k, s, u, v: sora_kernels.qk_norm_rope(
+            q, k, q_weight=u, k_weight=v, across="width", stats=s, width=48, grid=(3, 5, 2), tokens=(7, 19)
+        ),
+        lambda n: (*heads(n)[:2], 1 + torch.rand(n, 24), *torch.randn(2, 16)),
+    ),
     "patch_embed3d": (
         sora_kernels.patch_embed3d, lambda n: (torch.randn(n, 3, 2, 4, 4), torch.randn(5, 3, 1, 2, 2), torch.randn(5)),
     ),

@@ -37,12 +37,17 @@ def modulation_refused(x: Tensor, row: Tensor) -> None:
 
 def heads(q: Tensor, weight: Tensor) -> None:
     assert_type(sora_kernels.qk_norm_rope(q, q, q_weight=weight, k_weight=weight, grid=GRID), tuple[Tensor, Tensor])
+    stats = sora_kernels.qk_norm_stats(q, q)
+    assert_type(stats, Tensor)
+    assert_type(sora_kernels.qk_norm_rope(q, q, across="width", stats=stats, width=2 * D), tuple[Tensor, Tensor])
+    assert_type(sora_kernels.qk_norm_rope(q, q, grid=[2 * T, H, W], tokens=(S, 2 * S)), tuple[Tensor, Tensor])
     assert_type(sora_kernels.gate_heads(q, torch.ones(q.shape[:3])), Tensor)
 
 
 def heads_refused(q: Tensor) -> None:
     sora_kernels.qk_norm_rope(q, q, grid=S)  # type: ignore[arg-type]
     sora_kernels.qk_norm_rope(q)  # type: ignore[call-arg]
+    sora_kernels.qk_norm_stats(q)  # type: ignore[call-arg]
 
 
 def attention(q: Tensor, lens: Tensor, with_lse: bool) -> None:

@@ -35,6 +35,8 @@ struct Params {
   const Rotation* rotation = nullptr;
   int64_t norm = kNone;
   bool width = false;
+  Stats stats, dstats;         // sums of squares over the heads of all ranks, which have so many channels
+  int64_t channels = 0;
   bool host = false;           // forward: what is normalised is rounded before it turns
   float eps = 0;
   int64_t chunk_rows = 0;      // backward
@@ -98,6 +100,11 @@ SORA_INLINE void average(const Params& p, float* sums, int64_t heads) {
   for (int64_t i = 0; i < heads; ++i) sums[i] = static_cast<float>(sums[i] * share);
 }
 
+// The mean squares of a token whose heads lie on several ranks.
+SORA_INLINE void given(const Params& p, int64_t b, int64_t s, float* squares, int64_t heads) {
+  std::fill_n(squares, heads, static_cast<float>(p.stats.at(b, s) / static_cast<double>(p.channels)));
+}
+
 // Mean squares become 1/sigma.
 SORA_INLINE void invert(const Params& p, float* squares, int64_t heads) {
 #pragma omp simd
@@ -152,13 +159,13 @@ struct Forward {
   static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
                                 const Angles* angles, const Rows& r) {
     const int64_t n = std::min(p.step(), p.H - h);
-    const bool layer = p.norm == kLayer;
+    const bool layer = p.norm == kLayer, known = static_cast<bool>(p.stats);
     for (int64_t i = 0; i < n; ++i) {
       float* v = r.v + i * order.width;
       Total<V> total;
       load_channels<V, T>(p, order, b, s, h + i, r.exists, [&](int64_t at, const Floats<V>& x) SORA_LAMBDA {
         put<V>(v + at, x);
-        total.add(at, layer ? x : x * x);
+        if (!known) total.add(at, layer ? x : x * x);
       });
       r.rstd[i] = total.sum(), r.mean[i] = 0.0f;
     }
@@ -175,7 +182,8 @@ struct Forward {
         r.rstd[i] = total.sum(), r.mean[i] = mean;
       }
     }
-    average(p, r.rstd, n);
+    if (known) given(p, b, s, r.rstd, n);
+    else average(p, r.rstd, n);
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) {
       const float *v = r.v + i * order.width, *weight = r.weight + p.parameter(i), *bias = r.bias + p.parameter(i);
@@ -195,7 +203,8 @@ struct Forward {
 // ---- backward
 //
 // With g = dout turned back: dbias = sum of g, dweight = sum of g * xhat, and dx follows from weight * g by the norm's
-// own backward.
+// own backward. Where the sum of squares is given, dx is what it is beside that, and the sum's own gradient is a result:
+// whoever added it up over ranks adds those up too.
 // Tokens are cut into chunks whose borders depend on the sizes only, never on the number of threads. A chunk leaves one
 // fp32 partial row, and those are added in order: the result is the same bits however many threads ran.
 
@@ -243,7 +252,7 @@ struct Backward {
   static SORA_INLINE void heads(const Params& p, const Order& order, int64_t b, int64_t s, int64_t h,
                                 const Angles* angles, const Rows& r) {
     const int64_t n = std::min(p.step(), p.H - h), width = order.width;
-    const bool norm = p.norm != kNone;
+    const bool norm = p.norm != kNone, known = static_cast<bool>(p.stats);
     for (int64_t i = 0; i < n; ++i) {
       const Turn turn = angles ? angles->of_head(h + i) : Turn{};
       float* g = r.g + i * width;
@@ -251,7 +260,8 @@ struct Backward {
               [&](int64_t at, const Floats<V>& x) SORA_LAMBDA { put<V>(g + at, x); });
       if (norm) channels(p, order, b, s, h, i, r);
     }
-    if (norm) statistics(p, order, n, r);
+    if (norm && p.stats) given_statistics(p, b, s, n, r);
+    else if (norm) statistics(p, order, n, r);
     for (int64_t i = 0; i < n; ++i) {
       const float *g = r.g + i * width, *v = r.v + i * width, *weight = r.weight + p.parameter(i);
       const float mean = r.mean[i], rstd = r.rstd[i], along = r.along[i], shift = r.shift[i];
@@ -265,7 +275,8 @@ struct Backward {
         const Floats<V> c = fetch<V>(v + at) - mean;
         if (wants_dweight) put<V>(dweight + at, fetch<V>(dweight + at) + dy * (c * rstd));
         if (wants_dbias) put<V>(dbias + at, fetch<V>(dbias + at) + dy);
-        return (dy * fetch<V>(weight + at) - shift - c * along) * rstd;
+        const Floats<V> scaled = dy * fetch<V>(weight + at);
+        return known ? scaled * rstd : (scaled - shift - c * along) * rstd;
       };
       if (p.dx) {
         store<V>(p.dx.at<T>(b, s, h + i), order, {}, dx);
@@ -313,6 +324,17 @@ struct Backward {
     invert(p, r.rstd, n);
     for (int64_t i = 0; i < n; ++i) r.along[i] *= r.rstd[i] * r.rstd[i];
   }
+
+  // Leaves rstd, and the gradient of the token's sum of squares: -rstd^3 / 2 channels * the sum of v * weight * g.
+  static SORA_INLINE void given_statistics(const Params& p, int64_t b, int64_t s, int64_t n, const Rows& r) {
+    given(p, b, s, r.rstd, n);
+    invert(p, r.rstd, n);
+    if (!p.dstats) return;
+    const double rstd = r.rstd[0];
+    double along = 0;
+    for (int64_t i = 0; i < n; ++i) along += r.along[i];
+    p.dstats.at(b, s) = static_cast<float>(-0.5 * rstd * rstd * rstd / static_cast<double>(p.channels) * along);
+  }
 };
 
 void store_gradient(const Params& p, const Vector& to, const float* from) {
@@ -352,7 +374,7 @@ void forward(Params p, const Tensor& out) {
 }
 
 void backward(Params p, ScalarType dtype) {
-  if (!p.dx && !p.dweight && !p.dbias) return;
+  if (!p.dx && !p.dweight && !p.dbias && !p.dstats) return;
   join_heads(p);
   isa();  // as in forward
   p.chunk_rows = std::max(kMinRows, (p.rows() + kChunks - 1) / kChunks);
@@ -360,6 +382,7 @@ void backward(Params p, ScalarType dtype) {
   const Scratch partials(1, std::max<int64_t>(chunks, 1) * gradients);
   p.partials = gradients ? partials.row(0) : nullptr;
   if (chunks == 0) std::fill_n(partials.row(0), gradients, 0.0f);
+  for (int64_t row = 0; p.dstats && chunks == 0 && row < p.rows(); ++row) p.dstats.at(row / p.S, row % p.S) = 0.0f;
   with_dtype(dtype, [&](auto t) {
     if (p.dx) advise_huge_pages(p.dx.data, p.rows() * p.H * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -416,7 +439,8 @@ const std::vector<uint64_t>& angle_steps(const std::vector<int64_t>& split, doub
 // none rather than empty: programs compiled ahead of time lose a list that is empty
 using OptionalList = std::optional<std::vector<int64_t>>;
 
-// axes: of t, h and w the size, then the pairs, then the origin; or none.
+// axes: of t, h and w the size, then the pairs, then the origin; then, if not all of the grid's tokens are here, the first
+// of those that are and the one after the last; or none.
 Rotation rotation(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin,
                   const OptionalList& given, double theta, int64_t first) {
   Rotation r;
@@ -439,18 +463,21 @@ Rotation rotation(const Tensor& x, const OptionalTensor& cos, const OptionalTens
   }
   if (!given) return r;
   const std::vector<int64_t>& axes = *given;
-  SORA_CHECK(axes.size() == 9, "axes: expected the sizes, pairs and origins of three axes, got ", axes.size(), " integers");
+  SORA_CHECK(axes.size() == 9 || axes.size() == 11, "axes: expected the sizes, pairs and origins of three axes, or these and",
+             " two tokens, got ", axes.size(), " integers");
   std::copy_n(axes.begin(), 3, r.grid);
   std::copy_n(axes.begin() + 3, 3, r.split);
   std::copy_n(axes.begin() + 6, 3, r.origin);
   r.tokens = r.grid[0] * r.grid[1] * r.grid[2];
+  if (axes.size() == 11) r.start = axes[9], r.tokens = axes[10] - axes[9];
   r.steps = angle_steps({axes.begin() + 3, axes.begin() + 6}, theta);
   r.pairs = r.split[0] + r.split[1] + r.split[2];
   return r;
 }
 
 Params params(const char* name, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-              const Rotation& rotation, int64_t norm, bool width, bool interleaved, double eps) {
+              const Rotation& rotation, int64_t norm, bool width, bool interleaved, double eps, const Stats& stats,
+              int64_t channels) {
   SORA_CHECK(x.dim() == 4, name, ": expected (B, S, H, E), got ", describe(x));
   Params p{.B = x.size(0), .S = x.size(1), .H = x.size(2), .E = x.size(3)};
   SORA_CHECK(2 * rotation.pairs <= p.E && rotation.first >= 0 &&
@@ -460,6 +487,9 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
   SORA_CHECK((rotation.heads == 0 || rotation.heads == p.H) && (rotation.batch == 0 || rotation.batch == p.B), name,
              ": expected the ", rotation.batch, " clips and ", rotation.heads, " heads that cos and sin have (0: any), got ",
              describe(x));
+  SORA_CHECK(!stats || (norm == kRms && width && channels > 0),
+             "stats: expected an RMS norm across a width of at least 1, got norm ", norm, ", width ", channels);
+  p.stats = stats, p.channels = channels;
   p.rotation = &rotation;
   p.norm = norm, p.width = width, p.eps = static_cast<float>(eps);
   p.order = {p.E, rotation.pairs, interleaved};
@@ -470,15 +500,18 @@ Params params(const char* name, const Tensor& x, const OptionalTensor& weight, c
 }
 
 void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_weight, const OptionalTensor& k_weight,
-                      const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& cos,
-                      const OptionalTensor& sin, const OptionalTensor& k_cos, const OptionalTensor& k_sin, int64_t norm,
-                      bool width, OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
-                      bool host, const Tensor& q_out, const Tensor& k_out) {
+                      const OptionalTensor& q_bias, const OptionalTensor& k_bias, const OptionalTensor& stats,
+                      const OptionalTensor& cos, const OptionalTensor& sin, const OptionalTensor& k_cos,
+                      const OptionalTensor& k_sin, int64_t norm, bool width, OptionalList axes, double theta,
+                      int64_t first, bool interleaved, double eps, int64_t q_channels, int64_t k_channels, bool host,
+                      const Tensor& q_out, const Tensor& k_out) {
   const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
   const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
   const Rotation& of_k = k_cos ? own : of_q;
-  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
+  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps,
+                     stats_of("stats", stats, q, k, false), q_channels);
+  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps,
+                     stats_of("stats", stats, q, k, true), k_channels);
   pq.host = pk.host = host;
   pq.out = heads("q_out", q_out, q);
   pk.out = heads("k_out", k_out, k);
@@ -488,22 +521,27 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
 
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                       const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
-                      const OptionalTensor& k_bias, const OptionalTensor& cos, const OptionalTensor& sin,
-                      const OptionalTensor& k_cos, const OptionalTensor& k_sin, int64_t norm, bool width,
-                      OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
-                      const OptionalTensor& dq, const OptionalTensor& dk, const OptionalTensor& dq_weight,
-                      const OptionalTensor& dk_weight, const OptionalTensor& dq_bias, const OptionalTensor& dk_bias) {
+                      const OptionalTensor& k_bias, const OptionalTensor& stats, const OptionalTensor& cos,
+                      const OptionalTensor& sin, const OptionalTensor& k_cos, const OptionalTensor& k_sin, int64_t norm,
+                      bool width, OptionalList axes, double theta, int64_t first, bool interleaved, double eps,
+                      int64_t q_channels, int64_t k_channels, const OptionalTensor& dq, const OptionalTensor& dk,
+                      const OptionalTensor& dq_weight, const OptionalTensor& dk_weight, const OptionalTensor& dq_bias,
+                      const OptionalTensor& dk_bias, const OptionalTensor& dstats) {
   const Rotation of_q = rotation(q, cos, sin, axes, theta, first);
   const Rotation own = k_cos || k_sin ? rotation(k, k_cos, k_sin, axes, theta, first) : Rotation();
   const Rotation& of_k = k_cos ? own : of_q;
-  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps);
-  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps);
+  Params pq = params("q", q, q_weight, q_bias, of_q, norm, width, interleaved, eps,
+                     stats_of("stats", stats, q, k, false), q_channels);
+  Params pk = params("k", k, k_weight, k_bias, of_k, norm, width, interleaved, eps,
+                     stats_of("stats", stats, q, k, true), k_channels);
   pq.dout = heads("dq_out", dq_out, q), pk.dout = heads("dk_out", dk_out, k);
   pq.dx = heads("dq", dq, q, true), pk.dx = heads("dk", dk, k, true);
   pq.dweight = weights("dq_weight", dq_weight, q, pq.weights());
   pk.dweight = weights("dk_weight", dk_weight, k, pk.weights());
   pq.dbias = weights("dq_bias", dq_bias, q, pq.weights());
   pk.dbias = weights("dk_bias", dk_bias, k, pk.weights());
+  SORA_CHECK(!dstats || stats, "dstats: expected none without stats, got ", describe(*dstats));
+  pq.dstats = stats_of("dstats", dstats, q, k, false), pk.dstats = stats_of("dstats", dstats, q, k, true);
   backward(pq, q.scalar_type());
   backward(pk, k.scalar_type());
 }

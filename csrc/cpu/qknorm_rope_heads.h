@@ -1,4 +1,5 @@
-// The channels of one head as qk_norm_rope works on them in L1, and the angles by which they turn.
+// The channels of one head as qk_norm_rope works on them in L1, the angles by which they turn, and sums over all heads of
+// a token.
 //
 // Angles are fixed-point fractions of a turn in 64 bits: position * step wraps around where an angle does, so their
 // precision does not depend on the position. No table grows with the clip.
@@ -188,6 +189,7 @@ struct Rotation {
   int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
   std::vector<uint64_t> steps;  // per pair, 2^64 to a turn; whole lanes, the last filled up with zeros
   int64_t first = 0, tokens = 0, pairs = 0;  // tokens first to first + tokens turn
+  int64_t start = 0;                         // which of the grid's the first of them is
   int64_t batch = 0, heads = 0;              // 0: one row of angles serves every clip, or every head
 };
 
@@ -210,6 +212,7 @@ class Angles {
     s -= r.first;
     if (s < 0 || s >= r.tokens || r.pairs == 0) return false;
     if (r.cos) return read(b * r.stride_b + s * r.stride_s), true;
+    s += r.start;
     const int64_t at[3] = {s / (r.grid[1] * r.grid[2]) + r.origin[0], s / r.grid[2] % r.grid[1] + r.origin[1],
                            s % r.grid[2] + r.origin[2]};
     float *c = scratch_.row(0), *n = scratch_.row(1);
@@ -261,6 +264,26 @@ class Angles {
   int64_t at_[3] = {0, 0, 0};
   bool known_ = false;
 };
+
+// ---- sums of squares, one a token, or their gradients
+
+// Of q or of k in a float32 (B, tokens of q and then of k), any strides.
+struct Stats {
+  float* data = nullptr;
+  int64_t stride_b = 0, stride_s = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  float& at(int64_t b, int64_t s) const { return data[b * stride_b + s * stride_s]; }
+};
+
+inline Stats stats_of(const char* name, const OptionalTensor& t, const Tensor& q, const Tensor& k, bool of_k) {
+  if (!t) return {};
+  check_kind(name, *t, q, "q");
+  SORA_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && q.dim() == 4 && k.dim() == 4 &&
+                 t->size(0) == q.size(0) && t->size(1) == q.size(1) + k.size(1),
+             name, ": expected a float32 (B, tokens of q and of k), got ", describe(*t), "; q is ", describe(q));
+  return {static_cast<float*>(t->data_ptr()) + (of_k ? q.size(1) * t->stride(1) : 0), t->stride(0), t->stride(1)};
+}
 
 }  // namespace
 }  // namespace sora

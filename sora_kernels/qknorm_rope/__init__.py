@@ -1,3 +1,3 @@
-from .op import qk_norm_rope
+from .op import qk_norm_rope, qk_norm_stats
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["qk_norm_rope", "qk_norm_stats"]

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kept, partials, rounded, sum_partials, wanted_of, where_asked
+from .._triton import kept, or_nothing, partials, rounded, sum_partials, wanted_of, where_asked
 
 PROGRAMS = 1024  # of the backward: about 8 per SM of a large GPU, and the bound of the fp32 partials
 
@@ -93,14 +93,14 @@ def cos_sin(position, step):
 
 @triton.jit
 def rotation(
-    b, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens, grid_h,
+    b, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens, start, grid_h,
     grid_w, origin_t, origin_h, origin_w,
     SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """cos and sin of token s, given or from its coordinates, and which pairs turn: none of text.
 
     `[1, PAIRS]`, or, given for each of BY_HEAD heads, `[heads, PAIRS]`. Rows of given ones follow each other where
-    their strides are None; that of the clips is None where all share them.
+    their strides are None; that of the clips is None where all share them. start: of the grid's tokens, the first here.
     """
     j = tl.arange(0, PAIRS)
     s = s - first
@@ -119,6 +119,8 @@ def rotation(
             at = s * N if cos_stride_s is None else s.to(tl.int64) * cos_stride_s
             cos, sin = tl.load(cos_ptr + at + j, live, 1.0), tl.load(sin_ptr + at + j, live, 0.0)
         else:
+            if start is not None:
+                s += start
             row = s // grid_w
             t, h, w = row // grid_h + origin_t, row % grid_h + origin_h, s % grid_w + origin_w
             position = tl.where(j < SPLIT_T, t, tl.where(j < SPLIT_T + SPLIT_H, h, w)).to(tl.int64)
@@ -170,6 +172,13 @@ def standardize_pairs(a, b, live, eps, NORM: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def given_rstd(stats_ptr, stride_b, stride_s, b, s, live, channels, eps):
+    """1/σ of a token of whose heads, on all ranks, the sum of squares is known."""
+    squares = tl.load(stats_ptr + b.to(tl.int64) * stride_b + s.to(tl.int64) * stride_s, live, 0.0)
+    return 1.0 / tl.sqrt_rn(squares / channels + eps)
+
+
+@triton.jit
 def load_parameter(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl.constexpr,
                    INTERLEAVED: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """A weight or bias, `[1, PAIRS]` shared by the heads, or `[heads, PAIRS]` across the width."""
@@ -182,13 +191,17 @@ def load_parameter(ptr, heads, live, E: tl.constexpr, N: tl.constexpr, PAIRS: tl
 
 @triton.jit
 def qk_norm_rope_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
-    out_stride_b, out_stride_s, out_stride_h, cos_stride_b, cos_stride_s, cos_stride_h, S, first, tokens, grid_h,
-    grid_w, origin_t, origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr,
-    BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, HOST: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, stats_ptr, cos_ptr, sin_ptr, steps_ptr, out_ptr, x_stride_b, x_stride_s, x_stride_h,
+    out_stride_b, out_stride_s, out_stride_h, stats_stride_b, stats_stride_s, channels, cos_stride_b, cos_stride_s,
+    cos_stride_h, S, first, tokens, start, grid_h, grid_w, origin_t, origin_h, origin_w, eps, H: tl.constexpr,
+    E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr,
+    INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    HOST: tl.constexpr,
 ):  # fmt: skip
-    """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them."""
+    """A program has HEADS heads of one token, read and written once. Its angles are computed once for all of them.
+
+    stats_ptr: where heads lie on several ranks, of each token the sum of squares over all of them; else None.
+    """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     row = tl.program_id(0) // BLOCKS
     heads = tl.program_id(0) % BLOCKS * HEADS + tl.arange(0, HEADS)
@@ -197,7 +210,11 @@ def qk_norm_rope_fwd_kernel(
     offsets = row_offsets(row // S, s, heads, x_stride_b, x_stride_s, x_stride_h, E)
     x, y = load_pairs(x_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
     if NORM:
-        x, y, _ = standardize_pairs(x, y, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+        if stats_ptr is None:
+            x, y, _ = standardize_pairs(x, y, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+        else:
+            rstd = given_rstd(stats_ptr, stats_stride_b, stats_stride_s, row // S, s, True, channels, eps)
+            x, y = x * rstd, y * rstd
         if weight_ptr is not None:
             u, v = load_parameter(weight_ptr, heads, live, E, N, PAIRS, INTERLEAVED, WIDTH)
             x, y = x * u, y * v
@@ -209,7 +226,7 @@ def qk_norm_rope_fwd_kernel(
     if N:
         cos, sin, turns = rotation(
             row // S, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens,
-            grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
+            start, grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
         )  # fmt: skip
         x, y = turn(x, y, cos, sin, turns)
     if out_stride_b is None:
@@ -233,18 +250,20 @@ def store_partial(ptr, program, heads, x, y, wanted, BIT: tl.constexpr, H: tl.co
 
 @triton.jit(do_not_specialize=["wanted"])
 def qk_norm_rope_bwd_kernel(
-    dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr, wanted,
-    dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h,
-    cos_stride_b, cos_stride_s, cos_stride_h, rows, rows_per_program, S, first, tokens, grid_h, grid_w, origin_t,
-    origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BY_HEAD: tl.constexpr,
-    SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr, NORM: tl.constexpr, WIDTH: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+    dout_ptr, x_ptr, weight_ptr, stats_ptr, cos_ptr, sin_ptr, steps_ptr, dx_ptr, dweight_ptr, dbias_ptr, dstats_ptr,
+    wanted, dout_stride_b, dout_stride_s, dout_stride_h, x_stride_b, x_stride_s, x_stride_h, stats_stride_b,
+    stats_stride_s, channels, dstats_stride_b, cos_stride_b, cos_stride_s, cos_stride_h, rows, rows_per_program, S,
+    first, tokens, start, grid_h, grid_w, origin_t, origin_h, origin_w, eps, H: tl.constexpr, E: tl.constexpr,
+    N: tl.constexpr, BY_HEAD: tl.constexpr, SPLIT_T: tl.constexpr, SPLIT_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program has HEADS heads of several tokens, and leaves the sums of g·x̂ and of g over them in rows of its own.
 
     g is dout turned back. x̂ and 1/σ are computed again from x: x and dout are read, dx is written once. Bits of
     `wanted` say which of dweight and dbias to write; a pointer is None only without the parameter. dx is written even
-    where nobody asked: a mask of it took a third more registers.
+    even where nobody asked: a mask of it took a third more registers.
+
+    With sums of squares over all ranks, dx is what it is beside them, and each token's gradient of its sum is a result.
     """
     BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     program = tl.program_id(0)
@@ -265,13 +284,17 @@ def qk_norm_rope_bwd_kernel(
         if N:
             cos, sin, turns = rotation(
                 b, s, heads, cos_ptr, sin_ptr, steps_ptr, cos_stride_b, cos_stride_s, cos_stride_h, first, tokens,
-                grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
+                start, grid_h, grid_w, origin_t, origin_h, origin_w, SPLIT_T, SPLIT_H, N, BY_HEAD, PAIRS,
             )  # fmt: skip
             x, y = turn(x, y, cos, -sin, turns)
         if NORM:
             offsets = row_offsets(b, s, heads, x_stride_b, x_stride_s, x_stride_h, E)
             x_hat, y_hat = load_pairs(x_ptr, offsets, live, E, N, PAIRS, INTERLEAVED)
-            x_hat, y_hat, rstd = standardize_pairs(x_hat, y_hat, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+            if stats_ptr is None:
+                x_hat, y_hat, rstd = standardize_pairs(x_hat, y_hat, live, eps, NORM, WIDTH, H, E, N, INTERLEAVED)
+            else:
+                rstd = given_rstd(stats_ptr, stats_stride_b, stats_stride_s, b, s, row < rows, channels, eps)
+                x_hat, y_hat = x_hat * rstd, y_hat * rstd
             dweight_x += x * x_hat
             dweight_y += y * y_hat
             if dbias_ptr is not None:
@@ -280,9 +303,16 @@ def qk_norm_rope_bwd_kernel(
             if weight_ptr is not None:
                 u, v = load_parameter(weight_ptr, heads, heads < H, E, N, PAIRS, INTERLEAVED, WIDTH)
                 x, y = x * u, y * v
-            along = mean(x * x_hat + y * y_hat, count, WIDTH)
-            shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
-            x, y = (x - shift - x_hat * along) * rstd, (y - shift - y_hat * along) * rstd
+            if stats_ptr is None:
+                along = mean(x * x_hat + y * y_hat, count, WIDTH)
+                shift = mean(x + y, count, WIDTH) if NORM == 2 else 0.0
+                x, y = (x - shift - x_hat * along) * rstd, (y - shift - y_hat * along) * rstd
+            else:
+                along = tl.sum(tl.sum(x * x_hat + y * y_hat, 1), 0)
+                at = b.to(tl.int64) * dstats_stride_b + s + tl.zeros([1], tl.int32)
+                dstats = -0.5 * rstd * rstd / channels * along
+                tl.store(dstats_ptr + at, dstats, where_asked(row + 0 * at < rows, wanted, 4))
+                x, y = x * rstd, y * rstd
         # freshly allocated by the caller: dense [B, S, H, E]
         store_pairs(dx_ptr, (row.to(tl.int64) * H + heads) * E, x, y, live, E, N, PAIRS, INTERLEAVED)
 
@@ -323,11 +353,14 @@ def steps(split: tuple[int, ...], theta: float, device: torch.device) -> torch.T
 
 def _settings(x, cos, sin, axes, theta, first, eps) -> tuple[tuple, list, tuple, dict]:
     """The pointers of the angles, the strides of given ones, the scalars, and the constexprs of the rotation."""
-    T, H, W, *split, origin_t, origin_h, origin_w = axes or (0, 1, 1, 0, 0, 0, 0, 0, 0)
-    tokens, heads, pairs, *strides = (T * H * W, 1, sum(split), None, None, None) if cos is None else _rows(cos)
+    T, H, W, *split, origin_t, origin_h, origin_w = (axes or (0, 1, 1, 0, 0, 0, 0, 0, 0))[:9]
+    start, stop = (axes or ())[9:] or (None, T * H * W)
+    tokens, heads, pairs, *strides = stop - (start or 0), 1, sum(split), None, None, None
+    if cos is not None:
+        tokens, heads, pairs, *strides = _rows(cos)
     table = steps(tuple(split), theta, x.device) if pairs and cos is None else None
     rotary = dict(N=pairs, BY_HEAD=heads if heads > 1 else 0, SPLIT_T=split[0], SPLIT_H=split[1])
-    return (cos, sin, table), strides, (first, tokens, H, W, origin_t, origin_h, origin_w, eps), rotary
+    return (cos, sin, table), strides, (first, tokens, start, H, W, origin_t, origin_h, origin_w, eps), rotary
 
 
 def _rows(cos) -> tuple[int | None, ...]:
@@ -342,44 +375,58 @@ def _rows(cos) -> tuple[int | None, ...]:
     return tokens, heads, pairs, of_clip, of_token, of_head
 
 
-def _strides(x) -> tuple[int, int, int | None]:
+def strides_of(x) -> tuple[int, int, int | None]:
     return *x.stride()[:2], None if x.stride(2) == x.shape[3] else x.stride(2)
 
 
+def of_q_and_k(stats, q, k) -> tuple:
+    """The part of each of [B, tokens of q and of k]."""
+    return (None, None) if stats is None else stats.split((q.shape[1], k.shape[1]), 1)
+
+
+def _sums(stats, channels) -> tuple:
+    """Strides and channels, or None three times."""
+    return (None, None, None) if stats is None else (*stats.stride(), channels)
+
+
 def qk_norm_rope_fwd(
-    q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, norm, width, axes, theta, first, interleaved,
-    eps, host, q_out, k_out,
+    q, k, q_weight, k_weight, q_bias, k_bias, stats, cos, sin, k_cos, k_sin, norm, width, axes, theta, first,
+    interleaved, eps, q_channels, k_channels, host, q_out, k_out,
 ):  # fmt: skip
     of_q = _settings(q, cos, sin, axes, theta, first, eps)
     of_k = of_q if k_cos is None else _settings(k, k_cos, k_sin, axes, theta, first, eps)
-    for x, weight, bias, out, (angles, strides, scalars, rotary) in (
-        (q, q_weight, q_bias, q_out, of_q), (k, k_weight, k_bias, k_out, of_k)
+    q_stats, k_stats = of_q_and_k(stats, q, k)
+    for x, weight, bias, sums, channels, out, (angles, strides, scalars, rotary) in (
+        (q, q_weight, q_bias, q_stats, q_channels, q_out, of_q), (k, k_weight, k_bias, k_stats, k_channels, k_out, of_k)
     ):  # fmt: skip
         if x.numel() == 0:
             continue
         B, S, H, E = x.shape
         config = forward_tile(H, E, width)
-        of_out = (None, None, None) if out.is_contiguous() else _strides(out)
+        of_out = (None, None, None) if out.is_contiguous() else strides_of(out)
         qk_norm_rope_fwd_kernel[(B * S * triton.cdiv(H, config["HEADS"]),)](
-            x, weight, bias, *angles, out, *_strides(x), *of_out, *strides, S, *scalars, H=H, E=E, **rotary,
-            INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, HOST=host, **config,
+            x, weight, bias, sums, *angles, out, *strides_of(x), *of_out, *_sums(sums, channels), *strides, S, *scalars,
+            H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, HOST=host, **config,
         )  # fmt: skip
 
 
 def qk_norm_rope_bwd(
-    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin, norm, width, axes, theta,
-    first, interleaved, eps, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias,
+    dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, stats, cos, sin, k_cos, k_sin, norm, width, axes, theta,
+    first, interleaved, eps, q_channels, k_channels, dq, dk, dq_weight, dk_weight, dq_bias, dk_bias, dstats,
 ):  # fmt: skip
     settings_q = _settings(q, cos, sin, axes, theta, first, eps)
     settings_k = settings_q if k_cos is None else _settings(k, k_cos, k_sin, axes, theta, first, eps)
-    of_q = settings_q, dq_out, q, q_weight, q_bias, dq, dq_weight, dq_bias
-    of_k = settings_k, dk_out, k, k_weight, k_bias, dk, dk_weight, dk_bias
-    for (angles, strides, scalars, rotary), dout, x, weight, bias, dx, *parameters in (of_q, of_k):
-        wanted = wanted_of(*parameters)
+    (q_sums, k_sums), (dq_sums, dk_sums) = of_q_and_k(stats, q, k), of_q_and_k(dstats, q, k)
+    tokens = None if stats is None else stats.shape[1]  # a row of dstats, which is dense
+    of_q = settings_q, q_channels, dq_out, q, q_weight, q_bias, q_sums, dq, dq_weight, dq_bias, dq_sums
+    of_k = settings_k, k_channels, dk_out, k, k_weight, k_bias, k_sums, dk, dk_weight, dk_bias, dk_sums
+    for settings, channels, dout, x, weight, bias, given, dx, *parameters, dgiven in (of_q, of_k):
+        angles, strides, scalars, rotary = settings
+        wanted = wanted_of(*parameters, dgiven)
         if dx is None and not wanted:
             continue
         if x.numel() == 0:
-            for t in parameters:
+            for t in (*parameters, dgiven):
                 if t is not None:
                     t.zero_()
             continue
@@ -391,9 +438,10 @@ def qk_norm_rope_bwd(
         width_or_head = H * E if width else E
         sums = [partials(d, t, 1, programs, width_or_head) for d, t in zip(parameters, (weight, bias), strict=True)]
         qk_norm_rope_bwd_kernel[(programs,)](
-            dout, x, weight, *angles, x.new_empty(x.shape) if dx is None else dx, *sums, wanted,
-            *_strides(dout), *_strides(x), *strides, B * S, rows, S, *scalars,
-            H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"], NORM=norm, WIDTH=width, **config,
+            dout, x, weight, given, *angles, x.new_empty(x.shape) if dx is None else dx, *sums,
+            or_nothing(dgiven, given), wanted, *strides_of(dout), *strides_of(x), *_sums(given, channels), tokens,
+            *strides, B * S, rows, S, *scalars, H=H, E=E, **rotary, INTERLEAVED=interleaved or not rotary["N"],
+            NORM=norm, WIDTH=width, **config,
         )  # fmt: skip
         for partial, t in zip(sums, parameters, strict=True):
             if t is not None:

@@ -1,4 +1,4 @@
-"""QK-norm and 3D rotary embedding in one pass over q and k."""
+"""QK-norm and 3D rotary embedding in one pass over q and k; the sums that a norm across ranks needs first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def qk_norm_rope(
     k_bias: Tensor | None = None,
     norm: str | None = "rms",
     across: str = "head",
+    stats: Tensor | None = None,
+    width: int | None = None,
     grid: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
     freqs: tuple[Tensor, Tensor] | None = None,
     k_freqs: tuple[Tensor, Tensor] | None = None,
     split: Sequence[int] | None = None,
@@ -56,9 +59,12 @@ def qk_norm_rope(
     q_weight, k_weight  [E] for across="head"; [H·E] (of q, of k) for across="width"; any float dtype
     q_bias, k_bias      as the weights, for norm="layer" only
     across       what the statistics are taken over: each "head", or the whole "width" of all heads of a token
+    stats, width  of heads divided over ranks, for norm="rms" and across="width": `qk_norm_stats` of q and k added up
+                 over the ranks, and the channels of q's heads on all of them (k's are in the proportion of the heads)
     grid         (T, H, W): token (t·H + h)·W + w turns by φ = (x + origin) · theta^(−j/n) for pair j of the n pairs of
                  the axis of x ∈ {t, h, w}; angles are computed on the fly, in fp64 in `reference`, elsewhere as
                  64-bit fractions of a turn, exact at any position
+    tokens       (start, stop): q and k hold these of the grid's tokens, as a rank's share of a clip. None: all
     freqs        (cos, sin) instead of grid, each [S, rotary_dim/2], the same for every head and clip, [S, H,
                  rotary_dim/2], or [B, S, H, rotary_dim/2] with B, H or both 1; any float dtype, any strides; constants
     k_freqs      (cos, sin) of k, where they are not those of q: for its own heads and tokens
@@ -83,6 +89,9 @@ def qk_norm_rope(
     in a fixed order: two runs agree bit for bit. Forward mode, torch.func and, under it, higher orders: by the
     reference's formula (docs/numerics.md).
 
+    Gradients flow into stats as into q: through the caller's all-reduce, if that is differentiable, and `qk_norm_stats`
+    they come back to q and k, and those of the weights are of the rank's own channels (docs/distributed.md).
+
     LTX-Video pairs channels over the whole width, which is then one head of width H·E: pass q.flatten(2).unsqueeze(2).
     LTX-2 pairs split halves of each head, by angles that differ from head to head and clip to clip: pass its tables
     [B, H, S, E/2] as freqs .transpose(1, 2), and between video and sound those of the keys as k_freqs.
@@ -103,21 +112,48 @@ def qk_norm_rope(
     _check.choice(op, "text_at", text_at, ("end", "start"))
     first = text_len if text_at == "start" else 0  # the first token that is not text
     theta = _check.positive(op, "theta", theta)
-    *tables, axes = _rotation(op, q, k, S, E, grid, freqs, k_freqs, split, rotary_dim, origin, text_len)
-    width = across == "width"
-    tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias))
+    *tables, axes = _rotation(op, q, k, S, E, grid, tokens, freqs, k_freqs, split, rotary_dim, origin, text_len)
+    widths = _check_stats(op, q, k, stats, width, norm, across)
+    by_width = across == "width"
+    tensors = narrow(q, (q, k, q_weight, k_weight, q_bias, k_bias, stats))
     if out is not None:
         if not (isinstance(out, tuple) and len(out) == 2 and out[0] is not out[1]):
             raise ValueError(f"{op}: out must be a pair of two tensors (q_out, k_out); got {type(out).__name__}")
         written(op, out, (("q", q), ("k", k)), (*tensors, *tables))
     grad = out is None and needs_grad(tensors)
-    channels = q.shape[3] * (max(q.shape[2], k.shape[2]) if width else 1)
+    channels = E * (max(H, k.shape[2]) if by_width else 1)
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=_dispatch.within(MAX_CHANNELS, channels, "norms"))
     host = rounding == "host" and norm is not None
-    settings = (NORMS.index(norm), width, axes, theta, first, interleaved, eps, host, impl)
+    settings = (NORMS.index(norm), by_width, axes, theta, first, interleaved, eps, *widths, host, impl)
     if grad:
         return apply(_QKNormRope, *tensors, *tables, settings)
     return _qk_norm_rope(*tensors, *tables, settings, out=out)
+
+
+def qk_norm_stats(q: Tensor, k: Tensor, *, impl: str = "auto") -> Tensor:
+    """Of each token the sum of squares over the heads that are here: what an RMS norm across the width needs of each
+    rank where heads are divided over ranks. One read of q and k.
+
+    q, k     [B, S, H, E], float32, bfloat16, float16 (float64 in `reference`), any strides; k may have other heads and
+             another length
+    impl     "auto", "reference", "cpu" or "triton"
+
+    Returns [B, S + S of k] in fp32 (fp64 of fp64): the tokens of q, then those of k. Added up over the ranks they are
+    the `stats` of `qk_norm_rope`. Error against fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding,
+    for the sums and both gradients, 2·q·dstats; two runs agree bit for bit. Forward mode, torch.func and, under it,
+    higher orders: by the reference's formula (docs/numerics.md).
+
+        stats = torch.distributed.nn.functional.all_reduce(qk_norm_stats(q, k), group=group)
+        q, k = qk_norm_rope(q, k, across="width", stats=stats, width=ranks * H * E, q_weight=..., grid=...)
+
+    Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
+    """
+    op = "qk_norm_stats"
+    _, _, H, E = _check_heads(op, q, k)
+    grad = needs_grad((q, k))
+    limits = _dispatch.within(MAX_CHANNELS, E * max(H, k.shape[2]), "sums")
+    impl = _dispatch.choose(op, impl, q, grad=grad, limits=limits)
+    return apply(_QKNormStats, q, k, impl) if grad else _qk_norm_stats(q, k, impl)
 
 
 # Validation
@@ -154,12 +190,38 @@ def _check_affine(op, x, H, E, norm, across, **parameters: Tensor | None) -> Non
             _check.same_device(op, x, {name: t}, name[0])
 
 
-def _rotation(op, q, k, S, E, grid, freqs, k_freqs, split, rotary_dim, origin, text_len):
+def _check_stats(op, q, k, stats, width, norm, across) -> tuple[int, int]:
+    """The channels of q and of k on all ranks; 0 without stats."""
+    if stats is None:
+        if width is not None:
+            raise ValueError(f"{op}: width is that of the heads on all ranks, for stats=; got no stats")
+        return 0, 0
+    B, S, H, E = q.shape
+    tokens, heads = k.shape[1:3]
+    if norm != "rms" or across != "width":
+        raise ValueError(
+            f"{op}: stats are sums of squares for norm='rms' and across='width'; got norm={norm!r}, across={across!r}"
+        )
+    _check.exact(op, "stats", stats, (B, S + tokens), "[B, tokens of q and of k], what qk_norm_stats gave, added up")
+    if stats.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: stats must be float32, as qk_norm_stats gives them; got {stats.dtype}")
+    _check.same_device(op, q, {"stats": stats}, "q")
+    if width is None:
+        raise ValueError(f"{op}: stats need width=, the channels of q's heads on all ranks; got None")
+    width = _check.integer(op, "width", width, max(H * E, 1))
+    if heads != H and width * heads % max(H, 1):
+        raise ValueError(f"{op}: width must be divided as the heads are, {H} of q and {heads} of k here; got {width}")
+    return reference.widths(width, H, heads)
+
+
+def _rotation(op, q, k, S, E, grid, tokens, freqs, k_freqs, split, rotary_dim, origin, text_len):
     """(cos, sin, k_cos, k_sin, axes) as the op takes them: all None where nothing is rotated."""
     if grid is not None and freqs is not None:
         raise ValueError(f"{op}: give grid (angles computed on the fly) or freqs=(cos, sin), not both")
     if k_freqs is not None and freqs is None:
         raise ValueError(f"{op}: k_freqs are those of k beside freqs=(cos, sin) of q; got none of q")
+    if grid is None and tokens is not None:
+        raise ValueError(f"{op}: tokens are those of a grid=(T, H, W); got none")
     if grid is None and freqs is None:
         for name, value in (("split", split), ("rotary_dim", rotary_dim)):
             if value is not None:
@@ -171,7 +233,7 @@ def _rotation(op, q, k, S, E, grid, freqs, k_freqs, split, rotary_dim, origin, t
             "pass freqs and k_freqs"
         )
     if freqs is None:
-        key = op, S, E, grid, split, rotary_dim, origin, text_len
+        key = op, S, E, grid, tokens, split, rotary_dim, origin, text_len
         if torch.compiler.is_compiling():
             return None, None, None, None, _check_grid(*key)
         try:
@@ -202,18 +264,30 @@ def _check_rotary_dim(op, rotary_dim, E) -> None:
         )
 
 
-def _check_grid(op, S, E, grid, split, rotary_dim, origin, text_len):
-    """(*grid, *split, *origin), three integers each."""
+def _check_grid(op, S, E, grid, tokens, split, rotary_dim, origin, text_len):
+    """(*grid, *split, *origin), three integers each, then, if they are given, the two of tokens."""
     origin = _check.triple(op, "origin", origin, least=-(1 << 30))
     rotary_dim = E if rotary_dim is None else rotary_dim
     _check_rotary_dim(op, rotary_dim, E)
     T, H, W = grid = _check.triple(op, "grid", grid)
-    if T * H * W + text_len != S:
-        raise ValueError(f"{op}: grid {grid} and text_len {text_len} make {T * H * W + text_len} tokens; q has S={S}")
+    tokens = () if tokens is None else _check_tokens(op, tokens, T * H * W)
+    video = tokens[1] - tokens[0] if tokens else T * H * W
+    if video + text_len != S:
+        given = f"tokens {tokens} of grid" if tokens else "grid"
+        raise ValueError(f"{op}: {given} {grid} and text_len {text_len} make {video + text_len} tokens; q has S={S}")
     split = _check.triple(op, "split", reference.default_split(rotary_dim) if split is None else split, least=0)
     if sum(split) != rotary_dim // 2:
         raise ValueError(f"{op}: split {split} must sum to rotary_dim/2 = {rotary_dim // 2}; got {sum(split)}")
-    return *grid, *split, *origin
+    return *grid, *split, *origin, *tokens
+
+
+def _check_tokens(op, tokens, count) -> tuple[int, int]:
+    if not (isinstance(tokens, tuple | list) and len(tokens) == 2 and all([_check.is_integer(n) for n in tokens])):
+        raise ValueError(f"{op}: tokens must be two integers (start, stop); got {tokens!r}")
+    start, stop = [n if isinstance(n, torch.SymInt) else int(n) for n in tokens]
+    if not (start >= 0 and stop >= start and count >= stop):
+        raise ValueError(f"{op}: tokens (start, stop) must lie in the grid's {count}, in order; got {(start, stop)}")
+    return start, stop
 
 
 _check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
@@ -243,39 +317,43 @@ def _freqs(op, name, freqs, x, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
 # The private ops
 
 _ARGS = (
-    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? cos, Tensor? sin, "
-    "Tensor? k_cos, Tensor? k_sin, int norm, bool width, SymInt[]? axes, float theta, SymInt first, bool interleaved, "
-    "float eps"
+    "Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, Tensor? stats, "
+    "Tensor? cos, Tensor? sin, Tensor? k_cos, Tensor? k_sin, int norm, bool width, SymInt[]? axes, float theta, "
+    "SymInt first, bool interleaved, float eps, SymInt q_channels, SymInt k_channels"
 )
 
 
-def _impls(op: str) -> dict[str, str | None]:
-    return {"triton": f".qknorm_rope.kernels:{op}", "cpu": None}
+def _impls(op: str, kernels: str = "kernels") -> dict[str, str | None]:
+    return {"triton": f".qknorm_rope.{kernels}:{op}", "cpu": None}
 
 
-_LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias")
+_LEAVES = ("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "stats")
+_N = len(_LEAVES)
 
 
-def _keywords(cos, sin, k_cos, k_sin, norm, width, axes, theta, first, interleaved, eps, host=False) -> dict:
-    """axes: of t, h and w the size, then the pairs, then the origin; or None."""
+def _keywords(
+    cos, sin, k_cos, k_sin, norm, width, axes, theta, first, interleaved, eps, q_channels, k_channels, host=False
+) -> dict:
+    """axes: of t, h and w the size, then the pairs, then the origin; then (start, stop) where not all tokens are here;
+    or None. channels: on all ranks; those of k follow from those of q."""
     axes = axes or ()
     return dict(
-        norm=NORMS[norm], across="width" if width else "head", grid=axes[:3] or None, split=axes[3:6], theta=theta,
-        freqs=None if cos is None else (cos, sin), k_freqs=None if k_cos is None else (k_cos, k_sin),
-        origin=axes[6:], text_len=first, text_at="start", interleaved=interleaved, eps=eps,
+        norm=NORMS[norm], across="width" if width else "head", width=q_channels, grid=axes[:3] or None, split=axes[3:6],
+        theta=theta, freqs=None if cos is None else (cos, sin), k_freqs=None if k_cos is None else (k_cos, k_sin),
+        origin=axes[6:9], tokens=axes[9:] or None, text_len=first, text_at="start", interleaved=interleaved, eps=eps,
         rounding="host" if host else "once",
     )  # fmt: skip
 
 
 def _forward(*args) -> None:
-    inputs, settings, (q_out, k_out) = args[:6], args[6:-2], args[-2:]
+    inputs, settings, (q_out, k_out) = args[:_N], args[_N:-2], args[-2:]
     results = reference.qk_norm_rope(**dict(zip(_LEAVES, inputs, strict=True)), **_keywords(*settings))
     q_out.copy_(results[0])
     k_out.copy_(results[1])
 
 
 def _backward(dq_out, dk_out, *args) -> None:
-    inputs, settings, grads = args[:6], args[6:-6], args[-6:]
+    inputs, settings, grads = args[:_N], args[_N:-_N], args[-_N:]
     keywords = _keywords(*settings)
     _library.vjp(
         lambda **inputs: reference.qk_norm_rope(**inputs, **keywords),
@@ -294,20 +372,20 @@ _library.define(
 _library.define(
     "qk_norm_rope_bwd",
     f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "
-    "Tensor(d!)? dk_weight, Tensor(e!)? dq_bias, Tensor(f!)? dk_bias) -> ()",
+    "Tensor(d!)? dk_weight, Tensor(e!)? dq_bias, Tensor(f!)? dk_bias, Tensor(g!)? dstats) -> ()",
     reference=_backward,
     impls=_impls("qk_norm_rope_bwd"),
 )
 
 
-def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, cos, sin, k_cos, k_sin) -> tuple[Tensor | None, ...]:
+def _inputs(q, k, q_weight, k_weight, q_bias, k_bias, stats, cos, sin, k_cos, k_sin) -> tuple[Tensor | None, ...]:
     if cos is not None:
         cos, sin = _alike(q, cos, sin)
     if k_cos is not None:
         k_cos, k_sin = _alike(k, k_cos, k_sin)
     return (
         dense(q), dense(k), parameter(q_weight), parameter(k_weight), parameter(q_bias), parameter(k_bias),
-        cos, sin, k_cos, k_sin,
+        stats, cos, sin, k_cos, k_sin,
     )  # fmt: skip
 
 
@@ -328,7 +406,7 @@ def _qk_norm_rope(*args, out=None) -> tuple[Tensor, Tensor]:
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def formula(*args):
-        tensors, tables, (*settings, _) = args[:6], args[6:10], args[10]
+        tensors, tables, (*settings, _) = args[:_N], args[_N:-1], args[-1]
         return reference.qk_norm_rope(**dict(zip(_LEAVES, tensors, strict=True)), **_keywords(*tables, *settings))
 
     @staticmethod
@@ -342,6 +420,51 @@ class _QKNormRope(torch.autograd.Function):
     def backward(ctx, dq_out, dk_out):
         *settings, _, impl = ctx.settings
         inputs = _inputs(*ctx.saved_tensors)  # once: activation checkpointing unpacks a tensor a single time
-        grads = [like(t, wanted) for t, wanted in zip(inputs[:6], ctx.needs_input_grad[:6], strict=True)]
+        grads = [like(t, wanted) for t, wanted in zip(inputs[:_N], ctx.needs_input_grad[:_N], strict=True)]
         _library.call("qk_norm_rope_bwd", impl)(dense(dq_out), dense(dk_out), *inputs, *settings, *grads)
         return *grads, *(None for _ in range(5))
+
+
+# qk_norm_stats
+
+_library.define(
+    "qk_norm_stats_fwd",
+    "(Tensor q, Tensor k, Tensor(a!) stats) -> ()",
+    reference=lambda q, k, stats: stats.copy_(reference.qk_norm_stats(q, k)),
+    impls=_impls("qk_norm_stats_fwd", "kernels_stats"),
+)
+_library.define(
+    "qk_norm_stats_bwd",
+    "(Tensor dstats, Tensor q, Tensor k, Tensor(a!)? dq, Tensor(b!)? dk) -> ()",
+    reference=lambda dstats, q, k, dq, dk: _library.vjp(
+        reference.qk_norm_stats, dict(q=q, k=k), (dstats,), dict(q=dq, k=dk)
+    ),
+    impls=_impls("qk_norm_stats_bwd", "kernels_stats"),
+)
+
+
+def _qk_norm_stats(q, k, impl) -> Tensor:
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    stats = torch.empty((q.shape[0], q.shape[1] + k.shape[1]), dtype=dtype, device=q.device)
+    _library.call("qk_norm_stats_fwd", impl)(dense(q), dense(k), stats)
+    return stats
+
+
+class _QKNormStats(torch.autograd.Function):
+    @staticmethod
+    def formula(q, k, impl):
+        return reference.qk_norm_stats(q, k)
+
+    @staticmethod
+    def forward(ctx, q, k, impl):
+        ctx.save_for_backward(q, k)
+        ctx.impl = impl
+        return _qk_norm_stats(q, k, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dstats):
+        q, k = ctx.saved_tensors
+        dq, dk = (like(t, wanted) for t, wanted in zip((q, k), ctx.needs_input_grad, strict=False))
+        _library.call("qk_norm_stats_bwd", ctx.impl)(dstats, dense(q), dense(k), dq, dk)
+        return dq, dk, None

@@ -1,4 +1,4 @@
-"""QK-norm and 3D rotary embedding in plain PyTorch: the specification of `qk_norm_rope`."""
+"""QK-norm and 3D rotary embedding in plain PyTorch: the specification of `qk_norm_rope` and `qk_norm_stats`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,29 @@ def rotary_freqs(
     return cos, sin
 
 
+def qk_norm_stats(q: Tensor, k: Tensor) -> Tensor:
+    """`[B, Sq + Sk]`: of each token of q, then of k, the sum of squares over its heads."""
+    return torch.cat([wide(x).square().sum((-2, -1)) for x in (q, k)], dim=1)
+
+
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, across: str, eps: float
-) -> Tensor:
-    """Norm of `x [B,S,H,E]` over E (`across="head"`) or over H*E (`across="width"`)."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str | None, across: str, eps: float,
+    stats: Tensor | None = None, width: int = 0,
+) -> Tensor:  # fmt: skip
+    """Norm of `x [B,S,H,E]` over E (`across="head"`) or over H*E (`across="width"`); of an RMS norm the sums of squares
+    over `width` channels, of which x has some, may be given: `stats [B,S]`."""
     if norm is None:
         return x
     dims = (-1,) if across == "head" else (-2, -1)
     if norm == "layer":
         x = x - x.mean(dims, keepdim=True)
         x = x - x.mean(dims, keepdim=True)  # of values far from zero rounding leaves more of the mean than their spread
-    x = x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    squares = x.square().mean(dims, keepdim=True) if stats is None else (stats / width)[..., None, None]
+    x = x * torch.rsqrt(squares + eps)
     weight, bias = (t if t is None or across == "head" else t.view(x.shape[-2:]) for t in (weight, bias))
     x = x if weight is None else x * weight.to(x.dtype)
     return x if bias is None else x + bias.to(x.dtype)
@@ -64,19 +76,29 @@ def default_split(rotary_dim: int) -> tuple[int, int, int]:
     return rotary_dim // 2 - 2 * side, side, side
 
 
+def widths(width: int, q_heads: int, k_heads: int) -> tuple[int, int]:
+    """The channels of all ranks: of q, and of k, in the proportion of the heads that are here."""
+    return width, width if q_heads == k_heads else width * k_heads // max(q_heads, 1)
+
+
 def qk_norm_rope(
-    q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms", across="head", grid=None, freqs=None,
-    k_freqs=None, split=None, theta=1e4, interleaved=True, rotary_dim=None, origin=(0, 0, 0), text_len=0, text_at="end",
-    eps=1e-6, rounding="once",
+    q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, norm="rms", across="head", stats=None, width=None,
+    grid=None, tokens=None, freqs=None, k_freqs=None, split=None, theta=1e4, interleaved=True, rotary_dim=None,
+    origin=(0, 0, 0), text_len=0, text_at="end", eps=1e-6, rounding="once",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """At the end, `text_len` is implied: the tokens that `grid` or `freqs` do not cover are not rotated."""
     if grid is not None:
         split = split or default_split(rotary_dim or q.shape[-1])
         freqs = rotary_freqs(grid, split, theta, origin, q.device)
+        freqs = freqs if tokens is None else tuple(t[slice(*tokens)] for t in freqs)
+    of_q, of_k = (None, None) if stats is None else stats.split((q.shape[1], k.shape[1]), dim=1)
+    q_width, k_width = widths(width or 0, q.shape[2], k.shape[2])
     first = text_len if text_at == "start" else 0
     results = []
-    for x, weight, bias, turn in ((q, q_weight, q_bias, freqs), (k, k_weight, k_bias, k_freqs or freqs)):
-        y = normalise(x if x.dtype == torch.float64 else x.float(), weight, bias, norm, across, eps)
+    for x, weight, bias, turn, *whole in (
+        (q, q_weight, q_bias, freqs, of_q, q_width), (k, k_weight, k_bias, k_freqs or freqs, of_k, k_width)
+    ):  # fmt: skip
+        y = normalise(wide(x), weight, bias, norm, across, eps, *whole)
         y = y.to(x.dtype).to(y.dtype) if rounding == "host" else y
         y = y if turn is None else rotate(y, *turn, interleaved, first)
         results.append(y.to(x.dtype))

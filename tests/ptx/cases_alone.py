@@ -26,6 +26,13 @@ def rotary(heads: tuple[int, int], E: int, weights: int, **options) -> Case:
     return partial(sk.qk_norm_rope, grid=grid, **options), inputs
 
 
+def on_ranks(function: Callable, *names: str, **options) -> Case:
+    """One rank's heads, and sums of squares of all of them."""
+    inputs = dict(q=torch.randn(2, 9, 3, 24), k=torch.randn(2, 9, 1, 24), stats=torch.rand(2, 18) + 50)
+    inputs |= dict(q_weight=torch.rand(72) + 0.5, k_weight=torch.rand(24) + 0.5)
+    return partial(function, **options), {name: inputs[name] for name in names}
+
+
 def norm_silu(C: int, size: tuple, order: torch.memory_format, bias: bool = True, **options) -> Case:
     inputs = dict(x=torch.randn(2, C, *size).contiguous(memory_format=order), weight=torch.rand(C) + 0.5)
     return partial(sk.norm_silu, **options), inputs | (dict(bias=torch.randn(C)) if bias else {})
@@ -73,6 +80,11 @@ CASES = {
     "qk_norm_rope layer": partial(rotary, (3, 2), 24, 24, norm="layer"),
     "qk_norm_rope across the width": partial(rotary, (2, 2), 40, 80, across="width"),
     "qk_norm_rope no norm": partial(rotary, (2, 3), 16, 0, norm=None),
+    "qk_norm_rope on ranks": partial(
+        on_ranks, sk.qk_norm_rope, "q", "k", "stats", "q_weight", "k_weight", across="width", width=216, grid=(2, 3, 3),
+        tokens=(5, 14),
+    ),
+    "qk_norm_stats": partial(on_ranks, sk.qk_norm_stats, "q", "k"),
     "norm_silu rms first": partial(norm_silu, 6, (3, 4, 5), FIRST),
     "norm_silu rms without bias": partial(norm_silu, 6, (3, 4, 5), FIRST, bias=False),
     "norm_silu rms last": partial(norm_silu, 6, (3, 4, 5), LAST),
@@ -104,7 +116,7 @@ CASES = {
     "downsample_conv3d": partial(conv, sk.downsample_conv3d, "x weight bias cache", factor=(2, 2, 2)),
     "attention": partial(attend, 64),
     "attention in a window": partial(attend, 32, grid=(2, 4, 5), window=(2, 3, 3)),
-}
+}  # fmt: skip
 
 
 def some(names: list[str]) -> Iterator[list[str]]:
@@ -118,7 +130,7 @@ def some(names: list[str]) -> Iterator[list[str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_gradient_has_the_same_bits_whichever_others_are_wanted(case, dtype):
     function, inputs = CASES[case]()
-    inputs = {name: t.to(dtype) for name, t in inputs.items()}
+    inputs = {name: t if name == "stats" else t.to(dtype) for name, t in inputs.items()}
 
     def grads(wanted: list[str]) -> dict[str, torch.Tensor]:
         leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}

@@ -15,10 +15,13 @@ from sora_kernels.modulation import kernels
 FIRST_MIDDLE_LAST = (0, 1_000_003, -1)  # modulo the grid
 CASES = {
     "modulation": ("D=5120 forward per token", "D=5120 backward per clip"),
-    "qknorm_rope": ("40x128 across 128 turn pairs forward", "24x128 96 turn halves backward"),
+    "qknorm_rope": (
+        "40x128 across 128 turn pairs forward", "24x128 96 turn halves backward", "sums of 6x128 forward",
+        "6x128 across ranks 128 turn pairs backward",
+    ),
     "patchify": ("embed forward C=16 D=5120", "final forward C=48 D=3072", "frames of patches channels last"),
     "causal_conv": ("rms C=96 channels last forward", "rms C=96 channels last backward", "Wan up forward"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family, name", [(family, name) for family, names in CASES.items() for name in names])
