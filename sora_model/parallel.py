@@ -32,7 +32,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from sora_kernels import qk_norm_rope, spacetime_attention
 from sora_kernels.attention import reference as rules
-from sora_kernels.qknorm_rope.reference import default_split, rotary_freqs
 
 from . import experts, flow
 from .attention import AttentionMode, Grid
@@ -257,7 +256,6 @@ class Share(Context):
     clip: int
     ring: int
     ulysses: int
-    _kept: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # for all layers
 
     @property
     def own(self) -> Range:
@@ -313,7 +311,7 @@ class Share(Context):
 
     def attention(self, q, k, v, grid: Grid, mode: AttentionMode, norms: Mapping[str, Any]) -> Tensor:
         """Of the rank's tokens, as `Context.attention`; they see those of all ranks."""
-        q, k = qk_norm_rope(q, k, freqs=self._freqs(q), **norms)
+        q, k = qk_norm_rope(q, k, grid=self.grid, tokens=self.own, **norms)
         impl, group = norms["impl"], self.parallel.groups["ulysses"][0]
         if group is not None:
             q, k, v = self._heads_of_all(torch.cat((q, k, v)), group).chunk(3)
@@ -325,15 +323,6 @@ class Share(Context):
         else:
             out = Ring.apply(q, k, v, [stop - start for start, stop in self.chunks], self.ring, ring, impl)
         return out if group is None else self._tokens_of_all(out, group)
-
-    def _freqs(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rank's tokens, which may begin and end within a frame."""
-        if "freqs" not in self._kept:
-            first, last = self.frames
-            some, wide = (last - first, *self.grid[1:]), torch.promote_types(q.dtype, torch.float32)
-            tables = rotary_freqs(some, default_split(q.shape[3]), 1e4, (first, 0, 0), q.device)
-            self._kept["freqs"] = tuple(self.tokens(t[None])[0].to(wide) for t in tables)
-        return self._kept["freqs"]
 
     def _heads_of_all(self, x: Tensor, group) -> Tensor:
         """[B, own, H, E] of each rank of the group -> some of the heads of all its tokens."""
