@@ -66,6 +66,7 @@ NOTES = {
         "16 bytes": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
     },
     "qk_norm_rope_bwd_kernel": {"16 bytes": "as forward", "wavefronts": "heads of a token exchange sums; " + _SUMS},
+    "qk_norm_stats_bwd_kernel": {"16 bytes": "the gradient of a token's sum, 4 bytes, to every lane, from L1"},
     "gate_heads_fwd_kernel": {"16 bytes": "a head's gate, 2 bytes, to every lane that has channels of it, from L1"},
     "gate_heads_bwd_kernel": {"16 bytes": "as forward"},
     "patch_embed3d_fwd_kernel": dict.fromkeys(

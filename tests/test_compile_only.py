@@ -34,6 +34,8 @@ ATTENTION = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_d
 LAYERS = ("Wan", "Hunyuan")  # how the cases of convolutions begin
 # One head's weight (two halves of it where halves turn) and angle steps are shorter than a program's 16-byte loads.
 NARROW = {"qk_norm_rope_fwd_kernel": 3, "qk_norm_rope_bwd_kernel": 3}
+# The gradient of a token's sum.
+NARROW |= {"qk_norm_stats_bwd_kernel": 1}
 # Bias, the shared rows of scale and shift, and the statistics of tokens: vectors in the layout of the tile they meet.
 NARROW |= {"final_layer_fwd_kernel": 10, "final_layer_bwd_kernel": 34}
 # Parameters and statistics of channels, read once by a program, and three values of the group of each channel.

@@ -1,4 +1,4 @@
-"""Operations over several processes: DTensors are refused, `local_map` serves them; a norm of heads on several ranks."""
+"""Operations over several processes: DTensors are refused, `local_map` serves them; a norm of heads over ranks."""
 
 from __future__ import annotations
 
