@@ -258,13 +258,18 @@ def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
             )
 
 
+def check_fits(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """`check_shapes` of a module and what it is to hold."""
+    wanted, found = ({name: value.shape for name, value in d.items()} for d in (module.state_dict(), state))
+    check_shapes(wanted, found, where)
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Copies `state` into `module` (casting to its dtypes) when names and shapes agree exactly.
 
     Raises `CheckpointError` as `check_shapes`, before anything is changed.
     """
-    wanted, found = ({name: value.shape for name, value in d.items()} for d in (module.state_dict(), state))
-    check_shapes(wanted, found, where)
+    check_fits(module, state, where)
     module.load_state_dict(dict(state), strict=True)
 
 

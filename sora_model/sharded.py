@@ -58,12 +58,13 @@ def mesh_of(device: torch.device, cp: int, heads: int) -> DeviceMesh:
     return init_device_mesh(device.type, (size // cp, cp // ulysses, ulysses), mesh_dim_names=AXES)
 
 
-def shard(dit: SoraDiT, *others: nn.Module, dtype: torch.dtype) -> None:
+def shard(dit: SoraDiT, *others: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Divides the weights among all ranks, in place, to compute in `dtype`; of `others` in their own.
+
+    Weights on the meta device are divided as they are, without memory: `deferred.fill` gives each rank its part.
 
     What Wan keeps in fp32 stays whole on every rank where `dtype` is less; gradients are averaged in fp32.
     """
-    device = dit.head_table.device
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     how = dict(mesh=mesh, mp_policy=policy, ignored_params=dit.kept_wide(dtype))

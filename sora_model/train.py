@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.func import functional_call
 
 from . import checks, files, flow, world
 from .attention import AttentionMode
-from .checkpoint import fingerprint, load_into, read_json, read_part, write_json, write_tensors
+from .checkpoint import check_fits, fingerprint, load_into, read_json, read_part, write_json, write_tensors
 from .conditioning import Known, draw_mask, token_times
 from .dit import SoraDiT
 from .fit import fit
@@ -201,25 +202,37 @@ def train_dit(
     if device.type != "cpu" or dtype != torch.float32 or checkpointing:  # a GPU needs one thread, functional calls too
         settings = dataclasses.replace(settings, workers=1)
     vae = vae.to(device).requires_grad_(False)
-    torch.manual_seed(settings.seed)
-    words = WordTextConfig(words=world.VOCABULARY, dim=recipe.dit.text_dim, **recipe.text)
-    model = nn.ModuleDict({"dit": SoraDiT(recipe.dit, checkpointing=checkpointing), "text": WordTextEncoder(words)})
-    for embedding in (model["dit"].text_embedding, model["dit"].time_embedding):
-        for layer in (embedding[0], embedding[2]):
-            nn.init.xavier_uniform_(layer.weight)
-    for name, part in zip(("dit", "text"), start or (), strict=False):
-        load_into(model[name], part.state_dict(), f"start: {name}")
-    model.to(device, torch.float32)
-    data = WorldData(settings.batch, recipe.buckets, recipe.scenes, settings.seed)
-    patch, draws, kinds = recipe.dit.patch, recipe.draws, {name: type(part) for name, part in model.items()}
-    mesh = None
+
+    def make() -> nn.ModuleDict:
+        torch.manual_seed(settings.seed)
+        words = WordTextConfig(words=world.VOCABULARY, dim=recipe.dit.text_dim, **recipe.text)
+        model = nn.ModuleDict({"dit": SoraDiT(recipe.dit, checkpointing=checkpointing), "text": WordTextEncoder(words)})
+        for embedding in (model["dit"].text_embedding, model["dit"].time_embedding):
+            for layer in (embedding[0], embedding[2]):
+                nn.init.xavier_uniform_(layer.weight)
+        return model
+
+    mesh, begun = None, dict(zip(("dit", "text"), start or (), strict=False))
     if shard or (cp, accumulate) != (1, 1):
-        from . import parallel, sharded  # they take seconds to import
+        from . import deferred, parallel, sharded  # they take seconds to import
 
         checks.whole("cp", cp, 1, 2**20)
         checks.whole("accumulate", accumulate, 1, 2**20)
         mesh = sharded.mesh_of(device, cp, recipe.dit.heads)
-        sharded.shard(model["dit"], model["text"], dtype=dtype)
+        model, values = deferred.build(make)
+    else:
+        model = make()
+    for name, part in begun.items():
+        (load_into if mesh is None else check_fits)(model[name], part.state_dict(), f"start: {name}")
+    if mesh is None:
+        model.to(device, torch.float32)
+    else:
+        given = {f"{name}.{key}": value for name, part in begun.items() for key, value in part.named_parameters()}
+        values |= {name: partial(value.detach().to, torch.float32) for name, value in given.items()}
+        sharded.shard(model["dit"], model["text"], device=device, dtype=dtype)
+        deferred.fill(model, values, device)
+    data = WorldData(settings.batch, recipe.buckets, recipe.scenes, settings.seed)
+    patch, draws, kinds = recipe.dit.patch, recipe.draws, {name: type(part) for name, part in model.items()}
 
     def batch_at(step: int) -> tuple[Tensor, ...]:
         """Of B clips: uint8 videos, and of each draw the tokens of a caption, noise, times and what is known."""

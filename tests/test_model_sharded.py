@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from test_model_training import TINY_VAE, recipe_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from sora_model import sharded, train, world
+from sora_model import deferred, sharded, train, world
 from sora_model.checkpoint import CheckpointError
 from sora_model.dit import SoraDiT
 from sora_model.ranks import RankError
@@ -90,6 +91,65 @@ def assert_gradients_agree(folder, run, tolerance):
     assert len(moments) > 30
     for name in moments:
         assert (together[name] - one[name]).norm() <= tolerance * one[name].norm(), name
+
+
+def drawn(monkeypatch, where, seen=lambda module: dict(module.state_dict())):
+    """The weights with which `train_dit` begins, and the most bytes of tensors that it has held until then."""
+    kept = {}
+
+    def fit(module, *args, **how):
+        run.stop()
+        kept.update(seen(module))
+
+    monkeypatch.setattr(where, "fit", fit)
+    sizes = dict(dim=120, heads=2, layers=6, ffn_dim=501)  # neither divides by three
+    how = recipe(steps=1)
+    how = dataclasses.replace(how, dit=dataclasses.replace(how.dit, **sizes))
+    coder = vae()
+    run = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    run.start()
+    train.train_dit("nowhere", coder, how, shard=where is sharded)
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return kept, max(itertools.accumulate(changes))
+
+
+def _drawn_apart(rank, folder):
+    seen = lambda module: {name: value.full_tensor() for name, value in module.state_dict().items()}  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        torch.save(drawn(patch, sharded, seen), f"{folder}/{rank}.pt")
+
+
+def test_no_process_holds_the_weights_that_it_begins_with_and_they_are_those_of_one(tmp_path, monkeypatch):
+    in_ranks(_drawn_apart, 3, tmp_path)
+    expected, all_bytes = drawn(monkeypatch, train)
+    weights = sum(value.nbytes for value in expected.values())
+    assert all_bytes > weights > 5e6
+    for rank in range(3):
+        found, most = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+        assert most < 0.55 * weights  # a third, one weight whole, and the generator's state at each
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.weight = torch.nn.Parameter(change(torch.empty(4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.normal_().mul_(2), "mul_.* changes a weight that has no memory yet; fill it whole"),
+        (lambda t: t.normal_()[1:].zero_() and t, "zero_.* changes a weight that has no memory yet; fill it whole"),
+        (lambda t: t.normal_() * 2, "weight is not made by torch.empty and then filled"),
+        (lambda t: t, "weight is not made by torch.empty and then filled"),
+    ],
+    ids=["scaled", "in part", "computed", "empty"],
+)
+def test_a_weight_that_cannot_be_drawn_again_is_refused(change, said):
+    with pytest.raises(NotImplementedError, match=said):
+        deferred.build(lambda: Scaled(change))
 
 
 def _one_dies(rank, folder):
