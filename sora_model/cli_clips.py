@@ -91,7 +91,11 @@ def _write(
                 for text in loras or ():
                     file, weight, expert = lora.parse(text)
                     sora.load_lora(file, weight, expert=expert)
-            with bars(err) as progress, parallel.sampling(sora, guidance=options["guidance"]):
+            with (
+                ranks.told_of_loss("while the clip was made", "nothing of it is kept: start all again"),
+                parallel.sampling(sora, guidance=options["guidance"]),
+                bars(err) as progress,
+            ):
                 said = make(sora, to, prompt, progress=progress if first else None, **options)
     for line in said if first else ():
         say(out, line)

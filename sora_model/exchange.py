@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -77,6 +78,22 @@ class Tiles:
     rank: int
     size: int
 
+    def agree(self, name: str, x: Tensor) -> None:
+        """Raises ValueError, on every rank, where two have another x."""
+        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {x.detach().double().square().sum().item()}"
+        form = zlib.crc32(told.encode())
+        most = torch.tensor([form, -form], device=x.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        if most[0] == -most[1]:
+            return
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, told, self.group)
+        other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
+        raise ValueError(
+            f"all ranks must pass the same inputs: {name} are {everyone[0]} on the first, {everyone[other]} on rank "
+            f"{other} of the {self.size} that share the tiles"
+        )
+
     def each(self, compute: Callable[[Item], Tensor], items: Sequence[Item], areas: Sequence[Range]) -> list[Tensor]:
         """compute(item), [B, C, T, h, w] with (h, w) of `areas`, of all items: each rank computes a share of them."""
         owned = [range(rank, len(items), self.size) for rank in range(self.size)]
@@ -113,12 +130,15 @@ class Ring(torch.autograd.Function):
         for step, (keys, values) in enumerate(_round(torch.stack((k, v)), sizes, rank, group)):
             part, *mine = attention_backward(dout, q, keys, values, out, lse, out_dtype=wide, impl=impl)
             dq, total = dq + part, torch.stack(mine)
+            if step == 0:
+                own = total  # stays here: what the others give comes to it
+                continue
             if arrive is not None:
                 total += arrive()  # what the ranks give that had this block before
             shape = list(total.shape)
             shape[2] = sizes[(rank - 1 - step) % len(sizes)]
             arrive = _pass_on(total, shape, rank, group, tag=1)
-        dk, dv = arrive()
+        dk, dv = own + arrive()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 

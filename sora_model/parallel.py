@@ -45,8 +45,9 @@ AXES = ("clips", "ring", "ulysses")
 def tiles_over(vae: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
     """Inside the block `vae`, a `CausalVAE`, hands its tiles to the ranks of `mesh`, of one dimension; one gather.
 
-    Every rank passes the same inputs, with a `tile`, and gets the whole: what the VAE gives alone with that tile, in
-    streams too. Gradients of tiled layers are those of the rank's tiles. Without a tile every rank computes all.
+    Every rank passes the same inputs and gets the whole, up to rounding what the VAE gives alone, in streams too. Tiles
+    are as many as ranks, or more where a smaller `tile` is asked for. Gradients of tiled layers are those of the rank's
+    tiles.
     """
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__

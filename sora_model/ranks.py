@@ -23,6 +23,7 @@ from torch import Tensor
 from .machine import choose_device
 
 _END = -1
+_RESUME = "the last save is whole: the same command resumes from it"
 _LOST = re.compile("gloo|nccl|connection|timed? ?out", re.IGNORECASE)  # gloo raises RuntimeError itself
 
 
@@ -164,16 +165,16 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def told_of_loss(when: str) -> Iterator[None]:
-    """What torch says of a process that is gone or silent, as one line that says what to do."""
+def told_of_loss(when: str, then: str = _RESUME) -> Iterator[None]:
+    """What torch says of a process that is gone or silent, as one line that says what to do `then`."""
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+        if Ranks().size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
         raise RankError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process {when} ({_first_line(error)}); "
-            "the last save is whole: the same command resumes from it"
+            + then
         ) from error
 
 

@@ -99,6 +99,16 @@ def in_latents(tile: Tile, size: Sequence[int], factor: int) -> tuple[int, int] 
     return None if both == tuple(size) else both
 
 
+def shared(tile: tuple[int, int] | None, size: Sequence[int], ranks: int) -> tuple[int, int] | None:
+    """No larger a tile, in latents, than gives each of the ranks one: of all ways to cut the frame into a tile a rank,
+    that of the smallest and then the squarest tiles. None where one holds the frame."""
+    height, width = size
+    cuts = [(-(-height // rows), -(-width // min(ranks // rows, width))) for rows in range(1, min(ranks, height) + 1)]
+    cut = min(cuts, key=lambda cut: (math.prod(cut), sum(cut)))
+    both = tuple(map(min, cut, tile or size))
+    return None if both == tuple(size) else both
+
+
 def apply(stages: Sequence[Stage], x: Tensor, run: Pass) -> Tensor:
     """The stages in turn: of the whole frames, or tile by tile."""
     if run.tile is None:

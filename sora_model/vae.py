@@ -561,6 +561,8 @@ class CausalVAE(nn.Module):
     ) -> Pass:
         """A pass for x, once everything about it has been found right."""
         self._check(kind, x)
+        if self.ranks is not None:
+            self.ranks.agree("the frames to encode" if kind == "encode" else "the latents to decode", x)
         frames, *size = x.shape[2:]
         if kind == "encode":
             if cache is not None and frames % self.config.temporal_factor:
@@ -570,6 +572,8 @@ class CausalVAE(nn.Module):
                 )
             size = self.config.latent_shape(frames + (cache is not None), *size)[2:]
         tile = tiling.in_latents(tile, size, self.config.spatial_factor)
+        if self.ranks is not None:
+            tile = tiling.shared(tile, size, self.ranks.size)
         if cache is None:
             return Pass(self.impl, tile, streaming, ranks=self.ranks)
         if not isinstance(cache, VAECache):

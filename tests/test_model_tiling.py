@@ -162,3 +162,16 @@ def test_a_bad_tile_is_refused(wan, tile, said):
         wan.decode(torch.zeros(1, 4, 1, 2, 2), tile=tile)
     with pytest.raises(ValueError, match=said):
         wan.encode_chunk(torch.zeros(1, 3, 1, 16, 16), tile=tile)
+
+
+@pytest.mark.parametrize(
+    ("tile", "size", "ranks", "expected"),
+    [
+        (None, (60, 104), 8, (30, 26)), (None, (90, 160), 8, (45, 40)), (None, (5, 3), 2, (3, 3)),
+        (None, (5, 3), 3, (5, 1)), (None, (60, 104), 7, (60, 15)), (None, (2, 2), 8, (1, 1)),
+        (None, (60, 104), 1, None), ((8, 8), (60, 104), 8, (8, 8)),
+        ((40, 10), (60, 104), 8, (30, 10)), ((1, 1), (1, 1), 4, None),
+    ],
+)  # fmt: skip
+def test_ranks_have_a_tile_each_or_more(tile, size, ranks, expected):
+    assert tiling.shared(tile, size, ranks) == expected
