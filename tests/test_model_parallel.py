@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from in_ranks import in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sora_model import exchange, parallel
+from benchmarks import scaling
+from sora_kernels import spacetime_attention
+from sora_model import exchange, parallel, tiling
 from sora_model.attention import AttentionMode
 from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.exchange import Tiles
 from sora_model.memory import Memory
+from sora_model.ranks import RankError
 from sora_model.vae import CausalVAE, VAEConfig
 
 SIZES = dict(dim=48, heads=4, layers=1, ffn_dim=32, in_channels=4, out_channels=3, text_dim=8, freq_dim=16)
@@ -62,6 +71,8 @@ PAIR = [
     *[("ring", mode, "clip") for mode in MODES], ("ring", "dense", "frame"), ("ring", "dense", "token"),
     ("ring", "window", "frame"), ("ulysses", "dense", "frame"), ("ulysses", "causal window", "clip"),
 ]  # fmt: skip
+EVEN = 2, 4, 4, 4, 4  # 4 x 2 x 2 tokens
+DIVIDED = {("ring",): (4,), ("ulysses",): (4,), ("ring", "ulysses"): (2, 2)}
 FOUR = [("ring, ulysses", "dense", "frame"), ("ring, ulysses", "sink", "clip"), ("clips, ring", "window", "token")]
 
 
@@ -88,14 +99,25 @@ def _generate(rank, folder, command):
     from sora_model.cli import app
 
     app([*command, "--out", f"{folder}/together.mp4"], standalone_mode=False)
+    if rank:
+        SoraDiT.forward = lambda *_, **__: os._exit(7)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the one that is left is sent
+    try:
+        app([*command, "--out", f"{folder}/lost.mp4"], standalone_mode=False)
+    except RankError as error:
+        Path(folder, "error").write_text(str(error))
 
 
-def test_the_processes_of_torchrun_generate_one_clip_and_the_first_writes_it(tmp_path, tiny_checkpoint):
+def test_the_processes_of_torchrun_generate_one_clip_or_say_that_one_is_lost(tmp_path, tiny_checkpoint):
     from sora_model.cli import app
     from sora_model.media import read_video
 
     command = ["generate", "a red ball moves up", "--weights", str(tiny_checkpoint), "--seconds", "1", "--steps", "2"]
-    in_ranks(_generate, 2, tmp_path, command)
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
+        in_ranks(_generate, 2, tmp_path, command)
+    said = (tmp_path / "error").read_text()
+    assert "rank 0 of 2 lost another process while the clip was made" in said and not (tmp_path / "lost.mp4").exists()
+    assert said.endswith("; nothing of it is kept: start all again")
     app([*command, "--out", f"{tmp_path}/alone.mp4"], standalone_mode=False)
     together, alone = (np.stack([*read_video(tmp_path / f"{name}.mp4")]).astype(int) for name in ("together", "alone"))
     assert together.shape == alone.shape and together.std() > 5
@@ -107,6 +129,9 @@ def _on_four(rank, folder):
     for names, mode, times in FOUR:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names.split(", "))
         results[names, mode, times] = run(dit, drawn(times), MODES[mode], mesh, parallel.over(dit, mesh))
+    for names, sizes in DIVIDED.items():
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        results["bytes", names] = bytes_sent(mesh, rank, "dense", EVEN)
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -132,16 +157,24 @@ def coded(mesh=None):
             ranks = Tiles(mesh.get_group(), mesh.get_local_rank(), 2)
             (only,) = ranks.each(lambda n: torch.ones(1, 1, 1, 2, n), [3], [(2, 3)])
             assert torch.equal(only, torch.ones(1, 1, 1, 2, 3))
+        with pytest.MonkeyPatch.context() as patch:
+            computed, one = [], tiling._one
+            patch.setattr(tiling, "_one", lambda *args: computed.append(args[3]) or one(*args))
+            whole = vae.encode(video)[0], vae.decode(latents)
+            areas = [math.prod(span.stop - span.start for span in window) for window in computed]
+            if mesh:  # 5 x 3 latents are 2 x 3 and 3 x 3
+                assert areas == [(6, 9)[ranks.rank], 64 * (6, 9)[ranks.rank]]
         streamed = torch.cat(list(vae.decode_stream(latents, chunk=1, tile=16)), 2)
-        return {"mean": vae.encode(video, tile=16)[0], "clip": vae.decode(latents, tile=16), "streamed": streamed}
+        tiled = {"mean": vae.encode(video, tile=16)[0], "clip": vae.decode(latents, tile=16), "streamed": streamed}
+        return tiled | {"whole": whole}
 
 
-def bytes_sent(mesh, rank, mode):
+def bytes_sent(mesh, rank, mode, shape=SHAPE):
     """To other ranks, in one layer's forward, and in its backward."""
     sent, swap, pass_on = [0], exchange.dist.all_to_all_single, exchange.dist.batch_isend_irecv
 
     def count_swap(received, given, out_sizes, in_sizes, **how):
-        sent[0] += given.itemsize * (sum(in_sizes) - in_sizes[rank])
+        sent[0] += given.itemsize * (sum(in_sizes) - in_sizes[dist.get_rank(how["group"])])
         return swap(received, given, out_sizes, in_sizes, **how)
 
     def count_pass(ops):
@@ -152,19 +185,34 @@ def bytes_sent(mesh, rank, mode):
     with pytest.MonkeyPatch.context() as patch, parallel.over(dit, mesh):
         patch.setattr(exchange.dist, "all_to_all_single", count_swap)
         patch.setattr(exchange.dist, "batch_isend_irecv", count_pass)
-        loss = loss_of(dit(*drawn(), attention=MODES[mode]))
+        loss = loss_of(dit(*drawn(shape=shape), attention=MODES[mode]))
         forward, sent[0] = sent[0], 0
         loss.backward()
     return forward, sent[0]
 
 
+def assert_four_send_what_is_counted(parts):
+    """Of equal shares, in a ring, by Ulysses and by both; and the velocity of own tokens to others, gathered twice."""
+    B, S, D, b, own = EVEN[0], 16, 48, 4, 4 * 3 * 4
+    for names, sizes in DIVIDED.items():
+        degrees = dict(zip(names, sizes, strict=True))
+        gathered, held = 0, own
+        for size in reversed(sizes):
+            gathered, held = gathered + held * (size - 1), held * size
+        forward, backward = (B * scaling.sent(S, D, b, **degrees, backward=way) for way in (False, True))
+        for results in parts:
+            assert results["bytes", names] == (forward + B * gathered * b, backward), names
+
+
 def assert_sends_what_the_page_says(counted):
     """docs/distributed.md, for 2 ranks of 2 clips of 30 tokens; and the velocity of a rank's tokens to the other."""
     B, S, D, b, frame, features = 2, 30, 48, 4, 6, 3 * 4
+    ring_sends, swaps = 2 * B * S * D * b // 2, 4 * B * (S // 2) * D * b // 2
+    assert ring_sends == B * scaling.sent(S, D, b, ring=2) and swaps == B * scaling.sent(S, D, b, ulysses=2)
     gathered = [B * own * features * b for own in (15, 15)]
     for rank, (ring, ulysses, _) in enumerate(counted):
-        assert ring == (2 * B * S * D * b // 2 + gathered[rank], 2 * B * S * D * b // 2 + 2 * B * S * D * 4)
-        assert ulysses == (4 * B * (S // 2) * D * b // 2 + gathered[rank], 4 * B * (S // 2) * D * b // 2)
+        assert ring == (ring_sends + gathered[rank], ring_sends + 2 * B * S * D * 4 // 2)
+        assert ulysses == (swaps + gathered[rank], swaps)
     halos = [2 * B * 2 * frame * D * b, 0], [0, 2 * B * 2 * frame * D * b]  # two of five frames go on, gradients back
     tokens = 12, 18
     for rank, (*_, causal) in enumerate(counted):
@@ -200,6 +248,15 @@ def refuses(dit, meshes, rank):
         pass
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh"), parallel.over(dit, None):
         pass
+    vae = CausalVAE(VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
+    with torch.no_grad(), parallel.tiles_over(vae, ring):
+        for given in (torch.full((1, 4, 1, 2, 2), float(rank)), torch.zeros(1, 4, 1, 2, 2 + rank)):
+            with pytest.raises(ValueError, match=r"same inputs: the latents to decode are .* on rank 1 of the 2"):
+                vae.decode(given)
+    square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
+    message = "tiles_over: mesh must be a DeviceMesh of one dimension; got 2 dimensions"
+    with pytest.raises(ValueError, match=message), parallel.tiles_over(vae, square):
+        pass
     other = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     message = "some of the dimensions clips, ring, ulysses; got"
     with pytest.raises(ValueError, match=message), parallel.over(dit, other):
@@ -218,6 +275,8 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
         for results in parts:
             torch.testing.assert_close(results["vae"], coded(), rtol=1e-5, atol=1e-5)
         assert_sends_what_the_page_says([results["bytes"] for results in parts])
+    else:
+        assert_four_send_what_is_counted(parts)
     dit, known = make(), {}
     for case in cases:
         _, mode, times = case if isinstance(case, tuple) else (None, "dense", "clip")
@@ -228,3 +287,35 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
                 error = (results[case][name].float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
                 assert error < (0.05 if case == "bf16" else 2e-5), (case, rank, name, error.item())
 
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if name != "dense"])
+def test_the_frames_that_ranks_fetch_are_those_that_they_see(name):
+    """A frame is seen where an own query's result has a gradient by its values. More is fetched of two kinds: to where
+    a stride ends, and what lies between a sink and the window."""
+    torch.manual_seed(0)
+    frames, size, mode = 8, 6, MODES[name]
+    q, k, v = (torch.randn(1, frames * size, 1, 8) for _ in range(3))
+    out = spacetime_attention(q, k, v.requires_grad_(), **mode.keywords((frames, 3, 2)), impl="reference")
+    for ranks in (2, 3, 4):
+        for start, stop in parallel.cut(0, frames, ranks):
+            (by,) = torch.autograd.grad(out[:, start * size : stop * size].sum(), v, retain_graph=True)
+            seen = {i for i, frame in enumerate(by[0].split(size)) if frame.abs().max() > 0}
+            fetched = set(range(*parallel.frames_seen(frames, start, stop, mode)))
+            between = set(range(mode.sink, min(seen - set(range(mode.sink)), default=0))) if mode.sink else set()
+            assert seen <= fetched and len(fetched - seen - between) < mode.stride[0]
+
+
+def test_a_prediction_is_of_what_is_counted():
+    """By hand, of the largest: what a rank of four sends in Ulysses, products, attention; and the page says so."""
+    machine = scaling.Machine()
+    gigabytes, products, attention, *_ = scaling.step("480x832x81", (2, 1, 4), machine)
+    tokens, width, layers = 32760, 5120, 40
+    velocity = tokens / 4 * 64 * 2 * 7
+    assert gigabytes * 1e9 == pytest.approx(layers * 4 * tokens / 4 * width * 2 * 3 / 4 + velocity)
+    assert attention == pytest.approx(layers * 4 * tokens**2 * width / 4 / 400e12)
+    linear = layers * (6 * width**2 + 2 * width * 13824) * tokens / 4 + layers * 2 * width**2 * 512
+    assert products == pytest.approx(2 * linear / 400e12, rel=1e-3)  # and the patches
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    for table in scaling.tables():
+        assert table in page, "run python -m benchmarks.scaling and put its tables on the page"
