@@ -61,7 +61,8 @@ CALLS = PLAIN | {
     ),
     "qk_norm_rope stats": (
         lambda q, k, s, w: sk.qk_norm_rope(
-            q, k, q_weight=w, across="width", stats=s.square() + 1, width=32, grid=(3, 2, 2), tokens=(1, 11)
+            q, k, q_weight=w, across="width", stats=s.to(torch.promote_types(s.dtype, torch.float32)).square() + 1,
+            width=32, grid=(3, 2, 2), tokens=(1, 11),
         ),
         lambda n: (torch.randn(n, 10, 2, 8), torch.randn(n, 10, 3, 8), torch.randn(n, 20), torch.randn(16)),
     ),

@@ -84,21 +84,26 @@ def _projected(x, q_proj, k_proj, q_norm, k_norm, norms, **rest):
 
 def _columns_of_a_rank(rank, folder):
     """Projections divided by columns, on two ranks: three heads of four, and one."""
-    from torch.distributed.nn.functional import all_reduce
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed import nn
 
     given, grads = torch.load(f"{folder}/given.pt")
     heads, channels = (slice(0, 3), slice(3, 4))[rank], (slice(0, 36), slice(36, 48))[rank]
     x = given.pop("x").requires_grad_()
     own = {name: t[channels].clone().requires_grad_() for name, t in given.items()}
 
-    def norms(q, k, **rest):
-        stats = all_reduce(sora_kernels.qk_norm_stats(q, k))
-        return sora_kernels.qk_norm_rope(q, k, stats=stats, width=WIDTH, **rest)
+    def run(all_reduce):
+        def norms(q, k, **rest):
+            stats = all_reduce(sora_kernels.qk_norm_stats(q, k))
+            return sora_kernels.qk_norm_rope(q, k, stats=stats, width=WIDTH, **rest)
 
-    outputs = _projected(x, **own, norms=norms)
-    dx, *parts = torch.autograd.grad(outputs, [x, *own.values()], [g[:, :, heads] for g in grads])
-    dist.all_reduce(dx)  # of what every rank has
-    results = [t.detach() for t in outputs], dx, parts
+        outputs = _projected(x, **own, norms=norms)
+        dx, *parts = torch.autograd.grad(outputs, [x, *own.values()], [g[:, :, heads] for g in grads])
+        dist.all_reduce(dx)  # of what every rank has
+        return [t.detach() for t in outputs], dx, parts
+
+    results = run(lambda t: functional.all_reduce(t, "sum", dist.group.WORLD))
+    torch.testing.assert_close(run(nn.functional.all_reduce), results, rtol=0, atol=0)
     torch.save(results, f"{folder}/{rank}.pt")
 
 

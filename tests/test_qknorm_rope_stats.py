@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_qknorm_rope import Case, angles, make, plain
 
-from sora_kernels import _dispatch, qk_norm_rope, qk_norm_stats
+from sora_kernels import _dispatch, _library, qk_norm_rope, qk_norm_stats
 from sora_kernels._dispatch import Unavailable
 from sora_kernels.testing import LAYOUTS, arrange, assert_matches_oracle, outputs_and_grads, poison_empty
 
@@ -256,6 +256,24 @@ def test_values_too_large_for_the_dtype_are_added_up(impl, require):
     assert torch.equal(qk_norm_stats(x, x[:, :0], impl=impl), torch.full((1, 1), 16 * 32768.0**2))
     x[0, 0, 1, 3] = math.nan
     assert qk_norm_stats(x, x, impl=impl).isnan().all()
+
+
+def test_private_ops_refuse_sums_that_they_cannot_read(require):
+    require("qk_norm_stats", "cpu")
+    q, k = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
+    sums, rope = (_library.call(op, "cpu") for op in ("qk_norm_stats_fwd", "qk_norm_rope_fwd"))
+    back = _library.call("qk_norm_rope_bwd", "cpu")
+    for stats in (torch.empty(2, 9), torch.empty(2, 10).half(), torch.empty(10)):
+        with pytest.raises(RuntimeError, match=r"stats: expected a float32 \(B, tokens of q and of k\), got"):
+            sums(q, k, stats)
+    none, rest = (None,) * 4, (None, 1e4, 0, True, 1e-6)
+    for norm, across, width in ((2, True, 24), (1, False, 24), (1, True, 0)):
+        with pytest.raises(RuntimeError, match="stats: expected an RMS norm across a width of at least 1, got norm"):
+            rope(q, k, *none, torch.ones(2, 10), *none, norm, across, *rest, width, width, False, q, k)
+    with pytest.raises(RuntimeError, match="dstats: expected none without stats"):
+        back(q, k, q, k, *none, None, *none, 1, True, *rest, 0, 0, *none, None, None, torch.empty(2, 10))
+    with pytest.raises(RuntimeError, match="axes: expected the sizes, pairs and origins of three axes, or these"):
+        rope(q, k, *none, None, *none, 1, True, [5, 1, 1, 4, 0, 0, 0, 0, 0, 0], *rest[1:], 0, 0, False, q, k)
 
 
 def test_too_wide_for_triton(require):

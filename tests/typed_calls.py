@@ -39,7 +39,8 @@ def heads(q: Tensor, weight: Tensor) -> None:
     assert_type(sora_kernels.qk_norm_rope(q, q, q_weight=weight, k_weight=weight, grid=GRID), tuple[Tensor, Tensor])
     stats = sora_kernels.qk_norm_stats(q, q)
     assert_type(stats, Tensor)
-    assert_type(sora_kernels.qk_norm_rope(q, q, across="width", stats=stats, width=2 * D), tuple[Tensor, Tensor])
+    width = q[0, 0].numel()
+    assert_type(sora_kernels.qk_norm_rope(q, q, across="width", stats=stats, width=width), tuple[Tensor, Tensor])
     assert_type(sora_kernels.qk_norm_rope(q, q, grid=[2 * T, H, W], tokens=(S, 2 * S)), tuple[Tensor, Tensor])
     assert_type(sora_kernels.gate_heads(q, torch.ones(q.shape[:3])), Tensor)
 

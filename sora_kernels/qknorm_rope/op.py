@@ -143,7 +143,7 @@ def qk_norm_stats(q: Tensor, k: Tensor, *, impl: str = "auto") -> Tensor:
     for the sums and both gradients, 2·q·dstats; two runs agree bit for bit. Forward mode, torch.func and, under it,
     higher orders: by the reference's formula (docs/numerics.md).
 
-        stats = torch.distributed.nn.functional.all_reduce(qk_norm_stats(q, k), group=group)
+        stats = all_reduce(qk_norm_stats(q, k), "sum", group)     # of torch.distributed._functional_collectives
         q, k = qk_norm_rope(q, k, across="width", stats=stats, width=ranks * H * E, q_weight=..., grid=...)
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
