@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,13 @@ _CONFIG_BYTES = 4 << 20
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, unsafe or made for another model."""
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor before its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -117,20 +124,18 @@ def read_shapes(
     path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
 ) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES` or `also`."""
-    return {name: shape for name, (shape, _) in read_header(path, also=also).items()}
+    return {name: held.shape for name, held in read_header(path, also=also).items()}
 
 
-def read_header(
-    path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, dtype) of every tensor of a safetensors file, as `read_shapes`."""
+def read_header(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()) -> dict[str, Header]:
+    """The header of every tensor of a safetensors file, as `read_shapes`."""
     known = _DTYPES | _FP8
     with _opened(path) as source:
         header = {name: source.get_slice(name) for name in source.keys()}
         dtypes = {name: known.get(part.get_dtype(), part.get_dtype()) for name, part in header.items()}
         shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
     check_dtypes(dtypes, os.fspath(path), also=also)
-    return {name: (shape, dtypes[name]) for name, shape in shapes.items()}
+    return {name: Header(shape, dtypes[name]) for name, shape in shapes.items()}
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
@@ -248,7 +253,7 @@ def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequen
     if missing or unknown:
         raise CheckpointError(
             f"{where} is a checkpoint of another model: it lacks {len(missing)} of the {len(wanted)} expected tensors"
-            f"{_listed(missing)} and has {len(unknown)} unknown ones{_listed(unknown)}"
+            f"{listed(missing)} and has {len(unknown)} unknown ones{listed(unknown)}"
         )
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
@@ -262,6 +267,12 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor], where: str) -> No
     """`check_shapes` of a module and what it is to hold."""
     wanted, found = ({name: value.shape for name, value in d.items()} for d in (module.state_dict(), state))
     check_shapes(wanted, found, where)
+
+
+def check_known(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> list[str]:
+    """`check_shapes` for a reader that leaves what it does not know: that is no error, and is returned."""
+    check_shapes(wanted, {name: shape for name, shape in found.items() if name in wanted}, where)
+    return sorted(found.keys() - wanted.keys())
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -349,5 +360,6 @@ def _names(folder: Path, most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "") if names else "nothing"
 
 
-def _listed(names: list[str], most: int = 10) -> str:
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """" ('a', 'b', ...)", or nothing of none."""
     return f" ({', '.join(map(repr, names[:most]))}{', ...' if len(names) > most else ''})" if names else ""

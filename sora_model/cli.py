@@ -66,12 +66,14 @@ def info(
     """What runs on this machine, and what a checkpoint holds and needs."""
     from sora_kernels import info as kernels
 
-    from . import wan
+    from . import wan, wan_check
     from .checkpoint import read_json
     from .pipeline import Sora
 
     kernels.main([])
     index = Path(weights) / "model_index.json"
+    if Path(weights).is_file() or (index.parent / "config.json").is_file() and not index.is_file():
+        return say(out, f"{weights} is {wan_check.look(Path(weights))}: one model. {_WHERE}")
     if index.is_file() and (known := read_json(index)).get("_class_name") in wan.PIPELINES:
         return _wan_info(Path(weights), known)
     sora = Sora.from_pretrained(weights)
@@ -93,11 +95,17 @@ def info(
         say(out, f"it knows {len(words)} words: {', '.join(words)}")
 
 
+_WHERE = (
+    "In Python SoraDiT.from_wan or CausalVAE.from_wan reads it; for clips, put it into a checkpoint in the diffusers "
+    "layout: a folder for each part, with its config.json, and model_index.json"
+)
+
+
 def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     """Of a checkpoint that is too large to be loaded for that."""
     import torch
 
-    from . import machine, wan
+    from . import machine, wan, wan_check
     from .machine import choose_device, gib
     from .planning import Sizes
 
@@ -109,6 +117,9 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     for part in parts:
         table.add_row(part.name, f"{part.parameters:,}", gib(part.bytes))
     out.print(table)
+    for remark in (remark for part in parts for remark in wan_check.compare(folder, part.name)):
+        say(out, remark)
+    say(out, "names and shapes of the tensors are those that the configs ask for")
     for part in parts:
         if part.fp8:
             say(out, f"{part.name}: of its parameters {part.fp8:,} stay in fp8 and are widened layer by layer")

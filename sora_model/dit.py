@@ -475,6 +475,33 @@ class SoraDiT(nn.Module):
         return {parameter for name, parameter in self.named_parameters() if _kept_in(name, dtype) != dtype}
 
     @classmethod
+    def planned(cls, sizes: Mapping[str, Any], held: Mapping[str, Any], where: str) -> tuple[DiTConfig, dict[str, Any]]:
+        """The config of a transformer of Wan, and what is held by our names: tensors, or headers without values.
+
+        sizes  of its config.json, or {"_class_name": ORIGINAL} without one
+        held   by the names of diffusers' or Wan's own file
+
+        Raises as `from_wan`, unless names, dtypes and shapes are those of the config.
+        """
+        from . import fp8
+        from .checkpoint import FP8, CheckpointError, check_dtypes, check_shapes, planned_shapes
+
+        if any("lora_" in name for name in held):
+            raise CheckpointError(
+                f"{where} is a LoRA, which changes a model's weights: load the model, then load_lora, or --lora"
+            )
+        weights = fp8.weights(held)
+        given = {own_name(name): value for name, value in weights.items() if "norm_added_q" not in name}
+        check_dtypes({name: value.dtype for name, value in given.items()}, where, also=FP8)
+        shapes = {name: tuple(value.shape) for name, value in given.items()}
+        if sizes.get("_class_name") == ORIGINAL:
+            config = DiTConfig.of_weights(shapes, heads=sizes.get("num_heads"))
+        else:
+            config = DiTConfig.from_wan(sizes)
+        check_shapes(planned_shapes(cls, config, shapes.values(), where), shapes, where)
+        return config, given
+
+    @classmethod
     def from_wan(
         cls, source: nn.Module | str | Path, *, dtype: torch.dtype | None = None, keep_fp8: bool = False
     ) -> SoraDiT:
@@ -490,15 +517,7 @@ class SoraDiT(nn.Module):
         """
         # the model itself needs no safetensors
         from . import fp8
-        from .checkpoint import (
-            FP8,
-            CheckpointError,
-            check_dtypes,
-            check_shapes,
-            planned_shapes,
-            read_tensors,
-            read_wan_directory,
-        )
+        from .checkpoint import FP8, read_tensors, read_wan_directory
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
@@ -506,25 +525,16 @@ class SoraDiT(nn.Module):
         if is_module:
             sizes, state = checks.config_of(source, "WanTransformer3DModel", "forward"), source.state_dict()
         elif Path(source).is_file():
-            sizes, state = {"_class_name": _ORIGINAL}, read_tensors(source, also=FP8)
+            sizes, state = {"_class_name": ORIGINAL}, read_tensors(source, also=FP8)
         else:
             sizes, state = read_wan_directory(source, also=FP8)
         where = type(source).__name__ if is_module else str(source)
-        if any("lora_" in name for name in state):
-            raise CheckpointError(f"{where} is a LoRA, which changes a model's weights: load the model, then load_lora")
         scales = {own_name(name): scale for name, scale in fp8.scales(state, where).items()}
-        state = fp8.weights(state)
-        given = {own_name(name): value.detach() for name, value in state.items() if "norm_added_q" not in name}
-        check_dtypes({name: value.dtype for name, value in given.items()}, where, also=FP8)
+        config, given = cls.planned(sizes, state, where)
         if dtype is None and (scales or any(value.dtype in FP8 for value in given.values())):
             dtype = torch.bfloat16
-        shapes = {name: tuple(value.shape) for name, value in given.items()}
-        if sizes.get("_class_name") == _ORIGINAL:
-            config = DiTConfig.of_weights(shapes, heads=sizes.get("num_heads"))
-        else:
-            config = DiTConfig.from_wan(sizes)
-        check_shapes(planned_shapes(cls, config, shapes.values(), where), shapes, where)
         for name, value in given.items():
+            value = value.detach()
             if keep_fp8 and fp8.stays(name, value.shape, value.dtype):
                 wide = value
             else:
@@ -582,7 +592,7 @@ def _kept_in(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-_ORIGINAL = "WanModel"
+ORIGINAL = "WanModel"  # the class that Wan's own config.json names, or none where a file comes without one
 
 
 def own_name(name: str) -> str:

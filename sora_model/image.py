@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extras
-from .checkpoint import CheckpointError, check_finite
+from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, wan_weights
 
 
 class ImageEncoder:
@@ -29,6 +29,7 @@ class ImageEncoder:
         for folder in folders:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is missing: a Wan checkpoint that sees an image has it")
+        check_sizes(folders[0])
         try:
             model, info = CLIPVisionModel.from_pretrained(
                 folders[0], local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -54,3 +55,30 @@ class ImageEncoder:
         pixels = self.processor(images=list(images), return_tensors="pt").pixel_values
         states = self.model(pixels.to(self.model.device, self.model.dtype), output_hidden_states=True).hidden_states[-2]
         return states.flatten(0, 1)[None]
+
+
+def check_sizes(folder: Path) -> list[str]:
+    """As `text.check_sizes`, of the image encoder."""
+    with extras.named("the image encoder of Wan weights"):
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    def bare(name: str) -> str:  # newer versions of transformers leave the prefix out
+        return name.removeprefix("vision_model.")
+
+    found: dict[str, tuple[int, ...]] = {}
+    for file in wan_weights(folder):
+        found |= {bare(name): shape for name, shape in read_shapes(file).items()}
+    config = read_json(folder / "config.json")
+    asked = config.get("vision_config", config).get("num_hidden_layers", 12)
+    held = len({name.split(".")[2] for name in found if name.startswith("encoder.layers.")})
+    if type(asked) is not int or asked != held:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: num_hidden_layers must be {held}, as in the weights; got {asked!r}"
+        )
+    try:
+        with torch.device("meta"):
+            model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
+    except Exception as error:  # transformers raises many kinds for damaged files
+        raise CheckpointError(f"the image encoder in {folder.parent} cannot be read: {error}") from error
+    wanted = {bare(name): tuple(value.shape) for name, value in model.named_parameters()}
+    return check_known(wanted, found, str(folder))

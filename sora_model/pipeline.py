@@ -185,6 +185,11 @@ class Sora(Verbs, Planning, Loading):
             if any("lora_" in name for name in read_names(folder)):
                 raise CheckpointError(f"{folder} is a LoRA: load the model that it changes, then load_lora, or --lora")
             raise CheckpointError(f"{folder} is one file; give the folder of a whole checkpoint, with model_index.json")
+        if not (folder / "model_index.json").exists() and (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder} holds one model, not a checkpoint of several with a model_index.json; `sora info` says "
+                "which it is and where it belongs"
+            )
         index = read_json(folder / "model_index.json")
         kind = index.get("_class_name")
         if expert not in (None, *NAMES):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, extras
-from .checkpoint import CheckpointError, check_finite, check_shapes, read_json, read_shapes, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, wan_weights
 from .safety import limits, policy
 
 _PAD, _UNKNOWN, _NULL = 0, 1, 2
@@ -168,7 +168,7 @@ class UMT5TextEncoder:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is missing: a Wan checkpoint keeps its {name.replace('_', ' ')} there")
         where = folders["text_encoder"]
-        _check_sizes(where)
+        check_sizes(where)
         with _damaged(path):
             model, info = UMT5EncoderModel.from_pretrained(
                 where, local_files_only=True, use_safetensors=True, dtype=dtype or "auto", output_loading_info=True
@@ -218,9 +218,13 @@ def _damaged(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"the text encoder in {path} cannot be read: {error}") from error
 
 
-def _check_sizes(folder: Path) -> None:
-    """Raises `CheckpointError` unless a config's sizes are those of its weights: transformers allocates them first."""
-    from transformers import UMT5Config, UMT5EncoderModel
+def check_sizes(folder: Path) -> list[str]:
+    """Raises `CheckpointError` unless a config's sizes are those of its weights: transformers allocates them first.
+
+    From the headers of the files, of which no weights are read. Returns the names that nothing reads.
+    """
+    with extras.named("the text encoder of Wan weights"):
+        from transformers import UMT5Config, UMT5EncoderModel
 
     config, found = read_json(folder / "config.json"), {}
     asked = config.get("num_layers")
@@ -232,11 +236,14 @@ def _check_sizes(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'config.json'}: num_layers must be {held}, as in the weights; got {asked!r}")
     with _damaged(folder.parent), torch.device("meta"):
         wanted = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True)).state_dict()
-    both = wanted.keys() & found.keys()  # of tied weights one is kept
-    check_shapes({name: wanted[name].shape for name in both}, {name: found[name] for name in both}, str(folder))
+    tied = {"shared.weight", "encoder.embed_tokens.weight"}  # of which a file keeps one or both
+    spared = tied - found.keys() if tied & found.keys() else ()
+    needed = {name: tuple(t.shape) for name, t in wanted.items() if name not in spared}
+    unread = check_known(needed, found, str(folder))
     buckets, far = config.get("relative_attention_num_buckets", 32), config.get("relative_attention_max_distance", 128)
     try:  # half of the buckets are of one direction, and half of these are one distance each
         checks.whole("relative_attention_num_buckets", buckets, 4, 4096)
         checks.whole("relative_attention_max_distance", far, buckets // 4 + 1, 2**20)
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    return unread

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -537,14 +537,24 @@ class CausalVAE(nn.Module):
         except ValueError as error:
             raise checkpoint.CheckpointError(f"CausalVAE.from_wan: {where if file else 'source'} {error}") from error
         config = checkpoint.build(VAEConfig, sizes if file else wan_config(sizes, where), where)
-        checkpoint.check_dtypes({name: value.dtype for name, value in state.items()}, where)
-        shapes = checkpoint.planned_shapes(cls, config, (value.shape for value in state.values()), where)
-        state = _wan_state(state, shapes)
-        checkpoint.check_shapes(shapes, {name: value.shape for name, value in state.items()}, where)
+        state = _wan_state(state, cls.planned(config, state, where))
         dtypes = {value.dtype for value in state.values()}
         vae = cls(config, impl=impl).to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
         checkpoint.load_into(vae, state, where)
         return vae
+
+    @classmethod
+    def planned(cls, config: VAEConfig, held: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+        """The shapes by our names that the tensors of a VAE of Wan have, once `held`, tensors or headers by diffusers'
+        names or ours, is found to agree. Raises `CheckpointError`."""
+        from . import checkpoint
+
+        checkpoint.check_dtypes({name: value.dtype for name, value in held.items()}, where)
+        wanted = checkpoint.planned_shapes(cls, config, (value.shape for value in held.values()), where)
+        named = {own_name(name): tuple(value.shape) for name, value in held.items()}
+        found = {name: wanted[name] if _same(shape, wanted.get(name)) else shape for name, shape in named.items()}
+        checkpoint.check_shapes(wanted, found, where)
+        return wanted
 
     def _encode(self, video: Tensor, run: Pass) -> tuple[Tensor, Tensor]:            # [B, 3, T, H, W]
         moments = self.encoder(video.contiguous(memory_format=LAYOUT), run)          # [B, 2Z, T', H', W']
@@ -652,11 +662,10 @@ def own_name(name: str) -> str:
 
 
 def _wan_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors under our names; axes of size 1 added or dropped (a 2D convolution is a 3D one of one frame)."""
-    renamed = {}
-    for name, value in state.items():
-        name = own_name(name)
-        shape = shapes.get(name, value.shape)
-        same = [n for n in shape if n != 1] == [n for n in value.shape if n != 1]
-        renamed[name] = value.reshape(shape) if same else value
-    return renamed
+    """The tensors under our names, in the shapes that `CausalVAE.planned` gives."""
+    return {own_name(name): value.reshape(shapes[own_name(name)]) for name, value in state.items()}
+
+
+def _same(shape: Sequence[int], wanted: Sequence[int] | None) -> bool:
+    """But for axes of size 1, added or dropped: a 2D convolution is a 3D one of one frame."""
+    return wanted is not None and [n for n in shape if n != 1] == [n for n in wanted if n != 1]

@@ -365,6 +365,10 @@ def test_what_often_lies_in_the_place_of_weights_is_named(folders, tmp_path, mis
         ("2.1 image", lambda d: shutil.rmtree(d / "image_processor"), "image_processor is missing: a Wan checkpoint"),
         (
             "2.1 image", lambda d: (d / "image_encoder" / "config.json").write_text("{"),
+            "image_encoder/config.json is not valid JSON",
+        ),
+        (
+            "2.1 image", lambda d: change_config(d / "image_encoder", hidden_act="x"),
             "the image encoder in .* cannot be read",
         ),
         (
