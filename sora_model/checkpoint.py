@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import files
 
@@ -242,8 +243,24 @@ def planned_shapes(
             f"{where}: the config asks for at least {asked:,} parameters, and the weights are {numbers:,}; "
             "config and weights are of different models"
         )
-    with torch.device("meta"):
+    with unfilled():
         return {name: tuple(value.shape) for name, value in kind(config).state_dict().items()}
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "div_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Models that are made inside take no memory: on the meta device, and nothing is drawn for them, for which PyTorch
+    imports its compiler there (150 MiB, and as long as torch itself)."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def check_shapes(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], where: str) -> None:

@@ -247,7 +247,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.cross_norm = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
-        self.table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.table = nn.Parameter(torch.empty(1, 6, dim).normal_().div_(dim**0.5))
 
     def forward(
         self,
@@ -302,7 +302,7 @@ class SoraDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = nn.Linear(dim, math.prod(config.patch) * config.out_channels)
-        self.head_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.head_table = nn.Parameter(torch.empty(1, 2, dim).normal_().div_(dim**0.5))
         self.initialise()
 
     @torch.no_grad()
@@ -517,7 +517,7 @@ class SoraDiT(nn.Module):
         """
         # the model itself needs no safetensors
         from . import fp8
-        from .checkpoint import FP8, read_tensors, read_wan_directory
+        from .checkpoint import FP8, read_tensors, read_wan_directory, unfilled
 
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one or None; got {dtype}")
@@ -540,7 +540,7 @@ class SoraDiT(nn.Module):
             else:
                 wide = fp8.widened(value, scales.get(name), _kept_in(name, dtype) if dtype else value.dtype)
             given[name] = wide.clone() if is_module and wide is value else wide
-        with torch.device("meta"):
+        with unfilled():
             model = cls(config)
         model.load_state_dict(given, assign=True)
         fp8.keep(model, scales)

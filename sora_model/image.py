@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extras
-from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, unfilled, wan_weights
 
 
 class ImageEncoder:
@@ -76,7 +76,7 @@ def check_sizes(folder: Path) -> list[str]:
             f"{folder / 'config.json'}: num_hidden_layers must be {held}, as in the weights; got {asked!r}"
         )
     try:
-        with torch.device("meta"):
+        with unfilled():
             model = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
     except Exception as error:  # transformers raises many kinds for damaged files
         raise CheckpointError(f"the image encoder in {folder.parent} cannot be read: {error}") from error

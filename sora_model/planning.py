@@ -13,6 +13,7 @@ import torch
 
 from . import checks, estimate, flow, fp8, machine
 from .attention import AttentionMode
+from .checkpoint import unfilled
 from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
 from .safety import limits
@@ -258,7 +259,7 @@ class Sizes(Planning):
     """A model of which nothing but the sizes is there: what clips would take."""
 
     def __init__(self, dit: DiTConfig, vae: VAEConfig, dtype: torch.dtype) -> None:
-        with torch.device("meta"):
+        with unfilled():
             self.dit, self.vae = SoraDiT(dit).to_dtype(dtype), CausalVAE(vae)
 
     def clip(self, frames: int, height: int, width: int, free: int) -> tuple[int, str]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, extras
-from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, unfilled, wan_weights
 from .safety import limits, policy
 
 _PAD, _UNKNOWN, _NULL = 0, 1, 2
@@ -98,7 +98,7 @@ class WordTextEncoder(nn.Module):
         self.dim, self.max_tokens = config.dim, config.max_tokens
         self._ids = {word: index for index, word in enumerate(config.words, len(_SPECIALS))}
         self.embedding = nn.Embedding(len(_SPECIALS) + len(config.words), config.dim)
-        self.position = nn.Parameter(torch.randn(config.max_tokens, config.dim) * 0.02)
+        self.position = nn.Parameter(torch.empty(config.max_tokens, config.dim).normal_().mul_(0.02))
         self.layers = nn.ModuleList(_Layer(config.dim, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
 
@@ -234,7 +234,7 @@ def check_sizes(folder: Path) -> list[str]:
     held = len({name[2] for name in names if name[:2] == ["encoder", "block"] and len(name) > 2})
     if type(asked) is not int or asked != held:
         raise CheckpointError(f"{folder / 'config.json'}: num_layers must be {held}, as in the weights; got {asked!r}")
-    with _damaged(folder.parent), torch.device("meta"):
+    with _damaged(folder.parent), unfilled():
         wanted = UMT5EncoderModel(UMT5Config.from_pretrained(folder, local_files_only=True)).state_dict()
     tied = {"shared.weight", "encoder.embed_tokens.weight"}  # of which a file keeps one or both
     spared = tied - found.keys() if tied & found.keys() else ()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +17,10 @@ from sora_model import checkpoint, flow, machine, recipe, train
 from sora_model.checkpoint import FP8, CheckpointError, read_json, read_wan_directory, write_json, write_tensors
 from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.pipeline import _PARTS, Defaults, Sora
+from sora_model.text import WordTextConfig, WordTextEncoder
 from sora_model.vae import CausalVAE
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT, SHORT = "a red circle", dict(steps=1, seconds=0.6, size=(32, 32))
 
 
@@ -386,3 +391,28 @@ def test_patches_of_several_frames_generate_clips_of_any_length(quietly, monkeyp
         sora.generate(PROMPT, steps=1, size=(32, 32), seconds=40)
     offered = int(str(caught.value).split(" frames at this size")[0].split()[-1])
     assert len(sora.generate(PROMPT, steps=1, size=(32, 32), seconds=offered / 8).frames) == offered
+
+
+@pytest.mark.parametrize("kind", ["Sora.from_pretrained({own!r}, device='cpu')", "SoraDiT.from_wan({wan!r})"])
+def test_reading_a_checkpoint_does_not_import_the_compiler(kind, tiny_checkpoint, wan, tmp_path):
+    """That of PyTorch, which draws numbers on the meta device: 150 MiB, and as long as torch itself."""
+    script = f"""
+import sys
+from sora_model import Sora, SoraDiT
+{kind.format(own=str(tiny_checkpoint), wan=str(wan / "transformer"))}
+found = sys.modules.keys() & {{"torch._dynamo", "sympy", "triton", "torch.onnx"}}
+assert not found, found
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_is_made_without_memory_has_the_shapes_and_leaves_the_generator_as_it_was():
+    config, before = WordTextConfig(words=("a", "b"), dim=8), torch.get_rng_state()
+    with checkpoint.unfilled():
+        empty = WordTextEncoder(config).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {value.device.type for value in empty.values()} == {"meta"}
+    filled = WordTextEncoder(config).state_dict()
+    assert {name: value.shape for name, value in filled.items()} == {name: value.shape for name, value in empty.items()}
+    assert filled["position"].std() > 0 and filled["embedding.weight"].std() > 0.5, "outside, numbers are drawn"
