@@ -57,9 +57,9 @@ def sent(tokens: int, width: int, itemsize: int, *, ring: int = 1, ulysses: int 
 def fetched(frames: int, ranks: int, mode: AttentionMode) -> int:
     """Frames of keys and values that ranks along the ring fetch of others, all together."""
     return sum(
-        max(start - first, 0) + max(last - stop, 0)
+        len(set(range(*seen)) - set(range(start, stop)))
         for start, stop in cut(0, frames, ranks)
-        for first, last in [frames_seen(frames, start, stop, mode)]
+        for seen in frames_seen(frames, start, stop, mode)
     )
 
 

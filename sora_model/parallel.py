@@ -337,32 +337,33 @@ class Share(Context):
         return torch.cat(Swap.apply(group, [tokens[self.ulysses].shape] * len(tokens), *tokens), 2)
 
     def _attend_in_frames(self, q: Tensor, k: Tensor, v: Tensor, mode: AttentionMode, ring, impl: str) -> Tensor:
-        """The chunk's frames, with keys and values of all frames that they see; those lie in one run of frames.
+        """The chunk's frames, with keys and values of all frames that they see, a sink's and those of one run.
 
         Queries are the last frames of their keys, as `spacetime_attention` aligns them: behind them come zeros, for the
         frames of a window that follow.
         """
         frame, frames = math.prod(self.grid[1:]), self.grid[0]
         seen = [frames_seen(frames, start // frame, stop // frame, mode) for start, stop in self.chunks]
-        first, last = seen[self.ring]
         if ring is not None:
-            wanted = [(frame * start, frame * stop) for start, stop in seen]
-            k, v = fetch(torch.cat((k, v)), self.chunks, wanted, self.ring, ring).chunk(2)
-        own, after = q.shape[1], last * frame - self.chunks[self.ring][1]
+            both = torch.cat((k, v))
+            wanted = [[(frame * start, frame * stop) for start, stop in ranges] for ranges in zip(*seen, strict=True)]
+            parts = [fetch(both, self.chunks, ranges, self.ring, ring) for ranges in wanted[0 if mode.sink else 1 :]]
+            k, v = torch.cat(parts, 1).chunk(2)
+        own, after = q.shape[1], seen[self.ring][1][1] * frame - self.chunks[self.ring][1]
         q = torch.cat((q, q.new_zeros(q.shape[0], after, *q.shape[2:])), 1) if after else q
-        how = mode.keywords((last - first, *self.grid[1:]))
+        how = mode.keywords((k.shape[1] // frame, *self.grid[1:]))
         return spacetime_attention(q, k, v, **how, impl=impl)[:, :own]
 
 
 @functools.lru_cache(maxsize=1024)
-def frames_seen(frames: int, start: int, stop: int, mode: AttentionMode) -> Range:
+def frames_seen(frames: int, start: int, stop: int, mode: AttentionMode) -> tuple[Range, Range]:
     """Of a clip, the frames that those in [start, stop) see, widened to where strides and chunks of frames begin and
-    end: in that run alone, the mode lets them see the same ones."""
+    end: those of the sink that lie apart, and a run. Joined they are a clip in which the mode shows them the same."""
     table = rules.token_table(frames, [(frames, 1, 1)], 0, False, torch.device("cpu"))
     causal = {None: 0, "frame": 1}.get(mode.causal, mode.causal)
     window = () if mode.window is None else (mode.window[0], 1, 1)
     lo, hi, _ = rules.reach(table, window, (mode.stride[0], 1, 1), (1, 1, 1), (causal, 0, 0), mode.sink)
     step = math.lcm(mode.stride[0], causal or 1)
-    first = 0 if mode.sink else int(lo[start:stop, 1].min()) // step * step
-    last = -(-int(hi[start:stop, 1].max()) // step) * step
-    return first, min(last, frames)
+    first, last = int(lo[start:stop, 1].min()), -(-int(hi[start:stop, 1].max()) // step) * step
+    between = max(first - mode.sink, 0) // step * step  # frames left out: strides and chunks begin where they did
+    return (0, mode.sink if between else 0), (between + mode.sink if between else 0, min(last, frames))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -35,6 +36,12 @@ MODES = {
     "chunks": AttentionMode(causal=2),
     "causal window": AttentionMode(window=(2, 3, 1), stride=(1, 3, 1), causal="frame"),
     "sink": AttentionMode(window=(2, 2, 2), causal="frame", sink=1),
+}
+SINKS = {
+    "two sinks": AttentionMode(window=(2, 2, 2), causal="frame", sink=2),
+    "sink, both ways": AttentionMode(window=(3, 2, 2), sink=1),
+    "sink, chunks": AttentionMode(window=(2, 2, 2), causal=2, sink=1),
+    "sink, strides": AttentionMode(window=(2, 2, 2), stride=(2, 1, 1), causal="frame", sink=1),
 }
 TIMES = {"clip": (2,), "frame": (2, 5), "token": (2, 30)}
 
@@ -73,7 +80,10 @@ PAIR = [
 ]  # fmt: skip
 EVEN = 2, 4, 4, 4, 4  # 4 x 2 x 2 tokens
 DIVIDED = {("ring",): (4,), ("ulysses",): (4,), ("ring", "ulysses"): (2, 2)}
-FOUR = [("ring, ulysses", "dense", "frame"), ("ring, ulysses", "sink", "clip"), ("clips, ring", "window", "token")]
+FOUR = [
+    ("ring, ulysses", "dense", "frame"), ("ring, ulysses", "sink", "clip"), ("clips, ring", "window", "token"),
+    ("ring", "sink", "clip"),
+]  # fmt: skip
 
 
 def _on_two(rank, folder):
@@ -127,7 +137,8 @@ def test_the_processes_of_torchrun_generate_one_clip_or_say_that_one_is_lost(tmp
 def _on_four(rank, folder):
     dit, results = make(), {}
     for names, mode, times in FOUR:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names.split(", "))
+        sizes = (2, 2) if ", " in names else (4,)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names.split(", "))
         results[names, mode, times] = run(dit, drawn(times), MODES[mode], mesh, parallel.over(dit, mesh))
     for names, sizes in DIVIDED.items():
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
@@ -289,21 +300,26 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
 
 
 
-@pytest.mark.parametrize("name", [name for name in MODES if name != "dense"])
+@pytest.mark.parametrize("name", [name for name in MODES | SINKS if name != "dense"])
 def test_the_frames_that_ranks_fetch_are_those_that_they_see(name):
-    """A frame is seen where an own query's result has a gradient by its values. More is fetched of two kinds: to where
-    a stride ends, and what lies between a sink and the window."""
+    """A frame is seen where an own query's result has a gradient by its values. More is fetched to where a stride, or
+    behind a sink a chunk, begins and ends; and attention to what is fetched alone is that to all."""
     torch.manual_seed(0)
-    frames, size, mode = 8, 6, MODES[name]
+    frames, size, mode = 8, 6, (MODES | SINKS)[name]
+    step = math.lcm(mode.stride[0], mode.causal if isinstance(mode.causal, int) else 1)
     q, k, v = (torch.randn(1, frames * size, 1, 8) for _ in range(3))
     out = spacetime_attention(q, k, v.requires_grad_(), **mode.keywords((frames, 3, 2)), impl="reference")
-    for ranks in (2, 3, 4):
-        for start, stop in parallel.cut(0, frames, ranks):
-            (by,) = torch.autograd.grad(out[:, start * size : stop * size].sum(), v, retain_graph=True)
-            seen = {i for i, frame in enumerate(by[0].split(size)) if frame.abs().max() > 0}
-            fetched = set(range(*parallel.frames_seen(frames, start, stop, mode)))
-            between = set(range(mode.sink, min(seen - set(range(mode.sink)), default=0))) if mode.sink else set()
-            assert seen <= fetched and len(fetched - seen - between) < mode.stride[0]
+    for start, stop in itertools.chain(*(parallel.cut(0, frames, ranks) for ranks in (2, 3, 4, 8))):
+        own = out[:, start * size : stop * size]
+        (by,) = torch.autograd.grad(own.sum(), v, retain_graph=True)
+        seen = {i for i, frame in enumerate(by[0].split(size)) if frame.abs().max() > 0}
+        sink, run = parallel.frames_seen(frames, start, stop, mode)
+        fetched = [*range(*sink), *range(*run)]
+        assert seen <= set(fetched) and len(set(fetched) - seen) < 2 * step - (step == 1)
+        keys, values = (torch.cat([t.split(size, 1)[i] for i in fetched], 1) for t in (k, v))
+        asking = torch.cat([q[:, start * size : stop * size], q.new_zeros(1, (run[1] - stop) * size, 1, 8)], 1)
+        alone = spacetime_attention(asking, keys, values, **mode.keywords((len(fetched), 3, 2)), impl="reference")
+        torch.testing.assert_close(alone[:, : own.shape[1]], own, rtol=1e-5, atol=1e-6)
 
 
 def test_a_prediction_is_of_what_is_counted():
