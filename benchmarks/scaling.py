@@ -13,10 +13,9 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from sora_model import estimate, tiling
 from sora_model.attention import AttentionMode
+from sora_model.checkpoint import unfilled
 from sora_model.dit import SoraDiT
 from sora_model.parallel import cut, frames_seen
 from sora_model.presets import DIT, SHAPES
@@ -86,7 +85,7 @@ def halos() -> Iterator[tuple[str, ...]]:
 def flops(clip: str) -> int:
     """Of one evaluation, text left out."""
     config, grid = DIT[MODEL], SHAPES[MODEL].clips[clip]
-    with torch.device("meta"):
+    with unfilled():
         dit = SoraDiT(config)
     latents = config.in_channels, *(n * p for n, p in zip(grid, config.patch, strict=True))
     return estimate.denoise_flops(dit, latents, evaluations=1)
@@ -143,7 +142,7 @@ def work(stages: Sequence[Stage], window: Window, frames: int) -> float:
 
 def decode(clip: str, ranks: int = 8) -> tuple[str, ...]:
     """The VAE's decoder in tiles over ranks as it is, and what rows with a halo for each convolution would send."""
-    with torch.device("meta"):
+    with unfilled():
         vae = CausalVAE(VAEConfig())
     stages, mid = vae.decoder.stages, vae.decoder.mid_block
     frames, *size = (n * p for n, p in zip(SHAPES[MODEL].clips[clip], DIT[MODEL].patch, strict=True))

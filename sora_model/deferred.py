@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Draw = Callable[[], Tensor]
 
 _aten = torch.ops.aten
-_RANDOM = (_aten.uniform_.default, _aten.normal_.default)
-_FILLS = (*_RANDOM, _aten.zero_.default, _aten.fill_.Scalar)
+_FILLS = _aten.uniform_.default, _aten.normal_.default, _aten.zero_.default, _aten.fill_.Scalar  # whatever was before
 
 
 def build(make: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, Draw]]:
@@ -53,7 +52,7 @@ def fill(module: nn.Module, draws: Mapping[str, Draw], device: torch.device) -> 
 
 
 class _Recorded(TorchDispatchMode):
-    """Makes empty tensors without memory, and keeps by their storage how each is filled last."""
+    """Makes empty tensors without memory, and keeps by their storage how each is filled and changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,22 +72,24 @@ class _Recorded(TorchDispatchMode):
             self._last.pop(empty.untyped_storage()._cdata, None)  # of one that is gone
             return empty
         if func._schema.is_mutable and args[0].is_meta:
-            whole = args[0].is_contiguous() and args[0].nbytes == args[0].untyped_storage().nbytes()
-            if func not in _FILLS or not whole:
-                raise NotImplementedError(f"{func} changes a weight that has no memory yet; fill it whole")
-            draw = partial(_filled, func, args[0].shape, args[0].dtype, args[1:], kwargs)
-            if func in _RANDOM:
-                again = partial(_drawn, torch.get_rng_state(), draw)
-                draw()
-            self._last[args[0].untyped_storage()._cdata] = again if func in _RANDOM else draw
-            return args[0]
+            key, target, how = args[0].untyped_storage()._cdata, args[0], args[1:]
+            whole = target.is_contiguous() and target.nbytes == target.untyped_storage().nbytes()
+            if not whole or any(isinstance(value, Tensor) and value.is_meta for value in how):
+                raise NotImplementedError(f"{func} changes a weight that has no memory yet in part, or by another one")
+            empty = partial(torch.empty, target.shape, dtype=target.dtype)
+            before = empty if func in _FILLS else self._last.get(key, empty)
+            state = torch.get_rng_state() if torch.Tag.nondeterministic_seeded in func.tags else None
+            if state is not None:
+                func(empty(), *how, **kwargs)
+            self._last[key] = partial(_changed, func, before, target.shape, state, how, kwargs)
+            return target
         return func(*args, **kwargs)
 
 
-def _filled(func: Any, shape: torch.Size, dtype: torch.dtype, how: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    return func(torch.empty(shape, dtype=dtype), *how, **kwargs)
-
-
-def _drawn(state: Tensor, draw: Draw) -> Tensor:
-    torch.set_rng_state(state)
-    return draw()
+def _changed(
+    func: Any, before: Draw, shape: torch.Size, state: Tensor | None, how: tuple, kwargs: Mapping[str, Any]
+) -> Tensor:
+    value = before().view(shape)
+    if state is not None:
+        torch.set_rng_state(state)
+    return func(value, *how, **kwargs)

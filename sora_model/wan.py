@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import checks, fp8
-from .checkpoint import FP8, CheckpointError, build, read_header, read_json, wan_weights
+from .checkpoint import FP8, CheckpointError, build, read_header, read_json, unfilled, wan_weights
 from .dit import DiTConfig, SoraDiT, own_name
 from .experts import NAMES
 from .image import ImageEncoder
@@ -55,7 +55,7 @@ def read(
             for name, which in zip(_TRANSFORMERS[: 1 if boundary is None else 2], NAMES, strict=False)
             if expert in (None, which)
         }
-        with torch.device("meta"):
+        with unfilled():
             sizes = None if expert is None else SoraDiT(next(iter(own.values())).config).to_dtype(dtype)
         parts |= {"dit": own.get("transformer", sizes), "second": own.get("transformer_2", sizes)}
         parts["vae"] = CausalVAE.from_wan(folder / "vae")

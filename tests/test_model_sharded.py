@@ -137,15 +137,34 @@ class Scaled(torch.nn.Module):
         self.weight = torch.nn.Parameter(change(torch.empty(4, 3)))
 
 
+def test_a_weight_that_is_drawn_and_then_changed_is_drawn_again():
+    def make():
+        torch.manual_seed(3)
+        changes = [
+            lambda t: t.normal_().div_(24**0.5), lambda t: t.uniform_().erfinv_().mul_(0.1).clamp_(-0.2, 0.2),
+            lambda t: t.uniform_().bernoulli_(0.5).mul_(2), lambda t: torch.nn.init.xavier_uniform_(t).flatten(1),
+        ]  # fmt: skip
+        return torch.nn.Sequential(*map(Scaled, changes))
+
+    expected = make()
+    module, values = deferred.build(make)
+    assert all(p.is_meta for p in module.parameters())
+    deferred.fill(module, values, torch.device("cpu"))
+    for value, one in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(value, one)
+    assert torch.equal(torch.rand(3), (make(), torch.rand(3))[1])  # the generator is where the constructor leaves it
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.normal_().mul_(2), "mul_.* changes a weight that has no memory yet; fill it whole"),
-        (lambda t: t.normal_()[1:].zero_() and t, "zero_.* changes a weight that has no memory yet; fill it whole"),
+        (lambda t: t.normal_()[1:].zero_() and t, "zero_.* changes a weight that has no memory yet in part, or by"),
+        (lambda t: t.normal_().add_(t), "add_.* changes a weight that has no memory yet in part, or by another one"),
         (lambda t: t.normal_() * 2, "weight is not made by torch.empty and then filled"),
         (lambda t: t, "weight is not made by torch.empty and then filled"),
+        (torch.nn.init.trunc_normal_, "weight is not made by torch.empty and then filled"),  # fills nothing on meta
     ],
-    ids=["scaled", "in part", "computed", "empty"],
+    ids=["in part", "by another", "computed", "empty", "unfilled"],
 )
 def test_a_weight_that_cannot_be_drawn_again_is_refused(change, said):
     with pytest.raises(NotImplementedError, match=said):
