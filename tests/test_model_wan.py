@@ -12,6 +12,7 @@ import torch
 from test_model_mutations import HOSTILE
 from test_model_pipeline import change_config, make_wan_directory
 
+from sora_kernels.testing import max_error
 from sora_model import flow, machine, packed, wan
 from sora_model.checkpoint import CheckpointError, read_json
 from sora_model.machine import Turns
@@ -127,18 +128,20 @@ def test_same_frames_as_diffusers(form, text, tmp_path, monkeypatch):
     else:
         clip = sora.generate(PROMPT, **how)
     noise = flow.draw_noise((1, *sora.vae.config.latent_shape(9, height, width)), generator=torch.manual_seed(3))
-    theirs.to(torch.float64)  # in fp32 it is as far from that as 5e-5, on some processors
     options = dict(image=Image.fromarray(images[0])) if given else {}
     options |= dict(last_image=Image.fromarray(images[1])) if given > 1 else {}
     options |= dict(guidance_scale_2=3.0) if "boundary_ratio" in settings else {}
-    with torch.no_grad():
-        expected = theirs(
-            prompt=PROMPT, negative_prompt=NEGATIVE, height=height, width=width, num_frames=9, num_inference_steps=4,
-            guidance_scale=4.0, latents=noise.double(), output_type="pt", **options,
-        ).frames[0]  # fmt: skip
+    frames = []
+    for dtype in (torch.float32, torch.float64):  # how far fp32 is from fp64 differs from processor to processor
+        with torch.no_grad():
+            frames += theirs.to(dtype)(
+                prompt=PROMPT, negative_prompt=NEGATIVE, height=height, width=width, num_frames=9,
+                num_inference_steps=4, guidance_scale=4.0, latents=noise.to(dtype), output_type="pt", **options,
+            ).frames  # fmt: skip
+    baseline, expected = frames
     actual = (torch.cat(videos, 2)[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1)
     assert actual.std() > 0.01
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+    assert max_error(actual, expected) <= max(2e-5, 2 * max_error(baseline, expected))
     pixels = (expected.permute(0, 2, 3, 1) * 255).numpy()
     own = slice(1 if given else 0, -1 if given > 1 else None)
     assert np.abs(clip.frames[own] - pixels[own]).max() <= 0.5 + 0.01
