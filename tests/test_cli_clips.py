@@ -18,7 +18,7 @@ OPTIONS = ("--steps", 2, "--seed", 3, "--weights", "folder")
 def model(sora, monkeypatch):
     """That of the commands, tiny; in their folder are clip.mp4, other.mp4 and first.png."""
     model = untrained(temporal=False)
-    monkeypatch.setattr(Sora, "from_pretrained", lambda source, device=None: model)
+    monkeypatch.setattr(Sora, "from_pretrained", lambda source, device=None, expert=None: model)
     for name, seed in (("clip", 5), ("other", 6)):
         media.write_video(f"{name}.mp4", world.sample(seed, frames=9, size=(32, 48)).video, fps=8)
     Image.fromarray(world.sample(5, frames=1, size=(32, 48)).video[0]).save("first.png")
