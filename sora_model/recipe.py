@@ -1,6 +1,6 @@
 """How a checkpoint is trained, as one file of settings: read from YAML, with KEY=VALUE over it.
 
-recipe = load()                                          # that of the shipped checkpoint
+recipe = load()                                          # that of a toy checkpoint
 recipe = load("mine.yaml", ["dit.layers=4", "dit_fit.lr=5e-4"])
 """
 
