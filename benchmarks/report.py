@@ -207,12 +207,13 @@ WITHOUT_A_GPU = {
 
 
 def verification(results: Path = machine.RESULTS) -> str:
-    """The capability matrix: which directions of a function each implementation has, and where its tests passed."""
+    """The capability matrix: which directions of a function each implementation has, and where its tests passed;
+    functions that are alike share a row."""
     import sora_kernels
     from sora_kernels import _library
 
     columns = ["function", *WITHOUT_A_GPU, "compiled code executed", "on a GPU"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)  # cells -> functions
     functions = [getattr(sora_kernels, name) for name in sora_kernels.__all__]
     ops = [(f.__module__.split(".")[1], f.__name__) for f in functions if _library.impls(f"{f.__name__}_fwd")]
     for family, op in sorted(ops):
@@ -224,13 +225,22 @@ def verification(results: Path = machine.RESULTS) -> str:
                 said[verified.verified_on(family, impl, results)].append(impl)
         gpu = "; ".join(f"{', '.join(impls)}: {what}" for what, impls in said.items())
         gpu = "not yet" if set(said) == {verified.NOT_RUN} else gpu
-        lines.append(f"| `{op}` | {' | '.join(cells)} | {compiled_report.executed(op, results)} | {gpu} |")
+        alike[(*cells, compiled_report.executed(op, results), gpu)].append(f"`{op}`")
+    rows = [columns, ["---"] * len(columns), *([", ".join(names), *cells] for cells, names in alike.items())]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     how = "; ".join(f"{impl}: {what}" for impl, what in WITHOUT_A_GPU.items())
     return "\n".join([*lines, "", f"What `make test` does without a GPU: {how}."])
 
 
+CONTINUED = (
+    "position@1s", "motion", "rigidity", "reappears", "swaps", "count_errors", "regrowth", "penetration", "seam",
+)  # fmt: skip
+
+
 def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" / "eval.json") -> str:
-    """How well the shipped checkpoint shows what its prompts say, from the file that `sora eval` wrote."""
+    """What the file that `sora eval` wrote says of the shipped checkpoint, with 95 % intervals where it has them."""
+    from sora_model.world.measures_summary import label
+
     result = json.loads(evaluation.read_text())
     questions = list(result["score"])
     lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
@@ -240,10 +250,26 @@ def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" /
         ("read-out of true clips", "floor"),
         (f"read-out of true clips after the VAE ({result['vae']['psnr']} dB)", "vae"),
     ):
-        shares = (result[key][question] for question in questions)
-        lines.append(f"| {name} | {' | '.join('–' if s is None else f'{s:.0%}' for s in shares)} |")
+        ranges = result.get("intervals", {}).get(key) or {}
+        cells = (_ranged(result[key][question], ranges.get(question), ".0%") for question in questions)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if by_name := result.get("continuation"):
+        lines += ["", f"| true clips continued | {' | '.join(by_name)} |", f"|---|{'---|' * len(by_name)}"]
+        for measure in CONTINUED:
+            found = (measures.get(measure) for measures in by_name.values())
+            cells = ("–" if one is None else _ranged(one["mean"], (one["low"], one["high"]), ".2g") for one in found)
+            lines.append(f"| {label(measure)} | {' | '.join(cells)} |")
+        lives = (_ranged(result["permanence"][name]["half_life"], None, ".2g") for name in by_name)
+        lines.append(f"| half-life behind a wall, s | {' | '.join(lives)} |")
     words = json.loads((evaluation.parent / "text_encoder" / "config.json").read_text())["words"]
     return "\n".join([*lines, "", f"It knows {len(words)} words: {', '.join(words)}."])
+
+
+def _ranged(mean: float | None, ends: tuple[float, float] | None, form: str) -> str:
+    """A mean with the ends of its interval, where there is one."""
+    if mean is None:
+        return "–"
+    return f"{mean:{form}}" + (f" ({ends[0]:{form}}–{ends[1]:{form}})" if ends else "")
 
 
 def replace_block(text: str, name: str, body: str) -> str:

@@ -653,3 +653,25 @@ def test_a_wrong_candidate_is_not_timed_by_pytest(monkeypatch):
     monkeypatch.setattr(sora_kernels, "norm_modulate", lambda **kwargs: plain(**kwargs) * 1.01)
     with pytest.raises(suite.Wrong, match="wrong: error .* in output 0 exceeds its bound"):
         prepared.candidate("cpu", "fwd")
+
+
+def test_the_toy_block_has_intervals_baselines_and_dashes_for_what_no_clip_has(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text('{"words": ["a", "red"]}')
+    shares = {"colour": 1.0, "way": None}
+    mean = {"mean": 3.456, "low": 2.0, "high": 5.5, "clips": 9}
+    result = {
+        "prompts": 64, "score": shares, "held_out": shares, "floor": shares, "vae": shares | {"psnr": 31.5},
+        "intervals": {"score": {"colour": [0.9, 1.0], "way": None}, "held_out": {"colour": None, "way": None}},
+        "continuation": {"checkpoint": {"position@1s": mean}, "copy last frame": {"seam": mean}},
+        "permanence": {"checkpoint": {"half_life": 1.234}, "copy last frame": {"half_life": None}},
+    }  # fmt: skip
+    (tmp_path / "eval.json").write_text(json.dumps(result))
+    lines = report.toy(tmp_path / "eval.json").splitlines()
+    assert lines[2] == "| clips of the 64 prompts | 100% (90%–100%) | – |"
+    assert lines[5] == "| read-out of true clips after the VAE (31.5 dB) | 100% | – |"
+    assert "| true clips continued | checkpoint | copy last frame |" in lines
+    assert "| position error to 1s, px | 3.5 (2–5.5) | – |" in lines
+    assert "| jump at the seam, px | – | 3.5 (2–5.5) |" in lines
+    assert "| half-life behind a wall, s | 1.2 | – |" in lines
+    assert lines[-1] == "It knows 2 words: a, red."

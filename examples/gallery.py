@@ -1,0 +1,54 @@
+"""The clips at the top of the README, made again: `sora generate PROMPT --seed N` each, as docs/clips.gif.
+
+python examples/gallery.py [FILE.gif]
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sora_model import Clip, Sora
+
+CLIPS = [
+    ("a red ball rolls to the right behind a wall and comes out on the other side", 2),
+    ("a blue square passes behind a wall and reappears", 2),
+    ("a purple circle bounces", 0),
+    ("a yellow ring bounces off the edge", 0),
+    ("a green triangle bounces", 0),
+    ("an orange square bounces on a black background", 0),
+]
+COLUMNS, SCALE, GAP = 3, 3, 4
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "clips.gif"
+
+
+def clip(number: int) -> Clip:
+    """Clip `number` of the gallery."""
+    prompt, seed = CLIPS[number]
+    return Sora.from_pretrained().generate(prompt, seed=seed)
+
+
+def corner(number: int, height: int, width: int) -> tuple[int, int]:
+    """Where clip `number` begins in the picture, y and x, as clips are `height` x `width` before they are enlarged."""
+    row, column = divmod(number, COLUMNS)
+    return row * (height * SCALE + GAP), column * (width * SCALE + GAP)
+
+
+def main(target: str | Path = TARGET) -> None:
+    """Makes all clips, and of them one GIF."""
+    clips = [clip(number) for number in range(len(CLIPS))]
+    frames, height, width, _ = clips[0].frames.shape
+    bottom, right = corner(len(clips) - 1, height, width)[0], corner(COLUMNS - 1, height, width)[1]
+    picture = np.full((frames, bottom + height * SCALE, right + width * SCALE, 3), 255, np.uint8)
+    for number, made in enumerate(clips):
+        y, x = corner(number, height, width)
+        picture[:, y : y + height * SCALE, x : x + width * SCALE] = made.frames.repeat(SCALE, 1).repeat(SCALE, 2)
+    # one palette for all frames, without dithering: what stands still stays the same, and the file is small
+    palette = Image.fromarray(picture[:: frames // 4].reshape(-1, picture.shape[2], 3)).quantize(256)
+    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in picture]
+    images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / clips[0].fps), loop=0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
