@@ -575,8 +575,9 @@ def test_every_benchmark_names_inputs_that_exist(monkeypatch):
         assert named <= inputs, op
         assert set(benchmark.backward_writes) <= set(benchmark.differentiable), op
         forward, backward = (benchmark.flops(shapes.SHAPES["toy"], mode) for mode in suite.MODES)
-        counted = backward > forward > 0 if benchmark.differentiable else forward > 0
-        assert counted or (op == "unpatchify3d" and backward == forward == 0), op  # it moves values
+        least = {"unpatchify3d": 0, "qk_norm_stats": forward // 2}.get(op, forward + 1)  # moves values; dq = 2 q dsum
+        assert backward >= (least if benchmark.differentiable else 0), op
+        assert forward > 0 or op == "unpatchify3d", op
     assert all(name in shapes.SHAPES for names in shapes.DEFAULT.values() for name in names)
     assert peers.version("eager") is None
 

@@ -572,6 +572,24 @@ def test_verification_finds_a_wrong_operation(monkeypatch):
     assert str(verification).endswith("the model is unpatched again") and "forward" not in vars(model)
 
 
+@pytest.mark.parametrize(("failing", "ok"), [(2, True), (3, False)])
+def test_an_output_fails_only_where_it_errs_with_all_of_three_inputs(monkeypatch, failing, ok):
+    """Rounding errors are chaotic: HunyuanVideo's VAE erred 3.4 times as much as its host on one processor, and 1.2
+    times on the mean of eight sets of weights."""
+    seen, bound = [], verify.error_bound
+
+    def bounded(exact, host):
+        seen.append(exact)
+        return 0.0 if len(seen) <= failing else bound(exact, host)
+
+    monkeypatch.setattr(verify, "error_bound", bounded)
+    model = wan()
+    patch_model(model)
+    verification = verify_patch(model, *inputs(model), gradients=False)
+    assert verification.ok == ok and len(seen) == 3
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+
+
 def test_verification_finds_a_wrong_gradient_behind_right_outputs(monkeypatch):
     import sora_kernels.integrations.diffusers.wan_blocks as host
 
