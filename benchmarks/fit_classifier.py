@@ -114,7 +114,7 @@ def rows(fitted: classifier.Classifier, positives: dict, negatives: dict) -> Ite
             row["auc"] = float(below + upto) / 2 / len(against)
             row["tpr_at_1_percent"] = float((scores[name] > np.quantile(against, 0.99)).mean())
         answers = [one.answer for one in found]
-        row |= {answer: answers.count(answer) for answer in ("likely", "unclear", "unlikely")}
+        row |= {answer: answers.count(answer) for answer in classifier.ANSWERS}
         yield row | {"likely_interval": interval(row["likely"], len(found))}
 
 

@@ -121,15 +121,8 @@ def read_tensors(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = 
     return state
 
 
-def read_shapes(
-    path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()
-) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a safetensors file, from its header; they must be of `DTYPES` or `also`."""
-    return {name: held.shape for name, held in read_header(path, also=also).items()}
-
-
 def read_header(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = ()) -> dict[str, Header]:
-    """The header of every tensor of a safetensors file, as `read_shapes`."""
+    """Shape and dtype of every tensor of a safetensors file, from its header; they must be of `DTYPES` or `also`."""
     known = _DTYPES | _FP8
     with _opened(path) as source:
         header = {name: source.get_slice(name) for name in source.keys()}
@@ -137,6 +130,11 @@ def read_header(path: str | os.PathLike[str], *, also: Sequence[torch.dtype] = (
         shapes = {name: tuple(part.get_shape()) for name, part in header.items()}
     check_dtypes(dtypes, os.fspath(path), also=also)
     return {name: Header(shape, dtypes[name]) for name, shape in shapes.items()}
+
+
+def read_headers(files: Iterable[Path], *, also: Sequence[torch.dtype] = ()) -> dict[str, Header]:
+    """`read_header` of the files that hold one model."""
+    return {name: held for file in files for name, held in read_header(file, also=also).items()}
 
 
 def read_names(path: str | os.PathLike[str]) -> list[str]:
@@ -223,7 +221,7 @@ def read_part(folder: Path, kind: type, config_kind: type) -> Any:
     """`kind(config)` in fp32, of the config.json and the model.safetensors in a folder."""
     config = build(config_kind, read_json(folder / "config.json"), str(folder / "config.json"))
     file = folder / "model.safetensors"
-    shapes = read_shapes(file)
+    shapes = {name: held.shape for name, held in read_header(file).items()}
     check_shapes(planned_shapes(kind, config, shapes.values(), str(file)), shapes, str(file))
     module = kind(config).to(torch.float32)
     load_into(module, read_tensors(file), str(file))

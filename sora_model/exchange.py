@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from sora_kernels import attention_backward, attention_forward, merge_attention
 
+from .ranks import squares
+
 Range = tuple[int, int]
 Item = TypeVar("Item")
 
@@ -80,7 +82,7 @@ class Tiles:
 
     def agree(self, name: str, x: Tensor) -> None:
         """Raises ValueError, on every rank, where two have another x."""
-        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {x.detach().double().square().sum().item()}"
+        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {squares(x)}"
         form = zlib.crc32(told.encode())
         most = torch.tensor([form, -form], device=x.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .flow import Velocity
-from .ranks import Ranks
+from .ranks import Ranks, squares
 
 NAMES = ("high", "low")
 """Of much noise, and of little."""
@@ -66,7 +66,7 @@ class Experts:
                 if not compared:
                     inputs = {"latents": x, "text": text}
                     facts = {f"the shape of {name}": list(value.shape) for name, value in inputs.items()}
-                    facts |= {f"the values of {name}": _square(value) for name, value in inputs.items()}
+                    facts |= {f"the values of {name}": squares(value) for name, value in inputs.items()}
                     Ranks().agree(facts)
                     compared.append(True)
                 here = expert == self.own
@@ -77,7 +77,3 @@ class Experts:
             return velocity
 
         return [of(expert) for expert in range(len(velocities))]
-
-
-def _square(x: Tensor) -> float:
-    return x.detach().double().square().sum().item()

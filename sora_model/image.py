@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import extras
-from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, unfilled, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_known, read_headers, read_json, unfilled, wan_weights
 
 
 class ImageEncoder:
@@ -65,9 +65,7 @@ def check_sizes(folder: Path) -> list[str]:
     def bare(name: str) -> str:  # newer versions of transformers leave the prefix out
         return name.removeprefix("vision_model.")
 
-    found: dict[str, tuple[int, ...]] = {}
-    for file in wan_weights(folder):
-        found |= {bare(name): shape for name, shape in read_shapes(file).items()}
+    found = {bare(name): held.shape for name, held in read_headers(wan_weights(folder)).items()}
     config = read_json(folder / "config.json")
     asked = config.get("vision_config", config).get("num_hidden_layers", 12)
     held = len({name.split(".")[2] for name in found if name.startswith("encoder.layers.")})

@@ -57,6 +57,11 @@ def started(
         dist.destroy_process_group()
 
 
+def squares(x: Tensor) -> float:
+    """The sum of its squares, by which ranks tell whether they have the same x."""
+    return x.detach().double().square().sum().item()
+
+
 def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
     """The store at which all ranks have come: torchrun's own, or rank 0's. RankError names those that have not."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

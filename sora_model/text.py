@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks, extras
-from .checkpoint import CheckpointError, check_finite, check_known, read_json, read_shapes, unfilled, wan_weights
+from .checkpoint import CheckpointError, check_finite, check_known, read_headers, read_json, unfilled, wan_weights
 from .safety import limits, policy
 
 _PAD, _UNKNOWN, _NULL = 0, 1, 2
@@ -226,10 +226,9 @@ def check_sizes(folder: Path) -> list[str]:
     with extras.named("the text encoder of Wan weights"):
         from transformers import UMT5Config, UMT5EncoderModel
 
-    config, found = read_json(folder / "config.json"), {}
+    config = read_json(folder / "config.json")
     asked = config.get("num_layers")
-    for file in wan_weights(folder):
-        found |= read_shapes(file)
+    found = {name: held.shape for name, held in read_headers(wan_weights(folder)).items()}
     names = (name.split(".") for name in found)
     held = len({name[2] for name in names if name[:2] == ["encoder", "block"] and len(name) > 2})
     if type(asked) is not int or asked != held:

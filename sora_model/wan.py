@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import checks, fp8
-from .checkpoint import FP8, CheckpointError, build, read_header, read_json, unfilled, wan_weights
+from .checkpoint import FP8, CheckpointError, build, read_headers, read_json, unfilled, wan_weights
 from .dit import DiTConfig, SoraDiT, own_name
 from .experts import NAMES
 from .image import ImageEncoder
@@ -91,9 +91,8 @@ def parts_of(folder: Path) -> list[Part]:
         if name in _ALWAYS or (folder / name).is_dir():
             if not (folder / name).is_dir():
                 raise CheckpointError(f"{folder} lacks the folder {name!r} of a Wan checkpoint; copy it whole")
-            files, header = wan_weights(folder / name), {}
-            for file in files:
-                header |= read_header(file, also=FP8 if name.startswith("transformer") else ())
+            files = wan_weights(folder / name)
+            header = read_headers(files, also=FP8 if name.startswith("transformer") else ())
             if any("lora_" in key for key in header):
                 raise CheckpointError(
                     f"{folder / name} holds a LoRA, which changes a model's weights: copy the model there, then "

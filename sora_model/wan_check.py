@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from . import image, text
-from .checkpoint import FP8, CheckpointError, Header, build, listed, read_header, read_json, wan_weights
+from .checkpoint import FP8, CheckpointError, Header, build, listed, read_headers, read_json, wan_weights
 from .dit import ORIGINAL, SoraDiT, own_name
 from .extras import MissingExtra
 from .vae import CausalVAE, VAEConfig, wan_config
 from .wan_files import own_vae_name, vae_config
 
 _ENCODERS = {"text_encoder": text.check_sizes, "image_encoder": image.check_sizes}
-
-
-def headers(folder: Path) -> dict[str, Header]:
-    """Those of the tensors in a model's folder."""
-    held: dict[str, Header] = {}
-    for file in wan_weights(folder):
-        held |= read_header(file, also=FP8)
-    return held
 
 
 def compare(folder: Path, name: str) -> list[str]:
@@ -49,7 +41,7 @@ def look(path: Path) -> str:
     where, file = str(path), not path.is_dir()
     if file and re.search(r"-\d+-of-\d+\.safetensors", path.name):
         raise CheckpointError(f"{path} is one of several shards of a model: give their folder")
-    held = read_header(path, also=FP8) if file else headers(path)
+    held = read_headers([path] if file else wan_weights(path), also=FP8)
     sizes = {"_class_name": ORIGINAL} if file else read_json(path / "config.json")
     names, kind = {own_name(name) for name in held}, sizes.get("_class_name")
     try:

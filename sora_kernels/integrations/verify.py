@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -276,28 +276,25 @@ class _FloatMeansDouble(TorchFunctionMode):
 
 def _leaves(value: Any) -> Any:
     """The same with each floating-point tensor a leaf that asks for its gradient."""
-    if isinstance(value, Tensor):
-        return value.detach().requires_grad_() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _leaves(item) for key, item in value.items()}
-    return type(value)(map(_leaves, value)) if type(value) in (list, tuple) else value
+    return _each(value, lambda t: t.detach().requires_grad_())
 
 
 def _smaller(value: Any, draw: int) -> Any:
     """The same with other roundings, by what is no mask and no time made smaller by draw / 64; at first as it is."""
-    if isinstance(value, Tensor):
-        return value * (1 - draw / 64) if draw and value.is_floating_point() and value.ndim > 2 else value
-    if isinstance(value, dict):
-        return {key: _smaller(item, draw) for key, item in value.items()}
-    return type(value)(_smaller(item, draw) for item in value) if type(value) in (list, tuple) else value
+    return _each(value, lambda t: t * (1 - draw / 64) if draw and t.ndim > 2 else t)
 
 
 def _double(value: Any) -> Any:
+    return _each(value, Tensor.double)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same with each floating-point tensor changed."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return change(value) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
-    return type(value)(map(_double, value)) if type(value) in (list, tuple) else value
+        return {key: _each(item, change) for key, item in value.items()}
+    return type(value)(_each(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
 def _tensors(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

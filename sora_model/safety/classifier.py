@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LIKELY, UNCLEAR, UNLIKELY = "likely", "unclear", "unlikely"
+from .watermark import LUMA
+
+ANSWERS = LIKELY, UNCLEAR, UNLIKELY = "likely", "unclear", "unlikely"
 FRAMES, WINDOW, SIDE = 33, 8, 32  # frames looked at; at least so many; at least so many pixels a side
 
 _RINGS = 16
 _LEAST = 1e-8
-_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def features(frames: np.ndarray) -> np.ndarray:
             f"{frames.shape[2]}x{frames.shape[1]}"
         )
     rgb = torch.from_numpy(np.ascontiguousarray(frames[:FRAMES])).double() / 255
-    luma = rgb @ torch.tensor(_LUMA, dtype=torch.float64)
+    luma = rgb @ torch.tensor(LUMA, dtype=torch.float64)
     chroma = rgb[..., ::2] - luma[..., None]  # red and blue
     detail = _detail(luma)
     found = [_radial(detail), _temporal(detail), _steadiness(detail)]

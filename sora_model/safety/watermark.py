@@ -42,7 +42,7 @@ SCALES = (1.0, 0.5, 2.0, 0.75, 4 / 3, 1.5, 2 / 3)
 
 _BAND = (2.0, 10.0)  # periods of the waves in a tile
 _STRENGTH = 1.5  # standard deviation of the mark in a flat frame of 256 x 256, in levels of 255
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def residual(frames: Iterable[np.ndarray]) -> Tensor:
     total = None
     for frame in frames:
         shown = torch.from_numpy(np.ascontiguousarray(frame)).float()
-        luma = sum(weight * shown[..., i] for i, weight in enumerate(_LUMA))  # no product: autocast rounds it
+        luma = sum(weight * shown[..., i] for i, weight in enumerate(LUMA))  # no product: autocast rounds it
         rest = (luma - _blur(_blur(luma))).clamp_(-6, 6)  # of an edge no more than of a mark
         total = rest if total is None else total + rest
     if total is None:
