@@ -126,8 +126,12 @@ def embed(host: nn.Conv2d | nn.Conv3d, x: Tensor, impl: str = "auto") -> Tensor:
 
 def as_autocast(x: Tensor) -> Tensor:
     """x in the dtype in which autocast, where it is on, would have a convolution or a product."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if under_autocast(x) else x
+
+
+def under_autocast(x: Tensor) -> bool:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return device != "meta" and torch.is_autocast_enabled(device)  # of which PyTorch may not be asked
 
 
 def why_not_embed(host: nn.Module) -> str | None:

@@ -186,7 +186,8 @@ def patch(
     from sora_kernels.integrations import directory
 
     for part in directory.inspect(folder, tuple(map(int, match.groups())), verify=verify):
-        say(out, str(part))
+        for line in str(part).splitlines():
+            say(out, line)
         if part.verification is not None and not part.verification.ok:
             raise ValueError(f"{part.name or folder} does not agree with the host; see above")
 

@@ -4,7 +4,8 @@ Doors that a library itself holds open are modules of their own, imported by nam
 are called: comfy_kitchen, comfyui, diffusers_attention, lightx2v, ltx_core, sglang, yunchang.
 """
 
-from .patch import Report, Step, patch_model, patched, unpatch_model
+from .patch import patch_model, patched, unpatch_model
+from .report import Report, Step
 from .verify import Check, Verification, verify_patch
 
 __all__ = ["Check", "Report", "Step", "Verification", "patch_model", "patched", "unpatch_model", "verify_patch"]

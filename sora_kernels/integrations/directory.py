@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .patch import Report, class_of, host_of, known, patch_model, patched, unpatch_model
+from .patch import class_of, host_of, known, patch_model, patched, unpatch_model
+from .report import Report
 from .verify import Verification, verify_patch
 
 CONFIG = "config.json"

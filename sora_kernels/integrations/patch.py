@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from torch import nn
 from .. import _check, _dispatch, _library
 from . import diffusers
 from ._bound import Bound, bound_of, replicate
+from .report import Report, Step
 
 HOSTS = {"diffusers": diffusers.CLASSES}  # library and folder -> file -> the classes that it plans for
 OPS = (
@@ -29,53 +29,6 @@ OPS = (
     "norm_modulate", "norm_silu", "patch_embed3d", "qk_norm_rope", "spacetime_attention", "upsample_conv3d",
 )  # fmt: skip
 RECORD = "_sora_kernels_patch"  # where a patched model remembers how to become itself again
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of the model: the module it is in ("" is the model), the operations for it, and why they do not run it
-    (None: they do)."""
-
-    where: str
-    ops: tuple[str, ...]
-    reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `patch_model` did. `str(report)` is a table, repeated layers in one row.
-
-    replaced  steps that our operations run now
-    left      steps that they could run but do not here, each with its reason
-    kept      what of this host is never replaced, and why
-    """
-
-    model: str
-    impl: str
-    rounding: str
-    steps: tuple[Step, ...]
-    kept: tuple[str, ...]
-
-    @property
-    def replaced(self) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.reason is None)
-
-    @property
-    def left(self) -> tuple[Step, ...]:
-        return tuple(step for step in self.steps if step.reason is not None)
-
-    def __str__(self) -> str:
-        title = f"{self.model}, impl={self.impl!r}: {len(self.replaced)} of {len(self.steps)} steps replaced"
-        rounded = "where the host rounds, while no gradient is recorded" if self.rounding == "host" else "once"
-        groups: dict[tuple[str, ...], int] = {}
-        for step in self.steps:
-            where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", step.where) or "the model"
-            outcome = f"left: {step.reason}" if step.reason else f"now {', '.join(step.ops)}"
-            groups[where, outcome] = groups.get((where, outcome), 0) + 1
-        rows = [(f"{where} ×{count}" if count > 1 else where, outcome) for (where, outcome), count in groups.items()]
-        width = max((len(where) for where, _ in rows), default=0)
-        lines = [title, *(f"  {w:<{width}}  {o}" for w, o in rows), f"  rounding={self.rounding!r}: {rounded}"]
-        return "\n".join([*lines, *(f"  kept: {k}" for k in self.kept)])
 
 
 # What a file for a family of models is told and makes, and a patched model remembers
@@ -124,7 +77,8 @@ class Swap:
 
     def undo(self) -> None:
         if self.processor:
-            self.module.processor = self.old
+            if self.in_place():  # another, set since, stays
+                self.module.processor = self.old
         else:
             del self.module.forward, self.module._replicate_for_data_parallel
 
@@ -141,9 +95,24 @@ class Plan:
 class Record:
     """What a patched model remembers."""
 
+    model: nn.Module
     report: Report
     how: How
-    swaps: list[Swap]
+    plans: tuple[Plan, ...]
+
+    @property
+    def swaps(self) -> list[Swap]:
+        return [*{id(swap): swap for plan in self.plans for swap in plan.swaps}.values()]
+
+    def report_now(self) -> Report:
+        """The report, in which the steps of attention processors set since are left."""
+        return dataclasses.replace(self.report, steps=tuple(map(_step_now, self.plans)))
+
+
+def _step_now(plan: Plan) -> Step:
+    lost = [swap.module for swap in plan.swaps if swap.processor and not swap.in_place()]
+    reason = f"its processor is a {type(lost[0].processor).__name__}, set after the patch" if lost else None
+    return dataclasses.replace(plan.step, reason=reason or plan.step.reason)
 
 
 def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swap:
@@ -156,8 +125,15 @@ def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
     if _is_replaced(module):
         return f"the forward of this {cls.__name__} is already replaced (by a hook, or another library)"
     if type(module).forward is not cls.forward:
-        return f"{type(module).__name__} has a forward of its own, not that of {cls.__name__}"
+        own, host = named(type(module), cls), named(cls, type(module))
+        return f"{own} has a forward of its own, not that of {host}"
     return None
+
+
+def named(cls: type, *others: type) -> str:
+    """The name of a class, with its module where another has the same, as PEFT's Linear and PyTorch's."""
+    alike = any(cls is not other and cls.__name__ == other.__name__ for other in others)
+    return f"{cls.__module__}.{cls.__name__}" if alike else cls.__name__
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -209,8 +185,8 @@ def patch_model(
 
     Raises TypeError for a model or a pipeline no part of which is known (the message lists the classes that are),
     ValueError for an unknown op, impl or rounding, a model patched otherwise, compiled or (in a pipeline) wrapped
-    already, without weights (on the meta device) or with weights in 8 bits that nothing upcasts. The model, and every
-    part of a pipeline, is untouched then.
+    already, without weights (on the meta device) or with weights in 8 bits that nothing upcasts, or a shallow copy of
+    a patched one. The model, and every part of a pipeline, is untouched then.
     """
     _check.choice("patch_model", "impl", impl, _dispatch.IMPLS)
     _check.choice("patch_model", "rounding", rounding, ("host", "once"))
@@ -220,20 +196,20 @@ def patch_model(
     report = _joined(model, how, [(name, report) for name, _, (report, _) in parts])
     if strict and report.left:
         raise _dispatch.Unavailable(f"patch_model: strict=True, and some steps would be left to the host.\n{report}")
-    for _, part, (part_report, swaps) in parts:
+    for _, part, (part_report, plans) in parts:
         if RECORD not in vars(part):
-            for swap in swaps:
+            record = vars(part)[RECORD] = Record(part, part_report, how, plans)
+            for swap in record.swaps:
                 swap.apply()
-            vars(part)[RECORD] = Record(part_report, how, swaps)
     return report
 
 
 def unpatch_model(model: Any) -> None:
     """Undo `patch_model`: afterwards the model, or every patched part of the pipeline, gives, bit for bit, what it gave
-    before.
+    before. Attention processors that were set since stay.
 
-    Raises ValueError for one that is not patched, or where something was hooked over a replacement since; nothing has
-    changed then. A graph compiled in between belongs to the patched model: compile again.
+    Raises ValueError for one that is not patched, for a shallow copy, or where something was hooked over a replacement
+    since; nothing has changed then. A graph compiled in between belongs to the patched model: compile again.
     """
     parts = [part for part in parts_of("unpatch_model", model).values() if RECORD in vars(part)]
     if not parts:
@@ -334,31 +310,44 @@ def _left(ops: str | tuple[str, ...], impl: str) -> dict[str, str]:
     return {op: f"{op}: no {impl} implementation" for op in missing} | left
 
 
-def _plan(model: nn.Module, how: How) -> tuple[Report, list[Swap]]:
-    if (record := vars(model).get(RECORD)) is not None:
+def _plan(model: nn.Module, how: How) -> tuple[Report, tuple[Plan, ...]]:
+    if RECORD in vars(model):
+        record = record_of("patch_model", model)
         if record.how != how:
             was = f"impl={record.how.impl!r}, rounding={record.how.rounding!r}"
             raise ValueError(f"patch_model: already patched with {was} or other ops; call unpatch_model first")
-        return record.report, record.swaps
+        return record.report_now(), record.plans
     if reason := _why_not(model):
         raise ValueError(f"patch_model: {reason}")
     plans, kept = host_of(model).plan(model, how)
-    swaps = {id(swap): swap for plan in plans for swap in plan.swaps}
-    return Report(type(model).__name__, how.impl, how.rounding, tuple(p.step for p in plans), kept), [*swaps.values()]
+    steps = tuple(plan.step for plan in plans)
+    return Report(type(model).__name__, how.impl, how.rounding, steps, kept), tuple(plans)
+
+
+def why_without_weights(model: nn.Module) -> str | None:
+    """None where every parameter has memory, or a hook will bring it (offloading)."""
+    for key, p in _parameters(model):
+        if p.is_meta:
+            return f"the model must have its weights; {key} is on the meta device. Load or offload it first"
+    return None
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Of the modules without hooks."""
+    for name, module in model.named_modules():
+        if not is_hooked(module):
+            yield from module.named_parameters(name, recurse=False)
 
 
 def _why_not(model: nn.Module) -> str | None:
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
-            return "the model is compiled already; patch it first, then compile"
-        if is_hooked(module):
-            continue
-        for key, p in module.named_parameters(name, recurse=False):
-            if p.is_meta:
-                return f"the model must have its weights; {key} is on the meta device. Load or offload it first"
-            if p.dtype.is_floating_point and p.dtype.itemsize == 1:
-                upcast = "upcast them, or let the host do so at each call (enable_layerwise_casting)"
-                return f"the weights must be of 16 bits or more; {key} is {p.dtype}: {upcast}"
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return "the model is compiled already; patch it first, then compile"
+    if reason := why_without_weights(model):
+        return reason
+    for key, p in _parameters(model):
+        if p.dtype.is_floating_point and p.dtype.itemsize == 1:
+            upcast = "upcast them, or let the host do so at each call (enable_layerwise_casting)"
+            return f"the weights must be of 16 bits or more; {key} is {p.dtype}: {upcast}"
     return None
 
 
@@ -378,12 +367,17 @@ def record_of(function: str, model: nn.Module) -> Record:
     record = vars(model).get(RECORD) if isinstance(model, nn.Module) else None
     if record is None:
         raise ValueError(f"{function}: this {type(model).__name__} is not patched; call patch_model first")
+    if record.model is not model:
+        raise ValueError(
+            f"{function}: this {type(model).__name__} is a shallow copy of a patched one, whose modules it shares; "
+            "unpatch that and copy it again, or use copy.deepcopy"
+        )
     return record
 
 
 def check_in_place(function: str, swaps: list[Swap]) -> None:
     for swap in swaps:
-        if not swap.in_place():
+        if not (swap.processor or swap.in_place()):
             raise ValueError(
                 f"{function}: a {type(swap.module).__name__} was hooked or changed after patching; undo that first"
             )

@@ -8,15 +8,16 @@ import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from ..testing import error_bound, max_error
-from .patch import RECORD, Swap, check_in_place, host_of, parts_of, record_of, unpatch_model
+from .patch import RECORD, Swap, check_in_place, host_of, parts_of, record_of, unpatch_model, why_without_weights
 
 STEPS = 8  # of the sampling run
 ROOM, DRAWS = 4, 3  # of gradients: the error beside the host's own, and how many sums must exceed that, one by one
@@ -94,8 +95,9 @@ def verify_patch(model: Any, *inputs: Any, gradients: bool = True, **kwargs: Any
     before. Needs memory for the copy, 8 bytes a parameter, for three sets of gradients, and the time of 20 calls and
     one in fp64, where an output errs of 6 more.
 
-    Raises ValueError for a model that is not patched or of which an fp64 copy does not run, as with quantized weights
-    (it stays patched), TypeError where the model's output holds no tensor.
+    Raises ValueError, and the model stays patched, for one that is not, that has no weights or of which an fp64 copy
+    does not run, as with quantized weights, and where its outputs are not finite without the patch; TypeError where
+    the output holds no tensor.
     """
     parts = {name: part for name, part in parts_of("verify_patch", model).items() if RECORD in vars(part)}
     if not parts:
@@ -118,12 +120,16 @@ def _named(found: dict[str, Verification], kind: str) -> tuple[Check, ...]:
     return tuple(dataclasses.replace(check, name=f"{name} {check.name}") for name, check in checks)
 
 
+@torch.inference_mode(False)
 def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> Verification:
     record = record_of("verify_patch", model)
     check_in_place("verify_patch", record.swaps)
+    if reason := why_without_weights(model):
+        raise ValueError(f"verify_patch: {reason}")
     host = host_of(model)
     if not inputs and not kwargs:
         inputs = host.example(model)
+    inputs, kwargs = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, (inputs, kwargs))
     left = None if gradients else "as asked"
     if any(p.is_meta or p.is_inference() or type(p) is not nn.Parameter for p in model.parameters()):
         left = "parameters are offloaded, sharded, quantized or made in inference mode"
@@ -144,6 +150,9 @@ def _verify(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], g
             runs = [_gradients(model, inputs, kwargs, draw)]
             with _undone(record.swaps):
                 runs.append(_gradients(model, inputs, kwargs, draw))
+            if not _finite(t for grads in runs[1].values() for t in grads):
+                left, checks = "the unpatched model's are not finite", {}
+                break
             with _FloatMeansDouble():
                 runs.append(_gradients(oracle, _double(inputs), _double(kwargs), draw))
             checks |= {check.name: check for check in _gradient_checks(*runs) if draw == 0 or not checks[check.name].ok}
@@ -183,6 +192,11 @@ def _outputs_of_three(
     ours = _outputs(model, inputs, kwargs)
     with _undone(swaps):
         theirs = _outputs(model, inputs, kwargs)
+    if lost := [name for name, output in theirs.items() if not _finite([output])]:
+        raise ValueError(
+            f"verify_patch: the unpatched {type(model).__name__} gives no finite {', '.join(lost)}, with which nothing "
+            "can be compared; pass inputs, or load it in a dtype, for which it does"
+        )
     try:
         with _FloatMeansDouble():
             return ours, theirs, _outputs(oracle, _double(inputs), _double(kwargs))
@@ -193,6 +207,10 @@ def _outputs_of_three(
 def _output_checks(ours: dict, theirs: dict, exact: dict) -> Iterator[Check]:
     for name, x in exact.items():
         yield Check(name, max_error(ours[name], x), max_error(theirs[name], x), error_bound(x, theirs[name]))
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(t.isfinite().all() for t in tensors)
 
 
 @torch.no_grad()
@@ -252,6 +270,7 @@ def _psnr(actual: Tensor, expected: Tensor) -> float:
 
 @contextlib.contextmanager
 def _undone(swaps: list[Swap]) -> Iterator[None]:
+    swaps = [swap for swap in swaps if swap.in_place()]
     for swap in swaps:
         swap.undo()
     try:

@@ -22,7 +22,7 @@ from ..._check import in_context_parallel
 from ...attention import spacetime_attention
 from ...modulation import norm_modulate
 from ...qknorm_rope import qk_norm_rope
-from ..patch import How, Plan, Swap, is_hooked
+from ..patch import How, Plan, Swap, is_hooked, named
 
 
 def why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str | None:
@@ -34,7 +34,7 @@ def why_not_read(owner: nn.Module, **kinds: tuple[type[nn.Module], ...]) -> str 
     for name, types in kinds.items():
         child = owner._modules[name]
         if type(child) not in types:
-            return f"{name} is a {type(child).__name__}, not {' or '.join(t.__name__ for t in types)}"
+            return f"{name} is a {named(type(child), *types)}, not {' or '.join(t.__name__ for t in types)}"
         if is_hooked(child):
             return f"{name} has hooks, which a fused operation would not run"
     return None

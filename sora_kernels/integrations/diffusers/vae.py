@@ -25,11 +25,6 @@ def sample(model: nn.Module, steps: int, inputs: tuple[Any, ...], kwargs: dict[s
     return None
 
 
-def under_autocast(x: Tensor) -> bool:
-    """Autocast chooses the dtypes between a norm and a convolution: the host's own step runs."""
-    return torch.is_autocast_enabled(x.device.type)
-
-
 def pair(
     where: str,
     owner: nn.Module,

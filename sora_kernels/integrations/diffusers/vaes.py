@@ -18,7 +18,7 @@ from ... import layers
 from ...causal_conv import causal_conv3d, norm_silu
 from ..patch import How, Plan, bind, why_not_rebind
 from .common import why_not_read
-from .vae import Activate, example, pair, sample, under_autocast
+from .vae import Activate, example, pair, sample
 
 __all__ = ["example", "plan", "sample"]
 _FILES = {  # model -> file of diffusers, and how its classes begin
@@ -139,7 +139,7 @@ def _safe_conv() -> tuple[type[nn.Module], ...]:
 
 def _frames_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
     """LTX-Video: before the clip lies its first frame, and, where it looks ahead, after it its last."""
-    if under_autocast(x) or _why_not_conv(self):
+    if layers.under_autocast(x) or _why_not_conv(self):
         return type(self).forward(self, x)
     past = self.conv.kernel_size[0] - 1
     if self.is_causal or not past:
@@ -151,7 +151,7 @@ def _frames_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
 
 def _borders_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
     """HunyuanVideo and 1.5: around each frame its border, before the clip its first frame."""
-    if under_autocast(x) or _why_not_conv(self):
+    if layers.under_autocast(x) or _why_not_conv(self):
         return type(self).forward(self, x)
     conv = self.conv
     return causal_conv3d(x, conv.weight, conv.bias, stride=conv.stride, padding="replicate", impl=impl)
@@ -160,7 +160,7 @@ def _borders_repeated(self: nn.Module, impl: str, x: Tensor) -> Tensor:
 def _with_cache(self: nn.Module, impl: str, x: Tensor, conv_cache: Tensor | None = None) -> Any:
     """CogVideoX: before a chunk lie the last frames of the one before, or its first frame; and the next one's cache.
     Mochi's repeats borders, and has no cache."""
-    if under_autocast(x) or _why_not_conv(self):
+    if layers.under_autocast(x) or _why_not_conv(self):
         return type(self).forward(self, x, conv_cache)
     if _repeats_borders(self):
         return _borders_repeated(self, impl, x), None

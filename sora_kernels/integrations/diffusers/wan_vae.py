@@ -19,7 +19,7 @@ from ... import layers
 from ...causal_conv import causal_conv3d, downsample_conv3d, upsample_conv3d
 from ..patch import How, Plan, bind, is_hooked, why_not_rebind
 from .common import why_not_read
-from .vae import example, pair, sample, under_autocast
+from .vae import example, pair, sample
 
 _EPS = 1e-24  # with which an RMS norm clamps as F.normalize does
 __all__ = ["example", "plan", "sample"]
@@ -82,7 +82,7 @@ def _conv(conv: nn.Conv3d, impl: str, x: Tensor, past: Tensor | None = None, **e
 
 
 def _conv_forward(self: nn.Module, impl: str, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    if under_autocast(x):
+    if layers.under_autocast(x):
         return type(self).forward(self, x, cache_x)
     return _conv(self, impl, x, cache_x)
 
@@ -112,7 +112,7 @@ def _why_not_gamma(norm: nn.Module) -> str | None:
 
 
 def _block(self: nn.Module, impl: str, x: Tensor, feat_cache: Any = None, feat_idx: list[int] | None = None) -> Tensor:
-    if under_autocast(x) or _why_not_block(self):
+    if layers.under_autocast(x) or _why_not_block(self):
         return type(self).forward(self, x, feat_cache, [0] if feat_idx is None else feat_idx)
 
     def past(x: Tensor) -> Tensor | None:
@@ -147,7 +147,7 @@ def _resample(
 ) -> Tensor:
     halved = self.mode == "downsample3d" and feat_cache is not None
     odd = halved and feat_cache[feat_idx[0]] is not None and x.shape[2] % 2
-    if odd or under_autocast(x) or _why_not_resample(self):
+    if odd or layers.under_autocast(x) or _why_not_resample(self):
         return type(self).forward(self, x, feat_cache, [0] if feat_idx is None else feat_idx)
     if self.mode == "upsample3d" and feat_cache is not None:
         x = _double_frames(self.time_conv, impl, x, feat_cache, feat_idx)
