@@ -15,7 +15,8 @@ IMPLS = ("auto", "reference", "cpu", "triton", "cudnn", "sdpa", "cuda")
 WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interpreter only
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("SORA_KERNELS_IMPL") or "auto"  # replaces "auto" everywhere
-NAMED_ONLY = {("spacetime_attention", "cuda")}  # executed, not yet run on a GPU: "auto" does not take it
+# executed, not yet run on a GPU: "auto" does not take them
+NAMED_ONLY = {("spacetime_attention", "cuda"), ("causal_conv3d", "cuda")}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
 
 

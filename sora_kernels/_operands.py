@@ -83,6 +83,12 @@ def empty_video(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=video_format(x))
 
 
+def dense_taps(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight [O, C, kt, kh, kw] in x's dtype with its channels side by side in memory: itself or a copy."""
+    weight = weight.to(x.dtype)
+    return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+
 def bias_gradient(dout: Tensor, dbias: Tensor | None) -> None:
     """dbias [C] = the sum of a video over all but its channels, in fp32, where it is wanted."""
     if dbias is not None:

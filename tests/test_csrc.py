@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import sora_kernels  # noqa: F401  (registers the ops)
-from sora_kernels import _library, spacetime_attention
+from sora_kernels import _library, causal_conv3d, spacetime_attention
 from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.testing import assert_matches_oracle
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+LAST = torch.channels_last_3d
 
 cpu_library = pytest.mark.skipif(_library.load_error("cpu") is not None, reason=str(_library.load_error("cpu")))
 
@@ -307,6 +308,42 @@ def test_attention_multiplies_in_groups_and_loads_boxes(machine_code):
         assert sum("gsb0" in product for product in products) == 4, f"{name}: serialised"
         assert sum("UTMALDG" in line for line in sass.splitlines()) >= 4 and "UTMASTG" in sass, name
         assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+
+
+def test_convolutions_multiply_in_groups_and_load_boxes(machine_code):
+    """A group of products for 64 channels of a tap, one for the last 32 or fewer; where ptxas serialises, each product
+    is one."""
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "causal_conv3d_fwd_kernel" in n}
+    assert len(kernels) == 10  # two dtypes, five numbers of output channels
+    for name, sass in kernels.items():
+        products = re.findall(r"\bHGMMA\b.*?;", sass)
+        assert len(products) == 2 * (4 + 2), name
+        assert sum("gsb0" in product for product in products) == 2, f"{name}: serialised"
+        assert sass.count("UTMALDG.5D") == 2 and "UTMASTG.5D" in sass, name
+        assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "C, N, taps, size",
+    [(96, 96, (3, 3, 3), (2, 5, 60, 104)), (16, 384, (3, 3, 3), (1, 3, 30, 52)), (384, 192, (1, 3, 3), (1, 2, 33, 35)),
+     (192, 384, (3, 1, 1), (1, 4, 17, 9)), (1024, 512, (1, 1, 1), (1, 1, 31, 40)), (24, 200, (3, 3, 3), (1, 2, 3, 5))],
+    ids=str,
+)  # fmt: skip
+def test_cuda_convolution_meets_the_error_rule_and_gives_the_same_bits_again(C, N, taps, size, dtype, require):
+    require("causal_conv3d", "cuda", "cuda", dtype)
+    (B, T, H, W), n = size, C * taps[0] * taps[1] * taps[2]
+    x = torch.randn(B, C, T, H, W, device="cuda").to(dtype).contiguous(memory_format=LAST)
+    weight, bias = (torch.randn(N, C, *taps, device="cuda") / n**0.5).to(dtype), torch.randn(N, device="cuda")
+    past = torch.randn(B, C, taps[0] - 1, H, W, device="cuda").to(dtype).contiguous(memory_format=LAST)
+    for cache in (None, past):
+        wide = None if cache is None else cache.double()
+        results = [causal_conv3d(x, weight, bias, cache=cache, impl=impl) for impl in ("cuda", "reference", "cuda")]
+        results.append(causal_conv3d(x.double(), weight.double(), bias.double(), cache=wide, impl="reference"))
+        actual, plain, again, oracle = (y if cache is None else y[0] for y in results)
+        assert_matches_oracle(actual, oracle, plain, "out", n)
+        assert torch.equal(actual, again)
 
 
 @pytest.mark.gpu

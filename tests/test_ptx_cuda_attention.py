@@ -63,7 +63,7 @@ FAULTS = {  # label -> pattern, replacement; each place by itself
     "a wait for products removed": (r"^\twgmma\.wait_group\.sync\.aligned \d;$", ""),
     "a wait for products too lax": (r"^\twgmma\.wait_group\.sync\.aligned 0;$", "\twgmma.wait_group.sync.aligned 1;"),
     "a fence of products removed": (r"^\twgmma\.fence\.sync\.aligned;$", ""),
-    "a wait for stores removed": (r"^cp\.async\.bulk\.wait_group\.read 0;$", ""),
+    "a wait for stores removed": (r"^\tcp\.async\.bulk\.wait_group\.read 0;$", ""),
 }
 UNSEEN = {  # places of a fault that may go unseen
     "a named barrier removed": 2,  # of turns, which order work and guard no data: the loop's wait, the last

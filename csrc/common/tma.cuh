@@ -1,4 +1,5 @@
-// Boxes of a tensor [B, S, H, E] between global and shared memory by the TMA, and the descriptors of such tensors.
+// Boxes of a tensor between global and shared memory by the TMA, and its descriptor. Of a tensor [B, S, H, E] the axes are
+// named e, s, h, b; of one of five axes by their order, the dense one first.
 // PTX manual: "Data Movement and Conversion Instructions: Tensor copy", "Swizzling Modes".
 //
 // A row of a box has kRowBytes, and so has its swizzle: of each eight rows the 16-byte pieces are exchanged, so that
@@ -22,6 +23,14 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
       : "memory");
 }
 
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, const int (&at)[5]) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::
+          "r"(shared_address(to)), "l"(&map), "r"(shared_address(&barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
+          "r"(at[4])
+      : "memory");
+}
+
 // Shared memory that threads wrote needs `publish_writes` by each of them and a barrier before.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int e, int s, int h, int b) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
@@ -29,11 +38,21 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* fr
                : "memory");
 }
 
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, const int (&at)[5]) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+               : "memory");
+}
+
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Until the boxes that this thread stores have been read from shared memory.
+// The boxes that this thread stored since the last commit are a group.
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the last kLeft groups have been read from shared memory.
+template <int kLeft>
 __device__ __forceinline__ void wait_for_stores() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
 }
 
 // Where the byte at `address` of a box that is not swizzled lies in one that is.
@@ -43,8 +62,9 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t address) {
   return address ^ (address >> 7 & (kRowBytes / 16 - 1)) << 4;
 }
 
-// The descriptor of t [B, S, H, E] of 16-bit floats, dense in E, for boxes of `columns` of E and `rows` of S.
-inline CUtensorMap box_map(const char* name, const Tensor& t, int columns, int rows) {
+// The descriptor of t, 16-bit floats, of which axes[0] is dense, for boxes of so many elements of the axes.
+template <int kRank>
+CUtensorMap box_map(const char* name, const Tensor& t, const int (&axes)[kRank], const int (&sides)[kRank]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* found = nullptr;
@@ -53,21 +73,21 @@ inline CUtensorMap box_map(const char* name, const Tensor& t, int columns, int r
     SORA_CHECK(found && result == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled: 12.0 has");
     return reinterpret_cast<Encode>(found);
   }();
-  const cuuint64_t sizes[] = {cuuint64_t(t.size(3)), cuuint64_t(t.size(1)), cuuint64_t(t.size(2)), cuuint64_t(t.size(0))};
-  cuuint64_t strides[3];  // of S, H and B, in bytes; of an axis of one element any serves
-  for (int i = 0; i < 3; ++i) {
-    const int64_t axis = i == 0 ? 1 : i == 1 ? 2 : 0, bytes = t.size(axis) > 1 ? t.stride(axis) * 2 : t.size(3) * 2;
+  const int64_t row = t.size(axes[0]) * 2;
+  cuuint64_t sizes[kRank] = {cuuint64_t(t.size(axes[0]))}, strides[kRank - 1];  // in bytes, of all but the dense axis
+  cuuint32_t box[kRank] = {cuuint32_t(sides[0])}, steps[kRank] = {1};
+  for (int i = 1; i < kRank; ++i) {
+    const int64_t size = t.size(axes[i]), bytes = size > 1 ? t.stride(axes[i]) * 2 : row;  // of one element any serves
     SORA_CHECK(bytes > 0 && bytes % 16 == 0, name, ": expected strides that are positive multiples of 16 bytes, got ",
                describe(t));
-    strides[i] = cuuint64_t(bytes);
+    sizes[i] = cuuint64_t(size), strides[i - 1] = cuuint64_t(bytes), box[i] = cuuint32_t(sides[i]), steps[i] = 1;
   }
   SORA_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, ": expected data at a multiple of 16 bytes");
-  const cuuint32_t box[] = {cuuint32_t(columns), cuuint32_t(rows), 1, 1}, steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status = encode(
-      &map, t.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      t.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      &map, t.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      kRank, t.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      sides[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   SORA_CHECK(status == CUDA_SUCCESS, name, ": no TMA descriptor (CUDA driver error ", int(status), ") for ", describe(t));
   return map;

@@ -35,6 +35,12 @@ __device__ __forceinline__ uint64_t matrix(const void* in_shared_memory, uint32_
   return swizzle << 62 | eight_rows >> 4 << 32 | uint64_t{leading} >> 4 << 16 | (shared_address(in_shared_memory) >> 4 & 0x3fff);
 }
 
+// Until at most kLeft of the committed groups are in flight, while the registers of those are left alone.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+
 // The same matrix, `bytes` further on.
 __device__ __forceinline__ uint64_t advance(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
@@ -50,6 +56,15 @@ template <>
 __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   const __half2 pair = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// A thread's part of 16 columns of d, rounded, to shared memory: four 8 x 8 matrices. `address`: of row lane % 16 of the
+// warp's 16, and of its eight columns lane / 16.
+template <class T>
+__device__ __forceinline__ void store_matrices(uint32_t address, const float* d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(pack<T>(d[0], d[1])), "r"(pack<T>(d[2], d[3])), "r"(pack<T>(d[4], d[5])), "r"(pack<T>(d[6], d[7]))
+               : "memory");
 }
 
 // first:        d = a b^T, a [64, 16] and b [N, 16] in shared memory
@@ -91,6 +106,7 @@ struct Wgmma;
   };
 #define SORA_WGMMAS(...) SORA_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) SORA_WGMMA(__half, "f16", __VA_ARGS__)
 
+#define SORA_PLACES_16 SORA_PLACES() "%10, %11, %12, %13, %14, %15"
 #define SORA_PLACES_32 SORA_PLACES() SORA_PLACES(1) SORA_PLACES(2) "%30, %31"
 #define SORA_PLACES_48 SORA_PLACES() SORA_PLACES(1) SORA_PLACES(2) SORA_PLACES(3) "%40, %41, %42, %43, %44, %45, %46, %47"
 #define SORA_PLACES_64 \
@@ -98,14 +114,21 @@ struct Wgmma;
 #define SORA_PLACES_88                                                                                               \
   SORA_PLACES() SORA_PLACES(1) SORA_PLACES(2) SORA_PLACES(3) SORA_PLACES(4) SORA_PLACES(5) SORA_PLACES(6) SORA_PLACES(7) \
   "%80, %81, %82, %83, %84, %85, %86, %87"
-#define SORA_FLOATS_32(how) SORA_FLOATS(how, 0), SORA_FLOATS(how, 8), SORA_FLOATS(how, 16), SORA_FLOATS(how, 24)
+#define SORA_PLACES_96                                                                                               \
+  SORA_PLACES() SORA_PLACES(1) SORA_PLACES(2) SORA_PLACES(3) SORA_PLACES(4) SORA_PLACES(5) SORA_PLACES(6) SORA_PLACES(7) \
+  SORA_PLACES(8) "%90, %91, %92, %93, %94, %95"
+#define SORA_FLOATS_16(how) SORA_FLOATS(how, 0), SORA_FLOATS(how, 8)
+#define SORA_FLOATS_32(how) SORA_FLOATS_16(how), SORA_FLOATS(how, 16), SORA_FLOATS(how, 24)
 #define SORA_FLOATS_48(how) SORA_FLOATS_32(how), SORA_FLOATS(how, 32), SORA_FLOATS(how, 40)
 #define SORA_FLOATS_64(how) SORA_FLOATS_48(how), SORA_FLOATS(how, 48), SORA_FLOATS(how, 56)
 #define SORA_FLOATS_88(how) SORA_FLOATS_64(how), SORA_FLOATS(how, 64), SORA_FLOATS(how, 72), SORA_FLOATS(how, 80)
+#define SORA_FLOATS_96(how) SORA_FLOATS_88(how), SORA_FLOATS(how, 88)
 
+SORA_WGMMAS(32, SORA_PLACES_16, SORA_FLOATS_16, 16, 17, 18, 19, 20)
 SORA_WGMMAS(64, SORA_PLACES_32, SORA_FLOATS_32, 32, 33, 34, 35, 36)
 SORA_WGMMAS(96, SORA_PLACES_48, SORA_FLOATS_48, 48, 49, 50, 51, 52)
 SORA_WGMMAS(128, SORA_PLACES_64, SORA_FLOATS_64, 64, 65, 66, 67, 68)
 SORA_WGMMAS(176, SORA_PLACES_88, SORA_FLOATS_88, 88, 89, 90, 91, 92)
+SORA_WGMMAS(192, SORA_PLACES_96, SORA_FLOATS_96, 96, 97, 98, 99, 100)
 
 }  // namespace sora

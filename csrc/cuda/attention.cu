@@ -190,11 +190,7 @@ __device__ __forceinline__ void store_rows(Boxes& to, const float (&out)[N]) {
 #pragma unroll
   for (int e = 0; e < Traits::kWidth; e += 16) {
     const T* place = &to[e / Traits::kColumns][row][e % Traits::kColumns + lane / 16 * 8];
-    const float* d = out + e / 2;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                     swizzled<Traits::kRowBytes>(shared_address(place))),
-                 "r"(pack<T>(d[0], d[1])), "r"(pack<T>(d[2], d[3])), "r"(pack<T>(d[4], d[5])), "r"(pack<T>(d[6], d[7]))
-                 : "memory");
+    store_matrices<T>(swizzled<Traits::kRowBytes>(shared_address(place)), out + e / 2);
   }
 }
 
@@ -293,7 +289,8 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     if (thread == 0) {
       for (int box = 0; box < Traits::kBoxes; ++box)
         store_box(out_map, q[box], box * Traits::kColumns, first, tile.head, tile.batch);
-      wait_for_stores();
+      commit_stores();
+      wait_for_stores<0>();
       shared.q_empty.arrive();
     }
   }
@@ -327,6 +324,11 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void attention_fwd_kernel(
 #endif
 }
 
+// Of heads [B, S, H, E], for boxes of so many columns of E and rows of S.
+CUtensorMap head_map(const char* name, const Tensor& t, int columns, int rows) {
+  return box_map<4>(name, t, {3, 1, 2, 0}, {columns, rows, 1, 1});
+}
+
 template <class Traits>
 void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, AttentionParams p) {
   constexpr int kQueries = Traits::kQueries, kKeys = Traits::kKeys, kColumns = Traits::kColumns;
@@ -346,8 +348,8 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
   const auto kernel = attention_fwd_kernel<Traits>;
   SORA_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   kernel<<<std::min(p.tiles, processors), Traits::kThreads, kShared, current_stream(device)>>>(
-      box_map("q", q, kColumns, kQueries), box_map("k", k, kColumns, kKeys), box_map("v", v, kColumns, kKeys),
-      box_map("out", out, kColumns, kQueries), p);
+      head_map("q", q, kColumns, kQueries), head_map("k", k, kColumns, kKeys), head_map("v", v, kColumns, kKeys),
+      head_map("out", out, kColumns, kQueries), p);
   SORA_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import bias_gradient, parameter, video_format, zero
+from .._operands import bias_gradient, dense_taps, parameter, video_format, zero
 from .kernels_conv import convolve, convolve_phases, last, whole
 from .kernels_dweight import weight_gradient
-
-
-def dense_taps(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in x's dtype with its channels side by side in memory: itself or a copy."""
-    weight = weight.to(x.dtype)
-    return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
 
 def _last(*videos: Tensor | None) -> list[Tensor | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check, _dispatch, _library
 from .._autograd import apply, needs_grad, once_differentiable, transformed
 from .._operands import empty_video, like, narrow, parameter, video_format, zero
-from . import config, reference
+from . import config, kernels_cuda, reference
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +126,8 @@ def causal_conv3d(
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
                  the one and adds the other to its result.
     impl         "auto" on a GPU: in 16 bits cudnn (its products, our passes around them), until triton is measured
-                 faster.
+                 faster. "cuda": on sm_90, forward, stride 1, channels-last videos, channels in eights, a bias at most;
+                 executed, not yet run on a GPU: "auto" never takes it.
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw. Other
     derivatives: as norm_silu.
 
@@ -158,7 +159,10 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    settings = stride, padding, norm_eps, shape, return_raw, _choose(op, impl, x, weight, grad, norm_weight)
+    epilogue = dict(residual=residual is not None, norm_weight=norm_weight is not None)
+    for_cuda = partial(kernels_cuda.why_not, x, weight, cache, stride, epilogue)
+    impl = _choose(op, impl, x, weight, grad, norm_weight, for_cuda)
+    settings = stride, padding, norm_eps, shape, return_raw, impl
     y = apply(_CausalConv3d, *tensors, *settings) if grad else _CausalConv3d.run(*tensors, *settings)
     if cache is None:
         return y
@@ -254,9 +258,14 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
     return y if cache is None else (y, _next_cache(x, cache))
 
 
-def _choose(op, impl, x, weight, grad, norm_weight=None):
+def _choose(op, impl, x, weight, grad, norm_weight=None, for_cuda=None):
     wide = None if norm_weight is None else _dispatch.within(MAX_CHANNELS, weight.shape[0], "pixels")
-    limits = _LIMITS.get if wide is None else lambda name: _LIMITS.get(name) or wide(name)
+
+    def limits(name: str) -> str | None:
+        if name == "cuda":
+            return for_cuda and for_cuda()
+        return _LIMITS.get(name) or (wide and wide(name))
+
     return _dispatch.choose(op, impl, x, grad=grad, limits=limits, fastest=config.fastest(op, x, weight, grad))
 
 
@@ -315,6 +324,8 @@ class _CausalConv3d(torch.autograd.Function):
         raw = torch.empty_like(out) if return_raw or keep else None
         if bordered := padding == "replicate" and 0 not in shape:
             x, cache = reference.replicated(x, cache, weight)
+        if impl == "cuda":
+            x, weight, bias, cache = kernels_cuda.operands(x, weight, bias, cache)
         tensors = (x, weight, parameter(bias), cache, residual, parameter(norm_weight))
         _library.call("causal_conv3d_fwd", impl)(*tensors, stride, bordered, norm_eps, out, raw)
         return out if raw is None else (out, raw)
@@ -518,7 +529,7 @@ _library.define(
 )
 
 
-def _implementations(op: str) -> dict[str, str]:
+def _implementations(op: str) -> dict[str, str | None]:
     return {impl: f".causal_conv.kernels_{impl}:{op}" for impl in ("triton", "cudnn", "cpu")}
 
 
@@ -527,7 +538,7 @@ _library.define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, Tensor? residual, Tensor? norm_weight, "
     "SymInt[3] stride, bool bordered, float norm_eps, Tensor(a!) out, Tensor(b!)? pre) -> ()",
     reference=_causal_conv3d_fwd,
-    impls=_implementations("causal_conv3d_fwd"),
+    impls=_implementations("causal_conv3d_fwd") | {"cuda": None},
 )
 _library.define(
     "causal_conv3d_bwd",

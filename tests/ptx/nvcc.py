@@ -11,12 +11,14 @@ import pathlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from sora_kernels import _dispatch, _library
 from sora_kernels.attention import config as attention_config
+from sora_kernels.causal_conv import config as conv_config
 
 from . import device, parser
 from .build import cache_directory
@@ -118,6 +120,51 @@ def attention(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
+def conv_columns(N: int) -> int:
+    """Output channels of a tile."""
+    return min((192, 128, 96, 64, 32), key=lambda columns: -(-N // columns) * (columns + 32))
+
+
+def causal_conv3d(
+    sm: int, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, bordered: bool, out: Tensor,
+    blocks: int = PROCESSORS, rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of causal_conv3d_fwd in causal_conv.cu; the rest as of attention."""
+    (N, C, kt, kh, kw), (B, _, frames, H, W) = weight.shape, out.shape
+    columns, (box_h, box_w) = conv_columns(N), conv_box(kh, H, W)
+    tiles_h, tiles_w, n_blocks = -(-H // box_h), -(-W // box_w), -(-N // columns)
+    tiles = B * frames * tiles_h * tiles_w * n_blocks
+    text, before = compiled("causal_conv", sm), x if cache is None or kt == 1 else cache
+    (name,) = (n for n in parser.kernels(text) if f"ConvTraitsI{MANGLED[x.dtype]}Li{columns}E" in n)
+    boxes = [Box(channels_last(t), (1, 1, box_h + kh - 1, box_w, 64), 3) for t in (x, before)]
+    boxes.append(Box(channels_last(weight), (columns, 1, 1, 1, 64), 3))
+    out_columns = 32 if columns % 64 else 64
+    boxes.append(Box(channels_last(out), (1, 1, 64 // box_w, box_w, out_columns), 2 if columns % 64 else 3))
+    offset = (1 - kt, *((0, 0) if bordered else (-(kh // 2), -(kw // 2))))
+    past = 0 if cache is None else kt - 1
+    fields = 0 if bias is None else bias, C, N, kt, kh, kw, *offset, past, box_h, box_w
+    fields += n_blocks, tiles_w, tiles_h, frames, tiles
+    # two boxes of the video, a ring of taps, four boxes of the results; barriers
+    shared = 2 * 320 * 128 + min(8, 768 // columns) * columns * 128 + 4 * 64 * out_columns * 2 + 1024
+    text = rewrite(text) if rewrite else text
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<Q16i", fields)]
+    options |= dict(name=name, names=["x", "cache", "weight", "out", "p"], block=(384,), shared=shared)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def channels_last(video: Tensor) -> Tensor:
+    """[B, T, H, W, C]; axes of one element get a stride that a descriptor takes, as on the host."""
+    t = video.permute(0, 2, 3, 4, 1)
+    strides = [t.shape[4] if n == 1 else s for n, s in zip(t.shape[:4], t.stride()[:4], strict=True)]
+    return t.as_strided(t.shape, (*strides, 1))
+
+
+def conv_box(kh: int, H: int, W: int) -> tuple[int, int]:
+    """Rows and columns of the pixels of a tile."""
+    sides = [(256 // w, w) for w in (16, 8, 32) if 256 + (kh - 1) * w <= 320]
+    return min(sides, key=lambda side: -(-H // side[0]) * -(-W // side[1]) * 1024 + (kh - 1) * side[1])
+
+
 Observer = Callable[[str, Counters], None]
 
 
@@ -127,6 +174,8 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
 
     observe is called after each launch with the kernel's name and its counters. options: of device.run.
     """
+
+    original_call, original_why_not = _library.call, _dispatch._why_not
 
     def modulate(x, shift, scale, weight, bias, shift_table, scale_table, index, rms, eps, host, out) -> None:
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
@@ -141,6 +190,12 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("attention_fwd_kernel", counters)
 
+    def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
+        assert residual is norm_weight is pre is None and tuple(stride) == (1, 1, 1), "the kernel adds a bias alone"
+        counters = causal_conv3d(sm, x, weight, bias, cache, bordered, out, **options)
+        if observe:
+            observe("causal_conv3d_fwd_kernel", counters)
+
     def call(op: str, impl: str):
         return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
 
@@ -149,10 +204,13 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
             return None
         return original_why_not(op, impl, device, dtype, grad)
 
-    kernels = {"norm_modulate_fwd": modulate, "spacetime_attention_fwd": attend}
-    original_call, original_why_not, capability = _library.call, _dispatch._why_not, attention_config.capability
-    _library.call, _dispatch._why_not, attention_config.capability = call, why_not, lambda device: sm
-    try:
+    kernels = {
+        "norm_modulate_fwd": modulate, "spacetime_attention_fwd": attend, "causal_conv3d_fwd": convolve,
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in (
+            (_library, "call", call), (_dispatch, "_why_not", why_not),
+            (attention_config, "capability", lambda device: sm), (conv_config, "capability", lambda device: sm),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(module, name, replacement))
         yield
-    finally:
-        _library.call, _dispatch._why_not, attention_config.capability = original_call, original_why_not, capability

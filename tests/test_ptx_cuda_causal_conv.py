@@ -1,0 +1,185 @@
+"""CUDA C++ convolutions as nvcc compiles them for sm_90a, executed without a GPU: numbers, schedules, refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import ptx
+import pytest
+import torch
+from ptx import nvcc
+
+from sora_kernels import Unavailable, _dispatch, _library, causal_conv3d
+from sora_kernels._operands import dense_taps
+from sora_kernels.testing import assert_matches_oracle
+
+if not nvcc.find():
+    pytest.skip("nvcc is not installed", allow_module_level=True)
+
+DTYPES = (torch.bfloat16, torch.float16)
+LAST = torch.channels_last_3d
+
+
+def video(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=LAST)
+
+
+# C, N, taps, (B, T, H, W), frames of a cache, blocks. Channels that fill a step of 16, a box of 64 and a tile or
+# leave a rest; one tile and several, which rings of stages pass in any place; all shapes of tiles.
+CASES = [
+    (16, 16, (3, 3, 3), (1, 2, 5, 7), 2, 1), (96, 96, (3, 3, 3), (1, 1, 17, 18), 0, 3),
+    (72, 200, (1, 3, 3), (1, 1, 3, 33), 0, 2), (136, 64, (3, 1, 1), (2, 3, 2, 3), 2, 2),
+    (64, 384, (1, 1, 1), (1, 1, 9, 17), 0, 1), (24, 40, (2, 5, 3), (1, 2, 6, 9), 1, 2),
+]  # fmt: skip
+
+
+def check(C, N, taps, size, past, blocks, dtype, **schedules) -> None:
+    (B, T, H, W), n = size, C * taps[0] * taps[1] * taps[2]
+    x, weight, bias = video(B, C, T, H, W, dtype=dtype), (torch.randn(N, C, *taps) / n**0.5).to(dtype), torch.randn(N)
+    cache = video(B, C, taps[0] - 1, H, W, dtype=dtype) if past else None
+    out = ptx.unwritten(B, T, H, W, N, dtype=dtype).permute(0, 4, 1, 2, 3)
+    nvcc.causal_conv3d(90, x, dense_taps(weight, x), bias, cache, False, out, blocks, **schedules)
+    assert_matches_oracle(out, *expected(x, weight, bias, cache), "out", n)
+
+
+def expected(x, weight, bias, cache):
+    wide = [t if t is None else t.double() for t in (x, weight, bias, cache)]
+    results = [
+        causal_conv3d(x, weight, bias, cache=cache, impl="reference")
+        for x, weight, bias, cache in (wide, (x, weight, bias, cache))
+    ]
+    return [result if cache is None else result[0] for result in results]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C, N, taps, size, past, blocks", CASES, ids=str)
+def test_convolution_as_nvcc_compiles_it(C, N, taps, size, past, blocks, dtype):
+    check(C, N, taps, size, past, blocks, dtype, schedule=2, again=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [8, 32, 64, 96, 128, 192, 200, 384])
+@pytest.mark.parametrize("C", [8, 40, 64, 104, 160])
+def test_sweep_of_channels_and_schedules(C, N, dtype):
+    for seed, taps in enumerate([(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1), (2, 9, 1)]):
+        check(C, N, taps, (1, 2, 18, 9), seed % 2, 1 + seed, dtype, schedule=10 + seed, again=20 + seed)
+
+
+FAULTS = {  # label -> pattern, replacement; each place by itself
+    "a wait for an mbarrier removed": (r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, .*$", "setp.eq.u32 p, 0, 0;"),
+    "a barrier of the block removed": (r"^\tbar\.sync \t0;$", ""),
+    "a named barrier removed": (r"^\tbar\.sync %r\d+, %r\d+;$", ""),
+    "a fence of the async proxy removed": (r"^\tfence\.proxy\.async\.shared::cta;$", ""),
+    "a wait for products too lax": (r"^\twgmma\.wait_group\.sync\.aligned 1;$", "\twgmma.wait_group.sync.aligned 2;"),
+    "a fence of products removed": (r"^\twgmma\.fence\.sync\.aligned;$", ""),
+    "a wait for stores too lax": (r"^\tcp\.async\.bulk\.wait_group\.read \d;$", "\tcp.async.bulk.wait_group.read 4;"),
+}
+UNSEEN = {"a fence of products removed": 1}  # of the last channels, since whose predecessors no sum was written
+
+
+def planted(label: str) -> Iterator[str]:
+    """The PTX with one fault in the kernel of 64 bf16 channels."""
+    text = nvcc.compiled("causal_conv", 90)
+    begin = text.index("13__nv_bfloat16Li64E")
+    end = text.find(".entry", begin)
+    pattern, replacement = FAULTS[label]
+    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
+        yield text[: hit.start()] + replacement + text[hit.end() :]
+
+
+def found(text: str) -> str | None:
+    """What finds the fault, under one of eight schedules."""
+    # so many taps a column that the ring of weights fills
+    x, weight, bias = video(1, 80, 1, 20, 12), torch.randn(64, 80, 1, 5, 3).bfloat16(), torch.randn(64)
+    bounds = expected(x, weight, bias, None)
+    for schedule in range(8):
+        out = ptx.unwritten(1, 1, 20, 12, 64, dtype=x.dtype).permute(0, 4, 1, 2, 3)
+        options = dict(schedule=schedule, budget=400_000)
+        try:
+            nvcc.causal_conv3d(90, x, dense_taps(weight, x), bias, None, False, out, 1, lambda _: text, **options)
+            assert_matches_oracle(out, *bounds, "out", 1200)
+        except ptx.Fault as fault:
+            return fault.kind
+        except AssertionError:
+            return "wrong result"
+    return None
+
+
+@pytest.mark.parametrize("label", FAULTS)
+def test_planted_faults_are_found(label):
+    by = [found(text) for text in planted(label)]
+    assert len(by) - by.count(None) >= 1 and by.count(None) <= UNSEEN.get(label, 0), by
+    assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
+
+
+def test_the_op_takes_a_stream_and_slices_as_they_are():
+    """Chunk by chunk, each after the cache of the one before: bit for bit the clip. x: channels and columns of another
+    tensor; the weight is laid out by the op."""
+    x = video(1, 48, 3, 6, 9)[:, 16:40, :, :, 1:8]
+    weight, bias = torch.randn(40, 24, 3, 3, 3).bfloat16() / 25, torch.randn(40).bfloat16()
+    cache, parts = torch.zeros(1, 24, 2, 6, 7, dtype=x.dtype).contiguous(memory_format=LAST), []
+    with nvcc.nvcc_on(90, schedule=3):
+        whole = causal_conv3d(x, weight, bias, impl="cuda")
+        for chunk in x.split([1, 2], 2):
+            y, cache = causal_conv3d(chunk, weight, bias, cache=cache, impl="cuda")
+            parts.append(y)
+    assert_matches_oracle(whole, *expected(x, weight, bias, None), "out", 24 * 27)
+    assert torch.equal(torch.cat(parts, 2), whole)
+
+
+def test_a_border_of_repeats_is_read_like_the_rest():
+    x, weight = video(2, 16, 2, 5, 6, dtype=torch.float16), torch.randn(16, 16, 2, 3, 3).half() / 17
+    with nvcc.nvcc_on(90):
+        y = causal_conv3d(x, weight, padding="replicate", impl="cuda")
+    oracle = causal_conv3d(x.double(), weight.double(), padding="replicate", impl="reference")
+    plain = causal_conv3d(x, weight, padding="replicate", impl="reference")
+    assert_matches_oracle(y, oracle, plain, "out", 288)
+
+
+def test_special_values_reach_the_pixels_that_see_them_and_no_others():
+    x, weight = video(1, 16, 2, 6, 6), torch.randn(16, 16, 3, 3, 3).bfloat16()
+    x[0, 3, 0, 2, 2], x[0, 5, 1, 5, 0] = float("nan"), float("inf")
+    with nvcc.nvcc_on(90):
+        y = causal_conv3d(x, weight, impl="cuda")
+    reference = causal_conv3d(x.double(), weight.double(), impl="reference")
+    assert torch.equal(y.isnan(), reference.isnan()) and torch.equal(y.isinf(), reference.isinf())
+    assert y.isnan()[0, 0].sum() == 18
+
+
+REFUSED = [
+    (dict(dtype=torch.float32), {}, "cuda takes bfloat16 or float16; got torch.float32"),
+    (dict(C=12), {}, "cuda takes channels in multiples of 8; got 12 to 16"),
+    (dict(N=3), {}, "cuda takes channels in multiples of 8; got 16 to 3"),
+    (dict(taps=(1, 11, 1)), {}, r"kernels of up to \(256, 9, 256\); got \(1, 1, 1\) and \(1, 11, 1\)"),
+    ({}, dict(stride=(1, 2, 2)), r"cuda takes stride 1 .*; got \(1, 2, 2\)"),
+    (dict(T=0), {}, r"cuda takes no empty tensors; got x of \(1, 16, 0, 4, 5\)"),
+    (dict(format=torch.contiguous_format), {}, r"channels-last videos \(.to\(memory_format=.*; got x with strides"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes, change, message", REFUSED, ids=[m for *_, m in REFUSED])
+def test_what_the_kernel_does_not_take_is_unavailable_with_the_reason(sizes, change, message):
+    size = dict(C=16, N=16, T=2, taps=(3, 3, 3), dtype=torch.bfloat16, format=LAST) | sizes
+    x = torch.zeros(1, size["C"], size["T"], 4, 5, dtype=size["dtype"]).contiguous(memory_format=size["format"])
+    weight = torch.zeros(size["N"], size["C"], *size["taps"], dtype=x.dtype)
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=message):
+        causal_conv3d(x, weight, impl="cuda", **change)
+
+
+def test_offsets_that_no_descriptor_takes_other_gpus_and_gradients_are_unavailable():
+    x, weight = video(1, 24, 2, 4, 5), torch.zeros(16, 16, 3, 3, 3).bfloat16()
+    with nvcc.nvcc_on(90):
+        with pytest.raises(Unavailable, match="multiples of 8 elements; got x with strides .* and offset 4"):
+            causal_conv3d(x[:, 4:20], weight, impl="cuda")
+        with pytest.raises(Unavailable, match="forward-only in cuda"):
+            causal_conv3d(x[:, :16], weight.clone().requires_grad_(), impl="cuda")
+    with nvcc.nvcc_on(80), pytest.raises(Unavailable, match="cuda needs a GPU of compute capability 9.0; got 8.0"):
+        causal_conv3d(x[:, :16], weight, impl="cuda")
+
+
+def test_auto_does_not_choose_what_was_never_run():
+    assert "cuda" in _library.impls("causal_conv3d_fwd")
+    with nvcc.nvcc_on(90):
+        assert "cuda" not in _dispatch._able.__wrapped__("causal_conv3d", "cpu", torch.bfloat16, False)
