@@ -176,6 +176,16 @@ def patchify() -> Iterator[Case]:
     )  # fmt: skip
 
 
+def watermark() -> Iterator[Case]:
+    """Bands of 832 pixels, of which the last program of a line has half of its own."""
+    frames = torch.arange(2 * 16 * 832 * 3).remainder(251).to(torch.uint8)
+    yield Case(
+        "embed_watermark 832 wide", op("embed_watermark"),
+        lambda: dict(frames=frames.view(1, 2, 16, 832, 3), tile=draw(16, 64, dtype=FP32)),
+        ("frames", "tile"),
+    )  # fmt: skip
+
+
 def norms() -> Iterator[Case]:
     """RMS norms of Wan 2.1's decoder, group norms of HunyuanVideo's; 1,560 pixels a program of the backward."""
     for C, groups in ((96, 0), (192, 0), (128, 32)):
@@ -256,5 +266,5 @@ def attention() -> Iterator[Case]:
 
 
 def cases() -> list[Case]:
-    families = modulation, reduction, qknorm_rope, patchify, norms, passes, convolutions, attention
+    families = modulation, reduction, qknorm_rope, patchify, watermark, norms, passes, convolutions, attention
     return [case for family in families for case in family()]

@@ -86,6 +86,9 @@ NOTES = {
         "16 bytes": "statistics, 4 bytes a lane, from L1", "wavefronts": _OPERANDS,
     },
     "video_to_uint8_kernel": dict.fromkeys(("sectors", "16 bytes"), _FRAMES),
+    "embed_watermark_kernel": dict.fromkeys(
+        ("sectors", "16 bytes"), "a lane has whole pixels: single bytes, 3 apart, and a value of the tile for three"
+    ),
     "norm_silu_fwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
     "norm_silu_bwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
     "moments_kernel": {"16 bytes": "the middle of three values of each channel, once a program"},

@@ -23,7 +23,7 @@ README = machine.ROOT / "README.md"
 DOCS = machine.ROOT / "docs"
 FAMILIES = {  # page of docs/ -> the families of its figures
     "attention": ("attention",), "causal_conv": ("causal_conv", "vae"), "modulation": ("modulation",),
-    "patchify": ("patchify",), "qknorm_rope": ("qknorm_rope",),
+    "patchify": ("patchify",), "qknorm_rope": ("qknorm_rope",), "watermark": ("watermark",),
 }  # fmt: skip
 ALL = "benchmarks/results/README.md"
 Row = dict

@@ -14,6 +14,7 @@ from .causal_conv import causal_conv3d, downsample_conv3d, norm_silu, upsample_c
 from .modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from .patchify import final_layer, patch_embed3d, unpatchify3d, video_to_uint8
 from .qknorm_rope import qk_norm_rope, qk_norm_stats
+from .watermark import embed_watermark
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "attention_plan",
     "causal_conv3d",
     "downsample_conv3d",
+    "embed_watermark",
     "final_layer",
     "gate_heads",
     "gate_residual",

@@ -30,6 +30,7 @@ from .modulation import reference as modulation
 from .patchify import reference as patchify
 from .qknorm_rope import reference as qknorm_rope
 from .testing import error_bound, max_error, outputs_and_grads, poison_empty
+from .watermark import reference as watermark
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +85,8 @@ def _cases() -> Iterator[Case]:
         shapes = dict(x=(2, 60, D), shift=(2, 3, D), scale=(2, 3, D), weight=(features, D), bias=(features,))
         yield Case("final_layer", shapes, patchify.final_layer, arguments, D)
     yield Case("video_to_uint8", dict(video=(2, 3, 3, 10, 14)), patchify.video_to_uint8)
+    frames = torch.arange(2 * 3 * 21 * 37 * 3).remainder(251).view(2, 3, 21, 37, 3).to(torch.uint8)
+    yield Case("embed_watermark", dict(tile=(9, 14)), watermark.embed_watermark, dict(frames=frames))
     rules = (
         {}, dict(window=(3, 3, 5)), dict(window=(2, 2, 3), stride=(2, 2, 3), text_len=7),
         dict(causal="frame", window=(2, 6, 7), sink=1), dict(window=(3, 2, 3), dilation=(1, 2, 2), causal=(0, 1, 0)),
@@ -129,7 +132,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: torch.device) -> fl
     }
     arguments = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in case.arguments.items()}
     function = functools.partial(getattr(importlib.import_module(__package__), case.op), **arguments)
-    if case.op == "video_to_uint8":
+    if case.op in ("video_to_uint8", "embed_watermark"):
         return 0.0 if torch.equal(function(**inputs, impl=impl), function(**inputs, impl="reference")) else math.inf
     double = {name: t.double() for name, t in inputs.items()}
     outputs = function(**double, impl="reference")

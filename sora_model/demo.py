@@ -103,6 +103,15 @@ def cases(device: torch.device) -> dict[str, Case]:
     def to_bytes(video: Tensor) -> Tensor:
         return video.permute(0, 2, 3, 4, 1).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
+    def mark(tile: Tensor, frames: Tensor) -> Tensor:
+        (height, width), shown = frames.shape[2:4], frames.flatten(0, 1).float()
+        green = shown[..., 1].unsqueeze(1)
+        mean, square = (F.avg_pool2d(x, 8).squeeze(1) for x in (green, green * green))
+        busy = (square - mean * mean).clamp(min=0).sqrt().div(8).clamp(max=1)
+        gain = (1 + busy / 2).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        levels = gain * tile.repeat(height // tile.shape[0], width // tile.shape[1])
+        return (shown + levels.unsqueeze(-1)).round().clamp(0, 255).to(torch.uint8).view(frames.shape)
+
     def up(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv3d(F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest"), weight, padding=(0, 1, 1))
 
@@ -132,6 +141,7 @@ def cases(device: torch.device) -> dict[str, Case]:
         "upsample_conv3d": (dict(x=video, weight=plane), up),
         "downsample_conv3d": (dict(x=video, weight=plane), down),
         "video_to_uint8": (dict(video=draw(1, 3, *VIDEO[2:])), to_bytes),
+        "embed_watermark": (dict(tile=draw(64, 64), frames=to_bytes(draw(1, 3, *VIDEO[2:]) / 4)), mark),
     }  # fmt: skip
 
 
@@ -238,7 +248,7 @@ def measure(every: dict[str, Case], device: torch.device) -> Iterator[Row]:
     for op, (arguments, eager) in every.items():
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
         function, row = getattr(sora_kernels, op), Row(op, _dispatch.choose(op, "auto", first))
-        wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
         of_video = op.endswith(("conv3d", "silu"))
         terms = {  # summed into an element of an output, of a gradient
             "fwd": arguments["weight"][0].numel() if op.endswith("conv3d") else 1,

@@ -274,6 +274,17 @@ def patchify() -> Iterator[tuple[str, Callable[[], None], tuple]]:
         yield f"frames of {name} channels {where}", call, (kernels_uint8,)
 
 
+def watermark() -> Iterator[tuple[str, Callable[[], None], tuple]]:
+    """Chunks of Wan's frames at 480p and 704p, of a line that ends within a block and is not aligned, of one frame."""
+    from sora_kernels.watermark import kernels
+
+    for size in ((4, 480, 832), (4, 704, 1280), (3, 35, 61), (1, 64, 64)):
+        frames, out = (torch.empty(1, *size, 3, dtype=torch.uint8, device="meta") for _ in range(2))
+        tile = torch.empty(64, 64, device="meta")
+        name = "x".join(map(str, size))
+        yield f"mark {name}", functools.partial(kernels.embed_watermark_fwd, frames, tile, out), (kernels,)
+
+
 def norms(widths) -> Iterator[tuple[str, Callable[[], None], tuple]]:
     """RMS norms of Wan 2.1's decoder at 480p, group norms of wider ones at 720p, in both memory formats; odd sizes."""
     from sora_kernels.causal_conv import kernels_norm
@@ -505,6 +516,7 @@ def sparingly(cases: Callable[[], Iterator[tuple]], *everywhere: str) -> Callabl
 SUPPORTED = (80, 90, 100, 120)
 ALL = {
     "modulation": modulation, "qknorm_rope": qknorm_rope, "patchify": patchify, "causal_conv": causal_conv,
+    "watermark": watermark,
     "attention": lambda: itertools.chain(attention(), attention_boxes(), attention_gates()),
 }  # fmt: skip
 FAMILIES = {
@@ -512,6 +524,7 @@ FAMILIES = {
     "qknorm_rope": sparingly(qknorm_rope, "40x128", "24x128 96", "48x64"),
     "patchify": sparingly(patchify, "C=16 D=5120"),
     "causal_conv": sparingly(causal_conv, "Wan 96", "rms C=96"),
+    "watermark": sparingly(watermark, "4x480x832"),
     "attention": sparingly(
         lambda: itertools.chain(attention(), attention_boxes(["window"]), attention_gates()),
         "window and text", "boxes", "gates of 32x128",

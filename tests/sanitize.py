@@ -39,7 +39,7 @@ OPTIONS = {
 TESTS = (
     "test_csrc", "test_modulation", "test_qknorm_rope", "test_patchify", "test_patchify_cpu", "test_patchify_uint8",
     "test_attention", "test_attention_heads", "test_causal_conv", "test_causal_conv_cpu", "test_operands",
-    "test_long_sums", "test_layers",
+    "test_long_sums", "test_layers", "test_watermark",
 )  # fmt: skip
 # Not what starts compilers, looks at the library as a file, runs another implementation, or starts processes on another
 # instruction set, of which each has a run of its own.

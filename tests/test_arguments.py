@@ -65,6 +65,7 @@ def calls() -> dict[str, dict]:
             grid=(2, 2, 2), patch=(1, 2, 2), norm="layer", eps=1e-6,
         ),
         "video_to_uint8": dict(video=randn(2, 8, 2, 4, 4), patch=(1, 2, 2)),
+        "embed_watermark": dict(frames=torch.full((1, 2, 4, 4, 3), 99, dtype=torch.uint8), tile=randn(3, 5)),
         "spacetime_attention": dict(**heads, **rules, return_lse=True, deterministic=True),
         "spacetime_attention with lists": dict(**{name: t[:1, :8] for name, t in heads.items()}, **lists),
         "attention_forward": dict(**heads, **rules, out_dtype=torch.float32),

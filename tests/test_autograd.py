@@ -83,6 +83,10 @@ CALLS = PLAIN | {
         lambda n: (torch.randn(n, 3, 2, 4, 4), torch.randn(5, 3, 2, 2, 2), torch.randn(4, 5)),
     ),
     "video_to_uint8": (sk.video_to_uint8, lambda n: (torch.randn(n, 3, 2, 4, 4),)),
+    "embed_watermark": (
+        functools.partial(sk.embed_watermark, torch.full((1, 1, 4, 6, 3), 99, dtype=torch.uint8)),
+        lambda n: (torch.randn(n, 3),),
+    ),
     "final_layer rms": (
         lambda x, scale, w: sk.final_layer(x, None, scale, w, grid=(2, 2, 2), patch=(1, 2, 2), norm="rms"),
         lambda n: (torch.randn(n, 8, 6), torch.randn(n, 4, 6), torch.randn(12, 6)),
@@ -131,7 +135,8 @@ CALLS = PLAIN | {
         lambda n: (torch.randn(n, *VIDEO), torch.randn(5, 4, 3, 3, 3), torch.randn(n, 4, 2, 4, 4)),
     ),
 }  # fmt: skip
-SMOOTH = [name for name in CALLS if name != "video_to_uint8"]
+INTEGERS = ("video_to_uint8", "embed_watermark")
+SMOOTH = [name for name in CALLS if name not in INTEGERS]
 RECORDED = [name for name in SMOOTH if name.split()[0] not in ("attention_forward", "attention_backward")]
 PURE = ("merge_attention",)  # plain torch itself: derivatives of any order, inside and outside of torch.func
 IMPLS = ("reference", "cpu")
@@ -400,14 +405,15 @@ def test_transforms_of_a_backward_whose_forward_was_outside_are_refused(name, ca
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_integers_have_no_tangent(impl, call):
-    function, (video,) = call("video_to_uint8", impl)
-    with pytest.raises(TypeError, match="video_to_uint8: integers have no tangent"):
-        jvp(function, (video,), (video,))
-    with pytest.raises(TypeError, match="video_to_uint8: integers have no tangent"):
-        by_duals(function, (video,), (video,))
-    with forward_ad.dual_level():  # of a video that has none
-        assert torch.equal(function(video)[0], CALLS["video_to_uint8"][0](video))
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_have_no_tangent(name, impl, call):
+    function, (given,) = call(name, impl)
+    with pytest.raises(TypeError, match=f"{name}: integers have no tangent"):
+        jvp(function, (given,), (given,))
+    with pytest.raises(TypeError, match=f"{name}: integers have no tangent"):
+        by_duals(function, (given,), (given,))
+    with forward_ad.dual_level():  # of a tensor that has none
+        assert torch.equal(function(given)[0], CALLS[name][0](given))
 
 
 def test_lengths_are_not_mapped_over():

@@ -47,6 +47,8 @@ INDEXED = {"modulation_fwd_kernel": 1, "modulation_bwd_kernel": 5, "sum_runs_ker
 PARTIALS = {"statistics_kernel", "sums_kernel"}
 # A video is gathered as wide as the patch has neighbours in it, two elements for Wan.
 GATHERS = {"patch_embed3d_fwd_kernel", "patch_embed3d_dweight_kernel"}
+# And pixels, of three single bytes.
+GATHERS |= {"embed_watermark_kernel"}
 # And so are the features of a decoder's patches, where channels lie side by side.
 STRIDED = "frames of patches channels last"
 ODD = " C=3 D=33"  # rows of 33 and patches (2, 3, 5): no 16 bytes are aligned

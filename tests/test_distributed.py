@@ -35,11 +35,14 @@ def test_so_are_integers_and_videos(mesh):
     from torch.distributed.tensor import distribute_tensor
 
     x, heads, index = torch.randn(2, 6, 8), torch.randn(2, 6, 2, 8), torch.zeros(2, 6, dtype=torch.int64)
-    places, lens, video = (distribute_tensor(t, mesh) for t in (index, index[:, 0], torch.randn(1, 3, 2, 4, 4)))
+    frames = torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8)
+    given = index, index[:, 0], torch.randn(1, 3, 2, 4, 4), frames
+    places, lens, video, frames = (distribute_tensor(t, mesh) for t in given)
     for call in (
         lambda: norm_modulate(x, x[0], None, index=places),
         lambda: sora_kernels.spacetime_attention(heads, heads, heads, kv_lens=lens),
         lambda: sora_kernels.video_to_uint8(video),
+        lambda: sora_kernels.embed_watermark(frames, x[0]),
     ):
         with pytest.raises(TypeError, match="got a DTensor placed as"):
             call()

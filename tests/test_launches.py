@@ -96,6 +96,13 @@ def patchify(B, C, grid, patch, D, frames=1):
     kernels_uint8.video_to_uint8_fwd(video, (1, 1, 1), empty(B, *video.shape[2:], C, dtype=torch.uint8))
 
 
+def marks(B, T, H, W):
+    from sora_kernels.watermark import kernels
+
+    frames, out = (empty(B, T, H, W, 3, dtype=torch.uint8) for _ in range(2))
+    kernels.embed_watermark_fwd(frames, empty(64, 64), out)
+
+
 def norms(B, C, grid, groups, last):
     from sora_kernels.causal_conv import kernels_norm, kernels_passes
 
@@ -150,6 +157,7 @@ CASES = {
         lambda: convolution(16, 16, (3, 3, 3), (1, 4, 4), B=70_000),
         lambda: attention(70_000, 4, 2, 64),
         lambda: gates(70_000, 4, 2, 64),
+        lambda: marks(70_000, 2, 8, 8),
     ],
     "many channels": [  # of the VAE of Wan 2.2, of a hypothetical one beyond it, and features no model has
         lambda: convolution(640, 640, (3, 3, 3), (2, 44, 80)),
@@ -164,6 +172,7 @@ CASES = {
         lambda: patchify(1, 16, (64, 256, 1024), (1, 2, 2), 256, frames=64),
         *(lambda g=g, last=last: norms(1, 32, (512, 1024, 1024), g, last) for g in (0, 4) for last in (False, True)),
         lambda: convolution(16, 16, (3, 3, 3), (64, 2048, 2048)),
+        lambda: marks(1, 2**14, 2160, 3840),
         lambda: attention(1, 2**20, 24, 128),
         lambda: gates(1, 2**24, 8, 128),
         lambda: attention(1, 40 * 90 * 160, 24, 128, grid=(40, 90, 160), window=(5, 9, 11)),
@@ -171,6 +180,7 @@ CASES = {
     "one long line": [
         lambda: patchify(1, 3, (1, 1, 2**23), (1, 1, 2), 64),
         lambda: norms(1, 3, (1, 1, 2**23), 3, True),
+        lambda: marks(1, 1, 1, 2**23),
     ],
 }
 

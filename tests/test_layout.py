@@ -45,7 +45,7 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def test_the_families_are_those_of_the_design():
-    assert FAMILIES == ["attention", "causal_conv", "modulation", "patchify", "qknorm_rope"]
+    assert FAMILIES == ["attention", "causal_conv", "modulation", "patchify", "qknorm_rope", "watermark"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,8 @@ import sora_kernels
 from sora_kernels import _dispatch, _library
 from sora_kernels.testing import LAYOUTS, arrange, poison_empty
 
+INTEGERS = ("video_to_uint8", "embed_watermark")  # functions that give them, without a gradient
+
 
 @dataclass
 class Case:
@@ -25,7 +27,7 @@ class Case:
 
     @property
     def impls(self) -> list[str]:
-        grad = self.function != "video_to_uint8"
+        grad = self.function not in INTEGERS
         impls = [i for i in _library.impls(f"{self.function}_fwd") if i != "sdpa" or self.is_plain_attention]
         return [i for i in impls if not _dispatch.why_not(self.function, i, "cpu", torch.float32, grad)]
 
@@ -121,6 +123,9 @@ CASES = {
         "final_layer", dict(x=(2, 4, 6), shift=(2, 2, 6), scale=(2, 6), weight=(12, 6), bias=(12,)), PATCHES
     ),
     "video_to_uint8": Case("video_to_uint8", dict(video=(2, 8, 2, 4, 4)), dict(patch=(1, 2, 2))),
+    "embed_watermark": Case(
+        "embed_watermark", dict(tile=(3, 5)), dict(frames=torch.full((2, 1, 9, 10, 3), 99, dtype=torch.uint8))
+    ),
     "spacetime_attention": Case("spacetime_attention", HEADS | dict(v=(1, 6, 2, 8)), dict(return_lse=True)),
     "gate_heads": Case("gate_heads", dict(x=(2, 6, 2, 8), gate=(2, 6, 2))),
     "spacetime_attention, kv_lens": Case(
@@ -170,7 +175,7 @@ def test_every_function_and_implementation_is_among_the_cases():
     assert {case.function for case in CASES.values()} == set(sora_kernels.__all__) - OTHERS
     tested = {(CASES[name].function, impl) for name, impl in ALL}
     for function, impl in {(op.rpartition("_")[0], impl) for op, impls in _library.ops().items() for impl in impls}:
-        grad = function != "video_to_uint8"
+        grad = function not in INTEGERS
         assert (function, impl) in tested or _dispatch.why_not(function, impl, "cpu", torch.float32, grad)
 
 

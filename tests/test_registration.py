@@ -134,8 +134,9 @@ CALLS = {
         lambda n: (torch.randn(n, 4, 2, 4, 4), torch.randn(5, 4, 1, 3, 3), torch.randn(5)),
     ),
 }  # fmt: skip
-# No tensors, or no autograd. video_to_uint8 is compiled in test_patchify_uint8.
-NOT_OPS = {"Unavailable", "attention_plan", "attention_forward", "attention_backward", "video_to_uint8"}
+# No tensors, or no autograd. What gives integers is compiled in test_patchify_uint8 and test_watermark.
+INTEGERS = {"video_to_uint8", "embed_watermark"}
+NOT_OPS = {"Unavailable", "attention_plan", "attention_forward", "attention_backward", *INTEGERS}
 
 
 def test_every_public_function_is_compiled_below():

@@ -36,6 +36,11 @@ q, k = (torch.randn(1, 6, 2, 16, requires_grad=True) for _ in range(2))
 weight = torch.randn(16, requires_grad=True)
 result = sum(family.qk_norm_rope(q, k, q_weight=weight, grid=(1, 2, 3), impl=impl)), (q, k, weight)
 """,
+    "watermark": """
+tile = torch.randn(5, 6, requires_grad=True)
+frames = family.embed_watermark(torch.full((1, 2, 9, 10, 3), 99, dtype=torch.uint8), tile, impl=impl)
+result = frames + 0 * tile.sum(), (tile,)  # integers have no gradient
+""",
 }
 SCRIPT = """
 import sys

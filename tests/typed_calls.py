@@ -87,6 +87,14 @@ def patches_refused(video: Tensor, weight: Tensor) -> None:
     sora_kernels.video_to_uint8(video, PATCH)  # type: ignore[call-arg]
 
 
+def marks(frames: Tensor, tile: Tensor) -> None:
+    assert_type(sora_kernels.embed_watermark(frames, tile), Tensor)
+
+
+def marks_refused(frames: Tensor) -> None:
+    sora_kernels.embed_watermark(frames)  # type: ignore[call-arg]
+
+
 def convolutions(x: Tensor, weight: Tensor, row: Tensor) -> None:
     past = torch.zeros(B, C, 2, H, W)
     assert_type(sora_kernels.norm_silu(x, row), Tensor)

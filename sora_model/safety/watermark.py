@@ -13,7 +13,7 @@ key: over keys, that is a sum of cosines of independent phases, and p bounds the
 or mirroring that is tried, as far as such a sum is Gaussian.
 
 A mark that is found says that a holder of the key made the clip, or that somebody copied the mark; none that is found
-says nothing. Plain torch, on the CPU: the specification of what may become a fused operation of `sora_kernels`.
+says nothing. The mark is laid over frames in one pass (`sora_kernels.embed_watermark`); the search is plain torch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sora_kernels import embed_watermark
 
 from ..files import naming
 from . import certificates
@@ -91,29 +93,14 @@ def secret() -> bytes:
 
 
 def embed(frames: Iterable[np.ndarray], identity: int, *, key: bytes | None = None) -> Iterator[np.ndarray]:
-    """uint8 `[H, W, 3]` frames with the mark of `identity`, 0 to 2^32 - 1, in their luma."""
+    """uint8 `[H, W, 3]` frames with the mark of `identity`, 0 to 2^32 - 1, in their luma; more of it in texture."""
     sync, codes = _patterns(secret() if key is None else key)
     signs = torch.tensor(_signs(identity)).view(-1, 1, 1)
     tile = (sync + (signs * codes).sum(0) / math.sqrt(BITS)) / math.sqrt(2)
-    mark = None
     for frame in frames:
-        frame = np.asarray(frame)
-        height, width = frame.shape[:2]
-        if mark is None or mark.shape != (height, width):
-            strength = _STRENGTH * min(2.0, max(0.75, (256 * 256 / (height * width)) ** 0.25))
-            repeats = -(-height // TILE), -(-width // TILE)
-            mark = strength * tile.repeat(repeats)[:height, :width]
-        yield apply(torch.from_numpy(np.ascontiguousarray(frame)), mark).numpy()
-
-
-def apply(frame: Tensor, mark: Tensor) -> Tensor:
-    """round(clamp(frame + (1 + min(std / 8, 1) / 2) * mark)): uint8 `[H, W, 3]` and the mark, fp32 `[H, W]` in levels;
-    std that of the green in the pixel's block of 8 x 8, for texture hides more of it."""
-    shown, (height, width) = frame.float(), mark.shape
-    mean, square = (F.avg_pool2d(g[None, None], 8, ceil_mode=True)[0, 0] for g in (shown[..., 1], shown[..., 1] ** 2))
-    busy = (square - mean * mean).clamp_(min=0).sqrt_().div_(8).clamp_(max=1)
-    gain = (1 + busy / 2).repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
-    return (shown + (gain * mark).unsqueeze(-1)).round_().clamp_(0, 255).to(torch.uint8)
+        frame = np.ascontiguousarray(frame)
+        strength = _STRENGTH * min(2.0, max(0.75, (256 * 256 / (frame.shape[0] * frame.shape[1])) ** 0.25))
+        yield embed_watermark(torch.from_numpy(frame)[None, None], strength * tile)[0, 0].numpy()
 
 
 def detect(frames: Iterable[np.ndarray], *, key: bytes | None = None) -> Detection:

@@ -21,6 +21,7 @@ CASES = {
     ),
     "patchify": ("embed forward C=16 D=5120", "final forward C=48 D=3072", "frames of patches channels last"),
     "causal_conv": ("rms C=96 channels last forward", "rms C=96 channels last backward", "Wan up forward"),
+    "watermark": ("mark 4x704x1280",),
 }  # fmt: skip
 
 

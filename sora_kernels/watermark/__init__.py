@@ -1,0 +1,3 @@
+from .op import embed_watermark
+
+__all__ = ["embed_watermark"]
