@@ -3,7 +3,8 @@
     velocities = packed(dit, [wide, tall], [t, t], text)         # [C, T, H, W] each, of sizes of their own
     clips = generate(sora, [{"prompt": "a red ball", "size": (48, 80)}, {"prompt": "a blue ring", "seconds": 1}])
 
-They share every matrix product and see only themselves (`spacetime_attention(grids=)`).
+They share every matrix product and see only themselves (`spacetime_attention(grids=)`). Inside of `parallel.over` each
+rank has a share of the tokens of every clip.
 """
 
 from __future__ import annotations
@@ -23,16 +24,28 @@ from .attention import AttentionMode, Grid
 from .context import Context
 from .dit import SoraDiT
 from .frames import to_pixels
+from .parallel import Share
 from .pipeline import Clip, Progress, Sora
 from .safety import filters
 
 
 class Pack(Context):
-    """Of one sequence: clips of `grids`, one after another, and the row of modulation of each token."""
+    """Of one sequence: clips of `grids`, one after another, and the row of modulation of each token.
 
-    def __init__(self, grids: Sequence[Grid], index: Tensor) -> None:
-        self.grids, self.index = tuple(grids), index
-        self.sizes = [math.prod(grid) for grid in grids]
+    shares  of each clip this rank's share, where the sequence has those tokens alone
+    """
+
+    def __init__(self, grids: Sequence[Grid], index: Tensor, shares: Sequence[Share] = ()) -> None:
+        self.grids, self.index, self.shares = tuple(grids), index, shares
+        self.sizes = [share.size for share in shares] or [math.prod(grid) for grid in grids]
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Any, mode: AttentionMode, norms: Mapping[str, Any]
+    ) -> Tensor:
+        if not self.shares:
+            return super().attention(q, k, v, grid, mode, norms)
+        parts = zip(self.shares, *(t.split(self.sizes, 1) for t in (q, k, v)), self.grids, strict=True)
+        return torch.cat([share.attention(*part, mode, norms) for share, *part in parts], 1)
 
     def joined(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Any, norms: Mapping[str, Any]
@@ -87,13 +100,27 @@ def packed(
         tokens, own = math.prod(grid), t.shape[1]
         index.append(rows + torch.arange(own, device=text.device).repeat_interleave(tokens // own))
         rows += own
-    pack = Pack(grids, torch.cat(index)[None])
-    x = torch.cat([dit.embed_patches(clip, impl) for clip in clips], 1)                      # [1, S, D]
+    mode, divided = attention or dit.config.attention, dit.parallel is not None
+    shares = ()
+    if divided:
+        given = {"latents": clips, "timesteps": times}
+        given = {f"{name} of clip {i}": t for name, several in given.items() for i, t in enumerate(several)}
+        dit.parallel.agree(mode, given | {"text": text, "text_lens": text_lens})
+        shares = dit.parallel.shares_of_pack(grids, mode)
+        clips = [share.latents(clip, dit.config.patch) for share, clip in zip(shares, clips, strict=True)]
+        index = [own[slice(*share.own)] for share, own in zip(shares, index, strict=True)]
+    pack = Pack(grids, torch.cat(index)[None], shares)
+    tokens = [dit.embed_patches(clip, impl) for clip in clips]
+    if divided:
+        tokens = [share.tokens(x) for share, x in zip(shares, tokens, strict=True)]
+    x = torch.cat(tokens, 1)                                                                 # [1, S, D]
     time = dit.embed_times(torch.cat(times, 1)).to(x.dtype)                                  # [1, N, D]
-    mode = attention or dit.config.attention
     x = dit.through_blocks(x, time, text, text_lens, None, grids, mode, impl, lambda layer: pack)
-    parts = zip(x.split(pack.sizes, 1), time.split([t.shape[1] for t in times], 1), grids, strict=True)
-    return [dit.read_out(part, t, grid, impl)[0] for part, t, grid in parts]
+    parts, rows = x.split(pack.sizes, 1), time.split([t.shape[1] for t in times], 1)
+    if divided:
+        strips = [dit.read_out(part, s.rows(t), s.strip, impl) for s, part, t in zip(shares, parts, rows, strict=True)]
+        return [share.join(strip, dit.config.patch)[0] for share, strip in zip(shares, strips, strict=True)]
+    return [dit.read_out(part, t, grid, impl)[0] for part, t, grid in zip(parts, rows, grids, strict=True)]
 
 
 @torch.no_grad()

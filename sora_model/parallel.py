@@ -173,31 +173,46 @@ class Parallel:
                 "memory must be None inside of parallel.over: frames that are remembered are not divided; make the "
                 "clip at once (long='once') or on one device"
             )
-        share = self.share(grid, mode, {"latents": latents, "timesteps": timesteps, "text": text})
+        inputs = {"latents": latents, "timesteps": timesteps, "text": text, "text_lens": text_lens, "image": image}
+        self.agree(mode, inputs)
+        share = self.share(grid, mode, latents.shape[0])
         latents, timesteps, text, text_lens, image = share.clips(latents, timesteps, text, text_lens, image)
         x = share.tokens(dit.embed_patches(share.latents(latents, dit.config.patch), impl))  # [B, own, D]
         time = share.rows(dit.embed_times(timesteps).to(x.dtype))                            # [B, N, D]
         x = dit.through_blocks(x, time, text, text_lens, image, grid, mode, impl, lambda layer: share)
         return share.join(dit.read_out(x, time, share.strip, impl), dit.config.patch)        # [B, C, T, H, W]
 
-    def share(self, grid: Grid, mode: AttentionMode, inputs: dict[str, Tensor]) -> Share:
-        """This rank's share of clips of a grid of tokens.
+    def agree(self, mode: AttentionMode, inputs: Mapping[str, Tensor | None]) -> None:
+        """Raises ValueError, on every rank, where two have another mode or other inputs.
 
         Ranks with other shapes would wait for each other: a number for the form of the inputs is compared at every
         call, their values where a rank has not had that form before.
         """
+        given = {name: t for name, t in inputs.items() if t is not None}
         facts = {"the attention mode": str(mode)}
-        facts |= {f"the shape of {name}": f"{list(t.shape)} {t.dtype}" for name, t in inputs.items()}
+        facts |= {f"the shape of {name}": f"{list(t.shape)} {t.dtype}" for name, t in given.items()}
         form = zlib.crc32(repr(facts).encode())
-        if not self._agree_already(form, inputs["latents"].device):
-            self._compare(facts, inputs)
+        if not self._agree_already(form, next(iter(given.values())).device):
+            self._compare(facts, given)
             self._agreed.add(form)
+
+    def shares_of_pack(self, grids: Sequence[Grid], mode: AttentionMode) -> list[Share]:
+        """This rank's share of each clip of a sequence of several: all are cut alike."""
+        _, _, clips = self.groups["clips"]
+        if clips > 1:
+            raise ValueError(
+                f"clips={clips} ranks cannot divide packed clips, which are one sequence: take clips=1, in "
+                "parallel.sampling guidance=1, and ranks divide the tokens of each"
+            )
+        return [self.share(grid, mode, 1) for grid in grids]
+
+    def share(self, grid: Grid, mode: AttentionMode, batch: int) -> Share:
+        """This rank's share of `batch` clips of a grid of tokens."""
         (_, clip, clips), (_, ring, rings), (_, ulysses, parts) = self.groups.values()
-        batch = inputs["latents"].shape[0]
         if batch < clips:
             raise ValueError(f"clips={clips} ranks need a clip each; the batch has {batch}: take clips={batch}")
         frame = math.prod(grid[1:])
-        unit, what = (1, "tokens") if mode == AttentionMode() else (frame, "frames")
+        unit, what = (1, "tokens") if _in(grid, mode) == AttentionMode() else (frame, "frames")
         units = math.prod(grid) // unit
         if units < rings:
             raise ValueError(f"ring={rings} ranks need {rings} {what} or more; the clip has {units}: take ring={units}")
@@ -234,6 +249,11 @@ class Parallel:
                         f"all ranks must pass the same inputs (draw them with the same seed): {name} is {value} on "
                         f"rank {first}, {theirs.get(name)} on rank {rank}"
                     )
+
+
+def _in(grid: Grid, mode: AttentionMode) -> AttentionMode:
+    """What the mode is in a clip of one frame, all of which sees all of it where no window says otherwise."""
+    return AttentionMode() if grid[0] == 1 and mode.window is None else mode
 
 
 def cut(start: int, stop: int, parts: int) -> list[Range]:
@@ -297,9 +317,13 @@ class Share(Context):
         return self.tokens(x[:, first:last].repeat_interleave(frame, 1))
 
     @property
+    def size(self) -> int:
+        return self.own[1] - self.own[0]
+
+    @property
     def strip(self) -> Grid:
         """The rank's tokens as a grid of their own, one beside the other."""
-        return 1, 1, self.own[1] - self.own[0]
+        return 1, 1, self.size
 
     def join(self, video: Tensor, patch: Grid) -> Tensor:
         """The whole video [B, C, T, H, W], on every rank, of each rank's strip [B, C, pt, ph, own·pw]."""
@@ -317,7 +341,7 @@ class Share(Context):
         impl, group = norms["impl"], self.parallel.groups["ulysses"][0]
         if group is not None:
             q, k, v = self._heads_of_all(torch.cat((q, k, v)), group).chunk(3)
-        ring = self.parallel.groups["ring"][0]
+        ring, mode = self.parallel.groups["ring"][0], _in(self.grid, mode)
         if mode != AttentionMode():
             out = self._attend_in_frames(q, k, v, mode, ring, impl)
         elif ring is None:

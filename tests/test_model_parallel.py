@@ -23,6 +23,7 @@ from sora_model.attention import AttentionMode
 from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.exchange import Tiles
 from sora_model.memory import Memory
+from sora_model.packed import packed
 from sora_model.ranks import RankError
 from sora_model.vae import CausalVAE, VAEConfig
 
@@ -74,10 +75,30 @@ def run(dit, inputs, mode, mesh=None, context=None):
     return {"velocity": v.detach()} | {name: p.grad.clone() for name, p in dit.named_parameters()}
 
 
+def drawn_apart():
+    """Clips of 12, 2 and 15 tokens, with a time for each clip, frame and token."""
+    torch.manual_seed(2)
+    latents = [torch.randn(4, *size) for size in ((3, 4, 4), (2, 2, 2), (5, 6, 2))]
+    return latents, [1000 * torch.rand(shape) for shape in ((), (2,), (15,))], torch.randn(3, 7, 8)
+
+
+def run_packed(dit, mode, mesh=None, context=None):
+    dit.zero_grad()
+    with context or torch.enable_grad():
+        velocities = packed(dit, *drawn_apart(), torch.tensor([7, 4, 5]), attention=mode)
+    sum(loss_of(v) for v in velocities).backward()
+    if mesh is not None:
+        parallel.sum_gradients(dit.parameters(), mesh)
+    found = {f"velocity {i}": v.detach() for i, v in enumerate(velocities)}
+    return found | {name: p.grad.clone() for name, p in dit.named_parameters()}
+
+
+PACKED = ("ring", "dense"), ("ring", "causal window"), ("ulysses", "window")
 PAIR = [
     *[("ring", mode, "clip") for mode in MODES], ("ring", "dense", "frame"), ("ring", "dense", "token"),
     ("ring", "window", "frame"), ("ulysses", "dense", "frame"), ("ulysses", "causal window", "clip"),
 ]  # fmt: skip
+FRAME = 2, 4, 1, 6, 4  # all of it sees all of it, causally too
 EVEN = 2, 4, 4, 4, 4  # 4 x 2 x 2 tokens
 DIVIDED = {("ring",): (4,), ("ulysses",): (4,), ("ring", "ulysses"): (2, 2)}
 FOUR = [
@@ -92,10 +113,14 @@ def _on_two(rank, folder):
     for name, mode, times in PAIR:
         mesh = meshes[name]
         results[name, mode, times] = run(dit, drawn(times), MODES[mode], mesh, parallel.over(dit, mesh))
+    for name, mode in PACKED:
+        mesh = meshes[name]
+        results["packed", name, mode] = run_packed(dit, MODES[mode], mesh, parallel.over(dit, mesh))
     mesh = meshes["ring"]
     dit.checkpointing = True
     results["checkpointed"] = run(dit, drawn(), MODES["dense"], mesh, parallel.over(dit, mesh))
     results["sharded"] = sharded(make(), mesh)
+    results["a frame"] = run(dit, drawn(shape=FRAME), MODES["causal"], mesh, parallel.over(dit, mesh))
     half = make(torch.bfloat16)
     results["bf16"] = run(half, drawn(dtype=torch.bfloat16), MODES["dense"], mesh, parallel.over(half, mesh))
     refuses(dit, meshes, rank)
@@ -244,15 +269,27 @@ def refuses(dit, meshes, rank):
             given = (given[0], t[: len(given[0])], given[2][: len(given[0])])
             with pytest.raises(ValueError, match=rf"same seed\): {name} is .* on rank 0, .* on rank 1"):
                 dit(*given)
+        for name, how in {
+            "the values of text_lens": {"text_lens": torch.tensor([7, 4 - rank])},
+            "the attention mode": {"attention": MODES[("window", "tiles")[rank]]},
+        }.items():
+            with pytest.raises(ValueError, match=rf"same seed\): {name} is .* on rank 0, .* on rank 1"):
+                dit(latents, t, text, **how)
+        clips, times, texts = drawn_apart()
+        with pytest.raises(ValueError, match="the values of latents of clip 1 is .* on rank 0, .* on rank 1"):
+            packed(dit, [clips[0], clips[1] + rank, clips[2]], times, texts)
         with pytest.raises(ValueError, match="memory must be None inside of parallel.over"):
             dit(latents, t, text, memory=Memory(2))
         with pytest.raises(ValueError, match="ring=2 ranks need 2 frames or more; the clip has 1: take ring=1"):
-            dit(latents[:, :, :1], t, text, attention=MODES["causal"])
+            dit(latents[:, :, :1], t, text, attention=MODES["window"])
         with pytest.raises(ValueError, match="divided already"), parallel.over(dit, ring):
             pass
         dit(latents, t, text)
     with parallel.over(dit, meshes["clips"]), pytest.raises(ValueError, match="the batch has 1: take clips=1"):
         dit(latents[:1], t[:1], text[:1])
+    message = "clips=2 ranks cannot divide packed clips, which are one sequence: take clips=1"
+    with parallel.over(dit, meshes["clips"]), pytest.raises(ValueError, match=message):
+        packed(dit, *drawn_apart())
     odd = SoraDiT(DiTConfig(**SIZES | {"heads": 3}))
     message = "ulysses=2 ranks must divide the 3 heads; 1, 3 would"
     with pytest.raises(ValueError, match=message), parallel.over(odd, ulysses):
@@ -289,15 +326,23 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
     else:
         assert_four_send_what_is_counted(parts)
     dit, known = make(), {}
+    if world == 2:
+        others = {("packed", *case): run_packed(dit, MODES[case[-1]]) for case in PACKED}
+        others["a frame"] = run(dit, drawn(shape=FRAME), MODES["causal"])
+        for (case, expected), results in itertools.product(others.items(), parts):
+            assert_close(results[case], expected, 2e-5, case)
     for case in cases:
         _, mode, times = case if isinstance(case, tuple) else (None, "dense", "clip")
         if (mode, times) not in known:
             known[mode, times] = run(dit, drawn(times), MODES[mode])
         for rank, results in enumerate(parts):
-            for name, expected in known[mode, times].items():
-                error = (results[case][name].float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-                assert error < (0.05 if case == "bf16" else 2e-5), (case, rank, name, error.item())
+            assert_close(results[case], known[mode, times], 0.05 if case == "bf16" else 2e-5, (case, rank))
 
+
+def assert_close(found, known, tolerance, case):
+    for name, expected in known.items():
+        error = (found[name].float() - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        assert error < tolerance, (case, name, error.item())
 
 
 @pytest.mark.parametrize("name", [name for name in MODES | SINKS if name != "dense"])
