@@ -10,9 +10,10 @@ import datetime
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from torch import Tensor
 from .machine import choose_device
 
 _END = -1
+_SOMEONE = "another process"
 _RESUME = "the last save is whole: the same command resumes from it"
 _LOST = re.compile("gloo|nccl|connection|timed? ?out", re.IGNORECASE)  # gloo raises RuntimeError itself
+_BEAT, _SILENT = 0.5, 5.0  # seconds from beat to beat of a process, and after how many without one it is taken for gone
 
 
 class RankError(ConnectionError):
@@ -50,11 +53,63 @@ def started(
         torch.cuda.set_device(device)
     rank, limit = int(os.environ.get("RANK", 0)), datetime.timedelta(minutes=minutes)
     store = dist.HashStore() if size == 1 else _met(rank, size, limit)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    with _Pulse(store, rank, size) if size > 1 else nullcontext():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
+
+
+class _Pulse:
+    """A thread that tells the others, through the store at which they met, that this process is there.
+
+    By it who loses a process can name it: what gloo and NCCL say of it is that some connection is closed.
+    """
+
+    now: _Pulse | None = None
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store = store.clone()  # a connection of its own, which no wait of the main thread holds up
+        self._rank, self._others = rank, [other for other in range(size) if other != rank]
+        self._ended, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        _Pulse.now = self
+        self._thread.start()
+
+    def __exit__(self, *_: Any) -> None:
+        _Pulse.now = None
+        self._ended.set()
+        self._thread.join(2 * _BEAT)  # of a store that does not answer no longer
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # of a store that is gone
+            beats = 0
+            while not self._ended.wait(_BEAT):
+                beats += 1
+                self._store.set(f"pulse {self._rank}", str(beats))
+
+    def lost(self) -> str:
+        """Who is gone, as the first says that asks: it may be gone itself when the next one does."""
+        try:
+            if not self._store.check(["lost"]):
+                before = self._beats()
+                time.sleep(_SILENT)
+                same = [str(rank) for rank, beats in self._beats().items() if beats == before[rank]]
+                self._store.compare_set("lost", "", ", ".join(same))
+            names = self._store.get("lost").decode()
+        except RuntimeError:  # rank 0's, where it is not torchrun's own
+            names = "" if _store_is_torchruns() else "0"
+        return f"rank {names}" if names else _SOMEONE
+
+    def _beats(self) -> dict[int, bytes]:
+        keys = {rank: f"pulse {rank}" for rank in self._others}
+        return {rank: self._store.get(key) if self._store.check([key]) else b"" for rank, key in keys.items()}
+
+
+def _store_is_torchruns() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def squares(x: Tensor) -> float:
@@ -65,7 +120,7 @@ def squares(x: Tensor) -> float:
 def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
     """The store at which all ranks have come: torchrun's own, or rank 0's. RankError names those that have not."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    keeps = rank == 0 and not _store_is_torchruns()
     end = time.monotonic() + limit.total_seconds()
     try:
         store = dist.TCPStore(host, port, None, keeps, limit, wait_for_workers=False)
@@ -177,9 +232,12 @@ def told_of_loss(when: str, then: str = _RESUME) -> Iterator[None]:
     except RuntimeError as error:
         if Ranks().size == 1 or not (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise
+        from .steps import noted_signals  # with what training needs
+
+        with noted_signals():  # torchrun ends the others when one is gone: not before they have said who
+            who = _Pulse.now.lost() if _Pulse.now else _SOMEONE
         raise RankError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} lost another process {when} ({_first_line(error)}); "
-            + then
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost {who} {when} ({_first_line(error)}); {then}"
         ) from error
 
 

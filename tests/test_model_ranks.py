@@ -85,15 +85,43 @@ def test_a_process_that_dies_leaves_a_state_to_go_on_from(tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "run")] == [10, 12]
 
 
+def _one_of_three_dies(rank, folder, port):
+    steps = iter(range(99))
+
+    def loss(error):
+        if rank == 1 and next(steps) == 2:
+            os._exit(7)
+        return error.square().mean()
+
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        with started("cpu", minutes=5):
+            train(f"{folder}/run", loss=loss)
+    except RankError as error:
+        Path(folder, f"error {rank}").write_text(str(error))
+
+
+def test_a_process_that_dies_is_named_by_those_that_are_left(tmp_path):
+    """Rank 2 waits for rank 0, and learns of the loss by rank 0's end: it must not name that one."""
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
+        torch.multiprocessing.spawn(_one_of_three_dies, (str(tmp_path), free_port()), nprocs=3)
+    said = [(tmp_path / f"error {rank}").read_text() for rank in (0, 2)]
+    assert said[0].startswith("rank 0 of 3 lost rank 1 at step 2 (") and said[1].startswith("rank 2 of 3 lost rank 1 ")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.parametrize(
     ("rank", "said"),
     [(0, "rank 1, 2 of 3 did not come within 0:00:01.2"), (1, r"rank 0 of 3, at 127.0.0.1:\d+, did not come within")],
 )
 def test_who_does_not_come_is_named(monkeypatch, rank, said):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in dict(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+    for name, value in dict(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(RankError, match=said), started("cpu", minutes=0.02):
         pass
