@@ -229,10 +229,14 @@ def convolutions() -> Iterator[Case]:
         weight = video(O, C, *taps) / (C * 9) ** 0.5
         return dict(weight=weight.to(memory_format=LAST), bias=draw(O))
 
-    yield Case(
-        "causal_conv3d 96 to 96", op("causal_conv3d"),
-        lambda: dict(x=video(1, 96, 2, 16, 32), **layer(96, 96, 3, 3, 3), residual=video(1, 96, 2, 16, 32),
-                     norm_weight=draw(96)), products=True, bounds=bounds,
+    def block():
+        x, residual = video(1, 96, 2, 16, 32), video(1, 96, 2, 16, 32)
+        return dict(x=x, **layer(96, 96, 3, 3, 3), residual=residual, norm_weight=draw(96))
+
+    yield Case("causal_conv3d 96 to 96", op("causal_conv3d"), block, products=True, bounds=bounds)
+    yield Case(  # the raw result too, which the other keeps for its backward
+        "causal_conv3d 96 to 96, nvcc", op("causal_conv3d", "cuda", return_raw=True), block,
+        ("x", "weight", "bias", "residual", "norm_weight"), products=True, impl="cuda", sms=(90,),
     )  # fmt: skip
     yield Case(
         "upsample_conv3d 384 to 192", op("upsample_conv3d"),

@@ -319,7 +319,9 @@ def test_convolutions_multiply_in_groups_and_load_boxes(machine_code):
         products = re.findall(r"\bHGMMA\b.*?;", sass)
         assert len(products) == 2 * (4 + 2), name
         assert sum("gsb0" in product for product in products) == 2, f"{name}: serialised"
-        assert sass.count("UTMALDG.5D") == 2 and "UTMASTG.5D" in sass, name
+        N = int(re.search(r"Li(\d+)E", name)[1])
+        residual = 0 if N > 128 else 2 * N // (32 if N % 64 else 64)
+        assert sass.count("UTMALDG.5D") == 2 + residual and "UTMASTG.5D" in sass, name
         assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
 
 
@@ -344,6 +346,14 @@ def test_cuda_convolution_meets_the_error_rule_and_gives_the_same_bits_again(C, 
         actual, plain, again, oracle = (y if cache is None else y[0] for y in results)
         assert_matches_oracle(actual, oracle, plain, "out", n)
         assert torch.equal(actual, again)
+    residual = torch.randn_like(actual)
+    options = dict(residual=residual) | (dict(norm_weight=torch.rand_like(bias), return_raw=True) if N <= 128 else {})
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    results = [causal_conv3d(x, weight, bias, **options, impl=impl) for impl in ("cuda", "reference", "cuda")]
+    results.insert(1, causal_conv3d(x.double(), weight.double(), bias.double(), **wide, impl="reference"))
+    for name, *found in zip(("out", "raw"), *(r if isinstance(r, tuple) else (r,) for r in results), strict=False):
+        assert_matches_oracle(*found[:3], name, n)
+        assert torch.equal(found[0], found[3]), name
 
 
 @pytest.mark.gpu

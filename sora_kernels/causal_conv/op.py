@@ -126,8 +126,8 @@ def causal_conv3d(
     return_raw   with norm_weight: h + residual is returned too, (y, raw) or (y, raw, cache). A residual block convolves
                  the one and adds the other to its result.
     impl         "auto" on a GPU: in 16 bits cudnn (its products, our passes around them), until triton is measured
-                 faster. "cuda": on sm_90, forward, stride 1, channels-last videos, channels in eights, a bias at most;
-                 executed, not yet run on a GPU: "auto" never takes it.
+                 faster. "cuda": on sm_90, forward, stride 1, channels-last videos, channels in eights, a norm of up to
+                 128; executed, not yet run on a GPU: "auto" never takes it.
     Gradients: x, weight, bias, cache (through the returned cache too), residual, norm_weight; of y and of raw. Other
     derivatives: as norm_silu.
 
@@ -159,8 +159,7 @@ def causal_conv3d(
     _check.same_device(op, x, {"residual": residual, "norm_weight": norm_weight})
     tensors = narrow(x, (x, weight, bias, cache, residual, norm_weight))
     grad = needs_grad(tensors)
-    epilogue = dict(residual=residual is not None, norm_weight=norm_weight is not None)
-    for_cuda = partial(kernels_cuda.why_not, x, weight, cache, stride, epilogue)
+    for_cuda = partial(kernels_cuda.why_not, x, weight, cache, residual, norm_weight is not None, stride)
     impl = _choose(op, impl, x, weight, grad, norm_weight, for_cuda)
     settings = stride, padding, norm_eps, shape, return_raw, impl
     y = apply(_CausalConv3d, *tensors, *settings) if grad else _CausalConv3d.run(*tensors, *settings)
@@ -325,7 +324,7 @@ class _CausalConv3d(torch.autograd.Function):
         if bordered := padding == "replicate" and 0 not in shape:
             x, cache = reference.replicated(x, cache, weight)
         if impl == "cuda":
-            x, weight, bias, cache = kernels_cuda.operands(x, weight, bias, cache)
+            x, weight, bias, cache, norm_weight = kernels_cuda.operands(x, weight, bias, cache, norm_weight)
         tensors = (x, weight, parameter(bias), cache, residual, parameter(norm_weight))
         _library.call("causal_conv3d_fwd", impl)(*tensors, stride, bordered, norm_eps, out, raw)
         return out if raw is None else (out, raw)

@@ -120,18 +120,20 @@ def attention(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
-def conv_columns(N: int) -> int:
+def conv_columns(N: int, most: int) -> int:
     """Output channels of a tile."""
-    return min((192, 128, 96, 64, 32), key=lambda columns: -(-N // columns) * (columns + 32))
+    return min((n for n in (192, 128, 96, 64, 32) if n <= most), key=lambda columns: -(-N // columns) * (columns + 32))
 
 
 def causal_conv3d(
-    sm: int, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, bordered: bool, out: Tensor,
-    blocks: int = PROCESSORS, rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+    sm: int, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, residual: Tensor | None,
+    norm_weight: Tensor | None, bordered: bool, eps: float, out: Tensor, raw: Tensor | None, blocks: int = PROCESSORS,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
 ) -> Counters:  # fmt: skip
     """The launch of causal_conv3d_fwd in causal_conv.cu; the rest as of attention."""
     (N, C, kt, kh, kw), (B, _, frames, H, W) = weight.shape, out.shape
-    columns, (box_h, box_w) = conv_columns(N), conv_box(kh, H, W)
+    most = 192 if residual is norm_weight is None else 128
+    columns, (box_h, box_w) = conv_columns(N, most), conv_box(kh, H, W)
     tiles_h, tiles_w, n_blocks = -(-H // box_h), -(-W // box_w), -(-N // columns)
     tiles = B * frames * tiles_h * tiles_w * n_blocks
     text, before = compiled("causal_conv", sm), x if cache is None or kt == 1 else cache
@@ -139,16 +141,20 @@ def causal_conv3d(
     boxes = [Box(channels_last(t), (1, 1, box_h + kh - 1, box_w, 64), 3) for t in (x, before)]
     boxes.append(Box(channels_last(weight), (columns, 1, 1, 1, 64), 3))
     out_columns = 32 if columns % 64 else 64
-    boxes.append(Box(channels_last(out), (1, 1, 64 // box_w, box_w, out_columns), 2 if columns % 64 else 3))
+    for t in (residual, raw, out):
+        side = (1, 1, 64 // box_w, box_w, out_columns)
+        boxes.append(Box(channels_last(out if t is None else t), side, 2 if columns % 64 else 3))
     offset = (1 - kt, *((0, 0) if bordered else (-(kh // 2), -(kw // 2))))
     past = 0 if cache is None else kt - 1
-    fields = 0 if bias is None else bias, C, N, kt, kh, kw, *offset, past, box_h, box_w
+    fields = *(0 if t is None else t for t in (bias, norm_weight)), eps, residual is not None, raw is not None
+    fields += C, N, kt, kh, kw, *offset, past, box_h, box_w
     fields += n_blocks, tiles_w, tiles_h, frames, tiles
     # two boxes of the video, a ring of taps, four boxes of the results; barriers
     shared = 2 * 320 * 128 + min(8, 768 // columns) * columns * 128 + 4 * 64 * out_columns * 2 + 1024
     text = rewrite(text) if rewrite else text
-    launch = text, (min(tiles, blocks),), [*boxes, Struct("<Q16i", fields)]
-    options |= dict(name=name, names=["x", "cache", "weight", "out", "p"], block=(384,), shared=shared)
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQf??2x16i", fields)]
+    names = ["x", "cache", "weight", "residual", "raw", "out", "p"]
+    options |= dict(name=name, names=names, block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
@@ -191,8 +197,9 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
             observe("attention_fwd_kernel", counters)
 
     def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
-        assert residual is norm_weight is pre is None and tuple(stride) == (1, 1, 1), "the kernel adds a bias alone"
-        counters = causal_conv3d(sm, x, weight, bias, cache, bordered, out, **options)
+        assert tuple(stride) == (1, 1, 1), "the kernel takes stride 1"
+        rest = residual, norm_weight, bordered, norm_eps, out, pre
+        counters = causal_conv3d(sm, x, weight, bias, cache, *rest, **options)
         if observe:
             observe("causal_conv3d_fwd_kernel", counters)
 
