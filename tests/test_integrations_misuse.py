@@ -104,6 +104,24 @@ def test_a_shallow_copy_of_a_patched_model_does_not_take_its_patch(act):
     assert torch.equal(output(model, *inputs(model)), plain)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_modules_that_two_models_share_are_patched_with_the_first(first):
+    """The second took them over, and the first could be unpatched no more."""
+    models = wan(num_layers=1), wan(num_layers=1)
+    models[1].blocks = models[0].blocks
+    batch = inputs(models[0])
+    plain = output(models[0], *batch)
+    assert not patch_model(models[0]).left
+    left = {step.where: step.reason for step in patch_model(models[1]).left}
+    assert left["blocks.0"] == "this WanTransformerBlock is patched already, as a part of another model"
+    assert left.keys() == {"blocks.0", "blocks.0.attn1", "blocks.0.attn2"}
+    unpatch_model(models[first])
+    torch.testing.assert_close(output(models[1 - first], *batch), plain, rtol=0, atol=5e-6)
+    unpatch_model(models[1 - first])
+    assert all(torch.equal(output(model, *batch), plain) for model in models)
+    assert all("forward" not in vars(module) for model in models for module in model.modules())
+
+
 def test_reasons_tell_an_adapters_layer_from_the_one_it_is_named_after():
     model = wan(num_layers=1)
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["patch_embedding", "proj_out"]))

@@ -122,6 +122,8 @@ def bind(module: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Swa
 
 def why_not_rebind(module: nn.Module, cls: type[nn.Module]) -> str | None:
     """None where `module` still runs the forward of `cls`, which is the one a replacement was written for."""
+    if bound_of(module):
+        return f"this {cls.__name__} is patched already, as a part of another model"
     if _is_replaced(module):
         return f"the forward of this {cls.__name__} is already replaced (by a hook, or another library)"
     if type(module).forward is not cls.forward:
