@@ -141,7 +141,7 @@ def cases(device: torch.device) -> dict[str, Case]:
         "upsample_conv3d": (dict(x=video, weight=plane), up),
         "downsample_conv3d": (dict(x=video, weight=plane), down),
         "video_to_uint8": (dict(video=draw(1, 3, *VIDEO[2:])), to_bytes),
-        "embed_watermark": (dict(tile=draw(64, 64), frames=to_bytes(draw(1, 3, *VIDEO[2:]) / 4)), mark),
+        "embed_watermark": (dict(tile=draw(16, 16), frames=to_bytes(draw(1, 3, *VIDEO[2:]) / 4)), mark),
     }  # fmt: skip
 
 

@@ -167,6 +167,7 @@ def run() -> None:
     heads(q, torch.randn(32))
     attention(q, torch.tensor([S]), True)
     patches(video, torch.randn(D, C, *PATCH), row)
+    marks(torch.zeros(B, 2, H, W, 3, dtype=torch.uint8), torch.randn(8, 8))
     convolutions(video, torch.randn(C, C, 3, 3, 3), torch.randn(C))
     modules(x)
     model()
