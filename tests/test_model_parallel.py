@@ -168,6 +168,7 @@ def _on_four(rank, folder):
     for names, sizes in DIVIDED.items():
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
         results["bytes", names] = bytes_sent(mesh, rank, "dense", EVEN)
+    results["sharded beside"] = sharded_beside()
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -181,6 +182,21 @@ def sharded(dit, mesh):
     (mesh.size() * loss_of(v)).backward()
     gradients = {name: p.grad.full_tensor() for name, p in dit.named_parameters()}
     return {"velocity": v.detach()} | gradients
+
+
+def sharded_beside():
+    """FSDP over another dimension than the tokens, whose ranks have a clip each: its average is theirs alone."""
+    mesh, dit = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "ring")), make()
+    for module in (*dit.blocks, dit):
+        fully_shard(module, mesh=mesh["data"])
+    clip = mesh.get_local_rank("data")
+    inputs = [t[clip : clip + 1] for t in (*drawn(), torch.tensor([7, 4]))]
+    with parallel.over(dit, mesh["ring"]):
+        v = dit(*inputs)
+    weights = torch.linspace(-1, 1, 2 * v.numel()).view(2, *v.shape[1:])  # loss_of both clips
+    (2 * (v[0] * weights[clip]).sum()).backward()
+    parallel.sum_gradients(dit.parameters(), mesh["ring"])
+    return {name: p.grad.full_tensor() for name, p in dit.named_parameters()}
 
 
 def coded(mesh=None):
@@ -326,6 +342,11 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
     else:
         assert_four_send_what_is_counted(parts)
     dit, known = make(), {}
+    if world == 4:
+        expected = run(dit, drawn(), MODES["dense"])
+        del expected["velocity"]
+        for results in parts:
+            assert_close(results["sharded beside"], expected, 2e-5, "sharded beside")
     if world == 2:
         others = {("packed", *case): run_packed(dit, MODES[case[-1]]) for case in PACKED}
         others["a frame"] = run(dit, drawn(shape=FRAME), MODES["causal"])
