@@ -62,8 +62,13 @@ NOTES = {
         "16 bytes": {"by index": "what sorts tokens by their index, a few bytes a lane, from L1"},
     },
     "sum_partials_kernel": {"16 bytes": "of few partials 4 bytes a lane", "wavefronts": _SUMS},
+    "norm_modulate_bwd_kernel": {
+        "sectors": "fp32 values beside bf16: 32 bytes a lane, in two accesses that share sectors",
+        "wavefronts": "fp32 sums of tables: 32 bytes a lane, in two accesses to the same banks",
+    },
     "qk_norm_rope_fwd_kernel": {
         "16 bytes": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
+        "wavefronts": "angles' steps, 8 bytes, of pairs that lie 4 apart: lanes meet in the same banks",
     },
     "qk_norm_rope_bwd_kernel": {"16 bytes": "as forward", "wavefronts": "heads of a token exchange sums; " + _SUMS},
     "qk_norm_stats_bwd_kernel": {"16 bytes": "the gradient of a token's sum, 4 bytes, to every lane, from L1"},

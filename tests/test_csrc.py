@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sora_kernels  # noqa: F401  (registers the ops)
-from sora_kernels import _library, causal_conv3d, spacetime_attention
+from sora_kernels import _library, causal_conv3d, qk_norm_rope, spacetime_attention
 from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.testing import assert_matches_oracle
 
@@ -356,6 +356,26 @@ def test_cuda_convolution_meets_the_error_rule_and_gives_the_same_bits_again(C, 
         assert torch.equal(found[0], found[3]), name
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_modulation_are_read_and_written_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "norm_modulate_bwd_kernel" in n}
+    assert len(kernels) == 9  # three dtypes, three traits
+    for name, sass in kernels.items():
+        T = 8 if "f" == re.search(r"TraitsI(\w+?)Li", name)[1] else 4  # loads of x and dout of a row of 16 elements
+        assert len(re.findall(r"\bLDG\.E\S*\.128", sass)) >= T // (2 if "ELi8E" in name else 1), name
+        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_qk_norm_rope_reads_and_writes_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "qk_norm_rope_fwd_kernel" in n}
+    assert len(kernels) == 12  # three dtypes, one to eight warps
+    for name, sass in kernels.items():
+        assert re.search(r"\bLDG\.E\S*\.128", sass), f"{name}: no 128-bit load"
+        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+        assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("E", [64, 96, 128])
@@ -385,6 +405,48 @@ def test_cuda_forward_meets_the_error_rule(D, dtype, require):
         plain = norm_modulate(**tensors, norm=norm, impl="reference")
         actual = norm_modulate(**{k: v.cuda() for k, v in tensors.items()}, norm=norm, impl="cuda")
         assert_matches_oracle(actual.cpu(), oracle, plain, f"norm_modulate {norm}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("D, F", [(264, 1), (1536, 3), (3072, 600), (4096, 2)])
+def test_cuda_gradients_meet_the_error_rule_and_give_the_same_bits_again(D, F, dtype, require):
+    require("norm_modulate", "cuda", "cuda", dtype, grad=True)
+    tensors = {k: v for k, v in inputs(2, 600, D, F, dtype).items() if k not in ("y", "gate", "gate_table")}
+    grads = [torch.randn(2, 600, D).to(dtype)]
+
+    def gradients(tensors, grads, impl):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        found = torch.autograd.grad(norm_modulate(**leaves, impl=impl), list(leaves.values()), grads)
+        return dict(zip(leaves, found, strict=True))
+
+    on_gpu = {name: t.cuda() for name, t in tensors.items()}, [g.cuda() for g in grads]
+    actual, again = gradients(*on_gpu, "cuda"), gradients(*on_gpu, "cuda")
+    oracle = gradients({name: t.double() for name, t in tensors.items()}, [g.double() for g in grads], "reference")
+    plain = gradients(tensors, grads, "reference")
+    for name in oracle:
+        assert_matches_oracle(actual[name].cpu(), oracle[name], plain[name], name, terms=1 if name == "x" else 1200)
+        assert torch.equal(actual[name], again[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("across", ["head", "width"])
+@pytest.mark.parametrize("Hq, Hk, E", [(1, 1, 64), (12, 12, 128), (24, 8, 128), (40, 40, 128), (24, 24, 96)], ids=str)
+def test_cuda_qk_norm_rope_meets_the_error_rule_and_gives_the_same_bits_again(Hq, Hk, E, across, dtype, require):
+    require("qk_norm_rope", "cuda", "cuda", dtype)
+    q, k = (torch.randn(2, 300, H, E, device="cuda").to(dtype) for H in (Hq, Hk))
+    weights = [torch.randn(H * E if across == "width" else E, device="cuda").to(dtype) for H in (Hq, Hk)]
+    how = dict(across=across, grid=(3, 10, 10), origin=(1 << 20, 0, 0), split=(E // 2 - 16, 8, 8))
+
+    def turn(q, k, weights, impl):
+        return qk_norm_rope(q, k, q_weight=weights[0], k_weight=weights[1], **how, impl=impl)
+
+    actual, again = (turn(q, k, weights, "cuda") for _ in range(2))
+    oracle = turn(q.double(), k.double(), [w.double() for w in weights], "reference")
+    for name, *found in zip("qk", actual, oracle, turn(q, k, weights, "reference"), again, strict=True):
+        assert_matches_oracle(*found[:3], name, Hq * E)
+        assert torch.equal(found[0], found[3]), name
 
 
 @pytest.mark.gpu

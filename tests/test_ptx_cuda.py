@@ -1,4 +1,4 @@
-"""CUDA C++ as nvcc compiles it, executed without a GPU: norm_modulate against the fp64 oracle."""
+"""CUDA C++ as nvcc compiles it, executed without a GPU: norm_modulate and its gradients against the fp64 oracle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from ptx import nvcc
 
-from sora_kernels.testing import assert_matches_oracle
+from sora_kernels import Unavailable, norm_modulate
+from sora_kernels.modulation import kernels
+from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 
 if not nvcc.find():
     pytest.skip("nvcc is not installed", allow_module_level=True)
@@ -41,3 +43,53 @@ def test_norm_modulate_as_nvcc_compiles_it(traits, D, dtype, sm):
         assert counters.written == out.nbytes // 32
         assert counters.read == (x.nbytes + shift.nbytes + scale.nbytes + 8 * D) // 32
     assert re.search(r"modulation\.cu:\d+", counters.program.origin[10].line[-1])
+
+
+# warps of a row and elements of a thread -> width, tokens of a clip, modulation rows, programs: chunks of a row with
+# and without a rest, rows that a program has whole, one row a token
+GRADIENTS = [(1, 16, 264, 11, 1, 1), (4, 16, 2048, 5, 1, 2), (4, 16, 1032, 6, 6, 4), (16, 8, 4096, 4, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("warps, elements, D, S, F, programs", GRADIENTS, ids=str)
+def test_gradients_of_norm_modulate_as_nvcc_compiles_them(warps, elements, D, S, F, programs, norm, dtype, monkeypatch):
+    assert next(t for t in nvcc.BACKWARD_TRAITS if D <= 32 * t[0] * t[1]) == (warps, elements)
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    rows = {name: torch.randn(2, F, D).to(dtype) * 0.3 for name in ("shift", "scale")}
+    vectors = {name: torch.randn(D) * 0.3 for name in ("weight", "bias", "shift_table", "scale_table")}
+    if norm == "layer" and F > 1:
+        rows |= {"scale": rows["scale"].float()}  # beside tokens of another dtype
+    tensors, dout = {"x": torch.randn(2, S, D).to(dtype), **rows, **vectors}, torch.randn(2, S, D).to(dtype)
+
+    def gradients(tensors, dout, impl):
+        return outputs_and_grads(lambda **t: norm_modulate(**t, norm=norm, impl=impl), tensors, [dout])
+
+    with nvcc.nvcc_on(80 if norm == "rms" else 90, schedule=2, again=7):
+        actual = gradients(tensors, dout, "cuda")
+    oracle = gradients({name: t.double() for name, t in tensors.items()}, dout.double(), "reference")
+    plain = gradients({name: t.to(dtype) for name, t in tensors.items()}, dout, "reference")
+    for name in oracle:
+        plain[name] = plain[name].to(actual[name].dtype)
+        assert_matches_oracle(actual[name], oracle[name], plain[name], name, 2 * S)
+
+
+def test_a_gradient_has_the_same_bits_whichever_others_are_wanted():
+    x, scale, weight = torch.randn(1, 6, 512), torch.randn(1, 2, 512), torch.randn(512)
+    dout, found = torch.randn(1, 6, 512), {}
+    for wanted in (("x", "scale", "weight"), ("x",), ("scale",), ("weight",)):
+        tensors = dict(x=x, scale=scale, weight=weight)
+        leaves = [tensors[name].requires_grad_() for name in wanted]
+        with nvcc.nvcc_on(90):
+            out = norm_modulate(shift=None, **tensors, impl="cuda")
+            for name, grad in zip(wanted, torch.autograd.grad(out, leaves, dout), strict=True):
+                assert torch.equal(grad, found.setdefault(name, grad)), (name, wanted)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("D", [1001, 5120])
+def test_gradients_of_rows_that_a_block_does_not_hold_are_unavailable(D):
+    x = torch.randn(1, 2, D).bfloat16().requires_grad_()
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=f"rows of whole 16 bytes and of at most 4096 .* got {D}"):
+        norm_modulate(x, None, None, impl="cuda")

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/check.h"
-#include "common/simd.h"
 
 #include <cstdint>
 
@@ -14,10 +13,10 @@ struct Heads {
   void* data = nullptr;
   int64_t stride_b = 0, stride_s = 0, stride_h = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 
   template <class T>
-  SORA_INLINE T* at(int64_t b, int64_t s, int64_t h) const {
+  inline __attribute__((always_inline)) T* at(int64_t b, int64_t s, int64_t h) const {
     return static_cast<T*>(data) + b * stride_b + s * stride_s + h * stride_h;
   }
 };

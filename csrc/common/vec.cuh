@@ -2,12 +2,16 @@
 
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 namespace sora {
+
+using torch::headeronly::ScalarType;
 
 template <class T>
 struct alignas(16) Vec {
@@ -62,6 +66,55 @@ __device__ __forceinline__ void load_as_float(const T* from, float (&to)[N]) {
     const T* values = reinterpret_cast<const T*>(&raw);
 #pragma unroll
     for (int j = 0; j < N; ++j) to[j] = to_float(values[j]);
+  }
+}
+
+// The dtype is the same for all threads: one predictable branch instead of a kernel for each combination.
+template <int N>
+__device__ __forceinline__ void load_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {
+  if (dtype == ScalarType::Float) {
+    load_as_float(static_cast<const float*>(data) + offset, to);
+  } else if (dtype == ScalarType::BFloat16) {
+    load_as_float(static_cast<const __nv_bfloat16*>(data) + offset, to);
+  } else {
+    load_as_float(static_cast<const __half*>(data) + offset, to);
+  }
+}
+
+__device__ __forceinline__ float load_any(const void* data, ScalarType dtype, int64_t offset) {
+  if (dtype == ScalarType::Float) return static_cast<const float*>(data)[offset];
+  if (dtype == ScalarType::BFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[offset]);
+  return to_float(static_cast<const __half*>(data)[offset]);
+}
+
+// N values of any dtype, on a boundary of 16 bytes or of all of them; the counterpart of load_any.
+template <class T, int N>
+__device__ __forceinline__ void store_as(T* to, const float (&values)[N]) {
+  static_assert(N % Vec<T>::kSize == 0 || 2 * N == Vec<T>::kSize);
+  if constexpr (N >= Vec<T>::kSize) {
+#pragma unroll
+    for (int i = 0; i < N; i += Vec<T>::kSize) {
+      Vec<T> vec;
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) vec.values[j] = from_float<T>(values[i + j]);
+      store_vec(to + i, vec);
+    }
+  } else {
+    struct alignas(8) Half { T values[N]; } half;
+#pragma unroll
+    for (int j = 0; j < N; ++j) half.values[j] = from_float<T>(values[j]);
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&half);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void store_any(void* data, ScalarType dtype, int64_t offset, const float (&values)[N]) {
+  if (dtype == ScalarType::Float) {
+    store_as(static_cast<float*>(data) + offset, values);
+  } else if (dtype == ScalarType::BFloat16) {
+    store_as(static_cast<__nv_bfloat16*>(data) + offset, values);
+  } else {
+    store_as(static_cast<__half*>(data) + offset, values);
   }
 }
 

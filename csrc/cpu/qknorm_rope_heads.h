@@ -9,6 +9,7 @@
 #include "common/heads.h"
 #include "common/lanes.h"
 #include "common/memory.h"
+#include "common/rotation.h"
 
 #include <algorithm>
 #include <cmath>
@@ -183,18 +184,6 @@ SORA_INLINE void cos_sin(uint32_t phase, float& cosine, float& sine) {
   sine = as_float(((c_bits & odd) | (s_bits & ~odd)) ^ (quadrant & 2u) << 30);
 }
 
-struct Rotation {
-  const float *cos = nullptr, *sin = nullptr;  // given, dense in their pairs, or
-  int64_t stride_b = 0, stride_s = 0, stride_h = 0;  // of given ones; 0 where one row serves all
-  int64_t grid[3] = {0, 1, 1}, origin[3] = {0, 0, 0}, split[3] = {0, 0, 0};
-  std::vector<uint64_t> steps;  // per pair, 2^64 to a turn; whole lanes, the last filled up with zeros
-  int64_t first = 0, tokens = 0, pairs = 0;  // tokens first to first + tokens turn
-  int64_t start = 0;                         // which of the grid's the first of them is
-  int64_t batch = 0, heads = 0;              // 0: one row of angles serves every clip, or every head
-};
-
-constexpr int64_t kLanes = 16;
-
 // One thread's angles: computed again from the first axis on whose coordinate changed, in whole lanes. An axis of its
 // own is often shorter than a vector.
 class Angles {
@@ -264,26 +253,6 @@ class Angles {
   int64_t at_[3] = {0, 0, 0};
   bool known_ = false;
 };
-
-// ---- sums of squares, one a token, or their gradients
-
-// Of q or of k in a float32 (B, tokens of q and then of k), any strides.
-struct Stats {
-  float* data = nullptr;
-  int64_t stride_b = 0, stride_s = 0;
-
-  explicit operator bool() const { return data != nullptr; }
-  float& at(int64_t b, int64_t s) const { return data[b * stride_b + s * stride_s]; }
-};
-
-inline Stats stats_of(const char* name, const OptionalTensor& t, const Tensor& q, const Tensor& k, bool of_k) {
-  if (!t) return {};
-  check_kind(name, *t, q, "q");
-  SORA_CHECK(t->scalar_type() == ScalarType::Float && t->dim() == 2 && q.dim() == 4 && k.dim() == 4 &&
-                 t->size(0) == q.size(0) && t->size(1) == q.size(1) + k.size(1),
-             name, ": expected a float32 (B, tokens of q and of k), got ", describe(*t), "; q is ", describe(q));
-  return {static_cast<float*>(t->data_ptr()) + (of_k ? q.size(1) * t->stride(1) : 0), t->stride(0), t->stride(1)};
-}
 
 }  // namespace
 }  // namespace sora

@@ -8,6 +8,7 @@
 #include "common/reduce.cuh"
 #include "common/stream.cuh"
 #include "common/vec.cuh"
+#include "cuda/modulation.cuh"
 
 #include <algorithm>
 
@@ -46,34 +47,6 @@ struct NormModulateParams {
   float eps;
 };
 
-// The dtype is the same for all threads: one predictable branch instead of a kernel for each combination.
-template <int N>
-__device__ __forceinline__ void load_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {
-  if (dtype == ScalarType::Float) {
-    load_as_float(static_cast<const float*>(data) + offset, to);
-  } else if (dtype == ScalarType::BFloat16) {
-    load_as_float(static_cast<const __nv_bfloat16*>(data) + offset, to);
-  } else {
-    load_as_float(static_cast<const __half*>(data) + offset, to);
-  }
-}
-
-__device__ __forceinline__ float load_any(const void* data, ScalarType dtype, int64_t offset) {
-  if (dtype == ScalarType::Float) return static_cast<const float*>(data)[offset];
-  if (dtype == ScalarType::BFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[offset]);
-  return to_float(static_cast<const __half*>(data)[offset]);
-}
-
-// to += the N values at `offset`; nothing where there are none.
-template <int N>
-__device__ __forceinline__ void add_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {
-  if (!data) return;
-  float values[N];
-  load_any(data, dtype, offset, values);
-#pragma unroll
-  for (int i = 0; i < N; ++i) to[i] += values[i];
-}
-
 // xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).
 template <int N>
 __device__ __forceinline__ void modulate(const NormModulateParams& p, int64_t b, int64_t f, int d, float (&values)[N]) {
@@ -92,21 +65,6 @@ __device__ __forceinline__ void modulate(const NormModulateParams& p, int64_t b,
   for (int i = 0; i < N; ++i) values[i] *= factor[i];
   add_any(p.shift.data, p.shift.dtype, b * p.shift.stride_b + f * p.shift.stride_f + d, values);
   add_any(p.shift_table.data, p.shift_table.dtype, d, values);
-}
-
-// 1/sigma from a thread's sums of deviations and their squares. What rounding left of the mean joins it: of a row far from
-// zero that is more than its spread.
-template <int kWarps>
-__device__ __forceinline__ float corrected(float left, float squares, float* shared, const NormModulateParams& p,
-                                           float& mean) {
-  const float D = static_cast<float>(p.shape.D);
-  float variance = row_sum<kWarps>(squares, shared) / D;
-  if (!p.rms) {
-    left = row_sum<kWarps>(left, shared) / D;
-    mean += left;
-    variance = fmaxf(variance - left * left, 0.0f);
-  }
-  return 1.0f / sqrtf(variance + p.eps);
 }
 
 template <class Traits>
@@ -152,7 +110,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
       left += deviation, squares += deviation * deviation;
     }
   }
-  const float rstd = corrected<Traits::kWarps>(left, squares, shared, p, mean);
+  const float rstd = corrected<Traits::kWarps>(left, squares, shared, p.shape.D, p.rms, p.eps, mean);
 
   const int64_t f = s / p.shape.rows_per_modulation();
 #pragma unroll
@@ -187,7 +145,7 @@ __global__ __launch_bounds__(kLoopWarps* kWarp) void norm_modulate_loop_kernel(
     const float deviation = to_float(x[d]) - mean;
     left += deviation, squares += deviation * deviation;
   }
-  const float rstd = corrected<kLoopWarps>(left, squares, shared, p, mean);
+  const float rstd = corrected<kLoopWarps>(left, squares, shared, p.shape.D, p.rms, p.eps, mean);
 
   const auto load_row = [&](const Rows& row, int64_t d) {
     return row ? load_any(row.data, row.dtype, b * row.stride_b + f * row.stride_f + d) : 0.0f;
@@ -206,16 +164,10 @@ __global__ __launch_bounds__(kLoopWarps* kWarp) void norm_modulate_loop_kernel(
 // Every row of every tensor starts on a 16-byte boundary (8 for 16-bit modulation beside fp32 tokens).
 bool rows_are_aligned(const NormModulateParams& p, int element_size) {
   const int vec = 16 / element_size;
-  const auto aligned = [&](const void* data, int size, int64_t stride_b, int64_t stride_s) {
-    const int64_t bytes = std::min(16, vec * size);
-    return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride_b * size % bytes == 0 && stride_s * size % bytes == 0;
-  };
-  const auto tokens = [&](const Tokens& t) { return aligned(t.data, element_size, t.stride_b, t.stride_s); };
-  const auto size = [](ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; };
-  const auto row = [&](const Rows& r) { return aligned(r.data, size(r.dtype), r.stride_b, r.stride_f); };
-  const auto vector = [&](const Vector& v) { return aligned(v.data, size(v.dtype), 0, 0); };
-  return p.shape.D % vec == 0 && tokens(p.x) && tokens(p.out) && row(p.shift) && row(p.scale) && vector(p.weight) &&
-         vector(p.bias) && vector(p.shift_table) && vector(p.scale_table);
+  const auto vector = [&](const Vector& v) { return is_aligned(v, vec); };
+  return p.shape.D % vec == 0 && is_aligned(p.x, element_size) && is_aligned(p.out, element_size) &&
+         is_aligned(p.shift, vec) && is_aligned(p.scale, vec) && vector(p.weight) && vector(p.bias) &&
+         vector(p.shift_table) && vector(p.scale_table);
 }
 
 template <class Traits>

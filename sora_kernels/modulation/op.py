@@ -11,6 +11,7 @@ from .._operands import dense, like, narrow, parameter, table, written
 from . import reference
 
 NORMS = ("layer", "rms")
+CUDA_WIDTH = 4096  # of csrc/cuda/modulation_backward.cu: what a block holds
 MAX_WIDTH = 65536  # of a row, in the registers of a Triton program
 
 
@@ -50,7 +51,8 @@ def norm_modulate(
     out                      where to write (x's shape, dtype and device, dense in D, no memory of an input); for
                              inference only. This is the workspace: a large result costs fresh pages at every call, a
                              buffer that layers share none
-    impl                     "auto", "reference", "cpu", "triton" or "cuda" (forward only)
+    impl                     "auto", "reference", "cpu", "triton" or "cuda" (executed, not yet run on a GPU: "auto"
+                             never takes it)
 
     Returns [B, S, D] in x's dtype. Statistics, products and sums are fp32, rounded once at the store; error against
     fp64 ≤ 2 × that of plain PyTorch in the same dtype plus one rounding. The backward recomputes the statistics from x,
@@ -221,9 +223,11 @@ def _choose(op, impl, x, grad, host, index=None) -> str:
             return f"{name} rounds once, at the store"
         if index is not None and name == "cuda":
             return "cuda takes no index"
+        if grad and name == "cuda" and (x.shape[2] > CUDA_WIDTH or x.shape[2] * x.element_size() % 16):
+            return f"cuda's backward takes rows of whole 16 bytes and of at most {CUDA_WIDTH} values; got {x.shape[2]}"
         return wide and wide(name)
 
-    return _dispatch.choose(op, impl, x, grad=grad, limits=limits if host or wide or index is not None else None)
+    return _dispatch.choose(op, impl, x, grad=grad, limits=limits)
 
 
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: int = 0) -> bool:
@@ -281,7 +285,7 @@ _library.define(
     "Tensor(a!)? dx, Tensor(b!)? dshift, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
     "Tensor(f!)? dshift_table, Tensor(g!)? dscale_table) -> ()",
     reference=_norm_modulate_bwd,
-    impls={"triton": ".modulation.kernels:norm_modulate_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:norm_modulate_bwd", "cuda": None, "cpu": None},
 )
 
 

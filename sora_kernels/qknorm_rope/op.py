@@ -15,6 +15,7 @@ from . import reference
 
 NORMS = (None, "rms", "layer")  # as the private ops number them
 FREQS = "[tokens, rotary_dim/2], [tokens, H, rotary_dim/2] or [B or 1, tokens, H or 1, rotary_dim/2]"
+CUDA_ANGLES = 256  # kMaxSteps of csrc/cuda/qknorm_rope.cu
 MAX_CHANNELS = 16384  # that one Triton program holds in registers
 
 
@@ -81,7 +82,8 @@ def qk_norm_rope(
     out          (q_out, k_out), where to write: of the shapes, dtype and device of q and k, dense in E and else of any
                  strides - the video's tokens of a buffer that it shares with text -, no memory of an input; for
                  inference only
-    impl         "auto", "reference", "cpu" or "triton"
+    impl         "auto", "reference", "cpu", "triton" or "cuda" (forward only; executed, not yet run on a GPU: "auto"
+                 never takes it)
 
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense (or `out`).
     Statistics and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the
@@ -122,7 +124,16 @@ def qk_norm_rope(
         written(op, out, (("q", q), ("k", k)), (*tensors, *tables))
     grad = out is None and needs_grad(tensors)
     channels = E * (max(H, k.shape[2]) if by_width else 1)
-    impl = _dispatch.choose(op, impl, q, grad=grad, limits=_dispatch.within(MAX_CHANNELS, channels, "norms"))
+    wide = _dispatch.within(MAX_CHANNELS, channels, "norms")
+
+    def limits(name: str) -> str | None:
+        if name != "cuda":
+            return wide and wide(name)
+        given = dict(q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
+        given |= {} if out is None else dict(q_out=out[0], k_out=out[1])
+        return _not_for_cuda(given, tables, axes, by_width, interleaved)
+
+    impl = _dispatch.choose(op, impl, q, grad=grad, limits=limits)
     host = rounding == "host" and norm is not None
     settings = (NORMS.index(norm), by_width, axes, theta, first, interleaved, eps, *widths, host, impl)
     if grad:
@@ -293,6 +304,39 @@ def _check_tokens(op, tokens, count) -> tuple[int, int]:
 _check_grid_once = functools.lru_cache(maxsize=256)(_check_grid)  # a model asks the same for each of its layers
 
 
+def _not_for_cuda(given: dict, tables: list, axes, by_width: bool, interleaved: bool) -> str | None:
+    """Why the kernel of csrc/cuda/qknorm_rope.cu does not take these tensors: a thread holds two vectors of a head."""
+    q, k = given["q"], given["k"]
+    E, heads, vec = q.shape[3], max(q.shape[2], k.shape[2]), 16 // q.element_size()
+    pairs = sum(axes[3:6]) if axes else 0 if tables[0] is None else tables[0].shape[-1]
+    whole = vec // 2 if interleaved else vec
+    if E % (2 * vec) or pairs % whole:
+        how = "interleaved pairs" if interleaved else "pairs of split halves"
+        return (
+            f"cuda takes {q.dtype} heads of a multiple of {2 * vec} channels with a multiple of {whole} {how} that "
+            f"turn; got {E} with {pairs}"
+        )
+    if axes and pairs > CUDA_ANGLES:
+        return f"cuda computes the angles of up to {CUDA_ANGLES} pairs; got {pairs}; pass freqs"
+    lanes = 1 << max(E // (2 * vec) - 1, 0).bit_length()  # threads of a head
+    together = by_width or heads <= 1
+    if lanes > (256 if together else 32) or (together and -(-heads // (256 // lanes)) > 32 // vec):
+        over = f"the width of {heads} heads of {E}" if together else f"heads of {E}"
+        return f"cuda holds up to 16384 channels of a width, 64 of a thread, and heads of {64 * vec}; got {over}"
+    names = ("freqs[0]", "freqs[1]", "k_freqs[0]", "k_freqs[1]")
+    for name, t in (*given.items(), *zip(names, tables, strict=True)):
+        if t is None or t.stride(-1) != 1 or (name in names and t.dtype != torch.float32):
+            continue  # what kernels are given is a copy
+        step = whole if name in names else 16 // t.element_size()
+        steps = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
+        if t.storage_offset() % step or any([stride % step for stride in steps]):
+            return (
+                f"cuda takes strides and offsets that are multiples of {step} elements; got {name} with strides "
+                f"{tuple(t.stride())} and offset {t.storage_offset()}"
+            )
+    return None
+
+
 def _freqs(op, name, freqs, x, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
     """The tables for x, whose rows of a (batch,) token (and head) count from the first token that turns."""
     if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
@@ -367,7 +411,7 @@ _library.define(
     "qk_norm_rope_fwd",
     f"({_ARGS}, bool host, Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
     reference=_forward,
-    impls=_impls("qk_norm_rope_fwd"),
+    impls=_impls("qk_norm_rope_fwd") | {"cuda": None},
 )
 _library.define(
     "qk_norm_rope_bwd",

@@ -22,7 +22,7 @@ from sora_kernels.causal_conv import config as conv_config
 
 from . import device, parser
 from .build import cache_directory
-from .device import Box, Counters, Struct
+from .device import Box, Counters, Struct, unwritten
 
 SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = {80: "80", 90: "90a"}
@@ -30,6 +30,7 @@ SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv_bfloat16"}
 PROCESSORS = 132  # of an H200
 TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
+BACKWARD_TRAITS = ((1, 16), (4, 16), (16, 8))
 
 
 def find() -> str | None:
@@ -46,7 +47,7 @@ def version() -> str:
 def compiled(name: str, sm: int) -> str:
     """The PTX of csrc/cuda/{name}.cu, kept on disk beside the core of the executor."""
     source = SOURCES / "cuda" / f"{name}.cu"
-    sources = [source, *sorted((SOURCES / "common").glob("*"))]
+    sources = [source, *sorted((SOURCES / "common").glob("*")), *sorted((SOURCES / "cuda").glob("*.cuh"))]
     key = hashlib.sha256("".join([version(), torch.__version__, *(p.read_text() for p in sources)]).encode())
     cached = cache_directory() / f"{name}-{ARCHITECTURES[sm]}-{key.hexdigest()[:16]}.ptx"
     if not cached.exists():
@@ -94,6 +95,67 @@ def norm_modulate(
     launch = text, (-(-B * S // rows_of_a_block),), [struct]
     options |= dict(name=name, names=["p"])
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def norm_modulate_bwd(
+    sm: int, dout: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    scale_table: Tensor | None, rms: bool, eps: float, dx: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
+    dweight: Tensor | None, dbias: Tensor | None, dshift_table: Tensor | None, dscale_table: Tensor | None,
+    again: int | None = None, **options,
+) -> list[Counters]:  # fmt: skip
+    """The launches of norm_modulate_bwd in modulation_backward.cu; the rest as of norm_modulate."""
+    from sora_kernels.modulation import kernels  # whose bound of programs is kPrograms
+
+    B, S, D = x.shape
+    F = max([t.shape[1] for t in (scale, dshift, dscale) if t is not None and t.ndim == 3], default=1)
+    warps, elements = next(t for t in BACKWARD_TRAITS if D <= 32 * t[0] * t[1])
+    of_block = 4 if warps == 1 else 1
+    frames, tokens, programs = B * F, S // F, kernels.PROGRAMS * of_block
+    chunk = -(-tokens // max(1, programs // frames))
+    chunks = -(-tokens // chunk)
+    span = -(-frames // programs) if chunks == 1 else 1
+    programs = -(-frames // span) * chunks
+
+    fields: list = []
+    for t in (dout, x, dx):
+        fields += [0, 0, 0] if t is None else [t, *t.stride()[:2]]
+    split = chunks > 1
+    for t in (scale, None if split else dshift, None if split else dscale):
+        fields += _rows_of(t)
+    partials = [unwritten(frames, chunks, D) if split and t is not None else None for t in (dshift, dscale)]
+    vectors = dshift_table, dscale_table, dweight, dbias
+    totals = [None if t is None else unwritten(1, programs, D) for t in vectors]
+    fields += [0 if t is None else t for t in partials]
+    for t in (weight, bias, scale_table):
+        fields += _rows_of(t)[:2]
+    fields += [0 if t is None else t for t in totals]
+    fields += [B * S, S, D, F, tokens, programs, chunks, chunk, span, rms, eps]
+    text = compiled("modulation_backward", sm)
+    (name,) = (n for n in parser.kernels(text) if f"TraitsI{MANGLED[x.dtype]}Li{warps}ELi{elements}E" in n)
+    held = of_block * sum(t is not None for t in totals)
+
+    def run(grid: int, arguments: list, **how) -> Counters:
+        launch, how = (text, (grid,), arguments), options | how
+        return device.run(*launch, **how) if again is None else device.run_again(*launch, again, **how)
+
+    struct = Struct("<" + "Qqq" * 3 + "Qb7xqq" * 3 + "QQ" + "Qb7x" * 3 + "4Q9i?3xf4x", tuple(fields))
+    found = [run(-(-programs // of_block), [struct], name=name, names=["p"], shared=held * D * 4)]
+    (name,) = (n for n in parser.kernels(text) if "sum_partials_kernel" in n)
+    for partial, out in zip((*partials, *totals), (dshift, dscale, *vectors), strict=True):
+        if partial is not None:
+            to = Struct("<Qb7xqq", tuple(_rows_of(out)))
+            arguments = [partial, to, F if out.ndim == 3 else 1, partial.shape[1], D]
+            names = ["partial", "to", "F", "count", "D"]
+            found.append(run(-(-D // 128) * partial.shape[0], arguments, name=name, names=names))
+    return found
+
+
+def _rows_of(t: Tensor | None) -> list:
+    """A Rows or a Vector: data, dtype, and the strides of clips and rows, 0 where a row serves all."""
+    if t is None:
+        return [0, SCALAR_TYPES[torch.float32], 0, 0]
+    of_clip, of_row = t.stride(0) if t.ndim > 1 else 0, t.stride(1) if t.ndim == 3 and t.shape[1] > 1 else 0
+    return [t, SCALAR_TYPES[t.dtype], of_clip, of_row]
 
 
 def attention(
@@ -171,6 +233,61 @@ def conv_box(kh: int, H: int, W: int) -> tuple[int, int]:
     return min(sides, key=lambda side: -(-H // side[0]) * -(-W // side[1]) * 1024 + (kh - 1) * side[1])
 
 
+def qk_norm_rope(
+    sm: int, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_bias: Tensor | None,
+    k_bias: Tensor | None, stats: Tensor | None, cos: Tensor | None, sin: Tensor | None, k_cos: Tensor | None,
+    k_sin: Tensor | None, norm: int, width: bool, axes: list[int] | None, theta: float, first: int, interleaved: bool,
+    eps: float, q_channels: int, k_channels: int, host: bool, q_out: Tensor, k_out: Tensor,
+    again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of qk_norm_rope_fwd in qknorm_rope.cu; the rest as of norm_modulate."""
+    (B, _, _, E), vec, most = q.shape, 16 // q.element_size(), max(q.shape[2], k.shape[2])
+    lanes = 1 << (E // (2 * vec) - 1).bit_length()
+    together = width or most <= 1
+    warps = next(n for n in (1, 2, 4, 8) if lanes <= 32 * n and (not together or most * lanes <= 32 * n * (32 // vec)))
+    groups = 32 * warps // lanes
+    chunks = -(-most // (groups * (32 // vec)))
+    turning = sum(axes[3:6]) if axes else 0 if cos is None else cos.shape[-1]
+    tokens = math.prod(axes[:3]) if axes else 0
+    start, stop = axes[9:] if axes and axes[9:] else (0, tokens)
+    fields, layout = [], "<"
+    for x, weight, bias, part, of, channels, out in (
+        (q, q_weight, q_bias, 0, (cos, sin), q_channels, q_out),
+        (k, k_weight, k_bias, q.shape[1], (cos, sin) if k_cos is None else (k_cos, k_sin), k_channels, k_out),
+    ):
+        S, H = x.shape[1:3]
+        fields += [x, *x.stride()[:3], out, *out.stride()[:3]]
+        for vector in (weight, bias):
+            fields += [0 if vector is None else vector, SCALAR_TYPES[torch.float32 if vector is None else vector.dtype]]
+        fields += [0, 0, 0] if stats is None else [stats[:, part:], *stats.stride()]
+        fields += [0, 0, 0, 0, 0] if of[0] is None else [*of, *_steps_of(of[0])]
+        turn = stop - start if of[0] is None else of[0].shape[-3 if of[0].ndim == 4 else 0]
+        over = channels if stats is not None else H * E if width else E
+        fields += [S if x.numel() else 0, H, -(-H // (groups * chunks)), turn, 1 / max(over, 1)]
+        layout += "Q3qQ3qQb7xQb7xQ2qQQ3q4if4x"
+    tokens = max(q.shape[1] if q.numel() else 0, k.shape[1] if k.numel() else 0)
+    rows = B * tokens * chunks
+    computed = turning if axes else 0
+    split = axes[3:6] if axes else (0, 0, 0)
+    steps = [int(math.ldexp(theta ** (-j / n) / (2 * math.pi) % 1, 64)) for n in split for j in range(n)]
+    fields += [*(axes[6:9] if axes else (0, 0, 0)), rows, tokens, chunks, E, turning, lanes, lanes.bit_length() - 1]
+    fields += [computed, first, start, *(axes[1:3] if axes else (0, 0)), split[0], split[0] + split[1], norm]
+    fields += [together, interleaved or not turning, host, eps, *steps, *[0] * (256 - len(steps))]
+    text = compiled("qknorm_rope", sm)
+    (name,) = (n for n in parser.kernels(text) if f"TraitsI{MANGLED[q.dtype]}Li{warps}E" in n)
+    launch = text, (-(-rows // (4 if warps == 1 else 1)),), [Struct(layout + "3q15i3?xf4x256Q", tuple(fields))]
+    options |= dict(name=name, names=["p"])
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def _steps_of(table: Tensor) -> tuple[int, int, int]:
+    """Strides of clips, tokens and heads of cos or sin: 0 where one row serves all."""
+    table = table[:, None] if table.ndim == 2 else table
+    table = table[None] if table.ndim == 3 else table
+    of_clip, of_token, of_head = table.stride()[:3]
+    return of_clip if table.shape[0] > 1 else 0, of_token, of_head if table.shape[2] > 1 else 0
+
+
 Observer = Callable[[str, Counters], None]
 
 
@@ -190,6 +307,13 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("norm_modulate_kernel", counters)
 
+    def modulate_back(dout, x, scale, weight, bias, scale_table, index, rms, eps, *gradients) -> None:
+        assert index is None
+        launched = norm_modulate_bwd(sm, dout, x, scale, weight, bias, scale_table, rms, eps, *gradients, **options)
+        for name, counters in zip(("norm_modulate_bwd_kernel", *["sum_partials_kernel"] * 6), launched, strict=False):
+            if observe:
+                observe(name, counters)
+
     def attend(q, k, v, kv_lens, grids, *rest) -> None:
         assert kv_lens is None and grids is None, "the kernel is of dense attention"
         counters = attention(sm, q, k, v, *rest[-3:], **options)
@@ -203,16 +327,22 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("causal_conv3d_fwd_kernel", counters)
 
+    def turn(*arguments) -> None:
+        counters = qk_norm_rope(sm, *arguments, **options)
+        if observe:
+            observe("qk_norm_rope_fwd_kernel", counters)
+
     def call(op: str, impl: str):
         return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
 
     def why_not(op: str, impl: str, device: str, dtype: torch.dtype, grad: bool) -> str | None:
-        if impl == "cuda" and f"{op}_fwd" in kernels and not grad:
+        if impl == "cuda" and f"{op}_{'bwd' if grad else 'fwd'}" in kernels:
             return None
         return original_why_not(op, impl, device, dtype, grad)
 
     kernels = {
-        "norm_modulate_fwd": modulate, "spacetime_attention_fwd": attend, "causal_conv3d_fwd": convolve,
+        "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back, "spacetime_attention_fwd": attend,
+        "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
