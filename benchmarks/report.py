@@ -237,10 +237,11 @@ CONTINUED = (
 )  # fmt: skip
 
 
-def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" / "eval.json") -> str:
-    """What the file that `sora eval` wrote says of the shipped checkpoint, with 95 % intervals where it has them."""
-    from sora_model.world.measures_summary import label
+EVALUATION = machine.ROOT / "sora_model" / "checkpoints" / "toy" / "eval.json"
 
+
+def toy(evaluation: Path = EVALUATION) -> str:
+    """What the file that `sora eval` wrote says of how the shipped checkpoint follows words, with 95 % intervals."""
     result = json.loads(evaluation.read_text())
     questions = list(result["score"])
     lines = [f"| | {' | '.join(questions)} |", f"|---|{'---|' * len(questions)}"]
@@ -253,16 +254,23 @@ def toy(evaluation: Path = machine.ROOT / "sora_model" / "checkpoints" / "toy" /
         ranges = result.get("intervals", {}).get(key) or {}
         cells = (_ranged(result[key][question], ranges.get(question), ".0%") for question in questions)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    if by_name := result.get("continuation"):
-        lines += ["", f"| true clips continued | {' | '.join(by_name)} |", f"|---|{'---|' * len(by_name)}"]
-        for measure in CONTINUED:
-            found = (measures.get(measure) for measures in by_name.values())
-            cells = ("–" if one is None else _ranged(one["mean"], (one["low"], one["high"]), ".2g") for one in found)
-            lines.append(f"| {label(measure)} | {' | '.join(cells)} |")
-        lives = (_ranged(result["permanence"][name]["half_life"], None, ".2g") for name in by_name)
-        lines.append(f"| half-life behind a wall, s | {' | '.join(lives)} |")
     words = json.loads((evaluation.parent / "text_encoder" / "config.json").read_text())["words"]
     return "\n".join([*lines, "", f"It knows {len(words)} words: {', '.join(words)}."])
+
+
+def continued(evaluation: Path = EVALUATION) -> str:
+    """What that file says of true clips that the checkpoint went on from, and the baselines, with 95 % intervals."""
+    from sora_model.world.measures_summary import label
+
+    result = json.loads(evaluation.read_text())
+    by_name = result["continuation"]
+    lines = [f"| true clips continued | {' | '.join(by_name)} |", f"|---|{'---|' * len(by_name)}"]
+    for measure in CONTINUED:
+        found = (measures.get(measure) for measures in by_name.values())
+        cells = ("–" if one is None else _ranged(one["mean"], (one["low"], one["high"]), ".2g") for one in found)
+        lines.append(f"| {label(measure)} | {' | '.join(cells)} |")
+    lives = (_ranged(result["permanence"][name]["half_life"], None, ".2g") for name in by_name)
+    return "\n".join([*lines, f"| half-life behind a wall, s | {' | '.join(lives)} |"])
 
 
 def _ranged(mean: float | None, ends: tuple[float, float] | None, form: str) -> str:
@@ -299,8 +307,10 @@ def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> boo
 
 
 def update_pages(docs: Path = DOCS, results: Path = machine.RESULTS) -> list[Path]:
-    """Regenerate the figures of the families' pages and the counts on that of numbers; those that changed."""
-    changed, rows, blocks = [], load_rows(results), {"numerics": ("compiled", compiled_report.headline(results))}
+    """Regenerate the figures of the families' pages, the counts on that of numbers, the toy's on that of its world; those that
+    changed."""
+    changed, rows = [], load_rows(results)
+    blocks = {"numerics": ("compiled", compiled_report.headline(results)), "world": ("continued", continued())}
     for name, families in FAMILIES.items():
         table = figures(row for row in rows if row["family"] in families)
         blocks[name] = "figures", table.replace(f"[{ALL}]({ALL})", f"[every figure](../{ALL})")

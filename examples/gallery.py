@@ -12,12 +12,12 @@ from PIL import Image
 from sora_model import Clip, Sora
 
 CLIPS = [
-    ("a red ball rolls to the right behind a wall and comes out on the other side", 2),
-    ("a blue square passes behind a wall and reappears", 2),
+    ("a blue square passes behind a wall and reappears", 1),
     ("a purple circle bounces", 0),
-    ("a yellow ring bounces off the edge", 0),
-    ("a green triangle bounces", 0),
-    ("an orange square bounces on a black background", 0),
+    ("a green triangle flies in an arc", 1),
+    ("a yellow ring bounces off the edge, in neon", 0),
+    ("an orange square bounces on a black background", 1),
+    ("the camera goes towards the left round a yellow box", 0),
 ]
 COLUMNS, SCALE, GAP = 3, 3, 4
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "clips.gif"

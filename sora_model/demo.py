@@ -36,7 +36,7 @@ from .files import make_folder
 from .pipeline import Sora
 from .terminal import bars, console, error, forgive_encodings, notes, say
 
-PROMPT, SEED = "a red ball rolls to the right behind a wall and comes out on the other side", 2
+PROMPT, SEED = "a blue square passes behind a wall and reappears", 1
 SECONDS_A_ROW, COMPILE_BUDGET_S = 0.4, 90.0
 
 B, GRID, D, H, PATCH, C = 2, (5, 16, 16), 192, 6, (1, 2, 2), 24

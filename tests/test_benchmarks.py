@@ -408,7 +408,8 @@ def test_a_page_has_every_mode_and_peer_of_its_family(results, tmp_path):
     for name in report.FAMILIES:
         (tmp_path / f"{name}.md").write_text("<!-- figures:begin -->\nold\n<!-- figures:end -->\n")
     (tmp_path / "numerics.md").write_text("<!-- compiled:begin -->\nold\n<!-- compiled:end -->\n")
-    assert len(report.update_pages(tmp_path, results)) == len(report.FAMILIES) + 1
+    (tmp_path / "world.md").write_text("<!-- continued:begin -->\nold\n<!-- continued:end -->\n")
+    assert len(report.update_pages(tmp_path, results)) == len(report.FAMILIES) + 2
     assert (
         "| norm_modulate | toy | float32 | fwd | triton | 80 (72–96) | 100 "
         "| 3.00× | **0.75× (slower)** | 5.00× (diffusers 0.42) |"
@@ -656,7 +657,7 @@ def test_a_wrong_candidate_is_not_timed_by_pytest(monkeypatch):
         prepared.candidate("cpu", "fwd")
 
 
-def test_the_toy_block_has_intervals_baselines_and_dashes_for_what_no_clip_has(tmp_path):
+def test_the_toy_blocks_have_intervals_baselines_and_dashes_for_what_no_clip_has(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text('{"words": ["a", "red"]}')
     shares = {"colour": 1.0, "way": None}
@@ -671,8 +672,9 @@ def test_the_toy_block_has_intervals_baselines_and_dashes_for_what_no_clip_has(t
     lines = report.toy(tmp_path / "eval.json").splitlines()
     assert lines[2] == "| clips of the 64 prompts | 100% (90%–100%) | – |"
     assert lines[5] == "| read-out of true clips after the VAE (31.5 dB) | 100% | – |"
-    assert "| true clips continued | checkpoint | copy last frame |" in lines
+    assert lines[-1] == "It knows 2 words: a, red."
+    lines = report.continued(tmp_path / "eval.json").splitlines()
+    assert lines[0] == "| true clips continued | checkpoint | copy last frame |"
     assert "| position error to 1s, px | 3.5 (2–5.5) | – |" in lines
     assert "| jump at the seam, px | – | 3.5 (2–5.5) |" in lines
-    assert "| half-life behind a wall, s | 1.2 | – |" in lines
-    assert lines[-1] == "It knows 2 words: a, red."
+    assert lines[-1] == "| half-life behind a wall, s | 1.2 | – |"

@@ -192,7 +192,7 @@ def test_progress_is_told_and_unknown_words_are_reported(toy):
 
 def test_a_clip_says_in_one_line_what_it_is_and_plays_in_a_notebook(toy, tmp_path):
     clip = toy.generate("a <red> circle", steps=1, seconds=0.5, seed=3)
-    assert repr(clip) == "Clip('a <red> circle': 4 frames of 64x64, 0.5 s, seed 3, 1 steps, guidance 5)"
+    assert repr(clip) == "Clip('a <red> circle': 4 frames of 64x64, 0.5 s, seed 3, 1 steps, guidance 3)"
     html = clip._repr_html_()
     assert html.startswith("<video ") and "<red>" not in html and "&lt;red&gt;" in html
     (data,) = re.findall(r'src="data:video/mp4;base64,([^"]+)"', html)

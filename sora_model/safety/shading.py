@@ -12,8 +12,8 @@ was found; every nonce is tried. For the right one, the numbers of a bit add up,
 
 Over keys, what an unmarked clip gives is 32 sums of independent signs: their squares, over their variances, are
 chi-square of 32 degrees of freedom, and p bounds the chance of the largest over all nonces. What is left of the signs
-is little where a flow contracts or the VAE loses much, and z grows with the root of the number of latents: of a clip of
-the toy checkpoint nothing can be read (docs/safety.md).
+is little where a flow contracts or the VAE loses much, and z grows with the root of the number of latents: of the toy
+checkpoint's clips it can be read in some only (docs/safety.md).
 """
 
 from __future__ import annotations
