@@ -252,11 +252,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
   }
 }
 
-constexpr int kSumWarps = 8;
+constexpr int kSumWarps = 8, kSumBlocks = 4;  // on a processor; left to itself, ptxas spills a word on sm_80 to fit more
 
 // to[row] = the sum of partial [rows, count, D] over count: of each of eight warps every eighth, then those of the warps.
-__global__ __launch_bounds__(kSumWarps* kWarp) void sum_partials_kernel(const float* partial, const Rows to, int F,
-                                                                         int count, int D) {
+__global__ __launch_bounds__(kSumWarps* kWarp, kSumBlocks) void sum_partials_kernel(
+    const float* partial, const Rows to, int F, int count, int D) {
   __shared__ float4 sums[kSumWarps][kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, blocks = (D + 4 * kWarp - 1) / (4 * kWarp);
   const int d = (blockIdx.x % blocks * kWarp + lane) * 4;
