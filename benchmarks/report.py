@@ -307,8 +307,8 @@ def update_readme(readme: Path = README, results: Path = machine.RESULTS) -> boo
 
 
 def update_pages(docs: Path = DOCS, results: Path = machine.RESULTS) -> list[Path]:
-    """Regenerate the figures of the families' pages, the counts on that of numbers, the toy's on that of its world; those that
-    changed."""
+    """Regenerate the figures of the families' pages, the counts on that of numbers, the toy's on that of its world;
+    those that changed."""
     changed, rows = [], load_rows(results)
     blocks = {"numerics": ("compiled", compiled_report.headline(results)), "world": ("continued", continued())}
     for name, families in FAMILIES.items():

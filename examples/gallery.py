@@ -1,6 +1,6 @@
-"""The clips at the top of the README, made again: `sora generate PROMPT --seed N` each, as docs/clips.gif.
+"""The clips at the top of the README, made again: `sora generate PROMPT --seed N` each, as docs/clips.webp.
 
-python examples/gallery.py [FILE.gif]
+python examples/gallery.py [FILE.webp]
 """
 
 import sys
@@ -20,7 +20,7 @@ CLIPS = [
     ("the camera goes towards the left round a yellow box", 0),
 ]
 COLUMNS, SCALE, GAP = 3, 3, 4
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "clips.gif"
+TARGET = Path(__file__).resolve().parent.parent / "docs" / "clips.webp"
 
 
 def clip(number: int) -> Clip:
@@ -36,7 +36,7 @@ def corner(number: int, height: int, width: int) -> tuple[int, int]:
 
 
 def main(target: str | Path = TARGET) -> None:
-    """Makes all clips, and of them one GIF."""
+    """Makes all clips, and of them one animation, without loss."""
     clips = [clip(number) for number in range(len(CLIPS))]
     frames, height, width, _ = clips[0].frames.shape
     bottom, right = corner(len(clips) - 1, height, width)[0], corner(COLUMNS - 1, height, width)[1]
@@ -44,10 +44,9 @@ def main(target: str | Path = TARGET) -> None:
     for number, made in enumerate(clips):
         y, x = corner(number, height, width)
         picture[:, y : y + height * SCALE, x : x + width * SCALE] = made.frames.repeat(SCALE, 1).repeat(SCALE, 2)
-    # one palette for all frames, without dithering: what stands still stays the same, and the file is small
-    palette = Image.fromarray(picture[:: frames // 4].reshape(-1, picture.shape[2], 3)).quantize(256)
-    images = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in picture]
-    images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / clips[0].fps), loop=0)
+    images = [Image.fromarray(frame) for frame in picture]
+    delay = round(1000 / clips[0].fps)
+    images[0].save(target, save_all=True, append_images=images[1:], duration=delay, loop=0, lossless=True)
 
 
 if __name__ == "__main__":
