@@ -393,11 +393,12 @@ def test_reference_and_auto_agree(tiny):
 
 def test_the_shipped_checkpoint_decodes_alike_in_every_implementation():
     folder = pathlib.Path(sora_model.__file__).parent / "checkpoints" / "toy" / "vae"
+    config = VAEConfig(**json.loads((folder / "config.json").read_text()))
     state = load_file(folder / "model.safetensors")
-    latents = torch.randn(1, 8, 3, 4, 6)
+    latents = torch.randn(1, config.z_dim, 3, 4, 6)
     decoded = {}
     for impl in ("auto", "reference"):
-        vae = CausalVAE(VAEConfig(**json.loads((folder / "config.json").read_text())), impl=impl)
+        vae = CausalVAE(config, impl=impl)
         vae.load_state_dict(state)
         with torch.no_grad():
             decoded[impl] = vae.decode(latents, clamp=False)

@@ -415,12 +415,6 @@ def test_a_shift_without_a_scale_orders_the_sums_whether_its_gradient_is_wanted_
         assert torch.equal(alone, together)
 
 
-def test_gradients_asked_of_a_forward_only_implementation_raise():
-    x = torch.randn(1, 2, 8, requires_grad=True)
-    with pytest.raises(Unavailable, match="forward-only in cuda, and gradients were asked for"):
-        norm_modulate(x, None, None, impl="cuda")
-
-
 X = torch.zeros(2, 6, 8)
 BAD = {
     "x of rank 2": (lambda: norm_modulate(X[0], None, None), ValueError, r"x must be \[B, S, D\]; got shape \[6, 8\]"),
