@@ -386,8 +386,10 @@ class SoraDiT(nn.Module):
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             inputs = x, rows, text, text_lens, image, grid, mode, impl, context(layer)
-            if again:  # the weights of now: a functional call around this one is over when the backward asks for them
-                weights = dict(block.named_parameters())
+            weights = dict(block.named_parameters()) if again else {}
+            if any(hasattr(weight, "to_local") for weight in weights.values()):  # FSDP makes them whole in the backward
+                x = checkpoint(block, *inputs, use_reentrant=False)                          # [B, S, D]
+            elif again:  # the weights of now: a functional call around this one is over when the backward asks for them
                 x = checkpoint(functional_call, block, weights, inputs, use_reentrant=False)  # [B, S, D]
             else:
                 x = block(*inputs)                                                           # [B, S, D]

@@ -52,7 +52,8 @@ def _four(rank, folder):
     on_save = lambda *parts: saved.append(parts)  # noqa: E731
     train.train_dit(f"{folder}/run", vae(), recipe(steps=2), start=begun(), cp=2, accumulate=2, on_save=on_save)
     assert [step for *_, step in saved] == ([2] if rank == 0 else [])
-    train.train_dit(f"{folder}/one", vae(), recipe(steps=1), start=begun(), cp=2, accumulate=2)
+    how = dict(start=begun(), cp=2, accumulate=2, checkpointing=True)
+    train.train_dit(f"{folder}/one", vae(), recipe(steps=1), **how)
     train.train_dit(f"{folder}/half", vae(), recipe(steps=1), start=begun(), cp=2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="cp=3 must divide the 4 processes; 1, 2, 4 would"):
         train.train_dit(f"{folder}/no", vae(), recipe(steps=2), cp=3)
