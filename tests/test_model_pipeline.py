@@ -124,8 +124,8 @@ def test_the_shipped_checkpoint_is_small_and_tells_how_it_was_made_and_how_good_
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5])
     result = read_json(TOY / "eval.json")
     assert len({row["prompt"] for row in result["clips"]}) == len(result["clips"]) >= 40
-    for question in ("colour", "shape"):
-        answers = [row[question] for row in result["clips"]]
+    for question in result["score"]:
+        answers = [row[question] for row in result["clips"] if row[question] is not None]  # not every caption poses it
         assert result["score"][question] == pytest.approx(sum(answers) / len(answers), abs=1e-3)
 
 
