@@ -80,9 +80,9 @@ class Tiles:
     rank: int
     size: int
 
-    def agree(self, name: str, x: Tensor) -> None:
-        """Raises ValueError, on every rank, where two have another x."""
-        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {squares(x)}"
+    def agree(self, name: str, x: Tensor, tile: tuple[int, int] | None) -> None:
+        """Raises ValueError, on every rank, where two have another x, or cut it into other tiles."""
+        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {squares(x)}, in tiles of {tile or 'the whole'}"
         form = zlib.crc32(told.encode())
         most = torch.tensor([form, -form], device=x.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)

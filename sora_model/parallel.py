@@ -37,7 +37,7 @@ from . import experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
 from .exchange import Gather, Range, Ring, Swap, Tiles, fetch
-from .ranks import squares
+from .ranks import Ranks, squares
 
 AXES = ("clips", "ring", "ulysses")
 
@@ -97,6 +97,7 @@ def sampling(sora: Any, *, guidance: float | tuple[float, float] | None = None) 
     device, apart = sora.device.type, experts.check_halves(sora.expert)
     halves = 2 if apart else 1
     guided = [number != 1 for number in flow.pair(sora.defaults.guidance if guidance is None else guidance)]
+    Ranks().agree({"guidance": guidance})
     meshes = {}
     for either in sorted(set(guided)):
         share = size // halves
@@ -109,6 +110,8 @@ def sampling(sora: Any, *, guidance: float | tuple[float, float] | None = None) 
             if dit is not None and sora.expert in (None, name) and size > halves:
                 stack.enter_context(over(dit, meshes[either][AXES]))
         stack.enter_context(tiles_over(sora.vae, init_device_mesh(device, (size,))))
+        sora.together = True
+        stack.callback(setattr, sora, "together", False)
         if apart:
             sora.experts = experts.Experts(meshes[guided[0]].get_group("experts"), experts.NAMES.index(sora.expert))
             stack.callback(setattr, sora, "experts", None)

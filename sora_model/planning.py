@@ -10,12 +10,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import checks, estimate, flow, fp8, machine
 from .attention import AttentionMode
 from .checkpoint import unfilled
 from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
+from .ranks import Ranks
 from .safety import limits
 from .text import WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
@@ -75,8 +77,14 @@ class Plan:
     clock: limits.Clock = dataclasses.field(default_factory=limits.Clock, compare=False)
 
 
+ASKED = [field.name for field in dataclasses.fields(Plan) if field.name not in ("tile", "inputs", "clock")]
+
+
 class Planning:
     """The methods of `Sora` that make plans."""
+
+    together: bool = False
+    """Whether all processes make one plan, inside of `parallel.sampling`."""
 
     def _plan(
         self,
@@ -132,10 +140,19 @@ class Planning:
         for remark in self._remarks(prompt, frames, (height, width), latents, steps, guidance, at_once):
             warnings.warn(remark, stacklevel=3)
         size = height, width
-        return Plan(
+        plan = Plan(
             prompt, frames, size, fps, seed, steps, guidance, negative, shift, attention, long, latents, tile,
             shade=shade,
         )  # fmt: skip
+        return self._alike(plan) if self.together else plan
+
+    def _alike(self, plan: Plan) -> Plan:
+        """The plan of all processes, of the smallest tile that one of them chose by its free memory. Raises ValueError,
+        on every one, where two were asked for something else: they would wait for each other."""
+        Ranks().agree({name: getattr(plan, name) for name in ASKED})
+        tiles: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(tiles, plan.tile)
+        return dataclasses.replace(plan, tile=min(tiles, key=lambda tile: (math.prod(tile), tile)))
 
     def _fit(
         self, frames: int, size: tuple[int, int], impl: str, *, held: bool = True, at_once: int | None = None

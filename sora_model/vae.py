@@ -571,8 +571,6 @@ class CausalVAE(nn.Module):
     ) -> Pass:
         """A pass for x, once everything about it has been found right."""
         self._check(kind, x)
-        if self.ranks is not None:
-            self.ranks.agree("the frames to encode" if kind == "encode" else "the latents to decode", x)
         frames, *size = x.shape[2:]
         if kind == "encode":
             if cache is not None and frames % self.config.temporal_factor:
@@ -584,6 +582,7 @@ class CausalVAE(nn.Module):
         tile = tiling.in_latents(tile, size, self.config.spatial_factor)
         if self.ranks is not None:
             tile = tiling.shared(tile, size, self.ranks.size)
+            self.ranks.agree("the frames to encode" if kind == "encode" else "the latents to decode", x, tile)
         if cache is None:
             return Pass(self.impl, tile, streaming, ranks=self.ranks)
         if not isinstance(cache, VAECache):

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks import scaling
 from sora_kernels import spacetime_attention
-from sora_model import exchange, parallel, tiling
+from sora_model import Sora, exchange, parallel, tiling
 from sora_model.attention import AttentionMode
 from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.exchange import Tiles
@@ -401,3 +401,24 @@ def test_a_prediction_is_of_what_is_counted():
     page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     for table in scaling.tables():
         assert table in page, "run python -m benchmarks.scaling and put its tables on the page"
+
+
+def _asked(rank, folder):
+    sora, how = Sora.from_pretrained("toy"), {"seconds": 0.2, "size": (32, 32), "steps": 1}
+    with parallel.sampling(sora):
+        for name, pair in {"steps": (1, 2), "guidance": (3.0, 5.0), "seed": (0, 1), "shift": (2.0, 3.0)}.items():
+            message = f"{name} is {pair[0]} on rank 0, {pair[1]} on rank 1"
+            with pytest.raises(ValueError, match=f"all processes must be started alike: {message}"):
+                sora.generate("a red ball moves up", **how | {name: pair[rank]})
+        sora._fit = lambda *args, **how: ((16, 16), (32, 32))[rank]  # by their free memory
+        clip = sora.generate("a red ball moves up", **how)
+    torch.save(torch.from_numpy(clip.frames.copy()), f"{folder}/{rank}.pt")
+
+
+def test_processes_asked_for_other_clips_say_so_and_agree_on_the_tile(tmp_path):
+    in_ranks(_asked, 2, tmp_path)
+    sora = Sora.from_pretrained("toy")
+    alone = torch.from_numpy(sora.generate("a red ball moves up", seconds=0.2, size=(32, 32), steps=1).frames.copy())
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert (found.int() - alone.int()).abs().max() <= 1
