@@ -28,6 +28,12 @@ def train_vae(
     changes: Changes = None,
     config: Config = None,
     run: Run = Path("out/train/vae"),
+    start: Annotated[
+        Path | None, typer.Option(help="VAE to begin with instead of random weights, of the same sizes.")
+    ] = None,
+    decoder: Annotated[
+        bool, typer.Option("--decoder", help="Train the decoder alone: latents stay as --start has them.")
+    ] = False,
     impl: Impl = "auto",
     device: TrainDevice = "cpu",
 ) -> None:
@@ -36,8 +42,10 @@ def train_vae(
     from .machine import check_impl
 
     check_impl(impl)
+    how = recipe.load(config or recipe.TOY, changes or ())
+    begun = None if start is None else train.load_vae(start)
     with ranks.started(device) as own:
-        train.train_vae(run, recipe.load(config or recipe.TOY, changes or ()), device=own, impl=impl)
+        train.train_vae(run, how, start=begun, decoder=decoder, device=own, impl=impl)
         if ranks.Ranks().rank == 0:
             say(out, f"wrote {run / 'model.safetensors'}")
 

@@ -42,6 +42,7 @@ from .world.data import Bucket, WorldData
 from .world.render import paint
 
 _VALIDATION_SEED = 10**12
+_DECODING = "post_quant_conv", "decoder"
 
 
 def vae_batch(recipe: Recipe, step: int) -> Tensor:
@@ -112,6 +113,8 @@ def train_vae(
     run: str | Path,
     recipe: Recipe,
     *,
+    start: CausalVAE | None = None,
+    decoder: bool = False,
     measured: int = 64,
     device: str | torch.device = "cpu",
     impl: str = "auto",
@@ -120,11 +123,25 @@ def train_vae(
 
     Then takes the mean and standard deviation of each latent channel over `measured` other clips, and writes
     `run/model.safetensors` and `run/config.json`.
+
+    start    weights to begin with instead of random ones, of the same sizes
+    decoder  trains what decodes alone: latents and their statistics stay those of `start`, and so does whatever a
+             transformer has learnt of them
     """
+    if decoder and start is None:
+        raise ValueError("the decoder alone is trained for the latents of a given VAE; give one by start= (--start)")
     device, settings = choose_device(device), recipe.vae_fit
     torch.manual_seed(settings.seed)
     vae = CausalVAE(recipe.vae, impl=impl).to(device, torch.float32)
-    start_direct(vae)
+    if start is None:
+        start_direct(vae)
+    else:
+        load_into(vae, start.state_dict(), "start")
+    trained: nn.Module = vae
+    if decoder:
+        vae.set_latent_statistics(start.config.latents_mean, start.config.latents_std)
+        trained = nn.ModuleDict({name: getattr(vae.requires_grad_(False), name) for name in _DECODING})
+        trained.requires_grad_(True)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
         video = vae_batch(recipe, step)
@@ -138,12 +155,18 @@ def train_vae(
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-6 * divergence
 
-    made_with = {"recipe": recipe.only("vae", "buckets", "scenes")}
-    load_into(vae, fit(vae, batch_at, loss_of, settings, run, label="VAE", made_with=made_with), str(run))
+    made_with = {
+        "recipe": recipe.only("vae", "buckets", "scenes"),
+        "start": start and fingerprint(start),
+        "decoder": decoder,
+    }
+    weights = fit(trained, batch_at, loss_of, settings, run, label="VAE", made_with=made_with)
+    load_into(trained, weights, str(run))
     if Ranks().rank:  # the first of several processes writes
         return vae.eval()
-    mean, std = latent_statistics(vae, recipe.buckets[0], range(_VALIDATION_SEED, _VALIDATION_SEED + measured))
-    vae.set_latent_statistics(mean, std)
+    if not decoder:
+        seeds = range(_VALIDATION_SEED, _VALIDATION_SEED + measured)
+        vae.set_latent_statistics(*latent_statistics(vae, recipe.buckets[0], seeds))
     write_tensors(Path(run) / "model.safetensors", vae.state_dict())
     write_json(Path(run) / "config.json", dataclasses.asdict(vae.config))
     return vae.eval()

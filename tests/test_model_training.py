@@ -492,6 +492,36 @@ def test_vae_training_learns_and_measures_its_latents(tmp_path):
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 1e-3
 
 
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are(tmp_path):
+    """So a transformer goes on with it; and no gradient is computed of what stays."""
+    how = recipe_of(vae=TINY_VAE, vae_fit={"steps": 8, "batch": 2, "lr": 3e-3})
+    first = train.train_vae(tmp_path / "first", how, measured=1)
+    longer = dataclasses.replace(how, vae_fit=dataclasses.replace(how.vae_fit, seed=1, steps=40))
+    tuned = train.train_vae(tmp_path / "tuned", longer, start=first, decoder=True, measured=1)
+    before, after = first.state_dict(), train.load_vae(tmp_path / "tuned").state_dict()
+    changed = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert tuned.config == first.config and first.config.latents_std is not None
+
+    videos = to_video(world.batch(range(10**12, 10**12 + 2), frames=5)[0])
+    with torch.no_grad():
+        errors = [(vae(videos, sample=False)[0] - videos).square().mean().item() for vae in (first, tuned)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_decoder_alone_without_a_vae_to_start_with_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give one by start="):
+        train.train_vae(tmp_path, recipe_of(vae_fit={"steps": 1, "batch": 1}), decoder=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_vae_of_other_sizes_to_start_with_is_refused(tmp_path):
+    other = train.CausalVAE(dataclasses.replace(TINY_VAE, base_dim=2 * TINY_VAE.base_dim))
+    with pytest.raises(CheckpointError, match="start"):
+        train.train_vae(tmp_path, recipe_of(vae=TINY_VAE, vae_fit={"steps": 1, "batch": 1}), start=other)
+    assert not any(tmp_path.iterdir())
+
+
 # --- the transformer's steps ---
 
 
