@@ -9,7 +9,7 @@ import torch
 from hosts import output
 from hosts.wan import clip, inputs, vae, wan
 
-from sora_kernels.integrations import patch_model, unpatch_model, verify_patch
+from sora_kernels.integrations import patch_model, patched, unpatch_model, verify_patch
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -130,3 +130,27 @@ def test_reasons_tell_an_adapters_layer_from_the_one_it_is_named_after():
         "patch_embedding": f"{theirs} has a forward of its own, not that of {its}",
         "norm_out, proj_out": "proj_out is a peft.tuners.lora.layer.Linear, not Linear",
     }
+
+
+def test_the_error_of_a_block_comes_through_where_a_later_hook_keeps_the_patch():
+    """It was hidden by that of the undoing, which whoever catches the first one never expects."""
+    model = wan(num_layers=1)
+    with pytest.warns(UserWarning, match="hooked or changed after patching.*the model stays patched") as said:
+        with pytest.raises(ZeroDivisionError):
+            with patched(model):
+                ours = model.blocks[0].forward
+                model.blocks[0].forward = lambda *args: ours(*args)
+                1 / 0  # noqa: B018
+    assert said[0].filename == __file__
+    model.blocks[0].forward = ours
+    unpatch_model(model)
+
+
+def test_a_block_that_ends_well_under_a_later_hook_raises_that_the_patch_stays():
+    model = wan(num_layers=1)
+    with pytest.raises(ValueError, match="hooked or changed after patching"):
+        with patched(model):
+            ours = model.blocks[0].forward
+            model.blocks[0].forward = lambda *args: ours(*args)
+    model.blocks[0].forward = ours
+    unpatch_model(model)

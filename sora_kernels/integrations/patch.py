@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import importlib
 import types
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +217,10 @@ def unpatch_model(model: Any) -> None:
     parts = [part for part in parts_of("unpatch_model", model).values() if RECORD in vars(part)]
     if not parts:
         raise ValueError(f"unpatch_model: this {type(model).__name__} is not patched; call patch_model first")
+    _undo(parts)
+
+
+def _undo(parts: Sequence[nn.Module]) -> None:
     for part in parts:
         check_in_place("unpatch_model", record_of("unpatch_model", part).swaps)
     for part in parts:
@@ -228,16 +233,23 @@ def patched(model: Any, *args: Any, **kwargs: Any) -> Iterator[Report]:
     """`with patched(model, ...) as report:` is `patch_model(model, ...)` for the length of a block.
 
     Parts that were patched before stay so. In a pipeline the parts it had at the beginning are undone, whatever took
-    their place.
+    their place. What cannot be undone raises as `unpatch_model` does, or warns where the block has an error of its own.
     """
     parts = [part for part in parts_of("patched", model).values() if RECORD not in vars(part)]
     report = patch_model(model, *args, **kwargs)
+
+    def undo() -> None:
+        _undo([part for part in parts if RECORD in vars(part)])
+
     try:
         yield report
-    finally:
-        for part in parts:
-            if RECORD in vars(part):
-                unpatch_model(part)
+    except BaseException:
+        try:
+            undo()
+        except ValueError as left:
+            warnings.warn(f"{left}; the model stays patched", stacklevel=3)
+        raise
+    undo()
 
 
 def parts_of(function: str, model: Any) -> dict[str, nn.Module]:
