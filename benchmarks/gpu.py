@@ -4,9 +4,11 @@
 
 It needs python3 with torch and triton, and nvcc for the CUDA library; no network, no pip, no virtual
 environment. Every step runs in a process of its own and writes under DIR as it goes; a step that fails or
-overruns does not stop the next. DIR then holds build.log, info.json, verify.log, pytest.log, pytest.xml, verified.json,
-bench.log, bench.jsonl and summary.txt; `python -m benchmarks.report --add DIR` files them and brings the
-README up to date. Where the tree has no git history, SORA_KERNELS_COMMIT says which commit it is.
+overruns does not stop the next. The CUDA C++ kernels come first: their tests, the same under compute-sanitizer, and
+what docs/cuda.md predicts of their time. DIR then holds build.log, info.json, cuda.log, sanitizer.log, verify.log,
+pytest.log, pytest.xml, verified.json, bench.log, bench.jsonl and summary.txt; `python -m benchmarks.report --add DIR`
+files them and brings the README up to date. Where the tree has no git history, SORA_KERNELS_COMMIT says which commit it
+is.
 
 Without a GPU it checks what can be checked, says what it left out, and exits 0. Exit status 1: a step failed.
 """
@@ -28,11 +30,23 @@ from pathlib import Path
 
 import torch
 
+from sora_kernels import _library
+
 from . import machine, report, shapes, suite, table, targets, verified
 from .models import MODELS
 
-BUILD_SHARE, VERIFY_SHARE, TEST_SHARE = 0.4, 0.2, 0.5  # of the time left when the step begins; benchmarks take the rest
+# of the time left when the step begins; benchmarks take the rest
+BUILD_SHARE, CUDA_SHARE, VERIFY_SHARE, TEST_SHARE = 0.4, 0.1, 0.2, 0.5
 GRACE_S = 15  # for a stopped step to write what it has
+
+# What docs/cuda.md predicts of the CUDA C++ kernels, to be confirmed in order of value: op, mode and shapes.
+PREDICTED = (
+    ("spacetime_attention", "fwd", ("wan1.3b-length-4", "wan1.3b-480p")),
+    ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
+    ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
+    ("norm_modulate", "both", ("wan1.3b-480p",)),
+)
+RIVALS = ("cuda", "triton", "cudnn", "sdpa")
 
 
 @dataclass
@@ -88,6 +102,7 @@ class Session:
         self.build()
         info = [sys.executable, "-m", "sora_kernels.info", "--json"]
         self.step("info", info, self.out / "info.json", min(60.0, self.left()))
+        self.confirm()
         check = [sys.executable, "-m", "sora_kernels.verify", "--device", "cuda"]
         self.step("verify", check, self.out / "verify.log", VERIFY_SHARE * self.left())
         self.test(facts)
@@ -105,6 +120,27 @@ class Session:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         limit = BUILD_SHARE * self.left()
         self.step(f"build {targets}", command, self.out / "build.log", limit, SORA_KERNELS_BUILD=targets)
+
+    def confirm(self) -> None:
+        """Do the CUDA C++ kernels run, without a fault that a sanitizer sees, and in the time that is predicted?"""
+        if (reason := _library.load_error("cuda")) is not None:
+            self.done(Step("cuda", "skipped", note=f"no CUDA library: {reason}"))
+            return
+        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rA", "-p", "no:cacheprovider",
+                 "tests/test_csrc.py"]  # fmt: skip
+        self.step("cuda tests", tests, self.out / "cuda.log", CUDA_SHARE * self.left())
+        for tool in ("memcheck", "racecheck"):
+            if shutil.which("compute-sanitizer") is None:
+                self.done(Step(f"cuda {tool}", "skipped", note="no compute-sanitizer in PATH"))
+                continue
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests]
+            self.step(f"cuda {tool}", command, self.out / "sanitizer.log", CUDA_SHARE * self.left())
+        for op, mode, named in PREDICTED:
+            command = [sys.executable, "-m", "benchmarks.run", "--op", op, "--mode", mode, "--budget", "0.5",
+                       *(word for name in named for word in ("--shape", name)),
+                       *(word for impl in RIVALS if impl in _library.impls(f"{op}_fwd") for word in ("--impl", impl)),
+                       "--device", "cuda", "--json", str(self.out / "bench.jsonl")]  # fmt: skip
+            self.step(f"cuda {op}", command, self.out / "bench.log", CUDA_SHARE * self.left())
 
     def test(self, facts: dict[str, object]) -> None:
         if importlib.util.find_spec("pytest") is None:

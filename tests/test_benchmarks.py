@@ -541,6 +541,37 @@ def test_a_step_that_overruns_or_fails_is_reported_and_the_next_one_runs(tmp_pat
     assert log.read_text().split() == ["begun", "broken", "fine"]
 
 
+def test_the_gpu_command_first_confirms_what_is_predicted_of_cuda(tmp_path, monkeypatch):
+    """Every kernel in CUDA C++, tested, sanitised and timed beside its rivals before anything else takes the time."""
+    ran = []
+
+    def step(self, name, command, log, limit, **env):
+        ran.append((name, command))
+        return self.done(gpu.Step(name, "ok"))
+
+    monkeypatch.setattr(gpu.machine, "facts", lambda device: {"device": "a GPU"})
+    monkeypatch.setattr(gpu.Session, "step", step)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu._library, "load_error", lambda name: None)
+    gpu.Session(tmp_path, time.monotonic() + 60, "tests").on_gpu()
+    names = [name for name, _ in ran]
+    first = names[names.index("info") + 1 : names.index("verify")]
+    written = [op for op, impl in _dispatch.NAMED_ONLY if impl == "cuda"]
+    assert first[:3] == ["cuda tests", "cuda memcheck", "cuda racecheck"]
+    assert sorted(first[3:]) == sorted(f"cuda {op}" for op in written)
+    for name, command in ran:
+        if name in first[3:]:
+            arguments = run._parser().parse_args(command[command.index("benchmarks.run") + 1 :])
+            assert "cuda" in arguments.impl and len(arguments.impl) > 1 and arguments.device == "cuda"
+            assert set(arguments.shape) <= set(shapes.SHAPES)
+
+
+def test_without_a_cuda_library_nothing_is_confirmed_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu._library, "load_error", lambda name: "not built")
+    gpu.Session(tmp_path, time.monotonic() + 60, "tests").confirm()
+    assert "cuda         skipped       0 s  no CUDA library: not built" in capsys.readouterr().out
+
+
 def test_a_bad_request_of_the_gpu_command_is_refused(tmp_path, capsys):
     for arguments, said in (
         (["--out", str(tmp_path), "--minutes", "0"], "--minutes: expected more than 0"),
