@@ -30,20 +30,64 @@ def heads(B: int, S: int, H: int, E: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(B, S, H, E).to(dtype)
 
 
-def check(Sq: int, Sk: int, H: int, Hk: int, E: int, blocks: int, dtype: torch.dtype, **schedules: int) -> None:
-    q, k, v = heads(1, Sq, H, E, dtype), heads(1, Sk, Hk, E, dtype), heads(1, Sk, Hk, E, dtype)
-    out, lse = ptx.unwritten(1, Sq, H, E, dtype=dtype), ptx.unwritten(1, H, Sq)
-    nvcc.attention(90, q, k, v, 0.2, out, lse, blocks, **schedules)
-    oracle = explicit(q.double(), k.double(), v.double(), scale=0.2)
-    baseline = explicit(q, k, v, scale=0.2)
+def check(
+    Sq: int, Sk: int, H: int, Hk: int, E: int, blocks: int, dtype: torch.dtype, lengths: torch.Tensor | None = None,
+    **schedules: int,
+) -> None:  # fmt: skip
+    B, mask = 1 if lengths is None else len(lengths), None
+    q, k, v = heads(B, Sq, H, E, dtype), heads(B, Sk, Hk, E, dtype), heads(B, Sk, Hk, E, dtype)
+    out, lse = ptx.unwritten(B, Sq, H, E, dtype=dtype), ptx.unwritten(B, H, Sq)
+    shown = k, v
+    if lengths is not None:
+        mask = (torch.arange(Sk) < lengths[:, None])[:, None, None].expand(B, 1, Sq, Sk)
+        hidden = ~mask[:, 0, 0, :, None, None]
+        k, v = (t.masked_fill(hidden, 0) for t in shown)
+        shown = [t.masked_fill(hidden, float("nan")) for t in shown]
+    nvcc.attention(90, q, *shown, 0.2, out, lse, blocks, kv_lens=lengths, **schedules)
+    oracle = explicit(q.double(), k.double(), v.double(), mask, scale=0.2)
+    baseline = explicit(q, k, v, mask, scale=0.2)
     assert_matches_oracle(out, oracle[0], baseline[0], "out", max(Sk, E))
-    assert_matches_oracle(lse, oracle[1], baseline[1].float(), "lse", max(Sk, E))
+    check_lse(lse, oracle[1], baseline[1].float(), max(Sk, E))
+
+
+def check_lse(*found: torch.Tensor | int) -> None:
+    """Of the kernel, the oracle and plain PyTorch: -inf where a query sees nothing, by the error rule elsewhere."""
+    *tables, terms = found
+    assert all(torch.equal(t.isneginf(), tables[0].isneginf()) for t in tables)
+    assert_matches_oracle(*(t.nan_to_num(neginf=0.0) for t in tables), "lse", terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("Sq, Sk, H, Hk, E, blocks", CASES, ids=str)
 def test_attention_as_nvcc_compiles_it(Sq, Sk, H, Hk, E, blocks, dtype):
     check(Sq, Sk, H, Hk, E, blocks, dtype, schedule=2, again=5)
+
+
+@pytest.mark.parametrize("dtype, E, kind", [(DTYPES[0], 64, torch.int64), (DTYPES[1], 96, torch.int32)], ids=str)
+def test_keys_that_kv_lens_hides_are_no_numbers(dtype, E, kind):
+    """No key at all, one; a tile less one, a tile, one more; all: a block goes on from each to the next."""
+    lengths = torch.tensor([0, 1, 175, 176, 177, 190], dtype=kind)
+    check(70, 190, 1, 1, E, 1, dtype, lengths, schedule=3, again=4)
+
+
+def test_the_op_takes_kv_lens():
+    q, k, v = heads(2, 20, 4, 64, torch.bfloat16), *heads(4, 200, 2, 64, torch.bfloat16).split(2)
+    lengths, mask = torch.tensor([180, 7]), (torch.arange(200) < torch.tensor([[180], [7]]))[:, None, None]
+    oracle = explicit(q.double(), k.double(), v.double(), mask.expand(2, 1, 20, 200))
+    baseline = explicit(q, k, v, mask.expand(2, 1, 20, 200))
+    k[0, 180:], v[1, 7:] = float("nan"), float("inf")
+    with nvcc.nvcc_on(90, schedule=3):
+        out, lse = spacetime_attention(q, k, v, kv_lens=lengths, return_lse=True, impl="cuda")
+    assert_matches_oracle(out, oracle[0], baseline[0], "out", 200)
+    check_lse(lse, oracle[1], baseline[1].float(), 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E", [64, 96, 128])
+def test_sweep_of_lengths_and_schedules(E, dtype):
+    for seed, lengths in enumerate(([352, 0, 353], [175, 176, 177], [400, 399, 2], [1, 340, 0])):
+        check(1 + 64 * seed, 400, 2, 1, E, 1 + seed, dtype, torch.tensor(lengths), schedule=seed, again=20 + seed)
 
 
 @pytest.mark.slow
@@ -84,11 +128,12 @@ def planted(label: str) -> Iterator[str]:
 def found(text: str) -> str | None:
     """What finds the fault, under one of eight schedules."""
     q, k, v = heads(1, 140, 1, 64, torch.bfloat16), *heads(2, 540, 1, 64, torch.bfloat16).split(1)
-    oracle, baseline = explicit(q.double(), k.double(), v.double()), explicit(q, k, v)
+    real, lengths = (k[:, :530], v[:, :530]), torch.tensor([530])
+    oracle, baseline = explicit(q.double(), *(t.double() for t in real)), explicit(q, *real)
     for schedule in range(8):
         out, lse = ptx.unwritten(1, 140, 1, 64, dtype=q.dtype), ptx.unwritten(1, 1, 140)
         try:
-            nvcc.attention(90, q, k, v, 0.125, out, lse, 1, lambda _: text, schedule=schedule, budget=400_000)
+            nvcc.attention(90, q, k, v, 0.125, out, lse, 1, lengths, lambda _: text, schedule=schedule, budget=400_000)
             assert_matches_oracle(out, oracle[0], baseline[0], "out", 540)
         except ptx.Fault as fault:
             return fault.kind
@@ -133,8 +178,8 @@ REFUSED = [
     (dict(dtype=torch.float32), {}, "got torch.float32 heads of 64"),
     (dict(S=0), {}, "cuda takes no empty tensors"),
     ({}, dict(scale=0.0), "cuda takes a scale above 0; got 0.0"),
-    ({}, dict(grid=(1, 2, 5), window=(1, 1, 3)), "cuda takes attention without kv_lens, window, causal or packed"),
-    ({}, dict(kv_lens=torch.tensor([3])), "cuda takes attention without kv_lens, window, causal or packed"),
+    ({}, dict(grid=(1, 2, 5), window=(1, 1, 3)), "cuda takes attention without window, causal or packed clips"),
+    ({}, dict(kv_lens=torch.tensor([3]), scale=-1.0), "cuda takes a scale above 0; got -1.0"),
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-// spacetime_attention, dense, forward, for sm_90a:
+// spacetime_attention, dense or with kv_lens, forward, for sm_90a:
 //
 //   out = softmax(scale * q k^T) v,   lse = ln sum exp(scale * q k^T)
 //
-// A block works off tiles of 128 queries of a head. One thread of a warp group brings queries, keys and values into
+// A block works off tiles of 128 queries of a head. One warp of a warp group brings queries, keys and values into
 // shared memory as boxes by the TMA; two more warp groups, with 64 queries each, multiply in turns and keep the softmax's
 // running maximum and sum. Keys and values go through rings of buffers, each with two barriers: full and empty.
 
@@ -48,9 +48,10 @@ struct AttentionTraits {
 };
 
 struct AttentionParams {
-  float* lse;  // [B, H, Sq]
+  float* lse;           // [B, H, Sq]
+  const void* kv_lens;  // [B], how many keys are real, of 64 bits where wide_lens; null: all
   int Sq, Sk, H, group;  // group: query heads that share a key head
-  int query_tiles, key_tiles, tiles;
+  int query_tiles, tiles, wide_lens;
   float scale, scale_log2;
 };
 
@@ -63,13 +64,25 @@ struct alignas(1024) AttentionShared {
   T v[Traits::kStages][Traits::kBoxes][Traits::kKeys][Traits::kColumns];
   Barrier q_full, q_empty;
   Barrier k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
+  Barrier v_landed;
 };
 
 struct Tile {
-  int query, head, batch;
+  int query, head, batch, key_end, visits;
 
-  __device__ Tile(int index, int queries, const AttentionParams& p)
-      : query(index % p.query_tiles * queries), head(index / p.query_tiles % p.H), batch(index / p.query_tiles / p.H) {}
+  template <class Traits>
+  __device__ __forceinline__ Tile(Traits, int index, const AttentionParams& p)
+      : query(index % p.query_tiles * (Traits::kConsumers * Traits::kQueries)),
+        head(index / p.query_tiles % p.H),
+        batch(index / p.query_tiles / p.H),
+        key_end(p.Sk) {
+    if (p.kv_lens) {
+      const int64_t real = p.wide_lens ? __ldg(static_cast<const int64_t*>(p.kv_lens) + batch)
+                                       : int64_t{__ldg(static_cast<const int*>(p.kv_lens) + batch)};
+      key_end = real < 0 ? 0 : real < p.Sk ? static_cast<int>(real) : p.Sk;
+    }
+    visits = max(1, (key_end + Traits::kKeys - 1) / Traits::kKeys);  // of no key one, hidden, for its zeros
+  }
 };
 
 template <class Traits, class Boxes>
@@ -78,28 +91,58 @@ __device__ __forceinline__ void load_boxes(Boxes& to, const CUtensorMap& map, Ba
   for (int box = 0; box < Traits::kBoxes; ++box) load_box(to[box], map, full, box * Traits::kColumns, s, h, b);
 }
 
+// Rows from `first` on, by a warp.
+template <class Traits, class Boxes>
+__device__ __forceinline__ void clear_rows(Boxes& boxes, int first) {
+#pragma unroll
+  for (int box = 0; box < Traits::kBoxes; ++box)
+    for (int at = first * Traits::kRowBytes + threadIdx.x % 32 * 16; at < int(sizeof boxes[0]); at += 32 * 16)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared_address(boxes[box]) + at), "r"(0) : "memory");
+}
+
+// A warp, whose first lane speaks to the TMA.
 template <class Traits>
 __device__ __forceinline__ void produce(AttentionShared<Traits>& shared, const CUtensorMap& q, const CUtensorMap& k,
                                         const CUtensorMap& v, const AttentionParams& p) {
-  constexpr int kConsumers = Traits::kConsumers, kQueries = Traits::kQueries;
+  constexpr int kConsumers = Traits::kConsumers, kQueries = Traits::kQueries, kKeys = Traits::kKeys;
+  const bool leads = threadIdx.x == 0;
   Place<Traits::kStages> at;
-  Place<1> tiles;
+  Place<1> tiles, landed;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, tiles.advance()) {
-    const Tile tile(index, kConsumers * kQueries, p);
-    for (int j = p.key_tiles - 1; j >= 0; --j, at.advance()) {
-      const int head = tile.head / p.group;
+    const Tile tile(Traits(), index, p);
+    const int head = tile.head / p.group;
+    for (int i = 0; i < tile.visits; ++i, at.advance()) {
+      const int key = (tile.visits - 1 - i) * kKeys;
+      Barrier &k_full = shared.k_full[at.stage], &v_full = shared.v_full[at.stage];
       shared.k_empty[at.stage].wait(at.parity ^ 1);
-      shared.k_full[at.stage].arrive_and_expect(sizeof shared.k[0]);
-      load_boxes<Traits>(shared.k[at.stage], k, shared.k_full[at.stage], j * Traits::kKeys, head, tile.batch);
+      if (leads) {
+        k_full.arrive_and_expect(sizeof shared.k[0]);
+        load_boxes<Traits>(shared.k[at.stage], k, k_full, key, head, tile.batch);
+      }
       shared.v_empty[at.stage].wait(at.parity ^ 1);
-      shared.v_full[at.stage].arrive_and_expect(sizeof shared.v[0]);
-      load_boxes<Traits>(shared.v[at.stage], v, shared.v_full[at.stage], j * Traits::kKeys, head, tile.batch);
-      if (j < p.key_tiles - 1) continue;
-      // After the first keys and values, which need not wait for the results of the tile before to have left.
-      shared.q_empty.wait(tiles.parity ^ 1);
-      shared.q_full.arrive_and_expect(sizeof shared.q);
-      for (int c = 0; c < kConsumers; ++c)
-        load_boxes<Traits>(shared.q[c], q, shared.q_full, tile.query + c * kQueries, tile.head, tile.batch);
+      const bool hides = tile.key_end < min(key + kKeys, p.Sk);
+      if (leads) {
+        Barrier& full = hides ? shared.v_landed : v_full;
+        full.arrive_and_expect(sizeof shared.v[0]);
+        load_boxes<Traits>(shared.v[at.stage], v, full, key, head, tile.batch);
+      }
+      if (i == 0) {
+        // After the first keys and values, which need not wait for the results of the tile before to have left.
+        shared.q_empty.wait(tiles.parity ^ 1);
+        if (leads) {
+          shared.q_full.arrive_and_expect(sizeof shared.q);
+          for (int c = 0; c < kConsumers; ++c)
+            load_boxes<Traits>(shared.q[c], q, shared.q_full, tile.query + c * kQueries, tile.head, tile.batch);
+        }
+      }
+      if (hides) {  // what kv_lens hides may be no number, of which 0 times is none either
+        shared.v_landed.wait(landed.parity);
+        landed.advance();
+        clear_rows<Traits>(shared.v[at.stage], tile.key_end - key);
+        publish_writes();
+        __syncwarp();
+        if (leads) v_full.arrive();
+      }
     }
   }
 }
@@ -151,13 +194,13 @@ __device__ __forceinline__ void multiply_rows(float (&d)[N], const float (&by)[2
   for (int i = 0; i < N; ++i) d[i] *= by[i / 2 % 2];
 }
 
-// Keys from `first` on that do not exist.
+// Keys, the first of which is `first`, from key_end on.
 template <int N>
-__device__ __forceinline__ void mask(float (&scores)[N], int first, int Sk) {
+__device__ __forceinline__ void mask(float (&scores)[N], int first, int key_end) {
   const int column = first + threadIdx.x % 4 * 2;
 #pragma unroll
   for (int i = 0; i < N; ++i)
-    if (column + i / 4 * 8 + i % 2 >= Sk) scores[i] = -INFINITY;
+    if (column + i / 4 * 8 + i % 2 >= key_end) scores[i] = -INFINITY;
 }
 
 // d = q k^T
@@ -215,7 +258,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
   Place<Traits::kStages> at_k, at_v;
   Place<1> tiles;
   for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, tiles.advance()) {
-    const Tile tile(index, Traits::kConsumers * kQueries, p);
+    const Tile tile(Traits(), index, p);
     float out[Traits::kWidth / 2] = {}, scores[kKeys / 2];
     uint32_t weights[kKeys / 4];
     Softmax<kKeys / 2> softmax;
@@ -234,13 +277,13 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     wait_for_products<0>(scores);
     if (lane == 0) shared.k_empty[at_k.stage].arrive();
     at_k.advance();
-    mask(scores, (p.key_tiles - 1) * kKeys, p.Sk);
+    mask(scores, (tile.visits - 1) * kKeys, tile.key_end);
     softmax.weigh(scores, p.scale_log2);
     round_weights();
 
     // The scores of a tile are multiplied before the values of the one before it, so that its softmax does not wait
     // for these.
-    for (int j = p.key_tiles - 2; j >= 0; --j) {
+    for (int i = 1; i < tile.visits; ++i) {
       shared.k_full[at_k.stage].wait(at_k.parity);
       turns.wait();
       begin_products();
@@ -305,7 +348,7 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void attention_fwd_kernel(
   extern __shared__ __align__(1024) unsigned char memory[];
   auto& shared = *reinterpret_cast<AttentionShared<Traits>*>(memory);
   if (threadIdx.x == 0) {
-    shared.q_full.init(1), shared.q_empty.init(Traits::kConsumers);
+    shared.q_full.init(1), shared.q_empty.init(Traits::kConsumers), shared.v_landed.init(1);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       constexpr int kWarps = Traits::kConsumers * 4;
       shared.k_full[stage].init(1), shared.k_empty[stage].init(kWarps);
@@ -316,7 +359,7 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void attention_fwd_kernel(
   __syncthreads();
   if (threadIdx.x < kGroup) {
     give_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Traits>(shared, q, k, v, p);
+    if (threadIdx.x < 32) produce<Traits>(shared, q, k, v, p);
   } else {
     take_registers<Traits::kConsumerRegisters>();
     consume<Traits>(shared, out, p);
@@ -334,7 +377,6 @@ void launch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out
   constexpr int kQueries = Traits::kQueries, kKeys = Traits::kKeys, kColumns = Traits::kColumns;
   constexpr int kBlockQueries = Traits::kConsumers * kQueries, kShared = sizeof(AttentionShared<Traits>);
   p.query_tiles = (p.Sq + kBlockQueries - 1) / kBlockQueries;
-  p.key_tiles = (p.Sk + kKeys - 1) / kKeys;
   const int64_t tiles = q.size(0) * p.H * p.query_tiles;
   SORA_CHECK(tiles <= INT32_MAX, "q: expected at most 2^31 - 1 tiles of ", kBlockQueries, " queries, got ", describe(q));
   p.tiles = static_cast<int>(tiles);
@@ -379,7 +421,7 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
   const int64_t Sq = q.size(1), Sk = k.size(1), H = q.size(2), Hk = k.size(2), E = q.size(3);
   SORA_CHECK(q.is_cuda() && (E == 64 || E == 96 || E == 128) && q.scalar_type() != ScalarType::Float,
              "q: expected bfloat16 or float16 heads of 64, 96 or 128 on a GPU, got ", describe(q));
-  SORA_CHECK(!kv_lens && !grids, "kv_lens, grids: expected none, for dense attention");
+  SORA_CHECK(!grids, "grids: expected none, for attention to all real keys");
   SORA_CHECK(q.numel() > 0 && k.numel() > 0 && H % Hk == 0, "k: expected keys, in a number of heads that divides ", H,
              ", got ", describe(k));
   SORA_CHECK(scale > 0, "scale: expected a number above 0, got ", scale);
@@ -391,6 +433,14 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Opti
              describe(k));
 
   AttentionParams p{.lse = static_cast<float*>(lse.data_ptr())};
+  if (kv_lens) {
+    p.wide_lens = kv_lens->scalar_type() == ScalarType::Long;
+    SORA_CHECK((p.wide_lens || kv_lens->scalar_type() == ScalarType::Int) && kv_lens->is_contiguous() &&
+                   kv_lens->dim() == 1 && kv_lens->size(0) == q.size(0) && kv_lens->is_cuda() &&
+                   kv_lens->get_device_index() == q.get_device_index(),
+               "kv_lens: expected a contiguous int32 or int64 (B,) on the device of q, got ", describe(*kv_lens));
+    p.kv_lens = kv_lens->data_ptr();
+  }
   p.Sq = static_cast<int>(Sq), p.Sk = static_cast<int>(Sk), p.H = static_cast<int>(H);
   p.group = static_cast<int>(H / Hk);
   p.scale = static_cast<float>(scale), p.scale_log2 = static_cast<float>(scale * 1.4426950408889634);

@@ -103,8 +103,8 @@ def spacetime_attention(
     where the last axis is not dense), and their time falls with the share of keys that are seen. `sdpa` is PyTorch's
     own flash kernel, where every query sees every key: "auto" takes it on a GPU in bfloat16 and float16 for as long as
     no measurement recorded in `attention/config.py` says that `triton` is faster there. `cuda` is the forward of dense
-    attention on sm_90, of bfloat16 or float16 heads of 64, 96 or 128; executed, not yet run on a GPU: "auto" never
-    takes it.
+    attention, with kv_lens or without, on sm_90, of bfloat16 or float16 heads of 64, 96 or 128; executed, not yet run
+    on a GPU: "auto" never takes it.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, dilation and causal axes, arXiv 2504.16922; sliding tiles,
@@ -317,7 +317,7 @@ def _choose(
             return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
         if impl == "sdpa":
             return _not_plain(impl, q, k, mode) or _not_for_sdpa(q, k)
-        return _not_plain(impl, q, k, mode) or _not_for_cuda(q, k, v) if impl == "cuda" else None
+        return _not_for_cuda(q, k, v, mode) if impl == "cuda" else None
 
     fastest = config.fastest(q) if q.is_cuda else None
     return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits, fastest=fastest)
@@ -325,11 +325,14 @@ def _choose(
 
 def _not_plain(impl: str, q: Tensor, k: Tensor, mode: list) -> str | None:
     """Why an implementation of dense attention alone does not take these arguments."""
-    kv_lens, grids, *_, scale = mode
-    if kv_lens is not None or grids:
+    if mode[0] is not None or mode[1]:
         return f"{impl} takes attention without kv_lens, window, causal or packed clips"
-    if scale <= 0:
-        return f"{impl} takes a scale above 0; got {scale}"
+    return _not_a_product(impl, q, k, mode)
+
+
+def _not_a_product(impl: str, q: Tensor, k: Tensor, mode: list) -> str | None:
+    if mode[-1] <= 0:
+        return f"{impl} takes a scale above 0; got {mode[-1]}"
     return f"{impl} takes no empty tensors" if q.numel() == 0 or k.numel() == 0 else None
 
 
@@ -342,8 +345,12 @@ def _not_for_sdpa(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the kernel of csrc/cuda/attention.cu does not take these tensors."""
+def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
+    """Why the kernel of csrc/cuda/attention.cu does not take these arguments."""
+    if mode[1]:
+        return "cuda takes attention without window, causal or packed clips"
+    if reason := _not_a_product("cuda", q, k, mode):
+        return reason
     if config.capability(q.device) != 90:
         return f"cuda needs a GPU of compute capability 9.0; got {config.capability(q.device) / 10}"
     if q.dtype == torch.float32 or q.shape[3] not in CUDA_WIDTHS:

@@ -160,6 +160,7 @@ def _rows_of(t: Tensor | None) -> list:
 
 def attention(
     sm: int, q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, blocks: int = PROCESSORS,
+    kv_lens: Tensor | None = None,
     rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
 ) -> Counters:  # fmt: skip
     """The launch of attention_fwd in attention.cu, on a GPU of so many processors; the rest as of norm_modulate.
@@ -168,16 +169,17 @@ def attention(
     """
     (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
     columns, keys = 32 if E % 64 else 64, 176
-    query_tiles, key_tiles = -(-Sq // 128), -(-Sk // keys)
+    query_tiles = -(-Sq // 128)
     tiles = query_tiles * H * B
     text = compiled("attention", sm)
     (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}E" in n)
     rows = ((q, 64), (k, keys), (v, keys), (out, 64))
     boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in rows]
-    fields = lse, Sq, Sk, H, H // Hk, query_tiles, key_tiles, tiles, scale, scale * math.log2(math.e)
+    lengths = (0, 0) if kv_lens is None else (kv_lens, kv_lens.dtype == torch.int64)
+    fields = lse, lengths[0], Sq, Sk, H, H // Hk, query_tiles, tiles, lengths[1], scale, scale * math.log2(math.e)
     shared = 2 * E * (128 + 4 * keys) + 1024  # queries, two stages of keys and of values; barriers
     text = rewrite(text) if rewrite else text
-    launch = text, (min(tiles, blocks),), [*boxes, Struct("<Q7i2f4x", fields)]
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQ7i2f4x", fields)]
     options |= dict(name=name, names=["q", "k", "v", "out", "p"], block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
@@ -315,8 +317,8 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
                 observe(name, counters)
 
     def attend(q, k, v, kv_lens, grids, *rest) -> None:
-        assert kv_lens is None and grids is None, "the kernel is of dense attention"
-        counters = attention(sm, q, k, v, *rest[-3:], **options)
+        assert grids is None, "the kernel shows every real key to every query"
+        counters = attention(sm, q, k, v, *rest[-3:], kv_lens=kv_lens, **options)
         if observe:
             observe("attention_fwd_kernel", counters)
 
