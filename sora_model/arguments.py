@@ -13,6 +13,10 @@ Device = Annotated[
     str | None, typer.Option(help="Where to compute.", show_default="cuda where there is a GPU, else cpu")
 ]
 Impl = Annotated[str, typer.Option(help="Kernels: auto, reference, cpu or triton.")]
+WAIT = 1800.0
+Wait = Annotated[
+    float, typer.Option(help="Under torchrun: seconds to wait for a process that does not come or answer.")
+]
 Credentials = Annotated[
     bool, typer.Option("--credentials/--no-credentials", help="Sign what made the file into it, and mark the pixels.")
 ]

@@ -70,13 +70,15 @@ def info(
     from .checkpoint import read_json
     from .pipeline import Sora
 
-    kernels.main([])
     index = Path(weights) / "model_index.json"
     if Path(weights).is_file() or (index.parent / "config.json").is_file() and not index.is_file():
-        return say(out, f"{weights} is {wan_check.look(Path(weights))}: one model. {_WHERE}")
+        held = wan_check.look(Path(weights))
+        kernels.main([])
+        return say(out, f"{weights} is {held}: one model. {_WHERE}")
     if index.is_file() and (known := read_json(index)).get("_class_name") in wan.PIPELINES:
         return _wan_info(Path(weights), known)
     sora = Sora.from_pretrained(weights)
+    kernels.main([])
     table = Table(title=plain(f"checkpoint {weights}"))
     table.add_column("part")
     table.add_column("parameters", justify="right")
@@ -105,19 +107,23 @@ def _wan_info(folder: Path, index: dict[str, Any]) -> None:
     """Of a checkpoint that is too large to be loaded for that."""
     import torch
 
+    from sora_kernels import info as kernels
+
     from . import machine, wan, wan_check
     from .machine import choose_device, gib
     from .planning import Sizes
 
     dit, vae = wan.configs(folder)
     parts, device = wan.parts_of(folder), choose_device(None)
+    remarks = [remark for part in parts for remark in wan_check.compare(folder, part.name)]
+    kernels.main([])
     table = Table(title=plain(f"checkpoint {folder}"))
     for name in ("part", "parameters", "on disk"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part in parts:
         table.add_row(part.name, f"{part.parameters:,}", gib(part.bytes))
     out.print(table)
-    for remark in (remark for part in parts for remark in wan_check.compare(folder, part.name)):
+    for remark in remarks:
         say(out, remark)
     say(out, "names and shapes of the tensors are those that the configs ask for")
     for part in parts:

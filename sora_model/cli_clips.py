@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import OWN, Credentials, Device, Impl, Weights, parse_guidance, parse_size
+from .arguments import OWN, WAIT, Credentials, Device, Impl, Wait, Weights, parse_guidance, parse_size
 from .terminal import bars, console, notes, say
 
 clips = typer.Typer()
@@ -60,6 +60,7 @@ def _write(
     apart: Annotated[
         bool, typer.Option("--apart", help="Under torchrun: each half of the processes loads one of two experts.")
     ] = False,
+    wait: Wait = WAIT,
 ) -> None:
     """Loads the checkpoint, lets `make(sora, to, prompt, **options)` write, and says what it says.
 
@@ -84,18 +85,14 @@ def _write(
             make_folder(to.parent)
         check_target(to)
         sealer(to.name)
-        with ranks.started(device) as own, ranks.spare(to) as (first, to):
+        with ranks.started(device, wait=wait) as own, ranks.spare(to) as (first, to):
             expert = experts.own() if apart else None
             with err.status("loading the checkpoint"):
                 sora = Sora.from_pretrained(weights, device=own, expert=expert)
                 for text in loras or ():
                     file, weight, expert = lora.parse(text)
                     sora.load_lora(file, weight, expert=expert)
-            with (
-                ranks.told_of_loss("while the clip was made", "nothing of it is kept: start all again"),
-                parallel.sampling(sora, guidance=options["guidance"]),
-                bars(err) as progress,
-            ):
+            with parallel.sampling(sora, guidance=options["guidance"]), bars(err) as progress:
                 said = make(sora, to, prompt, progress=progress if first else None, **options)
     for line in said if first else ():
         say(out, line)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .arguments import Impl
+from .arguments import WAIT, Impl, Wait
 from .terminal import console, say
 
 training = typer.Typer(help="Train the toy checkpoint: first the VAE, then the transformer.", no_args_is_help=True)
@@ -36,6 +36,7 @@ def train_vae(
     ] = False,
     impl: Impl = "auto",
     device: TrainDevice = "cpu",
+    wait: Wait = WAIT,
 ) -> None:
     """Train the VAE on clips of the procedural world; under torchrun, on all its processes."""
     from . import ranks, recipe, train
@@ -43,8 +44,8 @@ def train_vae(
 
     check_impl(impl)
     how = recipe.load(config or recipe.TOY, changes or ())
-    begun = None if start is None else train.load_vae(start)
-    with ranks.started(device) as own:
+    with ranks.started(device, wait=wait) as own:
+        begun = None if start is None else train.load_vae(start)
         train.train_vae(run, how, start=begun, decoder=decoder, device=own, impl=impl)
         if ranks.Ranks().rank == 0:
             say(out, f"wrote {run / 'model.safetensors'}")
@@ -74,6 +75,7 @@ def train_dit(
     accumulate: Annotated[int, typer.Option(help="Parts of a process' clips, one after the other; as --shard.")] = 1,
     impl: Impl = "auto",
     device: TrainDevice = "cpu",
+    wait: Wait = WAIT,
 ) -> None:
     """Train the transformer and its text encoder on the VAE's latents; every save writes a checkpoint, and a sheet of
     samples into RUN/samples. Under torchrun each process takes a share of every batch."""
@@ -90,9 +92,6 @@ def train_dit(
     if dtype not in computes:
         raise ValueError(f"dtype must be one of {', '.join(computes)}; got {dtype!r}")
     how = recipe.load(config or recipe.TOY, changes or ())
-    coder = train.load_vae(vae)
-    begun = None if start is None else Sora.from_pretrained(start, device="cpu")
-    make_folder(checkpoint)
 
     def save(dit: Any, text: Any, step: int) -> None:
         sora = Sora(dit, coder, text, how.defaults)
@@ -102,7 +101,10 @@ def train_dit(
         if how.samples:
             train.write_sheet(run / "samples" / f"{step:06}.png", sora, how.samples, impl=impl)
 
-    with ranks.started(device, alone=shard or (cp, accumulate) != (1, 1)) as own:
+    with ranks.started(device, alone=shard or (cp, accumulate) != (1, 1), wait=wait) as own:
+        coder = train.load_vae(vae)
+        begun = None if start is None else Sora.from_pretrained(start, device="cpu")
+        make_folder(checkpoint)
         train.train_dit(
             run, coder, how, start=begun and (begun.dit, begun.text), device=own, dtype=computes[dtype],
             checkpointing=checkpointing, shard=shard, cp=cp, accumulate=accumulate, impl=impl, on_save=save,

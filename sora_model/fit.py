@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import files
 from .checkpoint import check_shapes, load_into, read_tensors, write_json, write_tensors
 from .muon import Muon
-from .ranks import RankError, Ranks
+from .ranks import RankError, Ranks, told_of_loss
 from .steps import (
     Settings,
     act_upon,
@@ -76,7 +76,8 @@ def fit(
     named = dict(module.named_parameters())
     parameters = list(named.values())
     made_with = {"matrices": list(matrices)} | dict(made_with or {})
-    ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with)
+    with told_of_loss("before the first step"):
+        ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with)
     if settings.batch < ranks.size:
         raise ValueError(f"batch={settings.batch} clips are fewer than the {ranks.size} processes; start fewer")
     threads = torch.get_num_threads()

@@ -37,7 +37,7 @@ from . import experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
 from .exchange import Gather, Range, Ring, Swap, Tiles, fetch
-from .ranks import Ranks, squares
+from .ranks import Ranks, squares, told_of_loss
 
 AXES = ("clips", "ring", "ulysses")
 
@@ -88,34 +88,36 @@ def sampling(sora: Any, *, guidance: float | tuple[float, float] | None = None) 
 
     With guidance, by default the checkpoint's, half of an even number takes the prompt and half takes none; of each
     half as many as divide the heads in the largest number go to Ulysses, the others to the ring. Where each process
-    holds one of two experts, those of an expert are divided so. In one process nothing happens.
+    holds one of two experts, those of an expert are divided so. In one process nothing happens. Raises ValueError, on
+    every rank, where two were asked for something else, and `ranks.RankError` where a process is lost.
     """
     size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if size == 1:
         yield
         return
-    device, apart = sora.device.type, experts.check_halves(sora.expert)
-    halves = 2 if apart else 1
-    guided = [number != 1 for number in flow.pair(sora.defaults.guidance if guidance is None else guidance)]
-    Ranks().agree({"guidance": guidance})
-    meshes = {}
-    for either in sorted(set(guided)):
-        share = size // halves
-        clips = 2 if either and share % 2 == 0 else 1
-        ulysses = math.gcd(share // clips, sora.dit.config.heads)
-        sizes = halves, clips, share // clips // ulysses, ulysses
-        meshes[either] = init_device_mesh(device, sizes, mesh_dim_names=("experts", *AXES))
-    with ExitStack() as stack:
-        for name, dit, either in zip(experts.NAMES, (sora.dit, sora.second), guided, strict=True):
-            if dit is not None and sora.expert in (None, name) and size > halves:
-                stack.enter_context(over(dit, meshes[either][AXES]))
-        stack.enter_context(tiles_over(sora.vae, init_device_mesh(device, (size,))))
-        sora.together = True
-        stack.callback(setattr, sora, "together", False)
-        if apart:
-            sora.experts = experts.Experts(meshes[guided[0]].get_group("experts"), experts.NAMES.index(sora.expert))
-            stack.callback(setattr, sora, "experts", None)
-        yield
+    with told_of_loss("while the clip was made", "nothing of it is kept: start all again"):
+        device, apart = sora.device.type, experts.check_halves(sora.expert)
+        halves = 2 if apart else 1
+        guided = [number != 1 for number in flow.pair(sora.defaults.guidance if guidance is None else guidance)]
+        Ranks().agree({"guidance": guidance})
+        meshes = {}
+        for either in sorted(set(guided)):
+            share = size // halves
+            clips = 2 if either and share % 2 == 0 else 1
+            ulysses = math.gcd(share // clips, sora.dit.config.heads)
+            sizes = halves, clips, share // clips // ulysses, ulysses
+            meshes[either] = init_device_mesh(device, sizes, mesh_dim_names=("experts", *AXES))
+        with ExitStack() as stack:
+            for name, dit, either in zip(experts.NAMES, (sora.dit, sora.second), guided, strict=True):
+                if dit is not None and sora.expert in (None, name) and size > halves:
+                    stack.enter_context(over(dit, meshes[either][AXES]))
+            stack.enter_context(tiles_over(sora.vae, init_device_mesh(device, (size,))))
+            sora.together = True
+            stack.callback(setattr, sora, "together", False)
+            if apart:
+                sora.experts = experts.Experts(meshes[guided[0]].get_group("experts"), experts.NAMES.index(sora.expert))
+                stack.callback(setattr, sora, "experts", None)
+            yield
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:

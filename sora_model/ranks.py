@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import checks
 from .machine import choose_device
 
 _END = -1
@@ -36,13 +37,14 @@ class RankError(ConnectionError):
 
 @contextmanager
 def started(
-    device: str | torch.device | None, *, alone: bool = False, minutes: float = 30
+    device: str | torch.device | None, *, alone: bool = False, wait: float = 1800
 ) -> Iterator[torch.device]:
     """Joins the processes of `torchrun`, where it started this one; gives the device of this one.
 
     alone    one process is joined to itself, for what is divided among any number
-    minutes  how long to wait for a process that does not answer. Raises RankError where one never comes.
+    wait     seconds for a process that does not come or answer. Raises RankError where one never comes.
     """
+    checks.number("wait", wait, 1, 604800)
     size, device = int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
     if (size == 1 and not alone) or dist.is_initialized():
         yield device
@@ -51,14 +53,32 @@ def started(
     if device.type == "cuda":
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
         torch.cuda.set_device(device)
-    rank, limit = int(os.environ.get("RANK", 0)), datetime.timedelta(minutes=minutes)
+    rank, limit = int(os.environ.get("RANK", 0)), datetime.timedelta(seconds=wait)
     store = dist.HashStore() if size == 1 else _met(rank, size, limit)
-    with _Pulse(store, rank, size) if size > 1 else nullcontext():
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    with _Pulse(store, rank, size) if size > 1 else nullcontext(), _groups_wait(limit):
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        except RuntimeError as error:
+            told = f"rank {rank} of {size} cannot join the others ({_first_line(error)}); start all"
+            raise RankError(told) from error
         try:
             yield device
         finally:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _groups_wait(limit: datetime.timedelta) -> Iterator[None]:
+    """Groups made inside, as those of a mesh, wait as long: PyTorch has one limit for all, whatever the first has."""
+    names = "default_pg_timeout", "default_pg_nccl_timeout"
+    before = {name: getattr(dist.distributed_c10d, name) for name in names}
+    try:
+        for name in names:
+            setattr(dist.distributed_c10d, name, limit)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(dist.distributed_c10d, name, value)
 
 
 class _Pulse:
@@ -160,8 +180,7 @@ class Ranks:
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
-        with told_of_loss("before the first step"):
-            dist.all_gather_object(everyone, dict(facts))
+        dist.all_gather_object(everyone, dict(facts))
         for rank, theirs in enumerate(everyone):
             for name in everyone[0].keys() | theirs.keys():
                 if everyone[0].get(name) != theirs.get(name):

@@ -100,7 +100,8 @@ def fit(
     """
     run, ranks, groups = Path(run), Ranks(), mesh["clips"].size()
     made_with = {"matrices": list(matrices)} | dict(made_with or {})
-    ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with | {"accumulate": accumulate})
+    with told_of_loss("before the first step"):
+        ranks.agree({"what is trained": label} | dataclasses.asdict(settings) | made_with | {"accumulate": accumulate})
     if settings.batch < groups:
         raise ValueError(f"batch={settings.batch} clips are fewer than the {groups} groups of processes; raise cp")
     named = dict(module.named_parameters())

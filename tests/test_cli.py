@@ -298,8 +298,8 @@ def test_text_of_the_user_is_printed_as_it_is(sora, tiny_checkpoint, tmp_path, n
         code, out, err = sora(*arguments)
         assert code == 1 and not out and err.count("error:") == 1 and "Traceback" not in err
         assert "\x1b" not in err and len(err.splitlines()) == 1
-    code, _, err = sora("info", f"[/b]{name}")
-    assert code == 1 and "[/b]" in err and "Traceback" not in err
+    code, out, err = sora("info", f"[/b]{name}")
+    assert code == 1 and not out and "[/b]" in err and "Traceback" not in err
 
 
 def test_a_terminal_without_unicode_is_no_error(tiny_checkpoint, tmp_path):

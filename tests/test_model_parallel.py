@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from in_ranks import in_ranks
+from in_ranks import as_torchrun_does, in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.exchange import Tiles
 from sora_model.memory import Memory
 from sora_model.packed import packed
-from sora_model.ranks import RankError
+from sora_model.ranks import RankError, started
 from sora_model.vae import CausalVAE, VAEConfig
 
 SIZES = dict(dim=48, heads=4, layers=1, ffn_dim=32, in_channels=4, out_channels=3, text_dim=8, freq_dim=16)
@@ -133,12 +133,13 @@ def _on_two(rank, folder):
 def _generate(rank, folder, command):
     from sora_model.cli import app
 
-    app([*command, "--out", f"{folder}/together.mp4"], standalone_mode=False)
-    if rank:
-        SoraDiT.forward = lambda *_, **__: os._exit(7)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the one that is left is sent
     try:
-        app([*command, "--out", f"{folder}/lost.mp4"], standalone_mode=False)
+        with started("cpu", wait=120):
+            app([*command, "--out", f"{folder}/together.mp4"], standalone_mode=False)
+            if rank:
+                SoraDiT.forward = lambda *_, **__: os._exit(7)
+            app([*command, "--out", f"{folder}/lost.mp4"], standalone_mode=False)
     except RankError as error:
         Path(folder, "error").write_text(str(error))
 
@@ -149,9 +150,9 @@ def test_the_processes_of_torchrun_generate_one_clip_or_say_that_one_is_lost(tmp
 
     command = ["generate", "a red ball moves up", "--weights", str(tiny_checkpoint), "--seconds", "1", "--steps", "2"]
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
-        in_ranks(_generate, 2, tmp_path, command)
+        as_torchrun_does(_generate, 2, tmp_path, command)
     said = (tmp_path / "error").read_text()
-    assert "rank 0 of 2 lost another process while the clip was made" in said and not (tmp_path / "lost.mp4").exists()
+    assert "rank 0 of 2 lost rank 1 while the clip was made" in said and not (tmp_path / "lost.mp4").exists()
     assert said.endswith("; nothing of it is kept: start all again")
     app([*command, "--out", f"{tmp_path}/alone.mp4"], standalone_mode=False)
     together, alone = (np.stack([*read_video(tmp_path / f"{name}.mp4")]).astype(int) for name in ("together", "alone"))
@@ -413,10 +414,19 @@ def _asked(rank, folder):
         sora._fit = lambda *args, **how: ((16, 16), (32, 32))[rank]  # by their free memory
         clip = sora.generate("a red ball moves up", **how)
     torch.save(torch.from_numpy(clip.frames.copy()), f"{folder}/{rank}.pt")
+    if rank:
+        os._exit(7)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    said = "lost another process while the clip was made .*; nothing of it is kept: start all again"
+    with pytest.raises(RankError, match=said), parallel.sampling(sora):
+        pass
+    Path(folder, "told").touch()
 
 
-def test_processes_asked_for_other_clips_say_so_and_agree_on_the_tile(tmp_path):
-    in_ranks(_asked, 2, tmp_path)
+def test_processes_asked_for_other_clips_say_so_and_agree_on_the_tile_and_one_lost_before_work_is_told(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
+        in_ranks(_asked, 2, tmp_path)
+    assert (tmp_path / "told").exists()
     sora = Sora.from_pretrained("toy")
     alone = torch.from_numpy(sora.generate("a red ball moves up", seconds=0.2, size=(32, 32), steps=1).frames.copy())
     for rank in range(2):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
-import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from in_ranks import in_ranks
+import torch.distributed as dist
+from in_ranks import as_torchrun_does, free_port, in_ranks
 
 from sora_model.checkpoint import read_tensors
 from sora_model.fit import fit
@@ -85,7 +86,7 @@ def test_a_process_that_dies_leaves_a_state_to_go_on_from(tmp_path):
     assert [row["step"] for row in read_log(tmp_path / "run")] == [10, 12]
 
 
-def _one_of_three_dies(rank, folder, port):
+def _one_of_three_dies(rank, folder):
     steps = iter(range(99))
 
     def loss(error):
@@ -93,10 +94,8 @@ def _one_of_three_dies(rank, folder, port):
             os._exit(7)
         return error.square().mean()
 
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        with started("cpu", minutes=5):
+        with started("cpu", wait=300):
             train(f"{folder}/run", loss=loss)
     except RankError as error:
         Path(folder, f"error {rank}").write_text(str(error))
@@ -105,15 +104,9 @@ def _one_of_three_dies(rank, folder, port):
 def test_a_process_that_dies_is_named_by_those_that_are_left(tmp_path):
     """Rank 2 waits for rank 0, and learns of the loss by rank 0's end: it must not name that one."""
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
-        torch.multiprocessing.spawn(_one_of_three_dies, (str(tmp_path), free_port()), nprocs=3)
+        as_torchrun_does(_one_of_three_dies, 3, tmp_path)
     said = [(tmp_path / f"error {rank}").read_text() for rank in (0, 2)]
     assert said[0].startswith("rank 0 of 3 lost rank 1 at step 2 (") and said[1].startswith("rank 2 of 3 lost rank 1 ")
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -123,5 +116,36 @@ def free_port():
 def test_who_does_not_come_is_named(monkeypatch, rank, said):
     for name, value in dict(RANK=rank, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(RankError, match=said), started("cpu", minutes=0.02):
+    with pytest.raises(RankError, match=said), started("cpu", wait=1.2):
         pass
+
+
+@pytest.mark.parametrize("wait", [0, -1, math.nan, math.inf, True, "60"])
+def test_a_wait_that_is_none_is_refused(wait):
+    with pytest.raises(ValueError, match="wait must be a number from 1 to 604800; got"), started("cpu", wait=wait):
+        pass
+
+
+def test_who_is_lost_while_processes_join_is_no_traceback(monkeypatch):
+    def closed(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:553] Connection closed by peer\nmore")
+
+    monkeypatch.setattr(dist, "init_process_group", closed)
+    message = r"rank 0 of 1 cannot join the others \(Gloo connectFullMesh failed .* by peer\); start all$"
+    with pytest.raises(RankError, match=message), started("cpu", alone=True):
+        pass
+
+
+def test_every_group_of_a_run_waits_as_long_as_the_run():
+    """PyTorch gives 30 minutes to each, whatever the first one has."""
+    limit = lambda group: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # noqa: E731
+    with started("cpu", alone=True, wait=77):
+        assert limit(dist.group.WORLD) == limit(dist.new_group([0])) == 77
+    with started("cpu", alone=True):
+        assert limit(dist.group.WORLD) == limit(dist.new_group([0])) == 1800
+
+
+@pytest.mark.parametrize("command", [["generate", "a red ball moves up"], ["train", "vae"], ["train", "dit"]])
+def test_commands_of_several_processes_refuse_such_a_wait(sora, command):
+    code, _, said = sora(*command, "--wait", "0")
+    assert code == 1 and "wait must be a number from 1 to 604800; got 0.0" in said

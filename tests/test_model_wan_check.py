@@ -60,7 +60,8 @@ PARTS = {  # part -> a form that has it, a tensor of it, and one of two axes
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("look", [info, lambda path: Sora.from_pretrained(path, device="cpu")], ids=["info", "load"])
-def test_what_a_part_lacks_or_has_in_another_shape_is_named(copied, part, look):
+def test_what_a_part_lacks_or_has_in_another_shape_is_named(copied, part, look, capsys):
+    """And nothing else."""
     form, lost, matrix = PARTS[part]
     folder = copied(form)
     state = state_of(folder / part)
@@ -71,6 +72,7 @@ def test_what_a_part_lacks_or_has_in_another_shape_is_named(copied, part, look):
     said = rf"{part}: tensor .* should have the shape .*, but has \({len(state[matrix]) - 1}, "
     with pytest.raises(CheckpointError, match=said):
         look(str(folder))
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", PARTS)
