@@ -90,8 +90,15 @@ def fingerprint(module: nn.Module) -> str:
     found = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(octets(value).cpu().numpy())
     return found.hexdigest()
+
+
+def octets(t: Tensor) -> Tensor:
+    """Its bytes, in order."""
+    flat = t.detach().flatten()
+    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # of one element, too
+    return flat.view(torch.uint8)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
+from .alike import checksum, sum_of_bits
 from .checkpoint import FP8, CheckpointError, read_metadata, read_tensors
 from .dit import SoraDiT, own_name
 from .planning import number
@@ -115,6 +117,16 @@ class LoRAs:
             linear.branches.append(branch)
         self._added.append(_Added({n: c for n, c in changes.items() if n not in low}, apart, weight))
         self._merge(self._added[-1].merged)
+
+    def checksum(self) -> str:
+        """Of the files' weights and changes, for comparing within a run."""
+        told: list[Any] = []
+        for added in self._added:
+            told.append((added.weight, [(branch.scale, checksum(branch)) for _, branch in added.apart]))
+            for name, change in sorted(added.merged.items()):
+                parts = change.up, change.down, change.whole
+                told.append((name, change.scale, [None if part is None else sum_of_bits(part) for part in parts]))
+        return f"{zlib.crc32(repr(told).encode()):08x}"
 
     def weigh(self, weights: Sequence[float]) -> None:
         """Other weights of the files, in the order in which they were added."""

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sora_kernels import qk_norm_rope, spacetime_attention
 from sora_kernels.attention import reference as rules
 
-from . import experts, flow
+from . import alike, experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
 from .exchange import Gather, Range, Ring, Swap, Tiles, fetch
@@ -99,7 +99,7 @@ def sampling(sora: Any, *, guidance: float | tuple[float, float] | None = None) 
         device, apart = sora.device.type, experts.check_halves(sora.expert)
         halves = 2 if apart else 1
         guided = [number != 1 for number in flow.pair(sora.defaults.guidance if guidance is None else guidance)]
-        Ranks().agree({"guidance": guidance})
+        Ranks().agree({"guidance": guidance, "boundary": sora.boundary} | alike.held(sora))
         meshes = {}
         for either in sorted(set(guided)):
             share = size // halves

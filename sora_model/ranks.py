@@ -7,6 +7,7 @@ and gets their gradients, summed in a fixed order. What one process does alone i
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import re
 import tempfile
@@ -176,17 +177,18 @@ class Ranks:
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raises ValueError, on every rank, where two were started with other facts."""
+        """Raises ValueError, on every rank, where two were started with other facts: of those that both have."""
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, dict(facts))
-        for rank, theirs in enumerate(everyone):
-            for name in everyone[0].keys() | theirs.keys():
-                if everyone[0].get(name) != theirs.get(name):
+        for name in dict.fromkeys(itertools.chain(*everyone)):
+            (first, expected), *others = [(rank, own[name]) for rank, own in enumerate(everyone) if name in own]
+            for rank, found in others:
+                if found != expected:
                     raise ValueError(
-                        f"all processes must be started alike: {name} is {everyone[0].get(name)!r} on rank 0, "
-                        f"{theirs.get(name)!r} on rank {rank}"
+                        f"all processes must be started alike: {name} is {expected!r} on rank {first}, {found!r} on "
+                        f"rank {rank}"
                     )
 
     def order(self, step: int, weights: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_model_pipeline import change_config, edit, make_wan_directory
 
 from sora_model import checkpoint, flow, machine, recipe, train
+from sora_model.alike import checksum, sum_of_bits
 from sora_model.checkpoint import FP8, CheckpointError, read_json, read_wan_directory, write_json, write_tensors
 from sora_model.dit import DiTConfig, SoraDiT
 from sora_model.pipeline import _PARTS, Defaults, Sora
@@ -416,3 +417,32 @@ def test_what_is_made_without_memory_has_the_shapes_and_leaves_the_generator_as_
     filled = WordTextEncoder(config).state_dict()
     assert {name: value.shape for name, value in filled.items()} == {name: value.shape for name, value in empty.items()}
     assert filled["position"].std() > 0 and filled["embedding.weight"].std() > 0.5, "outside, numbers are drawn"
+
+
+class Kept(torch.nn.Module):
+    def __init__(self, *tensors):
+        super().__init__()
+        for i, t in enumerate(tensors):
+            self.register_buffer(f"t{i}", t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
+@pytest.mark.parametrize("size", [(), (0,), (1,), (7,), (5, 13)])
+def test_a_checksum_tells_every_bit_apart_wherever_the_values_lie(dtype, size):
+    octets = torch.randint(256, (sum(size) * 16 + 8, 8), dtype=torch.uint8)
+    t = octets.flatten().view(torch.uint8 if dtype == torch.bool else dtype)[: torch.Size(size).numel()].view(size)
+    t = t > 99 if dtype == torch.bool else t
+    found = checksum(Kept(t))
+    apart = torch.cat([t.new_zeros(1) if t.dtype != torch.float8_e4m3fn else t.flatten()[:1], t.flatten()])
+    strided = torch.stack([t.flatten()] * 3, 1)[:, 1].view(size) if t.numel() else t
+    assert checksum(Kept(strided)) == found and checkpoint.fingerprint(Kept(strided)) == checkpoint.fingerprint(Kept(t))
+    assert sum_of_bits(apart[len(apart) - t.numel() :]) == sum_of_bits(t)
+    if t.numel():
+        other = t.clone()
+        if dtype == torch.bool:
+            other.view(-1)[-1] ^= True
+        else:
+            other.view(-1)[-1:].view(torch.uint8)[0] ^= 1
+        assert checksum(Kept(other)) != found
+    assert checksum(Kept(t[None])) != found and checksum(Kept(t, t)) != found
+    assert checksum(Kept(t, torch.empty(3, device="meta"))) == found

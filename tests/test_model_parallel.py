@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from in_ranks import as_torchrun_does, in_ranks
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -404,7 +405,30 @@ def test_a_prediction_is_of_what_is_counted():
         assert table in page, "run python -m benchmarks.scaling and put its tables on the page"
 
 
+def refuses_other_weights(sora, rank, lora):
+    """Each part is named, and a LoRA before the weights that it changes."""
+
+    def refused(name):
+        message = f"must be started alike: the checksum of the {name} is '\\w+' on rank 0, '\\w+' on rank 1"
+        with pytest.raises(ValueError, match=message), parallel.sampling(sora):
+            pass
+
+    for name, part in {"transformer": sora.dit, "VAE": sora.vae, "text encoder": sora.text}.items():
+        weight = next(part.parameters())
+        kept = weight.data.clone()
+        weight.data.view(-1)[-1:] += rank
+        refused(name)
+        weight.data.copy_(kept)
+    for weight, merge in (1 - rank / 2, True), (1 - rank / 2, False), (1, rank == 0):
+        sora.load_lora(lora, weight, merge=merge)
+        refused("LoRA files of the transformer")
+        sora.unload_loras()
+    sora.vae.set_latent_statistics([rank] * sora.vae.config.z_dim, sora.vae.config.latents_std)
+    refused("VAE")
+
+
 def _asked(rank, folder):
+    refuses_other_weights(Sora.from_pretrained("toy"), rank, f"{folder}/lora.safetensors")
     sora, how = Sora.from_pretrained("toy"), {"seconds": 0.2, "size": (32, 32), "steps": 1}
     with parallel.sampling(sora):
         for name, pair in {"steps": (1, 2), "guidance": (3.0, 5.0), "seed": (0, 1), "shift": (2.0, 3.0)}.items():
@@ -423,7 +447,10 @@ def _asked(rank, folder):
     Path(folder, "told").touch()
 
 
-def test_processes_asked_for_other_clips_say_so_and_agree_on_the_tile_and_one_lost_before_work_is_told(tmp_path):
+def test_processes_asked_for_other_clips_or_with_other_weights_say_so_and_agree_on_the_tile(tmp_path):
+    width, name = Sora.from_pretrained("toy").dit.config.dim, "transformer.blocks.0.attn1.to_q"
+    halves = {f"{name}.lora_A.weight": torch.ones(2, width), f"{name}.lora_B.weight": torch.ones(width, 2)}
+    save_file(halves, tmp_path / "lora.safetensors")
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
         in_ranks(_asked, 2, tmp_path)
     assert (tmp_path / "told").exists()
