@@ -150,9 +150,15 @@ class Planning:
         """The plan of all processes, of the smallest tile that one of them chose by its free memory. Raises ValueError,
         on every one, where two were asked for something else: they would wait for each other."""
         Ranks().agree({name: getattr(plan, name) for name in ASKED})
+        return dataclasses.replace(plan, tile=self._smallest(plan.tile))
+
+    def _smallest(self, tile: tuple[int, int]) -> tuple[int, int]:
+        """Of the tiles that processes which work together chose by their free memory."""
+        if not self.together:
+            return tile
         tiles: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(tiles, plan.tile)
-        return dataclasses.replace(plan, tile=min(tiles, key=lambda tile: (math.prod(tile), tile)))
+        dist.all_gather_object(tiles, tile)
+        return min(tiles, key=lambda tile: (math.prod(tile), tile))
 
     def _fit(
         self, frames: int, size: tuple[int, int], impl: str, *, held: bool = True, at_once: int | None = None

@@ -269,7 +269,7 @@ class Verbs:
         self.vae.impl = impl
         self.turns(self.vae)
         tile, _ = self.vae.fit_tile("encode", *video.shape[3:], machine.available(self.device), impl=impl)
-        pieces = (piece.to(self.device) for piece in video.split(16, 2))
+        tile, pieces = self._smallest(tile), (piece.to(self.device) for piece in video.split(16, 2))
         with torch.no_grad(), machine.own_dtypes(self.device):
             means = torch.cat([mean for mean, _ in self.vae.encode_stream(pieces, tile=tile)], 2)
             return self.vae.normalize(means)
