@@ -30,6 +30,7 @@ _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl, or i
 _exported: dict[str, dict[str, torch._ops.OpOverload]] = {}  # the same of a forward, as exported programs hold it
 _loading = threading.Lock()
 _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
+_launches: dict[tuple[str, str], torch._ops.OpOverload] = {}  # of those that Python prepares
 
 
 def define(
@@ -54,6 +55,18 @@ def define(
             _overloads[op][name] = _register(f"_{op}_{name}", schema, _fallback.or_next(op, impl, following, call))
     if op.endswith("_fwd"):
         _exported[op] = {name: _register_exported(op, name, schema) for name in _overloads[op]}
+
+
+def define_launch(op: str, impl: str, schema: str) -> None:
+    """`_{op}_{impl}_launch`, which the compiled library `impl` registers: what the Python provider of `op` launches."""
+    name = f"_{op}_{impl}_launch"
+    _library.define(name + schema)
+    _compiled.add((op, impl))
+    _launches[op, impl] = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def launch(op: str, impl: str) -> torch._ops.OpOverload:
+    return _launches[op, impl]
 
 
 def _register(name: str, schema: str, provider: Callable[..., None] | str | None) -> torch._ops.OpOverload:
@@ -133,7 +146,8 @@ def is_compiled(op: str, impl: str) -> bool:
 
 def has_kernel(op: str, impl: str) -> bool:
     """Whether the compiled library `impl`, once loaded, has registered its kernel of `op`."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::_{op}_{impl}", impl.upper())
+    name = f"_{op}_{impl}" + ("_launch" if (op, impl) in _launches else "")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", impl.upper())
 
 
 def call(op: str, impl: str) -> torch._ops.OpOverload:

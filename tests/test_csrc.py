@@ -299,15 +299,18 @@ def test_modulation_reads_and_writes_16_bytes_at_a_time(machine_code, architectu
 def test_attention_multiplies_in_groups_and_loads_boxes(machine_code):
     """A group of products each for the first scores, the next scores, their values and the last values; where ptxas
     serialises, each product is one. Registers go from the warp group that loads to those that multiply."""
-    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "attention_fwd_kernel" in n}
-    assert len(kernels) == 6  # two dtypes, three widths
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if re.search("attention_(plan_)?fwd_kernel", n)}
+    assert len(kernels) == 12  # dense and planned, two dtypes, three widths
     for name, sass in kernels.items():
-        E = int(re.search(r"Li(\d+)E", name)[1])
+        E, planned = int(re.search(r"Li(\d+)E", name)[1]), "plan" in name
         products = re.findall(r"\bHGMMA\b.*?;", sass)
-        assert len(products) == 2 * (E // 16 + 176 // 16), name
+        assert len(products) == 2 * (E // 16 + (128 if planned else 176) // 16), name
         assert sum("gsb0" in product for product in products) == 4, f"{name}: serialised"
-        assert sum("UTMALDG" in line for line in sass.splitlines()) >= 4 and "UTMASTG" in sass, name
-        assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+        assert sum("UTMALDG" in line for line in sass.splitlines()) >= 4, name
+        assert re.search(r"\bSTG\.E\S*\.128", sass) if planned else "UTMASTG" in sass, name
+        taken, left = ("0xe8", "0x28") if planned else ("0xf0", "0x18")
+        assert re.search(rf"USETMAXREG\S* \S+ {taken}\b", sass), name
+        assert re.search(rf"USETMAXREG.DEALLOC\S* {left}\b", sass), name
 
 
 def test_convolutions_multiply_in_groups_and_load_boxes(machine_code):
@@ -392,6 +395,30 @@ def test_cuda_attention_meets_the_error_rule_and_gives_the_same_bits_again(Sq, S
     for name, *found in zip(("out", "lse"), actual, oracle, plain, again, strict=True):
         assert_matches_oracle(*found[:3], name, max(Sk, E))
         assert torch.equal(found[0], found[3]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("E", [64, 96, 128])
+@pytest.mark.parametrize(
+    "mode",
+    [dict(), dict(causal="frame"), dict(window=(5, 9, 11)), dict(window=(4, 8, 8), stride=(2, 4, 8), text_len=40),
+     dict(window=(3, 6, 20), sink=1), dict(window=[(9, 15, 20), (1, 8, 8)] * 2)],
+    ids=str,
+)  # fmt: skip
+def test_cuda_attention_over_plans_and_kv_lens_meets_the_error_rule(mode, E, dtype, require):
+    require("spacetime_attention", "cuda", "cuda", dtype)
+    S = 9 * 15 * 20 + mode.get("text_len", 0)
+    q, k, v = (torch.randn(2, S, heads, E, device="cuda").to(dtype) for heads in (4, 2, 2))
+    for lengths in (None, torch.tensor([S - 3, 1500], device="cuda")):
+        how = mode | dict(grid=(9, 15, 20), kv_lens=lengths, return_lse=True)
+        actual, again = (spacetime_attention(q, k, v, **how, impl="cuda") for _ in range(2))
+        oracle = spacetime_attention(q.double(), k.double(), v.double(), **how, impl="reference")
+        plain = spacetime_attention(q, k, v, **how, impl="reference")
+        for name, *found in zip(("out", "lse"), actual, oracle, plain, again, strict=True):
+            assert torch.equal(found[0], found[3]), name
+            seen = ~found[1].isneginf()
+            assert_matches_oracle(*(t[seen] for t in found[:3]), name, S)
 
 
 @pytest.mark.gpu

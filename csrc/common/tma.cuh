@@ -62,9 +62,11 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t address) {
   return address ^ (address >> 7 & (kRowBytes / 16 - 1)) << 4;
 }
 
-// The descriptor of t, 16-bit floats, of which axes[0] is dense, for boxes of so many elements of the axes.
+// The descriptor of t, 16-bit floats, from element `first` on: axes of such sizes and steps in elements, the dense one first,
+// for boxes of such sides.
 template <int kRank>
-CUtensorMap box_map(const char* name, const Tensor& t, const int (&axes)[kRank], const int (&sides)[kRank]) {
+CUtensorMap encode_boxes(const char* name, const Tensor& t, int64_t first, const int64_t (&lengths)[kRank],
+                         const int64_t (&steps)[kRank], const int (&sides)[kRank]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* found = nullptr;
@@ -73,24 +75,33 @@ CUtensorMap box_map(const char* name, const Tensor& t, const int (&axes)[kRank],
     SORA_CHECK(found && result == cudaDriverEntryPointSuccess, "the CUDA driver has no cuTensorMapEncodeTiled: 12.0 has");
     return reinterpret_cast<Encode>(found);
   }();
-  const int64_t row = t.size(axes[0]) * 2;
-  cuuint64_t sizes[kRank] = {cuuint64_t(t.size(axes[0]))}, strides[kRank - 1];  // in bytes, of all but the dense axis
-  cuuint32_t box[kRank] = {cuuint32_t(sides[0])}, steps[kRank] = {1};
+  const int64_t row = lengths[0] * 2;
+  cuuint64_t sizes[kRank] = {cuuint64_t(lengths[0])}, strides[kRank - 1];  // in bytes, of all but the dense axis
+  cuuint32_t box[kRank] = {cuuint32_t(sides[0])}, apart[kRank] = {1};
   for (int i = 1; i < kRank; ++i) {
-    const int64_t size = t.size(axes[i]), bytes = size > 1 ? t.stride(axes[i]) * 2 : row;  // of one element any serves
+    const int64_t bytes = lengths[i] > 1 ? steps[i] * 2 : row;  // of one element any serves
     SORA_CHECK(bytes > 0 && bytes % 16 == 0, name, ": expected strides that are positive multiples of 16 bytes, got ",
                describe(t));
-    sizes[i] = cuuint64_t(size), strides[i - 1] = cuuint64_t(bytes), box[i] = cuuint32_t(sides[i]), steps[i] = 1;
+    sizes[i] = cuuint64_t(lengths[i]), strides[i - 1] = cuuint64_t(bytes), box[i] = cuuint32_t(sides[i]), apart[i] = 1;
   }
-  SORA_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, ": expected data at a multiple of 16 bytes");
+  char* const data = static_cast<char*>(t.data_ptr()) + first * 2;
+  SORA_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name, ": expected data at a multiple of 16 bytes");
   CUtensorMap map;
   const CUresult status = encode(
       &map, t.scalar_type() == ScalarType::Half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      kRank, t.data_ptr(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      kRank, data, sizes, strides, box, apart, CU_TENSOR_MAP_INTERLEAVE_NONE,
       sides[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   SORA_CHECK(status == CUDA_SUCCESS, name, ": no TMA descriptor (CUDA driver error ", int(status), ") for ", describe(t));
   return map;
+}
+
+// The descriptor of t, of which axes[0] is dense, for boxes of so many elements of the axes.
+template <int kRank>
+CUtensorMap box_map(const char* name, const Tensor& t, const int (&axes)[kRank], const int (&sides)[kRank]) {
+  int64_t lengths[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) lengths[i] = t.size(axes[i]), steps[i] = t.stride(axes[i]);
+  return encode_boxes<kRank>(name, t, 0, lengths, steps, sides);
 }
 
 }  // namespace sora

@@ -102,9 +102,9 @@ def spacetime_attention(
     runs every mode for heads of up to 256, `cpu` for heads of any width; neither permutes nor pads nor copies (but
     where the last axis is not dense), and their time falls with the share of keys that are seen. `sdpa` is PyTorch's
     own flash kernel, where every query sees every key: "auto" takes it on a GPU in bfloat16 and float16 for as long as
-    no measurement recorded in `attention/config.py` says that `triton` is faster there. `cuda` is the forward of dense
-    attention, with kv_lens or without, on sm_90, of bfloat16 or float16 heads of 64, 96 or 128; executed, not yet run
-    on a GPU: "auto" never takes it.
+    no measurement recorded in `attention/config.py` says that `triton` is faster there. `cuda` is the forward of every
+    mode but dilation on sm_90, of bfloat16 or float16 heads of 64, 96 or 128, side by side if in a video; executed, not
+    yet run on a GPU: "auto" never takes it.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, dilation and causal axes, arXiv 2504.16922; sliding tiles,
@@ -347,8 +347,6 @@ def _not_for_sdpa(q: Tensor, k: Tensor) -> str | None:
 
 def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
     """Why the kernel of csrc/cuda/attention.cu does not take these arguments."""
-    if mode[1]:
-        return "cuda takes attention without window, causal or packed clips"
     if reason := _not_a_product("cuda", q, k, mode):
         return reason
     if config.capability(q.device) != 90:
@@ -362,6 +360,21 @@ def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
                 f"cuda takes strides and offsets that are multiples of 8 elements, no expanded ones; got {name} with "
                 f"strides {tuple(t.stride())} and offset {t.storage_offset()}"
             )
+    return _not_boxes(q, k, v, mode) if mode[1] else None
+
+
+def _not_boxes(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
+    """Why the kernel does not read these tensors as the boxes of a video."""
+    _, grids, window, _, dilation, causal, *_ = mode
+    if max(dilation) > 1:
+        return f"cuda takes no dilation; got {tuple(dilation)}"
+    window = window or ()
+    for axis in (1, 2) if len(grids) > 3 else ():
+        if causal[axis] or any(w < n for w in window[axis::3] for n in grids[axis::3]):
+            return "cuda takes packed clips whose windows hold whole frames, and one clip with any"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.shape[2] > 1 and t.stride(3) == 1 and t.stride(2) != t.shape[3]:
+            return f"cuda takes heads side by side with grid or grids; got {name} with strides {tuple(t.stride())}"
     return None
 
 
@@ -429,8 +442,17 @@ _library.define(
     _FWD,
     f"(Tensor q, Tensor k, Tensor v, {_MODE}, Tensor(a!) out, Tensor(b!) lse) -> ()",
     reference=_forward,
-    impls={"triton": f"{_KERNELS}_forward:{_FWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_FWD}", "cuda": None},
+    impls={
+        name: provider and f"{_KERNELS}_{provider}:{_FWD}"
+        for name, provider in dict(triton="forward", cpu=None, sdpa="sdpa", cuda="cuda").items()
+    },
 )
+_library.define_launch(
+    _FWD, "cuda",
+    "(Tensor q, Tensor k, Tensor v, Tensor? kv_lens, Tensor? heads, Tensor? rows, Tensor? tiles, Tensor? reach, "
+    "int[] own_box, int[] visit_box, int[] own_size, int[] visit_size, int own_start, int visit_start, float scale, "
+    "Tensor(a!) out, Tensor(b!) lse) -> ()",
+)  # fmt: skip
 _library.define(
     _BWD,
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "

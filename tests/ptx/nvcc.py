@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sora_kernels import _dispatch, _library
 from sora_kernels.attention import config as attention_config
+from sora_kernels.attention import kernels_cuda
 from sora_kernels.causal_conv import config as conv_config
 
 from . import device, parser
@@ -167,20 +168,65 @@ def attention(
 
     rewrite(ptx) gives what is executed in place of what was compiled.
     """
-    (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
+    B, Sq, H, E = q.shape
     columns, keys = 32 if E % 64 else 64, 176
     query_tiles = -(-Sq // 128)
     tiles = query_tiles * H * B
     text = compiled("attention", sm)
-    (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}E" in n)
+    (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}ELb0E" in n)
     rows = ((q, 64), (k, keys), (v, keys), (out, 64))
     boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in rows]
-    lengths = (0, 0) if kv_lens is None else (kv_lens, kv_lens.dtype == torch.int64)
-    fields = lse, lengths[0], Sq, Sk, H, H // Hk, query_tiles, tiles, lengths[1], scale, scale * math.log2(math.e)
+    fields = _attention_fields(q, k, kv_lens, query_tiles, tiles, scale, lse)
     shared = 2 * E * (128 + 4 * keys) + 1024  # queries, two stages of keys and of values; barriers
     text = rewrite(text) if rewrite else text
-    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQ7i2f4x", fields)]
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQ7i2f4x112x", fields)]
     options |= dict(name=name, names=["q", "k", "v", "out", "p"], block=(384,), shared=shared)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def _attention_fields(q, k, kv_lens, query_tiles: int, tiles: int, scale: float, lse) -> tuple:
+    (_, Sq, H, _), (Sk, Hk) = q.shape, k.shape[1:3]
+    lengths = (0, 0) if kv_lens is None else (kv_lens, kv_lens.dtype == torch.int64)
+    whole = Sq, Sk, H, H // Hk, query_tiles, tiles, lengths[1]
+    return lse, lengths[0], *whole, scale, scale * math.log2(math.e)
+
+
+def attention_plan(
+    sm: int, q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, heads: Tensor | None, rows: Tensor, tiles: Tensor,
+    reach: Tensor, own_box: Sequence[int], visit_box: Sequence[int], own_size: Sequence[int], visit_size: Sequence[int],
+    own_start: int, visit_start: int, scale: float, out: Tensor, lse: Tensor, blocks: int = PROCESSORS,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of attention_fwd in attention.cu over the tiles of a plan; the rest as of attention."""
+    B, Sq, H, E = q.shape
+    columns, chosen = 32 if E % 64 else 64, H if heads is None else heads.numel()
+    half, split = list(own_box), next(i for i, side in enumerate(own_box) if side > 1)
+    half[split] //= 2
+
+    def boxes(x: Tensor, start: int, size: Sequence[int], sides: Sequence[int]) -> Box:
+        b, s = x.stride()[:2]
+        shape, strides = (B, *size, x.shape[2] * E), (b, size[1] * size[2] * s, size[2] * s, s, 1)
+        view = x.as_strided(shape, strides, x.storage_offset() + start * s)
+        return Box(view, (1, *sides, columns), 3 if columns == 64 else 2)
+
+    maps = [boxes(q, own_start, own_size, half), *(boxes(x, visit_start, visit_size, visit_box) for x in (k, v))]
+    maps += [boxes(x, 0, (1, 1, x.shape[1]), (1, 1, n)) for x, n in ((q, 64), (k, 128), (v, 128))]
+    shapes, periods, bits = [], [], 0
+    for box, size, start in ((own_box, own_size, own_start), (visit_box, visit_size, visit_start)):
+        shapes += [*(side.bit_length() - 1 for side in reversed(box)), start, size[2], size[1]]
+    for side in shapes[6:9]:
+        bits += side
+        periods.append(0xFF // (2**2**bits - 1) if bits < 3 else 0xFFFFFFFF // (2**2 ** (bits - 2) - 1))
+    count = rows.shape[0] * chosen * B
+    fields = *_attention_fields(q, k, kv_lens, -(-Sq // 128), count, scale, lse), rows, tiles, reach
+    fields += 0 if heads is None else heads, out, rows.shape[0], chosen, Sq, *shapes, *periods
+    text = compiled("attention", sm)
+    (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}ELb1E" in n)
+    text = rewrite(text) if rewrite else text
+    launch = text, (min(count, blocks),), [*maps, Struct("<QQ7i2f4x5Q15i3I", fields)]
+    shared = 2 * E * (128 + 2 * 3 * 128) + 1024  # queries, three stages of keys and of values; barriers
+    names = ["q", "k", "v", "q runs", "k runs", "v runs", "p"]
+    options |= dict(name=name, names=names, block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
@@ -316,11 +362,13 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
             if observe:
                 observe(name, counters)
 
-    def attend(q, k, v, kv_lens, grids, *rest) -> None:
-        assert grids is None, "the kernel shows every real key to every query"
-        counters = attention(sm, q, k, v, *rest[-3:], kv_lens=kv_lens, **options)
+    def attend(q, k, v, kv_lens, heads, rows, *rest) -> None:
+        if rows is None:
+            name, counters = "fwd", attention(sm, q, k, v, *rest[-3:], kv_lens=kv_lens, **options)
+        else:
+            name, counters = "plan_fwd", attention_plan(sm, q, k, v, kv_lens, heads, rows, *rest, **options)
         if observe:
-            observe("attention_fwd_kernel", counters)
+            observe(f"attention_{name}_kernel", counters)
 
     def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
         assert tuple(stride) == (1, 1, 1), "the kernel takes stride 1"
@@ -343,13 +391,15 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         return original_why_not(op, impl, device, dtype, grad)
 
     kernels = {
-        "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back, "spacetime_attention_fwd": attend,
+        "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back,
+        "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
             (_library, "call", call), (_dispatch, "_why_not", why_not),
             (attention_config, "capability", lambda device: sm), (conv_config, "capability", lambda device: sm),
+            (kernels_cuda, "launch", attend),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, replacement))
         yield

@@ -1,0 +1,171 @@
+// A plan of spacetime attention (sora_kernels/attention/plan.py) as its kernel reads it: which tiles of keys a tile of
+// queries visits, and by coordinates which keys of a tile a query sees.
+//
+// A tile has 128 tokens: a box of the video, whose sides are powers of two, or a run of consecutive tokens, whose origin is
+// ~its first token. The TMA brings both; beyond an edge of the frame a box is zero.
+
+#pragma once
+
+#include "common/barrier.cuh"
+#include "common/tma.cuh"
+
+#include <cstdint>
+
+namespace sora {
+
+constexpr int kPlanColumns = 11;  // of AttentionPlan.rows
+
+// The boxes of one side, queries or keys.
+struct BoxShape {
+  int w, h, t;      // sides: 2^w, 2^h, 2^t
+  int start, W, H;  // the first token of the video that the descriptor shows, and its lines and frames
+};
+
+struct PlanParams {
+  const int *rows, *tiles, *reach, *heads;  // heads: those that this launch works on; null: all
+  void* out;                                // [B, Sq, H, E], dense
+  int owners, chosen, Sq;                   // chosen: how many heads
+  BoxShape own, visit;
+  uint32_t repeat[3];  // along w, h, t of visited boxes, see `span`
+};
+
+// The descriptors of a tensor [B, S, heads * E] for boxes, by e, w, h, t, b, and for runs, by e, s, 0, 0, b.
+struct TileMaps {
+  const CUtensorMap &box, &run;
+};
+
+// What a query sees: an interval along t, h, w, and the first `kept` tokens of the clip.
+struct Reach {
+  int t[2], h[2], w[2], kept;
+
+  __device__ __forceinline__ Reach(const PlanParams& p, int token) {
+    const int* from = p.reach + max(token, 0);
+    const auto next = [&] {
+      const int value = token < 0 ? 0 : __ldg(from);
+      from += p.Sq;
+      return value;
+    };
+    t[0] = next(), t[1] = next(), h[0] = next(), h[1] = next(), w[0] = next(), w[1] = next(), kept = next();
+  }
+};
+
+__device__ __forceinline__ uint32_t low_bits(int n) {
+  uint32_t bit;
+  asm("shl.b32 %0, %1, %2;" : "=r"(bit) : "r"(1), "r"(n));  // of 32 it gives 0, which C++ leaves open
+  return bit - 1;
+}
+
+// How many of a thread's keys are below x: its c-th is key 8 (c / 2) + 2 (lane % 4) + c % 2 of a tile.
+__device__ __forceinline__ int keys_below(int x) {
+  return x / 8 * 2 + min(max(x % 8 - static_cast<int>(threadIdx.x % 4) * 2, 0), 2);
+}
+
+// A thread's keys j with first <= j / 2^below % 2^side < last, as bits. `repeat` has a one in every bit where the pattern
+// begins again: in the thread's 32 bits, or, where that is within 8 keys, in these.
+__device__ __forceinline__ uint32_t span(int first, int last, int side, int below, uint32_t repeat) {
+  const int from = min(max(first, 0), 1 << side) << below, to = min(max(last, 0), 1 << side) << below;
+  if (side + below < 3) {
+    const uint32_t eight = (low_bits(to) & ~low_bits(from)) * repeat;
+    return (eight >> threadIdx.x % 4 * 2 & 3) * 0x55555555u;
+  }
+  return (low_bits(keys_below(to)) & ~low_bits(keys_below(from))) * repeat;
+}
+
+struct PlanTile {
+  int head, batch, key_end;
+  int visits, masked;                              // of the visits the first `masked` ask coordinates
+  int origin, own_start, own_end;                  // of the queries, and the tokens of their clip, or run
+  int start, visit_end, stop, H, W;                // of the clip on the side of the keys; no run goes beyond stop
+  const int* last;                                 // of the tiles it visits; null: none
+
+  // real: of the batch's entry, how many keys there are.
+  template <class Real>
+  __device__ __forceinline__ PlanTile(int index, const PlanParams& p, Real real) {
+    head = index / p.owners % p.chosen, batch = index / p.owners / p.chosen;
+    if (p.heads) head = __ldg(p.heads + head);
+    key_end = real(batch);
+    const int* row = p.rows + int64_t{index % p.owners} * kPlanColumns;
+    const int begin = __ldg(row), from = __ldg(row + 1), end = __ldg(row + 2);
+    origin = __ldg(row + 3), own_start = __ldg(row + 4), own_end = __ldg(row + 5), start = __ldg(row + 6);
+    visit_end = __ldg(row + 7), stop = __ldg(row + 8), H = __ldg(row + 9), W = __ldg(row + 10);
+    // "Seen whole" was promised for keys that are all real. Who sees nothing visits one tile, hidden, for its zeros.
+    visits = max(end - begin, 1);
+    masked = end == begin ? 1 : key_end < visit_end ? visits : end - from;
+    last = end == begin ? nullptr : p.tiles + end - 1;
+  }
+
+  __device__ __forceinline__ int visited(int i) const { return last ? __ldg(last - i) : start; }
+
+  // Of the j-th query its token; -1 where there is none.
+  __device__ __forceinline__ int token(int j, const BoxShape& box) const {
+    if (origin < 0) return ~origin + j < own_end ? ~origin + j : -1;
+    const int at = origin - own_start;
+    const int w = at % W + (j & (1 << box.w) - 1), h = at / W % H + (j >> box.w & (1 << box.h) - 1);
+    const int found = own_start + ((at / (W * H) + (j >> box.w + box.h)) * H + h) * W + w;
+    return w < W && h < H && found < own_end ? found : -1;
+  }
+
+  // The token of key j of a visited tile, beyond the edges of a frame that of a line or frame further on.
+  __device__ __forceinline__ int key(int tile, int j, const BoxShape& box) const {
+    if (tile < 0) return ~tile + j;
+    return tile + ((j >> box.w + box.h) * H + (j >> box.w & (1 << box.h) - 1)) * W + (j & (1 << box.w) - 1);
+  }
+
+  // The bits of a thread's keys that both rows may see, whatever they reach: the keys that are real.
+  __device__ __forceinline__ uint32_t real(int tile, const PlanParams& p) const {
+    const BoxShape& box = p.visit;
+    if (key(tile, 127, box) < key_end) return ~0u;
+    if (tile < 0) return span(0, key_end - ~tile, 7, 0, 1);
+    const int at = tile - start, rest = key_end - start;
+    if (rest <= 0) return 0;
+    const int w = rest % W - at % W, h = rest / W % H - at / W % H, t = rest / (W * H) - at / (W * H);
+    const auto along_w = [&](int first, int last) { return span(first, last, box.w, 0, p.repeat[0]); };
+    const auto along_h = [&](int first, int last) { return span(first, last, box.h, box.w, p.repeat[1]); };
+    const auto along_t = [&](int first, int last) { return span(first, last, box.t, box.w + box.h, p.repeat[2]); };
+    return along_t(0, t) | along_t(t, t + 1) & (along_h(0, h) | along_h(h, h + 1) & along_w(0, w));
+  }
+
+  __device__ __forceinline__ uint32_t seen(int tile, const Reach& reach, const PlanParams& p) const {
+    if (tile < 0) {
+      const int first = ~tile, end = first < start ? start : stop;  // text before the video ends with it
+      // Text after the video is before all frames.
+      return span(0, (first >= visit_end ? end : min(end, start + reach.kept)) - first, 7, 0, 1);
+    }
+    const BoxShape& box = p.visit;
+    const int at = tile - start, w = at % W, h = at / W % H, t = at / (W * H);
+    return span(reach.w[0] - w, reach.w[1] - w, box.w, 0, p.repeat[0]) &
+           span(reach.h[0] - h, reach.h[1] - h, box.h, box.w, p.repeat[1]) &
+           span(reach.t[0] - t, reach.t[1] - t, box.t, box.w + box.h, p.repeat[2]);
+  }
+
+  // Scores of keys that a query does not see.
+  template <int N>
+  __device__ __forceinline__ void mask(float (&scores)[N], int tile, const Reach (&reach)[2], const PlanParams& p) const {
+    static_assert(N == 64, "128 keys, of which a thread has 32");
+    const uint32_t real_keys = real(tile, p);
+    const uint32_t see[2] = {seen(tile, reach[0], p) & real_keys, seen(tile, reach[1], p) & real_keys};
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(see[i / 2 % 2] & 1u << i / 4 * 2 + i % 2)) scores[i] = -INFINITY;
+  }
+};
+
+// Tile `origin` of a side; of queries the first or the second half.
+template <class Traits, class To>
+__device__ __forceinline__ void load_tile(To& to, const TileMaps& maps, Barrier& full, const BoxShape& box, int origin,
+                                          int half, int head, int batch) {
+  int at[5] = {head * Traits::kWidth, 0, 0, 0, batch};
+  if (origin < 0) {
+    at[1] = ~origin + 64 * half;
+  } else {
+    const int place = origin - box.start;
+    at[1] = place % box.W, at[2] = place / box.W % box.H, at[3] = place / (box.W * box.H);
+    if (half) {  // of the first axis that is longer than 1, so that rows keep their order
+      at[3] += (1 << box.t) / 2, at[2] += box.t ? 0 : (1 << box.h) / 2, at[1] += box.t || box.h ? 0 : 64;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Traits::kBoxes; ++i, at[0] += Traits::kColumns) load_box(to[i], origin < 0 ? maps.run : maps.box, full, at);
+}
+
+}  // namespace sora
