@@ -32,7 +32,7 @@ def parse_guidance(text: str) -> float | tuple[float, float]:
     return numbers if len(numbers) == 2 else numbers[0]
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, option: str = "--size") -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", text.strip())):
-        raise ValueError(f"--size must be WIDTHxHEIGHT in pixels, such as 64x64, got {text!r}")
+        raise ValueError(f"{option} must be WIDTHxHEIGHT in pixels, such as 64x64, got {text!r}")
     return int(match[2]), int(match[1])

@@ -77,7 +77,7 @@ def evaluate(
     from .pipeline import Sora
 
     check_impl(impl)
-    others = [parse_size(size) for size in sizes.split(",")] if sizes else []
+    others = [parse_size(size, "--sizes") for size in sizes.split(",")] if sizes else []
     if long is not None and not 4 <= long <= 3600:
         raise ValueError(f"--long must be from 4 to 3600 seconds, got {long:g}")
     if to == Path("out/eval.json"):

@@ -10,6 +10,7 @@ baselines: the last frame copied, and constant velocity. Means come with 95 % in
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,9 +53,14 @@ def evaluate(
     `vae` (the same on true clips, and after encode and decode, with the mean `psnr` in dB), `intervals`, `shape`
     (rigidity and counts of the prompts' clips), `continuation` and `permanence` by predictor, `length` (with `long`
     seconds), `sizes` (H, W), and every prompt's own answers in `clips`. `keep(group, title, {name: frames})` is given
-    clips that belong side by side.
+    clips that belong side by side. Sizes and `long` are refused, as by `generate`, before any work.
     """
     prompts = world.eval_prompts() if prompts is None else list(prompts)
+    asked = [{"size": (height, width)} for height, width in sizes] + ([{"seconds": long}] if long else [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # given again when the clips are made
+        for more in asked:  # what cannot be made is refused before what can be has taken its time
+            sora._plan(prompts[0][0], seed=seed, **options | more)
     tell = progress or (lambda stage, done, total: None)
     rows, found = _prompted(sora, prompts, seed, tell, "clips", keep, options)
     true, coded, psnr = _true_clips(sora, true_clips)

@@ -269,6 +269,22 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"sizes": [(64, 97)]}, "multiple of 16, got 97"), ({"long": 1e6}, "seconds must lie between")]
+)
+def test_an_evaluation_refuses_what_cannot_be_made_before_any_work(tiny_checkpoint, monkeypatch, asked, said):
+    """It came last, after the clips of all prompts had been made."""
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    monkeypatch.setattr(sora, "generate", lambda *args, **options: pytest.fail("a clip was made"))
+    with pytest.raises(ValueError, match=said):
+        evaluate.evaluate(sora, prompts=PROMPTS, steps=1, **asked)
+
+
+def test_a_size_of_several_is_refused_by_the_name_of_its_option(sora):
+    code, _, err = sora("eval", "--sizes", "64x64,96")
+    assert code == 1 and "error: --sizes must be WIDTHxHEIGHT in pixels, such as 64x64, got '96'" in err
+
+
 def test_bench_runs_in_a_checkout_from_any_folder_and_says_what_is_missing_elsewhere(sora, monkeypatch, tmp_path):
     from benchmarks import page, run
 
