@@ -216,7 +216,7 @@ def _print_text(state: dict) -> None:
             for implementation, modes in implementations.items():
                 line = modes["forward"]
                 if modes["backward"] != line:
-                    line += f"; backward: {modes['backward']}"
+                    line += f"; backward: {modes['backward'].removesuffix(', and gradients were asked for')}"
                 print(f"    {implementation:<10} {line}")
 
 

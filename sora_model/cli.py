@@ -60,7 +60,7 @@ def options(
 @app.command()
 def info(
     weights: Annotated[
-        str, typer.Argument(metavar="[DIR]", help="Checkpoint folder, as of --weights.", show_default="toy")
+        str, typer.Argument(metavar="DIR", help="Checkpoint folder, as of --weights.", show_default="toy")
     ] = "toy",
 ) -> None:
     """What runs on this machine, and what a checkpoint holds and needs."""

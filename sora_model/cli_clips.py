@@ -25,7 +25,7 @@ More = Annotated[float, typer.Option(help="Length of what is made.")]
 
 def _write(
     make: Callable[..., list[str]],
-    prompt: Annotated[str, typer.Argument(help="What the clip shows, such as 'a red circle bounces'.")],
+    prompt: Annotated[str, typer.Argument(help="What the clip shows, such as 'a red circle bounces around'.")],
     to: Annotated[Path, typer.Option("--out", help="The MP4 to write.")] = _TO,
     weights: Weights = "toy",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, such as 64x64.", show_default=OWN)] = None,
@@ -51,7 +51,8 @@ def _write(
     attention: Annotated[
         str | None,
         typer.Option(
-            help="Self-attention: full, window=TxHxW[,stride=TxHxW][,sink=N], causal=frame.", show_default=OWN
+            help="Self-attention: full, causal=frame, or window=TxHxW and, after commas, stride=TxHxW and sink=N.",
+            show_default=OWN,
         ),
     ] = None,
     impl: Impl = "auto",

@@ -153,7 +153,7 @@ def _told(verdict: Verdict, depth: int) -> Iterator[str]:
     yield f"{'  ' * depth}{verdict.name}: {verdict.answer}{by}{why}"
     for action in verdict.actions:
         source = str(action.get("digitalSourceType", "")).rpartition("/")[2]
-        facts = (action.get("parameters") or {}).items()
+        facts = sorted((action.get("parameters") or {}).items())  # c2pa keeps no order
         told = ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, str | int | float))
         yield "  " * (depth + 1) + " ".join(filter(None, (str(action.get("action")), source, told)))
     for one in verdict.inputs:

@@ -229,7 +229,10 @@ def read(path: str | os.PathLike[str], dit: SoraDiT) -> tuple[dict[str, Change],
     Raises `CheckpointError` for a file that holds something else, or changes of weights that are not there or of
     another shape.
     """
-    state, where = read_tensors(path, also=(torch.int64, torch.int32)), os.fspath(path)
+    where = os.fspath(path)
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no LoRA file {where!r}")
+    state = read_tensors(path, also=(torch.int64, torch.int32))
     settings, modules = _settings(path), _modules(dit)
     found: tuple[dict[str, dict[str, Tensor]], ...] = ({}, {})
     unknown = []

@@ -112,7 +112,8 @@ class Planning:
         seconds = number("seconds", own if seconds is None else seconds, 0, most.seconds)
         if not (frames := round(seconds * fps)):
             raise ValueError(
-                f"seconds={seconds} at {fps} frames per second is less than one frame; ask for at least {1 / fps:.3g}"
+                f"seconds={seconds:g} at {fps:g} frames per second is less than one frame; "
+                f"ask for at least {1 / fps:.3g}"
             )
         steps = whole("steps", defaults.steps if steps is None else steps, 1, most.steps)
         seed = whole("seed", seed, 0, 2**63 - 1)
@@ -296,7 +297,7 @@ class Sizes(Planning):
 def number(name: str, value: Any, least: float, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not least <= value <= most or (name == "seconds" and value == 0):
+    if not least <= value <= most:
         raise ValueError(f"{name} must lie between {least} and {most}, got {value}")
     return float(value)
 

@@ -39,6 +39,10 @@ class MediaError(ValueError):
     """A video file cannot be read or written; the message says which, why, and what to do."""
 
 
+class NoVideoError(MediaError):
+    """A file is none of the containers that are read."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a file holds. Width and height are those of the frames, after the turn that the file asks for.
@@ -256,10 +260,9 @@ def _open(path: str | os.PathLike, max_pixels: int) -> tuple[BinaryIO, Any, str]
         file.seek(0)
         kind = next((k for at, magic, k in _CONTAINERS if head[at : at + len(magic)] == magic), None)
         if kind is None:
-            raise MediaError(
-                f"cannot read {show(path)}: "
-                + ("it is empty" if not head else "it is not an MP4, MOV, WebM, MKV or AVI video")
-            )
+            if not head:
+                raise MediaError(f"cannot read {show(path)}: it is empty")
+            raise NoVideoError(f"cannot read {show(path)}: it is not an MP4, MOV, WebM, MKV or AVI video")
         with as_media_error(f"cannot read {show(path)}: it is cut short or damaged"):
             # FFmpeg decodes a few pictures to learn what the streams hold: those of every stream are under the limit.
             return file, av.open(file, format=kind, options={"max_pixels": str(max_pixels)}), kind

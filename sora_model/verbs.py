@@ -25,6 +25,7 @@ from torch import Tensor
 from . import machine, media, planning
 from .conditioning import Known, place
 from .frames import covering, held, to_video
+from .reader import NoVideoError
 from .safety import filters, limits
 from .safety.credentials import Input, Origin
 
@@ -308,7 +309,7 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
                         f"read_pixels={most.read_pixels}; scale it down"
                     )
                 return np.array(image.convert("RGB"))[None]
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, IsADirectoryError):
         pass
     except media.MediaError:
         raise
@@ -317,7 +318,11 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
             raise media.MediaError(f"there is no file {os.fspath(path)!r}") from error
         raise media.MediaError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error
     frames, shown, free = [], [], machine.available(torch.device("cpu"))
-    for time, frame in media.read_video(path, times=True):
+    try:
+        video = media.read_video(path, times=True)
+    except NoVideoError as error:
+        raise media.MediaError(f"{error}, nor an image of {', '.join(_IMAGES)}") from None
+    for time, frame in video:
         shown.append(float(time))
         frames.append(frame)
         if len(frames) * frame.nbytes > free // 2:

@@ -69,8 +69,11 @@ def test_a_command_writes_what_its_verb_gives(sora, model, command, options, ver
     ("arguments", "said"),
     [
         (("animate", "none.png", PROMPT), "there is no file 'none.png'"),
+        (("animate", "note.txt", PROMPT), "it is not an MP4, MOV, WebM, MKV or AVI video, nor an image of PNG, JPEG,"),
+        (("animate", ".", PROMPT), "cannot read '.': it is not a regular file"),
         (("extend", "clip.mp4", "?!"), "prompt holds no word"),
         (("extend", "clip.mp4", PROMPT, "--seconds", 0), "seconds=0.0 at 8 frames per second is less than one frame"),
+        (("generate", PROMPT, "--lora", "none.safetensors"), "there is no LoRA file 'none.safetensors'"),
         (("inpaint", "clip.mp4", PROMPT, "--box", "1,2,x"), "--box must be LEFT,TOP,RIGHT,BOTTOM in pixels"),
         (("edit", "clip.mp4", PROMPT, "--strength", 3), "strength must be a number from 0 to 1; got 3.0"),
         (("generate", PROMPT, "--long", "whole"), "long must be one of once, stream, pieces or None; got 'whole'"),
@@ -79,6 +82,7 @@ def test_a_command_writes_what_its_verb_gives(sora, model, command, options, ver
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line_and_no_file(sora, model, tmp_path, arguments, said):
+    (tmp_path / "note.txt").write_text("a note")
     before = sorted(tmp_path.iterdir())
     code, _, err = sora(*arguments, *OPTIONS, "--out", "made.mp4")
     assert code == 1 and said in err and "Traceback" not in err

@@ -312,6 +312,9 @@ def test_verify_gives_four_answers_and_codes(sora, tmp_path, signed, stranger):
     code, out, err = sora("verify", signed)
     assert code == 0 and out.startswith("signed.mp4: trusted, by sora local\n") and not err
     assert "c2pa.created trainedAlgorithmicMedia seed 1" in out
+    facts = Origin({"seed": 1, "model": "m", "guidance": 2.0, "steps": 3, "checkpoint_sha256": "0"})
+    out = sora("verify", write(tmp_path / "facts.mp4", facts))[1]  # c2pa gives them in another order each time
+    assert out.endswith(" checkpoint_sha256 0, guidance 2.0, model m, seed 1, steps 3\n")
     root = sora("certs", "root")[1]
     assert root == certificates.current().anchors
     (tmp_path / "root.pem").write_text(root)
@@ -332,10 +335,12 @@ def test_verify_gives_four_answers_and_codes(sora, tmp_path, signed, stranger):
     code, out, _ = sora("verify", signed)
     assert code == 3 and out.startswith("signed.mp4: signed by an unknown party, by sora local (signingCredential.unt")
     assert sora("verify", signed, "--anchor", "root.pem")[0] == 0
+    (tmp_path / "text.pem").write_text("no certificate")
     for arguments, said in (
         (("verify", "nothing.mp4"), "there is no such file"), (("certs", "init"), "there is an identity"),
         (("verify", signed, "--anchor", "nothing.pem"), "cannot read 'nothing.pem'"),
         (("verify", signed, "--anchor", signed), "it is no PEM"),
+        (("verify", signed, "--anchor", "text.pem"), "cannot trust what is no certificate; give PEM"),
     ):  # fmt: skip
         code, out, err = sora(*arguments)
         assert code == 1 and not out and said in err and len(err.splitlines()) == 1

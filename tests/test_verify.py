@@ -64,6 +64,7 @@ def test_everything_here_is_right_and_info_remembers(small, cache, capsys, requi
     assert f"{entry['checked']} of {entry['checked']} right  ({info._cpu_name()})" in said
     cache.write_text(cache.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0"'))
     info.main([])
+    assert "usable; backward: embed_watermark is forward-only in cpu\n" in said
     assert "with torch 2.0 then: run python -m sora_kernels.verify again" in capsys.readouterr().out
 
 

@@ -231,7 +231,9 @@ def verify(
     if kind is None:
         raise CredentialsError(f"{os.fspath(path)!r} holds no credentials: it is no MP4, MOV, AVI, PNG, JPEG or WebP")
     anchors = certificates.anchors() if anchors is None else anchors
-    with _context(c2pa, anchors) as context, open(path, "rb") as file:
+    with _as_error(c2pa, "cannot trust what is no certificate; give PEM, as `sora certs root` prints it"):
+        context = _context(c2pa, anchors)
+    with context, open(path, "rb") as file:
         with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
             try:
                 reader = c2pa.Reader(kind, file, manifest, context=context)
