@@ -80,7 +80,10 @@ def video_format(x: Tensor) -> torch.memory_format:
 
 def empty_video(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in x's dtype, device and memory format."""
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=video_format(x))
+    if video_format(x) is torch.contiguous_format:
+        return x.new_empty(shape)
+    _, C, T, H, W = shape
+    return x.new_empty_strided(shape, (T * H * W * C, 1, H * W * C, W * C, C))
 
 
 def dense_taps(weight: Tensor, x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def like(t: Tensor | None, wanted: bool, x: Tensor, frames: int) -> Tensor | Non
         return torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else None
     final = t.numel() == B * frames * D
     dtype = t.dtype if final else torch.promote_types(t.dtype, torch.float32)
-    return torch.empty((B, frames, D), dtype=dtype, device=x.device) if wanted or dtype != t.dtype else None
+    return x.new_empty((B, frames, D), dtype=dtype) if wanted or dtype != t.dtype else None
 
 
 def told_by(t: Tensor | None, other: Tensor | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,12 @@ from .ranks import squares
 
 Range = tuple[int, int]
 Item = TypeVar("Item")
+
+
+def cut(start: int, stop: int, parts: int) -> list[Range]:
+    """[start, stop) in `parts` ranges whose lengths differ by one at most."""
+    borders = [start + (stop - start) * i // parts for i in range(parts + 1)]
+    return list(itertools.pairwise(borders))
 
 
 def swap(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], group) -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ from sora_kernels.attention import reference as rules
 from . import alike, experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
-from .exchange import Gather, Range, Ring, Swap, Tiles, fetch
+from .exchange import Gather, Range, Ring, Swap, Tiles, cut, fetch
 from .ranks import Ranks, squares, told_of_loss
 
 AXES = ("clips", "ring", "ulysses")
@@ -50,9 +50,12 @@ def tiles_over(vae: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
     are as many as ranks, or more where a smaller `tile` is asked for. Gradients of tiled layers are those of the rank's
     tiles.
     """
+    if not hasattr(vae, "ranks"):
+        raise TypeError(f"tiles_over: vae must be a CausalVAE; got a {type(vae).__name__}")
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise ValueError(f"tiles_over: mesh must be a DeviceMesh of one dimension; got {got}")
+    _check_within(mesh)
     before, vae.ranks = vae.ranks, Tiles(mesh.get_group(), mesh.get_local_rank(), mesh.size())
     try:
         yield
@@ -73,6 +76,8 @@ def over(dit: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
 
     Raises ValueError for a mesh or degree that does not fit, and on every rank where ranks pass other inputs.
     """
+    if not hasattr(dit, "parallel"):
+        raise TypeError(f"over: dit must be a SoraDiT; got a {type(dit).__name__}; diffusers has enable_parallelism()")
     if dit.parallel is not None:
         raise ValueError("over: the transformer is divided already; leave that block first")
     dit.parallel = Parallel(mesh, dit.config.heads)
@@ -129,18 +134,18 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     for group, _, size in _groups(mesh).values():
-        for same in _by_dtype(gradients) if size > 1 else ():
+        for dtype in dict.fromkeys(g.dtype for g in gradients) if size > 1 else ():
+            same = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.flatten() for g in same])
             dist.all_reduce(flat, group=group)
             for g, total in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 g.copy_(total.view(g.shape))
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    kinds = {t.dtype: [] for t in tensors}
-    for t in tensors:
-        kinds[t.dtype].append(t)
-    return list(kinds.values())
+def _check_within(mesh: DeviceMesh) -> None:
+    if mesh.get_coordinate() is None:
+        held = ", ".join(map(str, mesh.mesh.flatten().tolist()))
+        raise ValueError(f"mesh must have this process in it, rank {dist.get_rank()}; it has {held}")
 
 
 def _groups(mesh: DeviceMesh) -> dict[str, tuple[Any, int, int]]:
@@ -153,6 +158,7 @@ def _groups(mesh: DeviceMesh) -> dict[str, tuple[Any, int, int]]:
             f"mesh must have some of the dimensions {', '.join(AXES)}; got {names or 'none with a name'}; "
             "of a larger mesh pass mesh['ring', 'ulysses'], say"
         )
+    _check_within(mesh)
     alone = None, 0, 1
     sizes = {name: mesh.size(i) for i, name in enumerate(names)}
     return {
@@ -259,12 +265,6 @@ class Parallel:
 def _in(grid: Grid, mode: AttentionMode) -> AttentionMode:
     """What the mode is in a clip of one frame, all of which sees all of it where no window says otherwise."""
     return AttentionMode() if grid[0] == 1 and mode.window is None else mode
-
-
-def cut(start: int, stop: int, parts: int) -> list[Range]:
-    """[start, stop) in `parts` ranges whose lengths differ by one at most."""
-    borders = [start + (stop - start) * i // parts for i in range(parts + 1)]
-    return list(itertools.pairwise(borders))
 
 
 @dataclasses.dataclass(frozen=True)

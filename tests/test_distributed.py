@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 from in_ranks import in_ranks
 
 import sora_kernels
-from sora_kernels import norm_modulate
+from sora_kernels import _library, norm_modulate
 from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 
 
@@ -46,6 +48,30 @@ def test_so_are_integers_and_videos(mesh):
     ):
         with pytest.raises(TypeError, match="got a DTensor placed as"):
             call()
+
+
+def test_private_operations_refuse_dtensors_in_any_place(mesh):
+    from test_registration import SAMPLES
+    from torch.distributed.tensor import distribute_tensor
+
+    for op, args in SAMPLES:
+        tensors = [i for i, t in enumerate(args) if isinstance(t, torch.Tensor)]
+        for impl, places in itertools.product(_library.ops()[op], [tensors, *([i] for i in tensors)]):
+            given = [distribute_tensor(t.detach(), mesh) if i in places else t for i, t in enumerate(args)]
+            with pytest.raises(RuntimeError, match="sharding strategy registered|got mixed torch.Tensor and DTensor"):
+                _library.call(op, impl)(*given)
+
+
+def test_what_a_collective_still_gathers_is_waited_for(mesh):
+    from test_registration import CALLS
+    from torch.distributed import _functional_collectives as functional
+
+    for function, make in CALLS.values():
+        tensors = make(2)
+        with torch.no_grad():
+            pending = [functional.all_reduce(t, "sum", dist.group.WORLD) for t in tensors]
+            assert all(type(t) is functional.AsyncCollectiveTensor for t in pending)
+            torch.testing.assert_close(function(*pending), function(*tensors), rtol=0, atol=0)
 
 
 def _local_map_of_rows(rank, folder):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from in_ranks import as_torchrun_does, in_ranks
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks import scaling
@@ -319,6 +319,14 @@ def refuses(dit, meshes, rank):
         for given in (torch.full((1, 4, 1, 2, 2), float(rank)), torch.zeros(1, 4, 1, 2, 2 + rank)):
             with pytest.raises(ValueError, match=r"same inputs: the latents to decode are .* on rank 1 of the 2"):
                 vae.decode(given)
+    for divide, what in ((parallel.over, "dit must be a SoraDiT"), (parallel.tiles_over, "vae must be a CausalVAE")):
+        with pytest.raises(TypeError, match=f"{what}; got a Linear"), divide(torch.nn.Linear(2, 2), ring):
+            pass
+        lone = DeviceMesh("cpu", [0], mesh_dim_names=("ring",))
+        message = "mesh must have this process in it, rank 1; it has 0"
+        held = pytest.raises(ValueError, match=message) if rank else torch.no_grad()
+        with held, divide(dit if divide is parallel.over else vae, lone):
+            pass
     square = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ring", "ulysses"))
     message = "tiles_over: mesh must be a DeviceMesh of one dimension; got 2 dimensions"
     with pytest.raises(ValueError, match=message), parallel.tiles_over(vae, square):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sora_kernels
 from sora_kernels import _dispatch, _library
@@ -72,6 +73,11 @@ def heads(n, S=12, H=2, E=8):
 
 PLACES = torch.tensor([2, 0, 0, 2, 1, 0])  # of six tokens among three rows
 
+
+def places(x):
+    return PLACES.to(x.device).expand(x.shape[:2])
+
+
 # name -> (function of tensors alone, its tensors for a batch of n)
 CALLS = {
     "norm_modulate": (sora_kernels.norm_modulate, lambda n: (torch.randn(n, 6, 8), *torch.randn(2, n, 3, 8))),
@@ -81,12 +87,12 @@ CALLS = {
     ),
     "gate_heads": (sora_kernels.gate_heads, lambda n: (torch.randn(n, 12, 2, 8), torch.randn(n, 12, 2))),
     "norm_modulate index": (
-        lambda x, shift, scale: sora_kernels.norm_modulate(x, shift, scale, index=PLACES.expand(x.shape[:2])),
+        lambda x, shift, scale: sora_kernels.norm_modulate(x, shift, scale, index=places(x)),
         lambda n: (torch.randn(n, 6, 8), torch.randn(3, 8), torch.randn(n, 3, 8)),
     ),
     "gate_residual_norm_modulate index": (
         lambda x, y, gate, scale: sora_kernels.gate_residual_norm_modulate(
-            x, y, gate, None, scale, norm="rms", y_norm="rms", index=PLACES.expand(x.shape[:2])
+            x, y, gate, None, scale, norm="rms", y_norm="rms", index=places(x)
         ),
         lambda n: (*torch.randn(2, n, 6, 8), *torch.randn(2, n, 3, 8)),
     ),
@@ -159,6 +165,35 @@ def test_activation_checkpointing_gives_the_same_gradients(name):
     checkpointed = functools.partial(torch.utils.checkpoint.checkpoint, function, use_reentrant=False)
     for actual, expected in zip(run(checkpointed, tensors), run(function, tensors), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_that_wrap_others_get_destinations_of_their_own(name):
+    """Two tensors in one give both results, and both gradients: each destination is made of an operand."""
+    function, make = CALLS[name]
+    apart = make(2), make(2)
+    together = run(function, [TwoTensor(*pair) for pair in zip(*apart, strict=True)])
+    for found, *expected in zip(together, *(run(function, tensors) for tensors in apart), strict=True):
+        assert torch.equal(found.a, expected[0]) and torch.equal(found.b, expected[1])
+
+
+def test_so_do_integers_that_are_given_or_made():
+    videos, tile = (torch.rand(1, 3, 2, 4, 4) for _ in "ab"), torch.randn(3, 5)
+    frames = [torch.randint(256, (1, 2, 9, 10, 3), dtype=torch.uint8) for _ in "ab"]
+    for function, pair in ((sora_kernels.video_to_uint8, list(videos)),
+                           (lambda frames: sora_kernels.embed_watermark(frames, tile), frames)):  # fmt: skip
+        found = function(TwoTensor(*pair))
+        assert torch.equal(found.a, function(pair[0])) and torch.equal(found.b, function(pair[1]))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_on_meta_results_have_the_form_of_real_ones(name):
+    """Shapes, strides and dtypes, of every gradient too."""
+    function, make = CALLS[name]
+    tensors = make(3)
+    for found, real in zip(run(function, [t.to("meta") for t in tensors]), run(function, tensors), strict=True):
+        assert (found.device.type, found.shape, found.stride()) == ("meta", real.shape, real.stride())
+        assert found.dtype == real.dtype
 
 
 TWICE = {  # functions of one tensor that stands for several arguments, and its shape

@@ -498,7 +498,7 @@ def _spacetime_attention(q, k, v, *args, wide: torch.dtype | None = None) -> tup
     if impl == "cpu":  # which computes in fp32 and stores what it was given
         q, k, v = _widened(wide, q, k, v)
     out = like(q, dtype=wide)
-    lse = torch.empty(B, H, Sq, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lse = q.new_empty((B, H, Sq), dtype=torch.promote_types(q.dtype, torch.float32))
     _library.call(_FWD, impl)(dense(q), dense(k), dense(v), *mode, out, lse)
     return out, lse
 

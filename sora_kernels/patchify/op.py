@@ -225,7 +225,7 @@ def _patch_operands(video, weight, bias, pos) -> tuple[Tensor | None, ...]:
 
 
 def _patch_embed3d(video, weight, bias, pos, shape, impl) -> Tensor:
-    out = torch.empty(shape, dtype=video.dtype, device=video.device)
+    out = video.new_empty(shape)
     _library.call("patch_embed3d_fwd", impl)(*_patch_operands(video, weight, bias, pos), out)
     return out
 
@@ -275,7 +275,7 @@ _library.define(
 
 
 def _unpatchify3d(tokens, shape, grid, impl) -> Tensor:
-    out = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
+    out = tokens.new_empty(shape)
     _library.call("unpatchify3d_fwd", impl)(tokens, *grid, out)
     return out
 
@@ -295,7 +295,7 @@ class _Unpatchify3d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         _, grid, impl = ctx.settings
-        dtokens = torch.empty(ctx.shape, dtype=dout.dtype, device=dout.device)
+        dtokens = dout.new_empty(ctx.shape)
         _library.call("unpatchify3d_bwd", impl)(dout, *grid, dtokens)
         return dtokens, None
 
@@ -336,7 +336,7 @@ _library.define(
 
 
 def _final_layer(x, shift, scale, weight, bias, shape, frames, T, H, W, rms, eps, impl) -> Tensor:
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    out = x.new_empty(shape)
     _library.call("final_layer_fwd", impl)(
         dense(x), _rows.operand(shift, x, frames), _rows.operand(scale, x, frames), parameter(weight), parameter(bias),
         T, H, W, rms, eps, out,
@@ -384,7 +384,7 @@ _library.define(
 
 
 def _video_to_uint8(video, patch, size, impl) -> Tensor:
-    out = torch.empty(size, dtype=torch.uint8, device=video.device)
+    out = video.new_empty(size, dtype=torch.uint8)
     _library.call("video_to_uint8_fwd", impl)(video, list(patch), out)
     return out
 

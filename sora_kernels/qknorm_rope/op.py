@@ -489,7 +489,7 @@ _library.define(
 
 def _qk_norm_stats(q, k, impl) -> Tensor:
     dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
-    stats = torch.empty((q.shape[0], q.shape[1] + k.shape[1]), dtype=dtype, device=q.device)
+    stats = q.new_empty((q.shape[0], q.shape[1] + k.shape[1]), dtype=dtype)
     _library.call("qk_norm_stats_fwd", impl)(dense(q), dense(k), stats)
     return stats
 

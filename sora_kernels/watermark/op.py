@@ -57,7 +57,7 @@ _library.define(
 def _embed_watermark(frames, tile, impl) -> Tensor:
     if frames.stride()[3:] != (3, 1):
         frames = frames.contiguous()
-    out = torch.empty(frames.shape, dtype=torch.uint8, device=frames.device)
+    out = frames.new_empty(frames.shape)
     _library.call("embed_watermark_fwd", impl)(frames, parameter(tile), out)
     return out
 
