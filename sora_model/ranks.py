@@ -29,6 +29,7 @@ _END = -1
 _SOMEONE = "another process"
 _RESUME = "the last save is whole: the same command resumes from it"
 _LOST = re.compile("gloo|nccl|connection|timed? ?out", re.IGNORECASE)  # gloo raises RuntimeError itself
+_LATE = re.compile("timed? ?out", re.IGNORECASE)
 _BEAT, _SILENT = 0.5, 5.0  # seconds from beat to beat of a process, and after how many without one it is taken for gone
 
 
@@ -111,13 +112,17 @@ class _Pulse:
                 beats += 1
                 self._store.set(f"pulse {self._rank}", str(beats))
 
-    def lost(self) -> str:
-        """Who is gone, as the first says that asks: it may be gone itself when the next one does."""
+    def lost(self, *, late: bool) -> str:
+        """Who is gone, or, where all are there and one is `late`, who does not wait as this one does; as the first says
+        that asks: it may be gone itself when the next one does."""
         try:
+            self._store.set(f"waits {self._rank}", "")
             if not self._store.check(["lost"]):
                 before = self._beats()
                 time.sleep(_SILENT)
                 same = [str(rank) for rank, beats in self._beats().items() if beats == before[rank]]
+                if late and not same:
+                    same = [str(rank) for rank in self._others if not self._store.check([f"waits {rank}"])]
                 self._store.compare_set("lost", "", ", ".join(same))
             names = self._store.get("lost").decode()
         except RuntimeError:  # rank 0's, where it is not torchrun's own
@@ -256,7 +261,7 @@ def told_of_loss(when: str, then: str = _RESUME) -> Iterator[None]:
         from .steps import noted_signals  # with what training needs
 
         with noted_signals():  # torchrun ends the others when one is gone: not before they have said who
-            who = _Pulse.now.lost() if _Pulse.now else _SOMEONE
+            who = _Pulse.now.lost(late=bool(_LATE.search(str(error)))) if _Pulse.now else _SOMEONE
         raise RankError(
             f"rank {dist.get_rank()} of {dist.get_world_size()} lost {who} {when} ({_first_line(error)}); {then}"
         ) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from in_ranks import as_torchrun_does, free_port, in_ranks
 
+from sora_model import ranks
 from sora_model.checkpoint import read_tensors
 from sora_model.fit import fit
 from sora_model.ranks import RankError, started
@@ -107,6 +110,27 @@ def test_a_process_that_dies_is_named_by_those_that_are_left(tmp_path):
         as_torchrun_does(_one_of_three_dies, 3, tmp_path)
     said = [(tmp_path / f"error {rank}").read_text() for rank in (0, 2)]
     assert said[0].startswith("rank 0 of 3 lost rank 1 at step 2 (") and said[1].startswith("rank 2 of 3 lost rank 1 ")
+
+
+@pytest.mark.parametrize(
+    ("there", "waiting", "late", "named"),
+    [
+        ([0, 2], [0, 2], False, "rank 1"), ([0, 1, 2], [0, 2], True, "rank 1"), ([0, 2], [0], True, "rank 1"),
+        ([0, 1, 2], [0], True, "rank 1, 2"), ([0, 1, 2], [0, 2], False, "another process"),
+    ],
+    ids=["gone", "hangs", "gone before another has noticed", "two hang", "a broken line"],
+)  # fmt: skip
+def test_those_that_wait_name_who_is_gone_or_waits_for_nobody(monkeypatch, there, waiting, late, named):
+    monkeypatch.setattr(ranks, "_BEAT", 0.05)
+    monkeypatch.setattr(ranks, "_SILENT", 1.0)
+    store = dist.HashStore()
+    for rank in range(3):
+        store.set(f"pulse {rank}", "0")
+    pulses = {rank: ranks._Pulse(store, rank, 3) for rank in there}
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        for pulse in pulses.values():
+            stack.enter_context(pulse)
+        assert list(pool.map(lambda rank: pulses[rank].lost(late=late), waiting)) == [named] * len(waiting)
 
 
 @pytest.mark.parametrize(
