@@ -122,6 +122,7 @@ def launches(case: Case, sm: int, **options) -> Iterator[tuple[str, list, list[t
         launched.append((kernel if isinstance(kernel, str) else kernel.__name__, counters))
 
     executed_on = triton_on if case.impl == "triton" else nvcc_on
+    options |= {} if case.blocks is None else dict(blocks=case.blocks)
     with executed_on(sm, observe, checks=(), **options), case.bounded():  # faults are the tests' to find
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             results = case.call(**inputs)

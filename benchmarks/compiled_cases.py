@@ -33,6 +33,7 @@ class Case:
     bounds    module.NAME of a bound of programs -> what it is here
     impl      of `call`: "triton" or "cuda"
     sms       the GPUs that have it
+    blocks    of CUDA C++ whose blocks are as many as a GPU has processors: fewer, as a clip is smaller
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     bounds: Mapping[str, int] = field(default_factory=dict)
     impl: str = "triton"
     sms: tuple[int, ...] = (80, 90)
+    blocks: int | None = None
 
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
@@ -138,11 +140,16 @@ def patchify() -> Iterator[Case]:
     """Both ends of Wan 1.3B, one frame of 480p, narrow ones in fp32; lines of the frames of the decoders of Wan 2.1 and
     of Wan 2.2."""
     grid, patch = (1, 30, 52), (1, 2, 2)
+
+    def ends():
+        return dict(video=draw(1, 16, 1, 60, 104), weight=draw(1536, 16, 1, 2, 2) / 8, bias=draw(1536))
+
+    bounds = {"patchify.kernels_embed.PROGRAMS": 52, "patchify.kernels_embed.REDUCERS": 12}
+    yield Case("patch_embed3d C=16 D=1536", op("patch_embed3d"), ends, bounds=bounds)
+    every = ("video", "weight", "bias")
     yield Case(
-        "patch_embed3d C=16 D=1536", op("patch_embed3d"),
-        lambda: dict(video=draw(1, 16, 1, 60, 104), weight=draw(1536, 16, 1, 2, 2) / 8, bias=draw(1536)),
-        bounds={"patchify.kernels_embed.PROGRAMS": 52, "patchify.kernels_embed.REDUCERS": 12},
-    )  # fmt: skip
+        "patch_embed3d C=16 D=1536, nvcc", op("patch_embed3d", "cuda"), ends, every, impl="cuda", sms=(90,), blocks=6
+    )
     yield Case(
         "unpatchify3d C=16", op("unpatchify3d", grid=grid, patch=patch, channels=16),
         lambda: dict(tokens=draw(1, 1560, 64)),

@@ -76,7 +76,7 @@ NOTES = {
     "gate_heads_bwd_kernel": {"16 bytes": "as forward"},
     "patch_embed3d_fwd_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, gathered 2 bytes a lane"
-    ) | {"wavefronts": _OPERANDS},
+    ) | {"wavefronts": _OPERANDS | {"nvcc": "bias and places of features, 8 and 16 bytes that lanes share"}},
     "patch_embed3d_dvideo_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, written 2 bytes a lane"
     ) | {"wavefronts": _OPERANDS},

@@ -45,6 +45,7 @@ PREDICTED = (
     ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
     ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
     ("norm_modulate", "both", ("wan1.3b-480p",)),
+    ("patch_embed3d", "fwd", ("wan1.3b-480p", "wan14b-480p")),
 )
 RIVALS = ("cuda", "triton", "cudnn", "sdpa")
 

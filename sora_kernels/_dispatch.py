@@ -16,7 +16,10 @@ WITH_TRITON = ("triton", "cudnn")  # on CPU tensors these run in Triton's interp
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORCED = os.environ.get("SORA_KERNELS_IMPL") or "auto"  # replaces "auto" everywhere
 # executed, not yet run on a GPU: "auto" does not take them
-NAMED_ONLY = {(op, "cuda") for op in ("causal_conv3d", "norm_modulate", "qk_norm_rope", "spacetime_attention")}
+NAMED_ONLY = {
+    (op, "cuda")
+    for op in ("causal_conv3d", "norm_modulate", "patch_embed3d", "qk_norm_rope", "spacetime_attention")
+}
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors
 
 

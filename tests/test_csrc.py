@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import sora_kernels  # noqa: F401  (registers the ops)
-from sora_kernels import _library, causal_conv3d, qk_norm_rope, spacetime_attention
+from sora_kernels import _library, causal_conv3d, patch_embed3d, qk_norm_rope, spacetime_attention
 from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.testing import assert_matches_oracle
 
@@ -326,6 +326,34 @@ def test_convolutions_multiply_in_groups_and_load_boxes(machine_code):
         residual = 0 if N > 128 else 2 * N // (32 if N % 64 else 64)
         assert sass.count("UTMALDG.5D") == 2 + residual and "UTMASTG.5D" in sass, name
         assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+
+
+def test_patch_embeddings_multiply_in_groups_and_store_boxes(machine_code):
+    """A group of products for 64 features, one for the last 32 or fewer; results of a warp leave 16 rows at a time."""
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "patch_embed3d_fwd_kernel" in n}
+    assert len(kernels) == 4  # two dtypes, one or two products side by side
+    for name, sass in kernels.items():
+        parts, products = int(re.search(r"Li(\d)E", name)[1]), re.findall(r"\bHGMMA\b.*?;", sass)
+        assert len(products) == parts * (4 + 2), name
+        assert sum("gsb0" in product for product in products) == 2, f"{name}: serialised"
+        assert sass.count("UTMASTG.2D") == 2 * parts and sass.count("STSM") == 8 * parts, name
+        assert re.search(r"USETMAXREG\S* \S+ 0xd0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x60\b", sass), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "C, D, grid", [(16, 1536, (5, 30, 52)), (36, 5120, (3, 7, 13)), (48, 3072, (2, 22, 40))], ids=str
+)
+def test_cuda_patch_embedding_meets_the_error_rule_and_gives_the_same_bits_again(C, D, grid, dtype, require):
+    require("patch_embed3d", "cuda", "cuda", dtype)
+    T, H, W = grid
+    video, bias = torch.randn(2, C, T, 2 * H, 2 * W, device="cuda").to(dtype), torch.randn(D, device="cuda")
+    weight = (torch.randn(D, C, 1, 2, 2, device="cuda") / (4 * C) ** 0.5).to(dtype)
+    actual, plain, again = (patch_embed3d(video, weight, bias, impl=impl) for impl in ("cuda", "reference", "cuda"))
+    oracle = patch_embed3d(video.double(), weight.double(), bias.double(), impl="reference")
+    assert_matches_oracle(actual, oracle, plain, "out", 4 * C)
+    assert torch.equal(actual, again)
 
 
 @pytest.mark.gpu

@@ -31,6 +31,14 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barri
       : "memory");
 }
 
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, Barrier& barrier, const int (&at)[2]) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(at[0]), "r"(at[1])
+      : "memory");
+}
+
 // Shared memory that threads wrote needs `publish_writes` by each of them and a barrier before.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int e, int s, int h, int b) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
@@ -41,6 +49,12 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* fr
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, const int (&at)[5]) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
                "r"(shared_address(from)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4])
+               : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, const int (&at)[2]) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(at[0]), "r"(at[1])
                : "memory");
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _check, _dispatch, _library, _rows
 from .._autograd import apply, derive, needs_grad, once_differentiable, transformed
 from .._operands import dense, like, narrow, parameter
-from . import reference
+from . import kernels_cuda, reference
 
 NORMS = ("layer", "rms")  # as the private ops number them
 
@@ -57,7 +58,8 @@ def patch_embed3d(
     _check.same_device(op, video, {"weight": weight, "bias": bias, "pos": pos}, "video")
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
-    impl = _dispatch.choose(op, impl, video, grad=grad)
+    limits = partial(kernels_cuda.why_not_embed, video, weight, pos)
+    impl = _dispatch.choose(op, impl, video, grad=grad, limits=limits)
     settings = ((B, S, D), impl)
     return apply(_PatchEmbed3d, *tensors, settings) if grad else _patch_embed3d(*tensors, *settings)
 
@@ -202,7 +204,7 @@ _library.define(
     "patch_embed3d_fwd",
     "(Tensor video, Tensor weight, Tensor? bias, Tensor? pos, Tensor(a!) out) -> ()",
     reference=lambda video, weight, bias, pos, out: out.copy_(reference.patch_embed3d(video, weight, bias, pos=pos)),
-    impls={"triton": ".patchify.kernels_embed:patch_embed3d_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_embed:patch_embed3d_fwd", "cpu": None, "cuda": None},
 )
 _library.define(
     "patch_embed3d_bwd",

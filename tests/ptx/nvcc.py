@@ -20,6 +20,7 @@ from sora_kernels import _dispatch, _library
 from sora_kernels.attention import config as attention_config
 from sora_kernels.attention import kernels_cuda
 from sora_kernels.causal_conv import config as conv_config
+from sora_kernels.patchify import kernels_cuda as patchify_config
 
 from . import device, parser
 from .build import cache_directory
@@ -281,6 +282,36 @@ def conv_box(kh: int, H: int, W: int) -> tuple[int, int]:
     return min(sides, key=lambda side: -(-H // side[0]) * -(-W // side[1]) * 1024 + (kh - 1) * side[1])
 
 
+def patch_embed3d(
+    sm: int, video: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, blocks: int = PROCESSORS,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of patch_embed3d_fwd in patchify_embed.cu; the rest as of attention."""
+    (D, _, *patch), K, size = weight.shape, weight[0].numel(), video.shape[2:]
+    grid, rows = [n // p for n, p in zip(size, patch, strict=True)], out.view(-1, D)
+    even = all(s % 2 == 0 for s in video.stride()[:4]) and video.stride(4) == 1 and patch[2] % 2 == 0
+    pairs, boxes, tiles = even and video.storage_offset() % 2 == 0, -(-K // 64), -(-rows.shape[0] // 64)
+    parts = 2 if D > 128 and boxes <= 3 else 1
+    items = tiles * -(-D // (128 * parts))
+    of_weight, of_stage, fixed = boxes * parts * 128 * 128, boxes * 64 * 128, embed_memory(parts)
+    stages = min(((227 << 10) - fixed - of_weight) // of_stage, 8)
+    text = compiled("patchify_embed", sm)
+    (name,) = (n for n in parser.kernels(text) if f"EmbedTraitsI{MANGLED[video.dtype]}Li{parts}E" in n)
+    maps = [Box(weight.view(D, K), (128 * parts, 64), 3), Box(rows, (16, 64), 3)]
+    fields = video, 0 if bias is None else bias, 0 if bias is None else SCALAR_TYPES[bias.dtype], pairs
+    fields += *video.stride(), K, *patch, *grid, rows.shape[0], D, boxes, stages, tiles, items
+    shared = fixed + of_weight + stages * of_stage
+    text = rewrite(text) if rewrite else text
+    launch = text, (min(items, blocks),), [*maps, Struct("<QQb?6x5q13i4x", fields)]
+    options |= dict(name=name, names=["weight", "out", "p"], block=(384,), shared=shared)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def embed_memory(parts: int) -> int:
+    """Bytes of shared memory whatever the features: boxes of out; bias, offsets of features, barriers."""
+    return (32 << 10) + 4 * 128 * parts + 4 * 384 + 8 * 18
+
+
 def qk_norm_rope(
     sm: int, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_bias: Tensor | None,
     k_bias: Tensor | None, stats: Tensor | None, cos: Tensor | None, sin: Tensor | None, k_cos: Tensor | None,
@@ -382,6 +413,12 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("qk_norm_rope_fwd_kernel", counters)
 
+    def embed(video, weight, bias, pos, out) -> None:
+        assert pos is None, "the kernel adds no rows"
+        counters = patch_embed3d(sm, video, weight, bias, out, **options)
+        if observe:
+            observe("patch_embed3d_fwd_kernel", counters)
+
     def call(op: str, impl: str):
         return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
 
@@ -393,13 +430,13 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
     kernels = {
         "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back,
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
-        "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve,
+        "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
             (_library, "call", call), (_dispatch, "_why_not", why_not),
             (attention_config, "capability", lambda device: sm), (conv_config, "capability", lambda device: sm),
-            (kernels_cuda, "launch", attend),
+            (kernels_cuda, "launch", attend), (patchify_config, "capability", lambda device: sm),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, replacement))
         yield

@@ -1,0 +1,185 @@
+"""CUDA C++ of the patchify family as nvcc compiles it for sm_90a, executed: numbers, schedules, faults, refusals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import ptx
+import pytest
+import torch
+from ptx import nvcc
+
+from sora_kernels import Unavailable, _dispatch, _library, patch_embed3d
+from sora_kernels.testing import assert_matches_oracle
+
+if not nvcc.find():
+    pytest.skip("nvcc is not installed", allow_module_level=True)
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def embedded(video, weight, bias=None, **options) -> ptx.Counters:
+    """patch_embed3d by the error rule, the same bits under two schedules; what was counted."""
+    counted = []
+    options = dict(schedule=3, again=6) | options
+    with nvcc.nvcc_on(90, lambda name, counters: counted.append(counters), **options):
+        actual = patch_embed3d(video, weight, bias, impl="cuda")
+    wide = None if bias is None else bias.double()
+    oracle = patch_embed3d(video.double(), weight.double(), wide, impl="reference")
+    plain = patch_embed3d(video, weight, bias, impl="reference")
+    assert_matches_oracle(actual, oracle, plain, "out", weight[0].numel())
+    return counted[0]
+
+
+# C, patch, clips, grid in patches, D, blocks. Wan's channels, those beside an image, Wan 2.2's, VACE's; rows of patches
+# that end within a group of 64; slices that end within D; shares of blocks that begin and end within a slice.
+EMBEDDED = [
+    (16, (1, 2, 2), 1, (2, 5, 9), 272, 2), (36, (1, 2, 2), 1, (1, 3, 7), 264, 1), (48, (1, 2, 2), 2, (1, 5, 7), 520, 4),
+    (96, (1, 2, 2), 1, (1, 3, 5), 136, 1), (4, (2, 1, 2), 3, (1, 3, 11), 8, 1), (40, (1, 1, 1), 1, (2, 3, 23), 128, 3),
+    (8, (1, 3, 3), 1, (1, 2, 3), 64, 132),
+]  # fmt: skip
+
+
+def operands(C, patch, clips, grid, D, dtype):
+    size = [n * p for n, p in zip(grid, patch, strict=True)]
+    weight = draw(D, C, *patch, dtype=dtype) / (C * patch[0] * patch[1] * patch[2]) ** 0.5
+    return draw(clips, C, *size, dtype=dtype), weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C, patch, clips, grid, D, blocks", EMBEDDED, ids=str)
+def test_patches_of_public_models_and_odd_ones(C, patch, clips, grid, D, blocks, dtype):
+    video, weight = operands(C, patch, clips, grid, D, dtype)
+    embedded(video, weight, draw(D, dtype=dtype), blocks=blocks)
+
+
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16], ids=str)
+def test_any_bias(bias):
+    video, weight = operands(16, (1, 2, 2), 1, (1, 2, 3), 40, torch.float16)
+    embedded(video, weight, None if bias is None else draw(41, dtype=bias)[1:])
+
+
+def test_videos_of_any_strides_are_read_as_they_lie():
+    """Channels last, pixels at odd places, one frame for all, and a slice whose pairs of pixels are whole."""
+    whole, weight = draw(2, 24, 3, 6, 11), draw(40, 8, 1, 2, 2) / 6
+    for video in (
+        whole[:, 3:11, :, :, 1:11].contiguous(memory_format=torch.channels_last_3d), whole[:, 3:11, :, :, 1:11],
+        whole[:, 8:16, :1, :, :10].expand(-1, -1, 3, -1, -1), whole[:, ::3, :, :, 1::2][..., :4],
+        draw(2, 24, 3, 6, 12)[:, 3:11, :, 2:, 2:10],
+    ):  # fmt: skip
+        embedded(video, weight)
+
+
+def test_results_are_written_once_in_whole_sectors_and_the_video_is_read_by_pairs():
+    video, weight = operands(16, (1, 2, 2), 1, (1, 6, 32), 512, torch.bfloat16)
+    counters = embedded(video, weight, draw(512))
+    assert counters.written == 192 * 512 * 2 // 32
+    assert counters.read == (video.nbytes + weight.nbytes + 1024) // 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [8, 128, 136, 256, 600])
+@pytest.mark.parametrize("C", [2, 8, 18, 32, 34, 64, 66])
+def test_sweep_of_features_and_schedules(C, D, dtype):
+    for seed in range(4):
+        video, weight = operands(C, (1, 2, 2), 1 + seed % 2, (1, 1 + 2 * seed, 23), D, dtype)
+        embedded(video, weight, draw(D), blocks=1 + seed, schedule=10 + seed, again=20 + seed)
+
+
+FAULTS = {  # label -> pattern, replacement; each place by itself
+    "a wait for an mbarrier removed": (r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, .*$", "setp.eq.u32 p, 0, 0;"),
+    "a barrier of the block removed": (r"^\tbar\.sync \t0;$", ""),
+    "a fence of the async proxy removed": (r"^\tfence\.proxy\.async\.shared::cta;$", ""),
+    "a wait for products too lax": (r"^\twgmma\.wait_group\.sync\.aligned 0;$", "\twgmma.wait_group.sync.aligned 2;"),
+    "a fence of products removed": (r"^\twgmma\.fence\.sync\.aligned;$", ""),
+    "a wait for stores too lax": (r"^\tcp\.async\.bulk\.wait_group\.read \d;$", "\tcp.async.bulk.wait_group.read 4;"),
+}
+
+
+def planted(source: str, kernel: str, label: str) -> Iterator[str]:
+    """The PTX with one fault in the kernel."""
+    text = nvcc.compiled(source, 90)
+    begin = text.index(kernel)
+    end = text.find(".entry", begin)
+    pattern, replacement = FAULTS[label]
+    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
+        yield text[: hit.start()] + replacement + text[hit.end() :]
+
+
+# C, patches, D, blocks: one slice and group each, so that nothing but the fault orders them, of 32 features and more;
+# two slices and more groups than stages, which are used again; of so many features that few stages are there.
+SHAPES = [(8, 70, 256, 9), (16, 70, 256, 9), (16, 1290, 264, 1), (48, 400, 136, 1)]
+
+
+def found(text: str) -> str | None:
+    """What finds the fault, in one of these shapes under one of six schedules."""
+    for C, patches, D, blocks in SHAPES:
+        video, weight = operands(C, (1, 2, 2), 1, (1, 1, patches), D, torch.bfloat16)
+        oracle = patch_embed3d(video.double(), weight.double(), impl="reference")
+        plain = patch_embed3d(video, weight, impl="reference")
+        for schedule in range(6):
+            out = ptx.unwritten(1, patches, D, dtype=video.dtype)
+            given = 90, video, weight, None, out, blocks, lambda _: text
+            try:
+                nvcc.patch_embed3d(*given, schedule=schedule, budget=900_000)
+                assert_matches_oracle(out, oracle, plain, "out", 4 * C)
+            except ptx.Fault as fault:
+                return fault.kind
+            except AssertionError:
+                return "wrong result"
+    return None
+
+
+@pytest.mark.parametrize("label", FAULTS)
+def test_planted_faults_are_found(label):
+    by = [found(text) for text in planted("patchify_embed", "EmbedTraitsI13__nv_bfloat16Li2E", label)]
+    assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
+    assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
+
+
+def test_special_values_reach_their_patch_and_no_other():
+    video, weight = operands(2, (1, 2, 2), 1, (1, 3, 4), 16, torch.bfloat16)
+    video[0, 1, 0, 3, 5], video[0, 0, 0, 0, 0] = float("nan"), float("inf")
+    with nvcc.nvcc_on(90):
+        out = patch_embed3d(video, weight, impl="cuda")
+    bad = (~out.isfinite()).all(-1)[0]
+    assert bad.nonzero().flatten().tolist() == [0, 6] and out[0, ~bad].isfinite().all()
+
+
+REFUSED = [
+    (dict(dtype=torch.float32), "cuda takes bfloat16 or float16, video and weight alike; got torch.float32 and"),
+    (dict(weight=torch.float32), "video and weight alike; got torch.bfloat16 and torch.float32"),
+    (dict(C=5), "multiples of 8, at most 384; got 16 and 20"), (dict(D=12), "at most 384; got 12 and 16"),
+    (dict(C=98), "at most 384; got 16 and 392"), (dict(pos=True), "cuda adds no pos; add it to the result"),
+    (dict(T=0), r"cuda takes no empty tensors; got video of \(1, 4, 0, 4, 4\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", REFUSED, ids=[m for _, m in REFUSED])
+def test_what_the_embedding_does_not_take_is_unavailable_with_the_reason(change, message):
+    at = dict(dtype=torch.bfloat16, C=4, D=16, T=1) | change
+    video = torch.zeros(1, at["C"], at["T"], 4, 4, dtype=at["dtype"])
+    weight = torch.zeros(at["D"], at["C"], 1, 2, 2, dtype=at.get("weight", at["dtype"]))
+    pos = torch.zeros(4 * at["T"], at["D"]) if at.get("pos") else None
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=message):
+        patch_embed3d(video, weight, pos=pos, impl="cuda")
+
+
+def test_other_gpus_and_gradients_are_unavailable():
+    video, weight = torch.zeros(1, 4, 1, 4, 4).bfloat16(), torch.zeros(16, 4, 1, 2, 2).bfloat16()
+    with nvcc.nvcc_on(80), pytest.raises(Unavailable, match="cuda needs a GPU of compute capability 9.0; got 8.0"):
+        patch_embed3d(video, weight, impl="cuda")
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match="forward-only in cuda"):
+        patch_embed3d(video, weight.requires_grad_(), impl="cuda")
+
+
+def test_auto_does_not_choose_what_was_never_run():
+    assert "cuda" in _library.impls("patch_embed3d_fwd")
+    with nvcc.nvcc_on(90):
+        assert "cuda" not in _dispatch._able.__wrapped__("patch_embed3d", "cpu", torch.bfloat16, False)
