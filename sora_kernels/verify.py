@@ -13,6 +13,7 @@ import argparse
 import functools
 import importlib
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -259,4 +260,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     info.end_with_the_reader()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is written until the end: Ctrl-C needs no page of lines
     sys.exit(main())

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from . import extras
+
+
+@contextmanager
+def _broken_off_at_once() -> Iterator[None]:
+    """Ctrl-C ends the program without a word: of what is imported some prints a page about it, some goes on."""
+    own = signal.getsignal(signal.SIGINT)
+    if own is not signal.default_int_handler:  # under nohup, say, it is ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, own)
 
 
 def main() -> None:
     """Runs `cli.main`. A package of an extra that is not installed is one line and exit code 1."""
     try:
         with extras.named("the sora command"):
-            from . import cli
+            with _broken_off_at_once():
+                from . import cli
 
+                cli.wait_politely()
+                import torch  # noqa: F401
             cli.main()
     except extras.MissingExtra as error:
         sys.exit(f"error: {error}")

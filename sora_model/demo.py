@@ -344,4 +344,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], device: torch.device) 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    try:
+        main(*sys.argv[1:2])
+    except KeyboardInterrupt:
+        sys.exit(130)

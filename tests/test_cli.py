@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import stat
@@ -444,6 +445,40 @@ def test_the_module_runs_as_a_program(tiny_checkpoint, tmp_path):
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("error: prompt holds no word") and not done.stdout
     assert shutil.which("sora") is None or not done.stderr.count("Traceback")
+
+
+def test_an_interrupted_start_ends_without_a_word(tmp_path):
+    """Of what is imported some prints a page of lines, and some goes on, as here."""
+    typed = """
+import importlib.abc, os, runpy, signal, sys
+class Typed(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+sys.meta_path.insert(0, Typed())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["sora", "--version"]
+runpy.run_module("sora_model", run_name="__main__", alter_sys=True)
+"""
+    command, environment = [sys.executable, "-c", typed], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_an_interrupted_demo_ends_without_a_word(tmp_path, monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Sora, "from_pretrained", interrupted)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_module("sora_model.demo", run_name="__main__")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_demo_makes_the_clip_and_tells_a_wrong_operation_from_a_right_one(tmp_path, monkeypatch):
