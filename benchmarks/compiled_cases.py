@@ -265,8 +265,8 @@ def attention() -> Iterator[Case]:
 
     yield Case("spacetime_attention dense", op("spacetime_attention"), heads(512, 2), products=True)
     yield Case(
-        "spacetime_attention dense, nvcc", op("spacetime_attention", "cuda"), heads(512, 2), ("q", "k", "v"),
-        products=True, impl="cuda", sms=(90,),
+        "spacetime_attention dense, nvcc", op("spacetime_attention", "cuda"), heads(512, 2), products=True,
+        impl="cuda", sms=(90,),
     )  # fmt: skip
     yield Case(
         "spacetime_attention window and text",

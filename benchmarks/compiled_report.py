@@ -98,9 +98,10 @@ NOTES = {
     "norm_silu_bwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
     "moments_kernel": {"16 bytes": "the middle of three values of each channel, once a program"},
     "attention_bwd_rows_kernel": {"wavefronts": _SUMS},
-    "attention_bwd_dkdv_kernel": {
-        "wavefronts": "LSE and delta, 8 bytes a lane, 32 of them the same for all of a column: by half warps",
-    },
+    **dict.fromkeys(
+        ("attention_bwd_dkdv_kernel", "attention_bwd_keys_kernel"),
+        {"wavefronts": "LSE and delta, 8 bytes a lane, 32 of them the same for all of a column: by half warps"},
+    ),
 }  # fmt: skip
 SASS = """
 ## What ptxas makes of them

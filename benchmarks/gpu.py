@@ -41,7 +41,7 @@ GRACE_S = 15  # for a stopped step to write what it has
 
 # What docs/cuda.md predicts of the CUDA C++ kernels, to be confirmed in order of value: op, mode and shapes.
 PREDICTED = (
-    ("spacetime_attention", "fwd", ("wan1.3b-length-4", "wan1.3b-480p")),
+    ("spacetime_attention", "both", ("wan1.3b-length-4", "wan1.3b-480p")),
     ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
     ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
     ("norm_modulate", "both", ("wan1.3b-480p",)),

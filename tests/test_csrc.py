@@ -313,6 +313,21 @@ def test_attention_multiplies_in_groups_and_loads_boxes(machine_code):
         assert re.search(rf"USETMAXREG.DEALLOC\S* {left}\b", sass), name
 
 
+def test_gradients_of_attention_multiply_in_groups_and_load_boxes(machine_code):
+    """A group each for the scores, their slopes, dq or dk, and dv; all but the last of them are in flight at a wait."""
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "attention_bwd_kernel" in n}
+    assert len(kernels) == 12  # two dtypes, three widths, of queries and of keys
+    for name, sass in kernels.items():
+        E, of_keys = map(int, re.search(r"Li(\d+)ELb([01])E", name).groups())
+        visited = 64 if of_keys and E > 64 else 96
+        products = re.findall(r"\bHGMMA\b.*?;", sass)
+        assert len(products) == 2 * (E // 16) + (1 + of_keys) * visited // 16, name
+        assert sum("gsb0" in product for product in products) == 3 + of_keys, f"{name}: serialised"
+        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)) == 1 + 2 * of_keys, name
+        assert "UTMALDG" in sass and "UTMASTG" in sass and ("UBLKCP" in sass) == bool(of_keys), name
+        assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+
+
 def test_convolutions_multiply_in_groups_and_load_boxes(machine_code):
     """A group of products for 64 channels of a tap, one for the last 32 or fewer; where ptxas serialises, each product
     is one."""
@@ -447,6 +462,29 @@ def test_cuda_attention_over_plans_and_kv_lens_meets_the_error_rule(mode, E, dty
             assert torch.equal(found[0], found[3]), name
             seen = ~found[1].isneginf()
             assert_matches_oracle(*(t[seen] for t in found[:3]), name, S)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("E", [64, 96, 128])
+@pytest.mark.parametrize(
+    "Sq, Sk, H, Hk", [(1, 1, 1, 1), (129, 177, 4, 2), (1000, 512, 24, 24), (2048, 2047, 6, 6)], ids=str
+)
+def test_cuda_gradients_of_attention_meet_the_error_rule_and_give_the_same_bits_again(Sq, Sk, H, Hk, E, dtype, require):
+    require("spacetime_attention", "cuda", "cuda", dtype, grad=True)
+    inputs = [torch.randn(2, S, heads, E, device="cuda").to(dtype) for S, heads in ((Sq, H), (Sk, Hk), (Sk, Hk))]
+    dout, dlse = torch.randn_like(inputs[0]), torch.randn(2, H, Sq, device="cuda")
+
+    def gradients(to, impl):
+        leaves = [t.detach().to(to).requires_grad_() for t in inputs]
+        results = spacetime_attention(*leaves, return_lse=True, impl=impl)
+        return torch.autograd.grad(results, leaves, [dout.to(to), dlse.to(results[1].dtype)])
+
+    actual, again = gradients(dtype, "cuda"), gradients(dtype, "cuda")
+    oracle, plain = gradients(torch.float64, "reference"), gradients(dtype, "reference")
+    for name, *found in zip(("dq", "dk", "dv"), actual, oracle, plain, again, strict=True):
+        assert_matches_oracle(*found[:3], name, Sk if name == "dq" else Sq * H // Hk)
+        assert torch.equal(found[0], found[3]), name
 
 
 @pytest.mark.gpu

@@ -103,8 +103,8 @@ def spacetime_attention(
     where the last axis is not dense), and their time falls with the share of keys that are seen. `sdpa` is PyTorch's
     own flash kernel, where every query sees every key: "auto" takes it on a GPU in bfloat16 and float16 for as long as
     no measurement recorded in `attention/config.py` says that `triton` is faster there. `cuda` is the forward of every
-    mode but dilation on sm_90, of bfloat16 or float16 heads of 64, 96 or 128, side by side if in a video; executed, not
-    yet run on a GPU: "auto" never takes it.
+    mode but dilation and the backward of dense attention on sm_90, of bfloat16 or float16 heads of 64, 96 or 128, side
+    by side if in a video; executed, not yet run on a GPU: "auto" never takes it.
 
     Raises TypeError or ValueError naming the argument; `Unavailable` where an explicit impl cannot run.
     Sources: neighbourhood attention with stride, dilation and causal axes, arXiv 2504.16922; sliding tiles,
@@ -317,7 +317,7 @@ def _choose(
             return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
         if impl == "sdpa":
             return _not_plain(impl, q, k, mode) or _not_for_sdpa(q, k)
-        return _not_for_cuda(q, k, v, mode) if impl == "cuda" else None
+        return _not_for_cuda(q, k, v, mode, grad) if impl == "cuda" else None
 
     fastest = config.fastest(q) if q.is_cuda else None
     return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits, fastest=fastest)
@@ -345,8 +345,10 @@ def _not_for_sdpa(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
-    """Why the kernel of csrc/cuda/attention.cu does not take these arguments."""
+def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list, grad: bool) -> str | None:
+    """Why the kernels of csrc/cuda/attention.cu and attention_backward.cu do not take these arguments."""
+    if grad and (mode[0] is not None or mode[1]):
+        return "cuda has gradients of attention without kv_lens, window, causal or packed clips"
     if reason := _not_a_product("cuda", q, k, mode):
         return reason
     if config.capability(q.device) != 90:
@@ -354,8 +356,7 @@ def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
     if q.dtype == torch.float32 or q.shape[3] not in CUDA_WIDTHS:
         return f"cuda takes bfloat16 or float16 heads of {CUDA_WIDTHS}; got {q.dtype} heads of {q.shape[3]}"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        steps = [step for size, step in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
-        if t.stride(3) == 1 and (t.storage_offset() % 8 or any(step <= 0 or step % 8 for step in steps)):
+        if t.stride(3) == 1 and not _boxed(t):
             return (
                 f"cuda takes strides and offsets that are multiples of 8 elements, no expanded ones; got {name} with "
                 f"strides {tuple(t.stride())} and offset {t.storage_offset()}"
@@ -376,6 +377,12 @@ def _not_boxes(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
         if t.shape[2] > 1 and t.stride(3) == 1 and t.stride(2) != t.shape[3]:
             return f"cuda takes heads side by side with grid or grids; got {name} with strides {tuple(t.stride())}"
     return None
+
+
+def _boxed(t: Tensor) -> bool:
+    """Whether heads with a dense last axis lie as a TMA descriptor takes them."""
+    steps = [step for size, step in zip(t.shape[:3], t.stride()[:3], strict=True) if size > 1]
+    return t.storage_offset() % 8 == 0 and all(step > 0 and step % 8 == 0 for step in steps)
 
 
 def _check_heads(op, q, k, v) -> None:
@@ -458,7 +465,7 @@ _library.define(
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
     "bool deterministic, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"triton": f"{_KERNELS}_backward:{_BWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_BWD}"},
+    impls={"triton": f"{_KERNELS}_backward:{_BWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_BWD}", "cuda": None},
 )
 
 
@@ -510,10 +517,10 @@ def _spacetime_attention_backward(
     if impl == "cpu":  # as in forward
         dout, q, k, v, out = _widened(wide, dout, q, k, v, out)
     grads = [like(t, needed, dtype=wide) for t, needed in zip((q, k, v), wanted, strict=True)]
-    dlse = dlse if dlse is None else dlse.contiguous()
-    _library.call(_BWD, impl)(
-        dense(dout), dlse, dense(q), dense(k), dense(v), dense(out), lse.contiguous(), *mode, *grads
-    )
+    dlse, dout, out = dlse if dlse is None else dlse.contiguous(), dense(dout), dense(out)
+    if impl == "cuda":  # which refused a q, k or v of such strides
+        dout, out = (t if _boxed(t) else t.clone(memory_format=torch.contiguous_format) for t in (dout, out))
+    _library.call(_BWD, impl)(dout, dlse, dense(q), dense(k), dense(v), out, lse.contiguous(), *mode, *grads)
     return tuple(grads)
 
 

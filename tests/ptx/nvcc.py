@@ -231,6 +231,50 @@ def attention_plan(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
+def attention_bwd(
+    sm: int, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, rewrite: Callable[[str], str] | None = None,
+    again: int | None = None, **options,
+) -> dict[str, Counters]:  # fmt: skip
+    """The launches of attention_bwd in attention_backward.cu, by what they are of; the rest as of attention."""
+    (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
+    columns, queries = 32 if E % 64 else 64, 64 if E > 64 else 96  # queries of a tile that keys visit
+    padded = -(-Sq // queries) * queries
+    base, delta = unwritten(B, H, padded), unwritten(B, H, padded)
+    text = compiled("attention_backward", sm)
+    names, text = parser.kernels(text), rewrite(text) if rewrite else text
+
+    def launch(form: str, blocks: int, arguments: list, **how) -> Counters:
+        (name,) = (n for n in names if form in n)
+        how |= options | dict(name=name)
+        if again is None:
+            return device.run(text, (blocks,), arguments, **how)
+        return device.run_again(text, (blocks,), arguments, again, **how)
+
+    fields = out, dout, *out.stride()[:3], *dout.stride()[:3], lse, 0 if dlse is None else dlse, base, delta
+    rows = Struct("<QQ6qQQQQ5i4x", (*fields, padded, Sq, H, E, padded // 16))
+    form = f"attention_bwd_rows_kernelI{MANGLED[q.dtype]}E"
+    found = {"rows": launch(form, B * H * padded // 16, [rows], names=["p"], block=(128,))}
+
+    for label, of_keys, own, seen, to in (
+        ("queries", False, (q, dout), (k, v), (dq, None)), ("keys", True, (k, v), (q, dout), (dk, dv)),
+    ):  # fmt: skip
+        gradient = next((t for t in to if t is not None), None)
+        if gradient is None:
+            continue
+        visited = queries if of_keys else 96
+        some = [(t, 64) for t in own] + [(t, visited) for t in seen] + [(gradient if t is None else t, 64) for t in to]
+        boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in some]
+        tiles, heads = -(-own[0].shape[1] // 128), own[0].shape[2]
+        fields = base, delta, padded, Sq, Sk, H, H // Hk, tiles, heads, -(-seen[0].shape[1] // visited)
+        p = Struct("<QQ8i??2x2f4x", (*fields, *(t is not None for t in to), scale, scale * math.log2(math.e)))
+        shared = 512 * E + 3 * (4 * visited * E + 8 * visited) + 1024  # own, three stages of visited, numbers; barriers
+        form = f"BackwardTraitsI{MANGLED[q.dtype]}Li{E}ELb{int(of_keys)}E"
+        of = ["own_x", "own_y", "x", "y", "dx", "dy", "p"]
+        found[label] = launch(form, tiles * heads * B, [*boxes, p], names=of, block=(384,), shared=shared)
+    return found
+
+
 def conv_columns(N: int, most: int) -> int:
     """Output channels of a tile."""
     return min((n for n in (192, 128, 96, 64, 32) if n <= most), key=lambda columns: -(-N // columns) * (columns + 32))
@@ -401,6 +445,14 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe(f"attention_{name}_kernel", counters)
 
+    def attend_back(dout, dlse, q, k, v, out, lse, kv_lens, grids, *rest) -> None:
+        assert kv_lens is None and grids is None, "the kernel is of dense attention"
+        scale, _, *gradients = rest[-5:]
+        launched = attention_bwd(sm, dout, dlse, q, k, v, out, lse, scale, *gradients, **options)
+        for label, counters in launched.items():
+            if observe:
+                observe(f"attention_bwd_{label}_kernel", counters)
+
     def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
         assert tuple(stride) == (1, 1, 1), "the kernel takes stride 1"
         rest = residual, norm_weight, bordered, norm_eps, out, pre
@@ -430,6 +482,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
     kernels = {
         "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back,
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
+        "spacetime_attention_bwd": attend_back,
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
