@@ -37,7 +37,7 @@ from . import alike, experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
 from .exchange import Gather, Range, Ring, Swap, Tiles, cut, fetch
-from .ranks import Ranks, squares, told_of_loss
+from .ranks import Ranks, check_within, squares, told_of_loss
 
 AXES = ("clips", "ring", "ulysses")
 
@@ -55,7 +55,7 @@ def tiles_over(vae: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
     if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
         got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
         raise ValueError(f"tiles_over: mesh must be a DeviceMesh of one dimension; got {got}")
-    _check_within(mesh)
+    check_within(mesh)
     before, vae.ranks = vae.ranks, Tiles(mesh.get_group(), mesh.get_local_rank(), mesh.size())
     try:
         yield
@@ -142,12 +142,6 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: DeviceMesh) -> None:
                 g.copy_(total.view(g.shape))
 
 
-def _check_within(mesh: DeviceMesh) -> None:
-    if mesh.get_coordinate() is None:
-        held = ", ".join(map(str, mesh.mesh.flatten().tolist()))
-        raise ValueError(f"mesh must have this process in it, rank {dist.get_rank()}; it has {held}")
-
-
 def _groups(mesh: DeviceMesh) -> dict[str, tuple[Any, int, int]]:
     """(process group, this process' rank in it, size) of each of AXES; one that the mesh lacks has one rank."""
     if not isinstance(mesh, DeviceMesh):
@@ -158,7 +152,7 @@ def _groups(mesh: DeviceMesh) -> dict[str, tuple[Any, int, int]]:
             f"mesh must have some of the dimensions {', '.join(AXES)}; got {names or 'none with a name'}; "
             "of a larger mesh pass mesh['ring', 'ulysses'], say"
         )
-    _check_within(mesh)
+    check_within(mesh)
     alone = None, 0, 1
     sizes = {name: mesh.size(i) for i, name in enumerate(names)}
     return {
@@ -228,8 +222,10 @@ class Parallel:
         if units < rings:
             raise ValueError(f"ring={rings} ranks need {rings} {what} or more; the clip has {units}: take ring={units}")
         chunks = [(a * unit, b * unit) for a, b in cut(0, units, rings)]
-        if min(stop - start for start, stop in chunks) < parts:
-            raise ValueError(f"{rings} x {parts} ranks need a token each; the clip has {math.prod(grid)}")
+        if (least := min(stop - start for start, stop in chunks)) < parts:
+            fits = max(n for n in range(1, least + 1) if self.heads % n == 0)
+            what = f"need {parts} tokens or more; the least of the {rings} parts of the ring has {least}"
+            raise ValueError(f"ulysses={parts} ranks {what}: take ulysses={fits}")
         batches, within = cut(0, batch, clips), cut(*chunks[ring], parts)
         return Share(self, grid, tuple(batches), tuple(chunks), tuple(within), clip, ring, ulysses)
 

@@ -143,6 +143,13 @@ def squares(x: Tensor) -> float:
     return x.detach().double().square().sum().item()
 
 
+def check_within(mesh: Any) -> None:
+    """Raises ValueError where this process is none of those of a DeviceMesh."""
+    if mesh.get_coordinate() is None:
+        held = ", ".join(map(str, mesh.mesh.flatten().tolist()))
+        raise ValueError(f"mesh must have this process in it, rank {dist.get_rank()}; it has {held}")
+
+
 def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
     """The store at which all ranks have come: torchrun's own, or rank 0's. RankError names those that have not."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -303,6 +303,9 @@ def refuses(dit, meshes, rank):
         with pytest.raises(ValueError, match="divided already"), parallel.over(dit, ring):
             pass
         dit(latents, t, text)
+    message = "ulysses=2 ranks need 2 tokens or more; the least of the 1 parts of the ring has 1: take ulysses=1"
+    with parallel.over(dit, ulysses), pytest.raises(ValueError, match=message):
+        dit(latents[:, :, :1, :2, :2], t, text)
     with parallel.over(dit, meshes["clips"]), pytest.raises(ValueError, match="the batch has 1: take clips=1"):
         dit(latents[:1], t[:1], text[:1])
     message = "clips=2 ranks cannot divide packed clips, which are one sequence: take clips=1"
