@@ -30,7 +30,7 @@ class Case:
     call      takes the inputs by name and returns its results
     inputs    the tensors; those of floats want gradients, save `constant`
     products  bound by the tensor cores: its bytes are told and not judged
-    bounds    module.NAME of a bound of programs -> what it is here
+    bounds    module.NAME of a bound of programs, in sora_kernels or ptx -> what it is here
     impl      of `call`: "triton" or "cuda"
     sms       the GPUs that have it
     blocks    of CUDA C++ whose blocks are as many as a GPU has processors: fewer, as a clip is smaller
@@ -50,7 +50,7 @@ class Case:
     def bounded(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for place, bound in self.bounds.items():
-                module, name = f"sora_kernels.{place}".rsplit(".", 1)
+                module, name = (place if place.startswith("ptx.") else f"sora_kernels.{place}").rsplit(".", 1)
                 stack.enter_context(mock.patch.object(importlib.import_module(module), name, bound))
             yield
 
@@ -200,11 +200,16 @@ def norms() -> Iterator[Case]:
     for C, groups in ((96, 0), (192, 0), (128, 32)):
         for order, make in (("last", video), ("first", draw)):
             kind = dict(norm="group", groups=groups) if groups else dict(norm="rms")
-            yield Case(
-                f"norm_silu {kind['norm']} C={C} channels {order}", op("norm_silu", **kind),
-                lambda C=C, make=make: dict(x=make(1, C, 2, 30, 104), weight=draw(C), bias=draw(C)),
-                bounds={"causal_conv.kernels_norm.PROGRAMS": 4},
-            )  # fmt: skip
+            name = f"norm_silu {kind['norm']} C={C} channels {order}"
+
+            def inputs(C=C, make=make):
+                return dict(x=make(1, C, 2, 30, 104), weight=draw(C), bias=draw(C))
+
+            yield Case(name, op("norm_silu", **kind), inputs, bounds={"causal_conv.kernels_norm.PROGRAMS": 4})
+            if not groups:
+                few = {"ptx.nvcc.PROCESSORS": 4}  # a warp takes pixels one after the other, as at full size
+                every = ("x", "weight", "bias")
+                yield Case(f"{name}, nvcc", op("norm_silu", "cuda"), inputs, every, bounds=few, impl="cuda")
 
 
 def passes() -> Iterator[Case]:
@@ -247,9 +252,13 @@ def convolutions() -> Iterator[Case]:
         "causal_conv3d 96 to 96, nvcc", op("causal_conv3d", "cuda", return_raw=True), block,
         ("x", "weight", "bias", "residual", "norm_weight"), products=True, impl="cuda", sms=(90,),
     )  # fmt: skip
+    def upsampled():
+        return dict(x=video(1, 384, 1, 8, 16), **layer(384, 192, 1, 3, 3))
+
+    yield Case("upsample_conv3d 384 to 192", op("upsample_conv3d"), upsampled, products=True, bounds=bounds)
     yield Case(
-        "upsample_conv3d 384 to 192", op("upsample_conv3d"),
-        lambda: dict(x=video(1, 384, 1, 8, 16), **layer(384, 192, 1, 3, 3)), products=True, bounds=bounds,
+        "upsample_conv3d 384 to 192, nvcc", op("upsample_conv3d", "cuda"), upsampled, ("x", "weight", "bias"),
+        products=True, impl="cuda", sms=(90,),
     )  # fmt: skip
     yield Case(
         "downsample_conv3d 192 to 192", op("downsample_conv3d"),

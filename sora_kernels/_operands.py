@@ -92,6 +92,25 @@ def dense_taps(weight: Tensor, x: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
 
+def box(weight: Tensor, factor) -> Tensor:
+    """[O, C, kt + ft - 1, ...] in fp32: the sums of as many neighbouring taps as the factor, zeros around them."""
+    weight = weight.float()
+    for axis, f in enumerate(factor, 2):
+        if f > 1:
+            shape = list(weight.shape)
+            shape[axis] = f - 1
+            zeros = weight.new_zeros(shape)
+            weight = torch.cat([zeros, weight, zeros], axis).unfold(axis, f, 1).sum(-1)
+    return weight
+
+
+def unbox(dboxed: Tensor, factor) -> Tensor:
+    """The adjoint of `box`."""
+    for axis, f in enumerate(factor, 2):
+        dboxed = dboxed.unfold(axis, f, 1).sum(-1) if f > 1 else dboxed
+    return dboxed
+
+
 def bias_gradient(dout: Tensor, dbias: Tensor | None) -> None:
     """dbias [C] = the sum of a video over all but its channels, in fp32, where it is wanted."""
     if dbias is not None:

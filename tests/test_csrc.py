@@ -15,7 +15,15 @@ import pytest
 import torch
 
 import sora_kernels  # noqa: F401  (registers the ops)
-from sora_kernels import _library, causal_conv3d, patch_embed3d, qk_norm_rope, spacetime_attention
+from sora_kernels import (
+    _library,
+    causal_conv3d,
+    norm_silu,
+    patch_embed3d,
+    qk_norm_rope,
+    spacetime_attention,
+    upsample_conv3d,
+)
 from sora_kernels.modulation import gate_residual, gate_residual_norm_modulate, norm_modulate
 from sora_kernels.testing import assert_matches_oracle
 
@@ -402,6 +410,41 @@ def test_cuda_convolution_meets_the_error_rule_and_gives_the_same_bits_again(C, 
         assert torch.equal(found[0], found[3]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize(
+    "C, N, taps, factor, size",
+    [(384, 192, (1, 3, 3), (1, 2, 2), (2, 3, 30, 52)), (96, 200, (3, 3, 3), (2, 2, 2), (1, 3, 17, 9)),
+     (24, 40, (3, 1, 1), (2, 1, 1), (1, 4, 5, 33))],
+    ids=str,
+)  # fmt: skip
+def test_cuda_upsampling_meets_the_error_rule_and_gives_the_same_bits_again(C, N, taps, factor, size, dtype, require):
+    require("upsample_conv3d", "cuda", "cuda", dtype)
+    n = C * taps[0] * taps[1] * taps[2]
+    x = torch.randn(size[0], C, *size[1:], device="cuda").to(dtype).contiguous(memory_format=LAST)
+    weight, bias = (torch.randn(N, C, *taps, device="cuda") / n**0.5).to(dtype), torch.randn(N, device="cuda")
+    actual, plain, again = (
+        upsample_conv3d(x, weight, bias, factor=factor, impl=impl) for impl in ("cuda", "reference", "cuda")
+    )
+    oracle = upsample_conv3d(x.double(), weight.double(), bias.double(), factor=factor, impl="reference")
+    assert_matches_oracle(actual, oracle, plain, "out", n)
+    assert torch.equal(actual, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize("C", [8, 96, 200, 384, 1024])
+def test_cuda_norm_silu_meets_the_error_rule_and_gives_the_same_bits_again(C, layout, dtype, require):
+    require("norm_silu", "cuda", "cuda", dtype)
+    x = torch.randn(2, C, 5, 31, 24, device="cuda").to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.rand(2, C, device="cuda") + 0.5
+    actual, plain, again = (norm_silu(x, weight, bias, impl=impl) for impl in ("cuda", "reference", "cuda"))
+    oracle = norm_silu(x.double(), weight.double(), bias.double(), impl="reference")
+    assert_matches_oracle(actual, oracle, plain, "out", C)
+    assert torch.equal(actual, again) and actual.stride() == x.stride()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_of_modulation_are_read_and_written_16_bytes_at_a_time(machine_code, architecture):
     kernels = {n: s for n, s in machine_code[architecture].items() if "norm_modulate_bwd_kernel" in n}
@@ -410,6 +453,16 @@ def test_gradients_of_modulation_are_read_and_written_16_bytes_at_a_time(machine
         T = 8 if "f" == re.search(r"TraitsI(\w+?)Li", name)[1] else 4  # loads of x and dout of a row of 16 elements
         assert len(re.findall(r"\bLDG\.E\S*\.128", sass)) >= T // (2 if "ELi8E" in name else 1), name
         assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norm_silu_reads_and_writes_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "norm_silu_" in n}
+    assert len(kernels) == 21  # three dtypes; channels last four numbers of elements and a rest, channels first two
+    for name, sass in kernels.items():
+        assert re.search(r"\bLDG\.E\S*\.128", sass), f"{name}: no 128-bit load"
+        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+        assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from ptx import nvcc
 
-from sora_kernels import Unavailable, _dispatch, _library, causal_conv3d
+from sora_kernels import Unavailable, _dispatch, _library, causal_conv3d, upsample_conv3d
 from sora_kernels._operands import dense_taps
+from sora_kernels.causal_conv import kernels_cuda, reference
 from sora_kernels.testing import assert_matches_oracle
 
 if not nvcc.find():
@@ -193,6 +194,75 @@ def test_special_values_reach_the_pixels_that_see_them_and_no_others():
     assert y.isnan()[0, 0].sum() == 18
 
 
+# C, N, taps, factor, (B, T, H, W), frames of a cache. Phases of one tap, of as many before as after the pixel and of
+# more; channels of a phase's weight that end within a tile, where the next phase's begin; two tiles of a phase.
+UPSAMPLED = [
+    (24, 40, (1, 3, 3), (1, 2, 2), (2, 2, 5, 7), 0), (16, 200, (3, 3, 3), (2, 2, 2), (1, 2, 3, 4), 1),
+    (72, 96, (3, 1, 5), (2, 1, 4), (1, 3, 3, 9), 1), (16, 384, (1, 1, 1), (1, 1, 3), (1, 2, 3, 17), 0),
+    (136, 64, (3, 5, 3), (1, 2, 1), (1, 3, 18, 5), 2), (8, 8, (1, 9, 1), (1, 8, 1), (1, 1, 2, 1), 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C, N, taps, factor, size, past", UPSAMPLED, ids=str)
+def test_upsampled_convolution_as_nvcc_compiles_it(C, N, taps, factor, size, past, dtype):
+    (B, T, H, W), n = size, C * taps[0] * taps[1] * taps[2]
+    x, bias = video(B, C, T, H, W, dtype=dtype), torch.randn(N + 1)[1:]
+    weight = (torch.randn(N, C, *taps) / n**0.5).to(dtype)
+    cache = video(B, C, past, H, W, dtype=dtype) if past else None
+    out = unwritten(B, N, *(k * f for k, f in zip((T, H, W), factor, strict=True)), dtype)
+    by_phase = kernels_cuda.phases(weight, factor, x)
+    nvcc.upsample_conv3d(90, x, by_phase, bias, cache, factor, out, blocks=2, schedule=2, again=5)
+    wide = [None if t is None else t.double() for t in (x, weight, bias, cache)]
+    oracle = reference.upsample_conv3d(*wide[:3], factor=factor, cache=wide[3])
+    plain = reference.upsample_conv3d(x, weight, bias, factor=factor, cache=cache)
+    assert_matches_oracle(out, oracle, plain, "out", n)
+
+
+def test_the_upsampled_op_takes_a_stream_and_slices_as_they_are():
+    x = video(1, 48, 3, 6, 9)[:, 16:40, :, :, 1:8]
+    weight, bias = torch.randn(40, 24, 3, 3, 3).bfloat16() / 25, torch.randn(40).bfloat16()
+    cache, parts = torch.zeros(1, 24, 1, 6, 7, dtype=x.dtype).contiguous(memory_format=LAST), []
+    with nvcc.nvcc_on(90, schedule=3):
+        whole = upsample_conv3d(x, weight, bias, factor=(2, 2, 2), impl="cuda")
+        for chunk in x.split([1, 2], 2):
+            y, cache = upsample_conv3d(chunk, weight, bias, factor=(2, 2, 2), cache=cache, impl="cuda")
+            parts.append(y)
+    oracle = reference.upsample_conv3d(x.double(), weight.double(), bias.double(), factor=(2, 2, 2))
+    assert_matches_oracle(whole, oracle, reference.upsample_conv3d(x, weight, bias, factor=(2, 2, 2)), "out", 24 * 27)
+    assert whole.is_contiguous(memory_format=LAST) and torch.equal(torch.cat(parts, 2), whole)
+
+
+def test_upsampling_reads_x_and_writes_out_once():
+    x, found = video(1, 64, 2, 16, 16), []
+    weight = torch.randn(64, 64, 1, 3, 3).bfloat16()
+    with nvcc.nvcc_on(90, lambda name, counters: found.append(counters)):
+        y = upsample_conv3d(x, weight, impl="cuda")
+    (counters,) = found  # one launch for all phases
+    assert counters.written == y.nbytes // 32
+    assert counters.read == (x.nbytes + 4 * 4 * 64 * 64 * 2) // 32  # and four taps of four phases
+
+
+UPSAMPLED_REFUSED = [
+    (dict(dtype=torch.float32), {}, "cuda takes bfloat16 or float16; got torch.float32"),
+    (dict(N=3), {}, "cuda takes channels in multiples of 8; got 16 to 3"),
+    ({}, dict(factor=(1, 3, 3)), r"each of which divides its k - 1; got factor=\(1, 3, 3\) and kernels of \(3, 3, 3\)"),
+    (dict(taps=(1, 1, 1)), dict(factor=(1, 3, 3)), r"factors of up to 8 pixels, .*; got factor=\(1, 3, 3\)"),
+    (dict(taps=(1, 21, 1)), {}, r"cuda takes up to \(256, 9, 256\) taps of a phase; got \(1, 11, 1\)"),
+    (dict(format=torch.contiguous_format), {}, r"channels-last videos \(.to\(memory_format=.*; got x with strides"),
+    (dict(size=(1, 1, 1)), {}, r"cuda takes channels-last videos of more than one pixel; got x of \(1, 16, 1, 1, 1\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes, change, message", UPSAMPLED_REFUSED, ids=[m for *_, m in UPSAMPLED_REFUSED])
+def test_upsamplings_that_the_kernel_does_not_take_are_unavailable_with_the_reason(sizes, change, message):
+    how = dict(N=16, size=(2, 4, 5), taps=(3, 3, 3), dtype=torch.bfloat16, format=LAST) | sizes
+    x = torch.zeros(1, 16, *how["size"], dtype=how["dtype"]).contiguous(memory_format=how["format"])
+    weight = torch.zeros(how["N"], 16, *how["taps"], dtype=x.dtype)
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=message):
+        upsample_conv3d(x, weight, impl="cuda", **change)
+
+
 REFUSED = [
     (dict(dtype=torch.float32), {}, "cuda takes bfloat16 or float16; got torch.float32"),
     (dict(C=12), {}, "cuda takes channels in multiples of 8; got 12 to 16"),
@@ -226,7 +296,8 @@ def test_offsets_that_no_descriptor_takes_other_gpus_and_gradients_are_unavailab
         causal_conv3d(x[:, :16], weight, impl="cuda")
 
 
-def test_auto_does_not_choose_what_was_never_run():
-    assert "cuda" in _library.impls("causal_conv3d_fwd")
+@pytest.mark.parametrize("op", ["causal_conv3d", "upsample_conv3d"])
+def test_auto_does_not_choose_what_was_never_run(op):
+    assert "cuda" in _library.impls(f"{op}_fwd")
     with nvcc.nvcc_on(90):
-        assert "cuda" not in _dispatch._able.__wrapped__("causal_conv3d", "cpu", torch.bfloat16, False)
+        assert "cuda" not in _dispatch._able.__wrapped__(op, "cpu", torch.bfloat16, False)

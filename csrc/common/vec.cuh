@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace sora {
 
@@ -31,6 +32,22 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
 template <>
 __device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
+
+// Rounded in pairs: one by one, each takes an instruction to round and another to be put beside its neighbour.
+template <class T>
+__device__ __forceinline__ Vec<T> rounded(const float (&values)[Vec<T>::kSize]) {
+  Vec<T> vec;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; i += 2) {
+    if constexpr (std::is_same_v<T, float>)
+      vec.values[i] = values[i], vec.values[i + 1] = values[i + 1];
+    else if constexpr (std::is_same_v<T, __half>)
+      *reinterpret_cast<__half2*>(vec.values + i) = __floats2half2_rn(values[i], values[i + 1]);
+    else
+      *reinterpret_cast<__nv_bfloat162*>(vec.values + i) = __floats2bfloat162_rn(values[i], values[i + 1]);
+  }
+  return vec;
+}
 
 // Read once and not kept in L1: tokens pass by, the modulation rows beside them are what L1 should hold.
 template <class T>

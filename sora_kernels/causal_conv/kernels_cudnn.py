@@ -24,10 +24,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._operands import bias_gradient, dense_taps, parameter, unpack, video_format, zero
+from .._operands import bias_gradient, box, dense_taps, parameter, unbox, unpack, video_format, zero
 from . import reference
 from .kernels_passes import LAST, epilogue, pack
-from .kernels_triton import box, causal_front, downsample_front, through_norm, unbox
+from .kernels_triton import causal_front, downsample_front, through_norm
 
 _SETTINGS = threading.Lock()
 

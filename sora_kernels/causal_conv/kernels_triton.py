@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _library
-from .._operands import bias_gradient, dense_taps, parameter, video_format, zero
+from .._operands import bias_gradient, box, dense_taps, parameter, unbox, video_format, zero
 from .kernels_conv import convolve, convolve_phases, last, whole
 from .kernels_dweight import weight_gradient
 
@@ -112,25 +112,6 @@ def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dc
 
 
 # upsample_conv3d
-
-
-def box(weight: Tensor, factor) -> Tensor:
-    """[O, C, kt + ft - 1, ...] in fp32: the sums of as many neighbouring taps as the factor, zeros around them."""
-    weight = weight.float()
-    for axis, f in enumerate(factor, 2):
-        if f > 1:
-            shape = list(weight.shape)
-            shape[axis] = f - 1
-            zeros = weight.new_zeros(shape)
-            weight = torch.cat([zeros, weight, zeros], axis).unfold(axis, f, 1).sum(-1)
-    return weight
-
-
-def unbox(dboxed: Tensor, factor) -> Tensor:
-    """The adjoint of `box`."""
-    for axis, f in enumerate(factor, 2):
-        dboxed = dboxed.unfold(axis, f, 1).sum(-1) if f > 1 else dboxed
-    return dboxed
 
 
 def _behind(weight: Tensor, factor) -> list[int]:

@@ -38,6 +38,8 @@ def norm_silu(
     x       [B, C, T, H, W], float32, bfloat16, float16 or float64, any strides.
     weight  [C]; bias [C] or None; of any float dtype.
     groups  divides C; read for norm="group" only.
+    impl    "cuda": norm="rms", forward, up to 1024 channels, in whole 16 bytes where they lie side by side, else
+            T·H·W in whole 16 bytes; executed, not yet run on a GPU: "auto" never takes it.
     Returns a tensor like x, in channels_last_3d where x is. Gradients: x, weight, bias; forward mode, torch.func and,
     under it, higher orders: by the reference's formula (docs/numerics.md).
 
@@ -59,7 +61,11 @@ def norm_silu(
     tensors = narrow(x, (x, weight, bias))
     grad, groups = needs_grad(tensors), int(groups) if norm == "group" else 0
     run = partial(apply, _NormSilu) if grad else _NormSilu.run
-    limits = _dispatch.within(MAX_CHANNELS, x.shape[1], "pixels")
+    wide = _dispatch.within(MAX_CHANNELS, C, "pixels")
+
+    def limits(name: str) -> str | None:
+        return kernels_cuda.why_not_norm(x, groups) if name == "cuda" else wide and wide(name)
+
     return run(*tensors, groups, eps, _dispatch.choose(op, impl, x, grad=grad, limits=limits))
 
 
@@ -196,6 +202,7 @@ def upsample_conv3d(
     factor  (t, h, w), each at least 1. The result is [B, O, ft·T, fh·H, fw·W].
     cache   None: the frames before x are zeros. [B, C, ceil((kt−1)/ft), H, W] in x's dtype: they are the frames before
             x, before upsampling, and (y, cache for the next chunk) is returned.
+    impl    "cuda": as of causal_conv3d; factors of up to 8 pixels, each of which divides its k − 1.
     Gradients: x, weight, bias, cache. Errors, numerics: as causal_conv3d.
     """
     op = "upsample_conv3d"
@@ -253,7 +260,8 @@ def _resample(op, x, weight, bias, cache, factor, shape, impl):
     tensors = narrow(x, (x, weight, bias, cache))
     grad = needs_grad(tensors)
     run = partial(apply, _Resample) if grad else _Resample.run
-    y = run(*tensors, factor, shape, op, _choose(op, impl, x, weight, grad))
+    for_cuda = partial(kernels_cuda.why_not_upsample, x, weight, cache, factor)
+    y = run(*tensors, factor, shape, op, _choose(op, impl, x, weight, grad, for_cuda=for_cuda))
     return y if cache is None else (y, _next_cache(x, cache))
 
 
@@ -282,6 +290,8 @@ class _NormSilu(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, groups, eps, impl):
         out = torch.empty_like(x := x.contiguous(memory_format=video_format(x)))
+        if impl == "cuda":
+            weight, bias = kernels_cuda.parameters(weight, bias, x)
         _library.call("norm_silu_fwd", impl)(x, parameter(weight), parameter(bias), groups, eps, out)
         return out
 
@@ -370,6 +380,8 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     def run(x, weight, bias, cache, factor, shape, op, impl):
         out = empty_video(x, shape)
+        if impl == "cuda":
+            weight, bias = kernels_cuda.phases(weight, factor, x), None if bias is None else bias.float()
         _library.call(f"{op}_fwd", impl)(x, weight, parameter(bias), cache, factor, out)
         return out
 
@@ -517,7 +529,7 @@ _library.define(
     "norm_silu_fwd",
     "(Tensor x, Tensor weight, Tensor? bias, int groups, float eps, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_norm_silu_formula(*args[:-1])),
-    impls={"triton": ".causal_conv.kernels_norm:norm_silu_fwd", "cpu": None},
+    impls={"triton": ".causal_conv.kernels_norm:norm_silu_fwd", "cpu": None, "cuda": None},
 )
 _library.define(
     "norm_silu_bwd",
@@ -549,7 +561,7 @@ _library.define(
 )
 
 
-def _define_resample(op, forward, source, strided):
+def _define_resample(op, forward, source, strided, **impls):
     def fwd(x, weight, bias, cache, factor, out):
         if out.numel() > 0:
             out.copy_(forward(x, weight, bias, factor=tuple(factor), cache=cache))
@@ -562,7 +574,7 @@ def _define_resample(op, forward, source, strided):
         f"{op}_fwd",
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? cache, SymInt[3] factor, Tensor(a!) out) -> ()",
         reference=fwd,
-        impls=_implementations(f"{op}_fwd"),
+        impls=_implementations(f"{op}_fwd") | impls,
     )
     _library.define(
         f"{op}_bwd",
@@ -573,5 +585,5 @@ def _define_resample(op, forward, source, strided):
     )
 
 
-_define_resample("upsample_conv3d", reference.upsample_conv3d, reference.upsample_input, strided=False)
+_define_resample("upsample_conv3d", reference.upsample_conv3d, reference.upsample_input, strided=False, cuda=None)
 _define_resample("downsample_conv3d", reference.downsample_conv3d, reference.downsample_input, strided=True)

@@ -211,7 +211,8 @@ def run(
     schedule: int = 0,
     budget: int = 20_000_000,
 ) -> Counters:
-    """Execute PTX; arguments follow the kernel's parameters: tensors, numbers, None, Struct, Box; what is left is zero.
+    """Execute PTX; arguments follow the kernel's parameters: tensors, numbers, None, Struct, Box or a
+    tuple of boxes; what is left is zero.
 
     shared: bytes of dynamic shared memory. programs: which of the grid, by their number (x fastest); all if None.
     schedule: the seed of the order of warps and of when asynchronous copies land; with 0 programs run in the order
@@ -278,6 +279,8 @@ def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, Box):
             yield value.tensor
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
         elif isinstance(value, Struct):
             yield from _tensors(value.fields)
 
@@ -326,6 +329,11 @@ def _pack(parameter: parser.Parameter, value: object, label: str, memory: Memory
     if isinstance(value, Box):
         maps.append(_tensor_map(decoder.PARAMETERS + parameter.offset, value, label, memory))
         return bytes(128)
+    if isinstance(value, tuple):  # of boxes, in an array that may have room for more
+        for n, box in enumerate(value):
+            address = decoder.PARAMETERS + parameter.offset + 128 * n
+            maps.append(_tensor_map(address, box, f"{label}[{n}]", memory))
+        return bytes(parameter.size)
     if isinstance(value, float):
         return struct.pack({2: "<e", 4: "<f", 8: "<d"}[parameter.size], value)
     if isinstance(value, int):

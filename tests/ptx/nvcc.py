@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import math
 import pathlib
 import shutil
@@ -286,28 +287,48 @@ def causal_conv3d(
     rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
 ) -> Counters:  # fmt: skip
     """The launch of causal_conv3d_fwd in causal_conv.cu; the rest as of attention."""
-    (N, C, kt, kh, kw), (B, _, frames, H, W) = weight.shape, out.shape
+    epilogue = residual, norm_weight, eps, raw
+    return _convolve(sm, x, weight, bias, cache, epilogue, bordered, (1, 1, 1), out, blocks, rewrite, again, **options)
+
+
+def upsample_conv3d(
+    sm: int, x: Tensor, weight: Tensor, bias: Tensor | None, cache: Tensor | None, factor: tuple[int, int, int],
+    out: Tensor, blocks: int = PROCESSORS, rewrite: Callable[[str], str] | None = None, again: int | None = None,
+    **options,
+) -> Counters:  # fmt: skip
+    """The launch of upsample_conv3d_fwd in causal_conv.cu; weight as kernels_cuda.phases gives it."""
+    epilogue = None, None, 0.0, None
+    return _convolve(sm, x, weight, bias, cache, epilogue, False, factor, out, blocks, rewrite, again, **options)
+
+
+def _convolve(sm, x, weight, bias, cache, epilogue, bordered, factor, out, blocks, rewrite, again, **options):
+    residual, norm_weight, eps, raw = epilogue
+    (C, kt, kh, kw), (B, N) = weight.shape[1:], out.shape[:2]
+    frames, H, W = (n // f for n, f in zip(out.shape[2:], factor, strict=True))
     most = 192 if residual is norm_weight is None else 128
     columns, (box_h, box_w) = conv_columns(N, most), conv_box(kh, H, W)
     tiles_h, tiles_w, n_blocks = -(-H // box_h), -(-W // box_w), -(-N // columns)
-    tiles = B * frames * tiles_h * tiles_w * n_blocks
+    tiles = B * frames * tiles_h * tiles_w * n_blocks * math.prod(factor)
     text, before = compiled("causal_conv", sm), x if cache is None or kt == 1 else cache
     (name,) = (n for n in parser.kernels(text) if f"ConvTraitsI{MANGLED[x.dtype]}Li{columns}E" in n)
     boxes = [Box(channels_last(t), (1, 1, box_h + kh - 1, box_w, 64), 3) for t in (x, before)]
     boxes.append(Box(channels_last(weight), (columns, 1, 1, 1, 64), 3))
     out_columns = 32 if columns % 64 else 64
-    for t in (residual, raw, out):
-        side = (1, 1, 64 // box_w, box_w, out_columns)
-        boxes.append(Box(channels_last(out if t is None else t), side, 2 if columns % 64 else 3))
-    offset = (1 - kt, *((0, 0) if bordered else (-(kh // 2), -(kw // 2))))
+    side, swizzle = (1, 1, 64 // box_w, box_w, out_columns), 2 if columns % 64 else 3
+    for t in (residual, raw):
+        boxes.append(Box(channels_last(out if t is None else t), side, swizzle))
+    (ft, fh, fw), places = factor, itertools.product(*map(range, factor))
+    phases = [out[:, :, t::ft, h::fh, w::fw] for t, h, w in places]
+    boxes.append(tuple(Box(channels_last(t), side, swizzle) for t in phases))
+    reach = [0 if bordered else (k - 1) * f // 2 + f - 1 for k, f in zip((kh, kw), factor[1:], strict=True)]
     past = 0 if cache is None else kt - 1
     fields = *(0 if t is None else t for t in (bias, norm_weight)), eps, residual is not None, raw is not None
-    fields += C, N, kt, kh, kw, *offset, past, box_h, box_w
+    fields += C, N, kt, kh, kw, len(phases), *factor[1:], 1 - kt, past, *reach, box_h, box_w
     fields += n_blocks, tiles_w, tiles_h, frames, tiles
     # two boxes of the video, a ring of taps, four boxes of the results; barriers
     shared = 2 * 320 * 128 + min(8, 768 // columns) * columns * 128 + 4 * 64 * out_columns * 2 + 1024
     text = rewrite(text) if rewrite else text
-    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQf??2x16i", fields)]
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQf??2x19i4x", fields)]
     names = ["x", "cache", "weight", "residual", "raw", "out", "p"]
     options |= dict(name=name, names=names, block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
@@ -354,6 +375,43 @@ def patch_embed3d(
 def embed_memory(parts: int) -> int:
     """Bytes of shared memory whatever the features: boxes of out; bias, offsets of features, barriers."""
     return (32 << 10) + 4 * 128 * parts + 4 * 384 + 8 * 18
+
+
+def norm_silu_tile(x: Tensor) -> tuple[int, int, int, bool]:
+    """Elements of a pixel that a thread has, 0 channels first; lanes side by side in memory; warps; whole pixels."""
+    C, pixels, vec = x.shape[1], x.shape[2:].numel(), 16 // x.element_size()
+    if x.is_contiguous() and pixels > 1:
+        lanes = 8 if C <= 16 * 4 * (64 // vec) else 4
+        return 0, lanes, -(-C // (32 // lanes * (64 // vec))), True
+    vecs = C // vec
+    least = min(4, vecs & -vecs)
+    for n in (32, 24, 16, 8):
+        if C % n == 0 and (lanes := C // n) & (lanes - 1) == 0 and least <= lanes <= 32:
+            return n, lanes, 4, True
+    return 32, 1 << (-(-C // 32) - 1).bit_length(), 4, False
+
+
+def norm_silu(
+    sm: int, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, eps: float, out: Tensor,
+    processors: int | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of norm_silu_fwd in causal_conv_norm.cu; processors: of the GPU; the rest as of norm_modulate."""
+    assert groups == 0, "the kernel is of RMS norms"
+    (B, C), pixels, vec = x.shape[:2], x.shape[2:].numel(), 16 // x.element_size()
+    elements, lanes, warps, whole = norm_silu_tile(x)
+    text = compiled("causal_conv_norm", sm)
+    if elements:
+        form, pixels, tiles = f"NormSiluTraitsI{MANGLED[x.dtype]}Li{elements}ELb{int(whole)}E", B * pixels, 0
+        fit = 65536 // ((3 * elements + elements // vec * 4 + 36) * 128)
+        grid = min(math.ceil(math.ceil(pixels / (32 // lanes)) / 4), (processors or PROCESSORS) * fit)
+    else:
+        form, tiles = f"norm_silu_first_kernelI{MANGLED[x.dtype]}Li{lanes}E", -(-pixels // (lanes * vec))
+        grid = B * tiles
+    (name,) = (n for n in parser.kernels(text) if form in n)
+    fields = [x, out, *_rows_of(weight)[:2], *_rows_of(bias)[:2], pixels, C, lanes.bit_length() - 1, tiles, 1 / C, eps]
+    launch = text, (grid,), [Struct("<QQQb7xQb7xqiiiff4x", tuple(fields))]
+    options |= dict(name=name, names=["p"], block=(warps * 32,))
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
 def qk_norm_rope(
@@ -460,6 +518,16 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("causal_conv3d_fwd_kernel", counters)
 
+    def convolve_upsampled(*arguments) -> None:
+        counters = upsample_conv3d(sm, *arguments, **options)
+        if observe:
+            observe("causal_conv3d_fwd_kernel", counters)
+
+    def normalise(*arguments) -> None:
+        counters = norm_silu(sm, *arguments, **options)
+        if observe:
+            observe("norm_silu_kernel", counters)
+
     def turn(*arguments) -> None:
         counters = qk_norm_rope(sm, *arguments, **options)
         if observe:
@@ -484,6 +552,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
         "spacetime_attention_bwd": attend_back,
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
+        "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
