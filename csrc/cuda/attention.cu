@@ -245,7 +245,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     if (lane == 0) shared.k_empty[at_k.stage].arrive();
     at_k.advance();
     if constexpr (Traits::kPlanned) {
-      if (tile.masked > 0) tile.mask(scores, tile.visited(0), reach.rows, p.plan);
+      if (tile.hides(0, p.plan.visit)) tile.mask(scores, tile.visited(0), reach.rows, p.plan);
     } else {
       mask(scores, tile.visited(0), tile.key_end);
     }
@@ -269,7 +269,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
       if (lane == 0) shared.k_empty[at_k.stage].arrive();
       at_k.advance();
       if constexpr (Traits::kPlanned) {
-        if (i < tile.masked) tile.mask(scores, tile.visited(i), reach.rows, p.plan);
+        if (tile.hides(i, p.plan.visit)) tile.mask(scores, tile.visited(i), reach.rows, p.plan);
       }
       softmax.weigh(scores, p.scale_log2);
       wait_for_products<0>(out);

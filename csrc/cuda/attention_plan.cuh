@@ -34,6 +34,16 @@ struct TileMaps {
   const CUtensorMap &box, &run;
 };
 
+struct Spot {
+  int t, h, w;
+};
+
+// Where token `at` of a video stands, whose lines have W and frames H lines.
+__device__ __forceinline__ Spot spot(int at, int W, int H) {
+  const uint32_t line = static_cast<uint32_t>(at) / static_cast<uint32_t>(W), t = line / static_cast<uint32_t>(H);
+  return {static_cast<int>(t), static_cast<int>(line) - static_cast<int>(t) * H, at - static_cast<int>(line) * W};
+}
+
 // What a query sees: an interval along t, h, w, and the first `kept` tokens of the clip.
 struct Reach {
   int t[2], h[2], w[2], kept;
@@ -88,20 +98,24 @@ struct PlanTile {
     const int begin = __ldg(row), from = __ldg(row + 1), end = __ldg(row + 2);
     origin = __ldg(row + 3), own_start = __ldg(row + 4), own_end = __ldg(row + 5), start = __ldg(row + 6);
     visit_end = __ldg(row + 7), stop = __ldg(row + 8), H = __ldg(row + 9), W = __ldg(row + 10);
-    // "Seen whole" was promised for keys that are all real. Who sees nothing visits one tile, hidden, for its zeros.
-    visits = max(end - begin, 1);
-    masked = end == begin ? 1 : key_end < visit_end ? visits : end - from;
+    visits = max(end - begin, 1);  // who sees nothing visits one tile, hidden, for its zeros
+    masked = end == begin ? 1 : end - from;
     last = end == begin ? nullptr : p.tiles + end - 1;
   }
 
   __device__ __forceinline__ int visited(int i) const { return last ? __ldg(last - i) : start; }
 
+  // Whether some query may not see some key of a tile. "Seen whole" was promised for keys that are all real.
+  __device__ __forceinline__ bool hides(int i, const BoxShape& box) const {
+    return i < masked || key_end < visit_end && key(visited(i), 127, box) >= key_end;
+  }
+
   // Of the j-th query its token; -1 where there is none.
   __device__ __forceinline__ int token(int j, const BoxShape& box) const {
     if (origin < 0) return ~origin + j < own_end ? ~origin + j : -1;
-    const int at = origin - own_start;
-    const int w = at % W + (j & (1 << box.w) - 1), h = at / W % H + (j >> box.w & (1 << box.h) - 1);
-    const int found = own_start + ((at / (W * H) + (j >> box.w + box.h)) * H + h) * W + w;
+    const Spot at = spot(origin - own_start, W, H);
+    const int w = at.w + (j & (1 << box.w) - 1), h = at.h + (j >> box.w & (1 << box.h) - 1);
+    const int found = own_start + ((at.t + (j >> box.w + box.h)) * H + h) * W + w;
     return w < W && h < H && found < own_end ? found : -1;
   }
 
@@ -116,9 +130,9 @@ struct PlanTile {
     const BoxShape& box = p.visit;
     if (key(tile, 127, box) < key_end) return ~0u;
     if (tile < 0) return span(0, key_end - ~tile, 7, 0, 1);
-    const int at = tile - start, rest = key_end - start;
-    if (rest <= 0) return 0;
-    const int w = rest % W - at % W, h = rest / W % H - at / W % H, t = rest / (W * H) - at / (W * H);
+    if (key_end <= start) return 0;
+    const Spot end = spot(key_end - start, W, H), at = spot(tile - start, W, H);
+    const int w = end.w - at.w, h = end.h - at.h, t = end.t - at.t;
     const auto along_w = [&](int first, int last) { return span(first, last, box.w, 0, p.repeat[0]); };
     const auto along_h = [&](int first, int last) { return span(first, last, box.h, box.w, p.repeat[1]); };
     const auto along_t = [&](int first, int last) { return span(first, last, box.t, box.w + box.h, p.repeat[2]); };
@@ -132,10 +146,10 @@ struct PlanTile {
       return span(0, (first >= visit_end ? end : min(end, start + reach.kept)) - first, 7, 0, 1);
     }
     const BoxShape& box = p.visit;
-    const int at = tile - start, w = at % W, h = at / W % H, t = at / (W * H);
-    return span(reach.w[0] - w, reach.w[1] - w, box.w, 0, p.repeat[0]) &
-           span(reach.h[0] - h, reach.h[1] - h, box.h, box.w, p.repeat[1]) &
-           span(reach.t[0] - t, reach.t[1] - t, box.t, box.w + box.h, p.repeat[2]);
+    const Spot at = spot(tile - start, W, H);
+    return span(reach.w[0] - at.w, reach.w[1] - at.w, box.w, 0, p.repeat[0]) &
+           span(reach.h[0] - at.h, reach.h[1] - at.h, box.h, box.w, p.repeat[1]) &
+           span(reach.t[0] - at.t, reach.t[1] - at.t, box.t, box.w + box.h, p.repeat[2]);
   }
 
   // Scores of keys that a query does not see.
@@ -158,8 +172,8 @@ __device__ __forceinline__ void load_tile(To& to, const TileMaps& maps, Barrier&
   if (origin < 0) {
     at[1] = ~origin + 64 * half;
   } else {
-    const int place = origin - box.start;
-    at[1] = place % box.W, at[2] = place / box.W % box.H, at[3] = place / (box.W * box.H);
+    const Spot first = spot(origin - box.start, box.W, box.H);
+    at[1] = first.w, at[2] = first.h, at[3] = first.t;
     if (half) {  // of the first axis that is longer than 1, so that rows keep their order
       at[3] += (1 << box.t) / 2, at[2] += box.t ? 0 : (1 << box.h) / 2, at[1] += box.t || box.h ? 0 : 64;
     }
