@@ -16,6 +16,7 @@
 #include "common/tma.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
+#include "cuda/attention.cuh"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -30,7 +31,6 @@ namespace {
 
 using OptionalList = std::optional<std::vector<int64_t>>;
 
-constexpr int kGroup = 128;  // threads of a warp group
 constexpr int kRowLanes = 8, kRowVectors = 2, kRowThreads = 128;  // of the kernel that takes queries alone
 
 constexpr int visited_tokens(int width, bool of_keys) { return of_keys && width > 64 ? 64 : 96; }
@@ -42,6 +42,7 @@ struct BackwardTraits {
   static constexpr bool kOfKeys = kOfKeys_;               // gradients of keys and values, or of queries
   static constexpr int kConsumers = 2, kOwn = 64;         // warp groups that multiply, and the tokens that each owns
   static constexpr int kVisited = visited_tokens(kWidth, kOfKeys), kStages = 3;  // of a tile, and tiles in a ring
+  static constexpr int kKeys = kVisited;                  // as the forward's products call them
   static constexpr int kColumns = kWidth % 64 ? 32 : 64;  // of a box: its rows are as wide as a swizzle
   static constexpr int kBoxes = kWidth / kColumns;        // side by side: a tile
   static constexpr int kRowBytes = kColumns * sizeof(T);
@@ -129,50 +130,10 @@ __device__ __forceinline__ void produce(BackwardShared<Traits>& shared, const CU
   }
 }
 
-// d = own visited^T
-template <class Traits, class Own, class Visited, int N>
-__device__ __forceinline__ void multiply_tokens(float (&d)[N], const Own& own, const Visited& visited) {
-  using Product = Wgmma<typename Traits::T, Traits::kVisited>;
-  const uint64_t a = matrix<Traits::kRowBytes>(own), b = matrix<Traits::kRowBytes>(visited);
-#pragma unroll
-  for (int e = 0; e < Traits::kWidth; e += 16) {
-    const int box = e / Traits::kColumns, bytes = e % Traits::kColumns * 2;
-    const uint64_t left = advance(a, box * sizeof own[0] + bytes), right = advance(b, box * sizeof visited[0] + bytes);
-    e ? Product::add(d, left, right) : Product::first(d, left, right);
-  }
-}
-
-// d += weights visited
-template <class Traits, class Visited, int N, int M>
-__device__ __forceinline__ void add_weighted(float (&d)[N], const uint32_t (&weights)[M], const Visited& visited) {
-  const uint64_t b = matrix<Traits::kRowBytes>(visited, sizeof visited[0]);
-#pragma unroll
-  for (int s = 0; s < Traits::kVisited; s += 16)
-    Wgmma<typename Traits::T, Traits::kWidth>::add_columns(d, weights + s / 4, advance(b, s * Traits::kRowBytes));
-}
-
 template <class T, int N>
 __device__ __forceinline__ void round_to(uint32_t (&to)[N / 2], const float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) to[i] = pack<T>(d[2 * i], d[2 * i + 1]);
-}
-
-// d in registers -> 16-bit boxes in shared memory, four 8 x 8 matrices at a time.
-template <class Traits, class Boxes, int N>
-__device__ __forceinline__ void store_rows(Boxes& to, const float (&d)[N]) {
-  using T = typename Traits::T;
-  const int lane = threadIdx.x % 32, row = threadIdx.x % kGroup / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int e = 0; e < Traits::kWidth; e += 16) {
-    const T* place = &to[e / Traits::kColumns][row][e % Traits::kColumns + lane / 16 * 8];
-    store_matrices<T>(swizzled<Traits::kRowBytes>(shared_address(place)), d + e / 2);
-  }
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // What value n of four (columns n % 2, rows n / 2) of the i-th eight columns is taken with: one number a query.
@@ -190,6 +151,7 @@ template <class Traits>
 __device__ __forceinline__ void consume(BackwardShared<Traits>& shared, const CUtensorMap& dx, const CUtensorMap& dy,
                                         const BackwardParams& p) {
   using T = typename Traits::T;
+  using Exp = Softmax<Traits::kVisited / 2>;
   constexpr bool kOfKeys = Traits::kOfKeys;
   constexpr int kVisited = Traits::kVisited;
   const int consumer = threadIdx.x / kGroup - 1, thread = threadIdx.x % kGroup, lane = thread % 32;
@@ -215,11 +177,11 @@ __device__ __forceinline__ void consume(BackwardShared<Traits>& shared, const CU
   for (int round = 0; round < rounds; ++round, before = at.stage, at.advance()) {
     shared.x_full[at.stage].wait(at.parity);
     begin_products();
-    multiply_tokens<Traits>(scores, own_x, shared.x[at.stage]);
+    multiply_keys<Traits>(scores, own_x, shared.x[at.stage]);
     commit_products();
     shared.y_full[at.stage].wait(at.parity);
     begin_products();
-    multiply_tokens<Traits>(slopes, own_y, shared.y[at.stage]);
+    multiply_keys<Traits>(slopes, own_y, shared.y[at.stage]);
     commit_products();
     wait_for_products<1>(scores);  // and for all of the round before
     if (round > 0 && lane == 0) shared.empty[before].arrive();
@@ -227,12 +189,12 @@ __device__ __forceinline__ void consume(BackwardShared<Traits>& shared, const CU
     for (int i = 0; i < kVisited / 8; ++i) {
       const Queries<kOfKeys> of(shared.base[at.stage], base, i);
 #pragma unroll
-      for (int n = 0; n < 4; ++n) scores[4 * i + n] = exp2_approx(fmaf(scores[4 * i + n], p.scale_log2, -of[n]));
+      for (int n = 0; n < 4; ++n) scores[4 * i + n] = Exp::exp2_approx(fmaf(scores[4 * i + n], p.scale_log2, -of[n]));
     }
     if constexpr (kOfKeys) {
       round_to<T>(weights, scores);
       begin_products();
-      add_weighted<Traits>(sum_y, weights, shared.y[at.stage]);
+      multiply_values<Traits>(sum_y, weights, shared.y[at.stage]);
       commit_products();
       wait_for_products<1>(slopes);
     } else {
@@ -252,7 +214,7 @@ __device__ __forceinline__ void consume(BackwardShared<Traits>& shared, const CU
     }
     round_to<T>(weighted, slopes);
     begin_products();
-    add_weighted<Traits>(sum_x, weighted, shared.x[at.stage]);
+    multiply_values<Traits>(sum_x, weighted, shared.x[at.stage]);
     commit_products();
     if constexpr (kOfKeys) wait_for_products<1>(sum_y);  // else its weights hold registers that the next scores need
   }
@@ -321,8 +283,10 @@ __global__ __launch_bounds__(kRowThreads) void attention_bwd_rows_kernel(const _
   float sum = 0.0f;
   if (real) {
     const int b = head / p.H, h = head % p.H;
-    const auto at = [&](const int64_t (&strides)[3]) { return b * strides[0] + query * strides[1] + h * strides[2] + column; };
-    const T *out = static_cast<const T*>(p.out) + at(p.out_strides), *dout = static_cast<const T*>(p.dout) + at(p.dout_strides);
+    const auto at = [&](const void* heads, const int64_t (&strides)[3]) {
+      return static_cast<const T*>(heads) + b * strides[0] + query * strides[1] + h * strides[2] + column;
+    };
+    const T *out = at(p.out, p.out_strides), *dout = at(p.dout, p.dout_strides);
     Vec<T> left[kRowVectors] = {}, right[kRowVectors] = {};
 #pragma unroll
     for (int n = 0; n < kRowVectors; ++n) {
