@@ -55,7 +55,8 @@ def mesh_of(device: torch.device, cp: int, heads: int) -> DeviceMesh:
         fit = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise ValueError(f"cp={cp} must divide the {size} processes; {fit} would")
     ulysses = math.gcd(cp, heads)
-    return init_device_mesh(device.type, (size // cp, cp // ulysses, ulysses), mesh_dim_names=AXES)
+    with told_of_loss("before the first step"):
+        return init_device_mesh(device.type, (size // cp, cp // ulysses, ulysses), mesh_dim_names=AXES)
 
 
 def shard(dit: SoraDiT, *others: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -118,8 +119,9 @@ def fit(
     state = state_of(module, optimiser, average)
 
     def save() -> dict[str, Tensor]:
-        weights = _whole(module.state_dict() | average, f"cannot write {str(run)!r}")
-        _write(run, state, step)
+        with told_of_loss(f"while step {step} was saved"):
+            weights = _whole(module.state_dict() | average, f"cannot write {str(run)!r}")
+            _write(run, state, step)
         if on_save is not None and ranks.rank == 0:
             on_save(step, weights)
         return weights
@@ -145,8 +147,8 @@ def fit(
                     value = _over_all(value / (ranks.size // groups), mesh, dist.ReduceOp.SUM)
                     norm = _clip(list(named.values()), settings.clip)
                     stopped = int(_over_all(stop[0] if stop else 0, mesh, dist.ReduceOp.MAX))
-                settings.check_finite(step, value, norm)
-                optimiser.step()
+                    settings.check_finite(step, value, norm)
+                    optimiser.step()
                 optimiser.zero_grad()
                 if average:
                     settings.follow(*([_local(t) for t in kept.values()] for kept in (average, named)), step)
@@ -222,7 +224,7 @@ def _saves(run: Path) -> list[tuple[int, Path]]:
 
 
 def _write(run: Path, state: dict[str, Any], step: int) -> None:
-    with told_of_loss(f"while step {step} was saved"), _saying(f"cannot write a checkpoint to {run}"):
+    with _saying(f"cannot write a checkpoint to {run}"):
         dcp.save(state | {"step": torch.tensor(step)}, checkpoint_id=run / f"step-{step}")
         dist.barrier()
     for before, path in _saves(run) if dist.get_rank() == 0 else ():
@@ -237,7 +239,7 @@ def _resume(run: Path, state: dict[str, Any], settings: Settings, made_with: Map
     if folder is not None:
         check_begun(run, now)
         check_left(run, step, settings)
-        with _saying(f"{folder} cannot be read"):
+        with told_of_loss("before the first step"), _saying(f"{folder} cannot be read"):
             dcp.load(state, checkpoint_id=folder)
     with told_of_loss("before the first step"):
         dist.barrier()

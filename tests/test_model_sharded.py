@@ -189,6 +189,28 @@ def _one_dies(rank, folder):
         Path(folder, "error").write_text(str(error))
 
 
+def _one_dies_elsewhere(rank, folder):
+    """In the collectives of the first save, and then in those of the optimiser, both of which every process has."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    whole, step = sharded._whole, sharded.Muon.step
+    closed = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typically caused by")
+
+    def lost(*args, **how):
+        raise closed
+
+    for said, (place, name, kept) in {
+        "while step 2 was saved": (sharded, "_whole", whole), "at step 0": (sharded.Muon, "step", step),
+    }.items():
+        setattr(place, name, lost)
+        with pytest.raises(RankError, match=f"rank {rank} of 2 lost another process {said} .*; the last save is whole"):
+            train.train_dit(f"{folder}/{name}", vae(), recipe(steps=4), shard=True)
+        setattr(place, name, kept)
+
+
+def test_a_process_that_is_lost_to_a_save_or_the_optimiser_is_told_as_any_other(tmp_path):
+    in_ranks(_one_dies_elsewhere, 2, tmp_path)
+
+
 def test_a_process_that_dies_leaves_a_checkpoint_and_a_message(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
         in_ranks(_one_dies, 2, tmp_path)
