@@ -189,7 +189,7 @@ def attention_backward(
 
     With the `out` and `lse` of *all* keys, a part of the keys gives its dk and dv and its share of dq: the shares of a
     split add up, exactly so with `out_dtype=torch.float32`, the dtype of dq, dk and dv, where q's would round each
-    share. Raises as `spacetime_attention` does; `sdpa` gives q's dtype alone.
+    share. Raises as `spacetime_attention` does; `sdpa` and `cuda` give q's dtype alone.
     """
     op = "attention_backward"
     rules = grid, grids, window, stride, dilation, causal, sink, text_len, text_at
