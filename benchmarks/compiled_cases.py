@@ -154,11 +154,17 @@ def patchify() -> Iterator[Case]:
         "unpatchify3d C=16", op("unpatchify3d", grid=grid, patch=patch, channels=16),
         lambda: dict(tokens=draw(1, 1560, 64)),
     )  # fmt: skip
+
+    def last():
+        rows = dict(shift=draw(1, 1, 1536), scale=draw(1, 1, 1536))
+        return dict(x=draw(1, 1560, 1536), **rows, weight=draw(64, 1536) / 40, bias=draw(64))
+
+    how, bounds = dict(grid=grid, patch=patch), {"patchify.kernels_final.PROGRAMS": 12}
+    yield Case("final_layer C=16 D=1536", op("final_layer", **how), last, bounds=bounds)
+    every = ("x", "shift", "scale", "weight", "bias")
     yield Case(
-        "final_layer C=16 D=1536", op("final_layer", grid=grid, patch=patch),
-        lambda: dict(x=draw(1, 1560, 1536), shift=draw(1, 1, 1536), scale=draw(1, 1, 1536), weight=draw(64, 1536) / 40,
-                     bias=draw(64)), bounds={"patchify.kernels_final.PROGRAMS": 12},
-    )  # fmt: skip
+        "final_layer C=16 D=1536, nvcc", op("final_layer", "cuda", **how), last, every, impl="cuda", sms=(90,), blocks=7
+    )
     yield Case(
         "final_layer C=16 D=1536 per token", op("final_layer", grid=grid, patch=patch),
         lambda: dict(x=draw(1, 1560, 1536), shift=draw(1, 1560, 1536), scale=draw(1, 1560, 1536),

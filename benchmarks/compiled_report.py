@@ -86,7 +86,7 @@ NOTES = {
     "unpatchify3d_kernel": {"sectors": "lines of 208 bytes end within a sector"},
     "final_layer_fwd_kernel": dict.fromkeys(
         ("sectors", "16 bytes"), "patches are runs of 2 pixels, written 2 bytes a lane; so are scale and shift read"
-    ) | {"wavefronts": _OPERANDS},
+    ) | {"wavefronts": _OPERANDS | {"nvcc": "scale, 8 bytes that lanes share; results, in rows of odd words"}},
     "final_layer_bwd_kernel": {
         "16 bytes": "statistics, 4 bytes a lane, from L1", "wavefronts": _OPERANDS,
     },

@@ -46,6 +46,7 @@ PREDICTED = (
     ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
     ("norm_modulate", "both", ("wan1.3b-480p",)),
     ("patch_embed3d", "fwd", ("wan1.3b-480p", "wan14b-480p")),
+    ("final_layer", "fwd", ("wan1.3b-480p", "wan14b-480p")),
 )
 RIVALS = ("cuda", "triton", "cudnn", "sdpa")
 

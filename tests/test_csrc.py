@@ -18,6 +18,7 @@ import sora_kernels  # noqa: F401  (registers the ops)
 from sora_kernels import (
     _library,
     causal_conv3d,
+    final_layer,
     norm_silu,
     patch_embed3d,
     qk_norm_rope,
@@ -361,6 +362,36 @@ def test_patch_embeddings_multiply_in_groups_and_store_boxes(machine_code):
         assert sum("gsb0" in product for product in products) == 2, f"{name}: serialised"
         assert sass.count("UTMASTG.2D") == 2 * parts and sass.count("STSM") == 8 * parts, name
         assert re.search(r"USETMAXREG\S* \S+ 0xd0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x60\b", sass), name
+
+
+def test_last_layers_multiply_in_groups_and_load_boxes(machine_code):
+    """A group of products for 64 columns of x; where ptxas serialises, each product is one."""
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "final_layer_fwd_kernel" in n}
+    assert len(kernels) == 8  # two dtypes, three numbers of features, of 64 one or two products below each other
+    for name, sass in kernels.items():
+        products = re.findall(r"\bHGMMA\b.*?;", sass)
+        assert len(products) == 4 * int(re.search(r"Li\d+ELi(\d)E", name)[1]), name
+        assert sum("gsb0" in product for product in products) == 1, f"{name}: serialised"
+        assert "UTMALDG.4D" in sass and "UTMALDG.2D" in sass and "LDSM" in sass, name
+        assert re.search(r"USETMAXREG\S* \S+ 0xd0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x60\b", sass), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize(
+    "C, D, F, grid", [(16, 1536, 1, (5, 30, 52)), (16, 5120, 3, (3, 7, 13)), (48, 3072, 1, (2, 9, 9))], ids=str
+)
+def test_cuda_last_layer_meets_the_error_rule_and_gives_the_same_bits_again(C, D, F, grid, norm, dtype, require):
+    require("final_layer", "cuda", "cuda", dtype)
+    S, N, how = grid[0] * grid[1] * grid[2], 4 * C, dict(grid=grid, patch=(1, 2, 2), norm=norm)
+    x, shift, scale = (torch.randn(2, rows, D, device="cuda").to(dtype) for rows in (S, F, F))
+    weight, bias = (torch.randn(N, D, device="cuda") / D**0.5).to(dtype), torch.randn(N, device="cuda")
+    tensors = 3 * x + 1, shift, scale, weight, bias
+    actual, plain, again = (final_layer(*tensors, **how, impl=impl) for impl in ("cuda", "reference", "cuda"))
+    oracle = final_layer(*(t.double() for t in tensors), **how, impl="reference")
+    assert_matches_oracle(actual, oracle, plain, "out", D)
+    assert torch.equal(actual, again)
 
 
 @pytest.mark.gpu

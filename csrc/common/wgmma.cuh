@@ -69,6 +69,7 @@ __device__ __forceinline__ void store_matrices(uint32_t address, const float* d)
 
 // first:        d = a b^T, a [64, 16] and b [N, 16] in shared memory
 // add:          d += a b^T
+// add_rows:     d += a b^T, a [64, 16] in registers, laid out as d is
 // add_columns:  d += a b, a [64, 16] in registers, laid out as d is, and b [16, N] in shared memory
 template <class T, int N>
 struct Wgmma;
@@ -94,6 +95,13 @@ struct Wgmma;
                    ", 1, 1, 1, 0, 0;"                                                                                 \
                    : FLOATS("+f")                                                                                     \
                    : "l"(a), "l"(b)                                                                                   \
+                   : "memory");                                                                                       \
+    }                                                                                                                 \
+    static __device__ __forceinline__ void add_rows(float (&d)[N / 2], const uint32_t* a, uint64_t b) {               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" PLACES "}, {%" #p0 ", %" #p1     \
+                   ", %" #p2 ", %" #p3 "}, %" #p4 ", 1, 1, 1, 0;"                                                     \
+                   : FLOATS("+f")                                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                               \
                    : "memory");                                                                                       \
     }                                                                                                                 \
     static __device__ __forceinline__ void add_columns(float (&d)[N / 2], const uint32_t* a, uint64_t b) {            \

@@ -58,8 +58,7 @@ def patch_embed3d(
     _check.same_device(op, video, {"weight": weight, "bias": bias, "pos": pos}, "video")
     tensors = narrow(video, (video, weight, bias, pos))
     grad = needs_grad(tensors)
-    limits = partial(kernels_cuda.why_not_embed, video, weight, pos)
-    impl = _dispatch.choose(op, impl, video, grad=grad, limits=limits)
+    impl = _dispatch.choose(op, impl, video, grad=grad, limits=partial(kernels_cuda.why_not_embed, video, weight, pos))
     settings = ((B, S, D), impl)
     return apply(_PatchEmbed3d, *tensors, settings) if grad else _patch_embed3d(*tensors, *settings)
 
@@ -145,7 +144,8 @@ def final_layer(
     _check.same_device(op, x, {"weight": weight, "bias": bias})
     tensors = narrow(x, (x, shift, scale, weight, bias))
     grad = needs_grad(tensors)
-    impl = _dispatch.choose(op, impl, x, grad=grad)
+    limits = partial(kernels_cuda.why_not_final, x, *tensors[1:4], frames)
+    impl = _dispatch.choose(op, impl, x, grad=grad, limits=limits)
     settings = (_video(B, features // cells, grid, patch), frames, *grid, norm == "rms", eps, impl)
     return apply(_FinalLayer, *tensors, settings) if grad else _final_layer(*tensors, *settings)
 
@@ -321,7 +321,7 @@ _library.define(
     "final_layer_fwd",
     f"({_FINAL}, Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_final(args[-1], *args[:-1])),
-    impls={"triton": ".patchify.kernels_final:final_layer_fwd", "cpu": None},
+    impls={"triton": ".patchify.kernels_final:final_layer_fwd", "cpu": None, "cuda": None},
 )
 _library.define(
     "final_layer_bwd",

@@ -414,6 +414,38 @@ def norm_silu(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
+def final_layer(
+    sm: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor | None,
+    grid: tuple[int, int, int], rms: bool, eps: float, out: Tensor, blocks: int = PROCESSORS,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of final_layer_fwd in patchify_final.cu; the rest as of attention."""
+    (B, S, D), N, (_, C, *size) = x.shape, weight.shape[0], out.shape
+    patch = [n // g for n, g in zip(size, grid, strict=True)]
+    F = max([t.shape[1] for t in (shift, scale) if t is not None and t.ndim == 3], default=1)
+    room = next(n for n in (64, 128, 192) if N <= n)
+
+    def tiles_of(parts: int) -> int:
+        return B * F * -(-(S // F) // (128 * parts))
+
+    costs = {parts: -(-tiles_of(parts) // blocks) * (128 * parts + 64) for parts in (1, 2)}
+    parts = 2 if N <= 64 and costs[2] < costs[1] else 1
+    tail = 256 * (room + 2) + 16 * room + 16 + 8 * 15 + 8 * D  # results, sums, places, barriers; both rows
+    of_stage = 128 * (128 * parts + room)
+    stages = min(((227 << 10) - tail) // of_stage, 6)
+    text = compiled("patchify_final", sm)
+    (name,) = (n for n in parser.kernels(text) if f"FinalTraitsI{MANGLED[x.dtype]}Li{room}ELi{parts}E" in n)
+    strides = [x.stride(0) if B > 1 else D, D, x.stride(1) if S > 1 else D, 1]
+    boxes = [Box(x.as_strided((B, 1, S, D), strides), (1, 1, 128 * parts, 64), 3), Box(weight, (room, 64), 3)]
+    fields = [*_rows_of(shift), *_rows_of(scale), *_rows_of(bias)[:2], out, *out.stride()[:4], eps, 1 / D, rms]
+    fields += [D, N, C, *patch, 2 - patch[2] % 2, S, *grid[1:], S // F, F, tiles_of(parts) // (B * F), tiles_of(parts)]
+    text = rewrite(text) if rewrite else text
+    struct = Struct("<" + "Qb7xqq" * 2 + "Qb7xQ4qff?3x15i", (*fields, stages))
+    launch = text, (min(tiles_of(parts), blocks),), [*boxes, struct]
+    options |= dict(name=name, names=["x", "weight", "p"], block=(384,), shared=tail + stages * of_stage)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
 def qk_norm_rope(
     sm: int, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_bias: Tensor | None,
     k_bias: Tensor | None, stats: Tensor | None, cos: Tensor | None, sin: Tensor | None, k_cos: Tensor | None,
@@ -539,6 +571,11 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("patch_embed3d_fwd_kernel", counters)
 
+    def finish(x, shift, scale, weight, bias, T, H, W, *rest) -> None:
+        counters = final_layer(sm, x, shift, scale, weight, bias, (T, H, W), *rest, **options)
+        if observe:
+            observe("final_layer_fwd_kernel", counters)
+
     def call(op: str, impl: str):
         return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
 
@@ -552,7 +589,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
         "spacetime_attention_bwd": attend_back,
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
-        "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise,
+        "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise, "final_layer_fwd": finish,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
