@@ -50,7 +50,10 @@ class Defaults:
         checks.whole("frames", self.frames, 1, MAX_FRAMES)
         checks.whole("steps", self.steps, 1, MAX_STEPS)
         checks.number("fps", self.fps, 0.1, 1000)
-        for guidance in flow.pair(self.guidance):
+        pair = flow.pair(self.guidance)
+        if len(pair) != 2:
+            raise ValueError(f"guidance must be one number, or two for two transformers; got {pair}")
+        for guidance in pair:
             checks.number("guidance", guidance, -100, 100)
         checks.number("shift", self.shift, 1e-3, 1e3)
 

@@ -339,8 +339,8 @@ DEFAULTS = dict(frames=17, size=(64, 64), fps=8.0, steps=20, guidance=5.0, shift
     ("name", "value"),
     [
         ("frames", 0), ("frames", True), ("frames", "17"), ("size", 64), ("size", (64,)), ("size", (64, 0)), ("fps", 0),
-        ("fps", float("nan")), ("steps", 10**5), ("guidance", None), ("guidance", float("inf")), ("shift", 0),
-        ("shift", float("inf")), ("shift", 10**400),
+        ("fps", float("nan")), ("steps", 10**5), ("guidance", None), ("guidance", float("inf")), ("guidance", ()),
+        ("guidance", (1, 2, 3)), ("shift", 0), ("shift", float("inf")), ("shift", 10**400),
     ],
 )  # fmt: skip
 def test_defaults_name_what_is_wrong(copied, name, value):
@@ -349,6 +349,13 @@ def test_defaults_name_what_is_wrong(copied, name, value):
     index = read_json(copied / "model_index.json") | {name: value}
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=f"model_index.json does not describe a Defaults: {name} must be "):
+        Sora.from_pretrained(copied, device="cpu")
+
+
+def test_guidance_of_two_transformers_in_a_checkpoint_of_one_is_refused(copied):
+    """It was read, and every clip ended with a TypeError."""
+    write_json(copied / "model_index.json", read_json(copied / "model_index.json") | {"guidance": [3.0, 4.0]})
+    with pytest.raises(CheckpointError, match="guidance must be one number for one transformer"):
         Sora.from_pretrained(copied, device="cpu")
 
 
