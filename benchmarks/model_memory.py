@@ -1,6 +1,6 @@
 """Peak memory of a whole clip by models of Wan's sizes: ours beside diffusers' pipeline, a fresh process each.
 
-    python -m benchmarks.model_memory [--model 1.3b 5b] [--by ours diffusers] [--frames 5] [--size 256x448]
+    python -m benchmarks.model_memory [--model 1.3b 5b] [--by ours diffusers] [--frames 5] [--size 448x256]
         [--steps 1] [--folder DIR] [--threads 1] [--json FILE]
 
 Both read the same random weights from safetensors in DIR, made where they are missing: the transformer in bf16, the VAE
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, nargs="+", default=["1.3b", "5b"])
     parser.add_argument("--by", choices=("ours", "diffusers"), nargs="+", default=["ours", "diffusers"])
     parser.add_argument("--frames", type=int, default=5, help="4n+1")
-    parser.add_argument("--size", default="256x448", help="HEIGHTxWIDTH, multiples of 32")
+    parser.add_argument("--size", default="448x256", help="WIDTHxHEIGHT, multiples of 32")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("build/model_memory"), help="of the weights, 3 and 13 GB")
     parser.add_argument("--threads", type=int, default=1)
@@ -163,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sides = args.size.split("x")
     if len(sides) != 2 or any(not side.isdigit() or int(side) % 32 or side == "0" for side in sides):
-        parser.error(f"--size: expected HEIGHTxWIDTH, multiples of 32; got {args.size}")
+        parser.error(f"--size: expected WIDTHxHEIGHT, multiples of 32; got {args.size}")
     if args.frames % 4 != 1:
         parser.error(f"--frames: expected 4n+1 frames; got {args.frames}")
     if args.here:
-        args.size = tuple(map(int, sides))
+        args.size = int(sides[1]), int(sides[0])
         print(json.dumps(measure(args)))
         return 0
     for model in args.model:

@@ -142,6 +142,8 @@ def generate(
     if sora.second is not None or sora.sees_frames:
         raise ValueError("clips are drawn together by checkpoints of one transformer, from text; draw these one by one")
     for i, request in enumerate(requests):
+        if not isinstance(request, Mapping):
+            raise TypeError(f"request {i} must be a dict, such as {{'prompt': 'a red ball'}}; got {request!r}")
         if unknown := request.keys() - {"prompt", "seconds", "size", "fps", "seed"}:
             raise TypeError(f"request {i} takes prompt, seconds, size, fps and seed; got {sorted(unknown)[0]!r}")
     common = {"steps": steps, "guidance": guidance, "long": "once", "impl": impl}

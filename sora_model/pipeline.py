@@ -177,6 +177,8 @@ class Sora(Verbs, Planning, Loading):
         """
         if dtype is not None and dtype not in _DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))} or None; got {dtype!r}")
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(f"source must be the folder of a checkpoint, or 'toy'; got {source!r}")
         folder = TOY if os.fspath(source) == "toy" else Path(source)
         device = choose_device(device)
         if not folder.exists():

@@ -158,7 +158,7 @@ class Verbs:
         """uint8 `[T, H, W, 3]` of the plan's size."""
         path = given if isinstance(given, str | os.PathLike) else None
         given = given if path is None else _read(path, plan.fps)
-        frames = np.asarray(getattr(given, "frames", given))
+        frames = np.require(getattr(given, "frames", given), requirements="W")  # PyTorch warns of what is read only
         frames = frames[None] if frames.ndim == 3 else frames
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise ValueError(
@@ -182,6 +182,7 @@ class Verbs:
         return max(1, (frames - 1) // factor * factor + 1) if begins else max(factor, frames // factor * factor)
 
     def _box(self, box: Sequence[int], size: tuple[int, int]) -> tuple[slice, slice]:
+        box = box.tolist() if isinstance(box, np.ndarray) else box
         whole = isinstance(box, Sequence) and len(box) == 4
         if not whole or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in box):
             raise ValueError(f"box must be four whole numbers (left, top, right, bottom); got {box!r}")

@@ -97,6 +97,7 @@ def test_memory_of_a_whole_model_is_measured_in_a_process_of_its_own(tmp_path):
     assert [row["by"] for row in rows] == ["ours", "diffusers"] and len(made) == 2
     assert {file: file.stat().st_mtime_ns for file in made} == made
     for row in rows:
+        assert (row["width"], row["height"]) == (32, 64)  # in the order of the sora command
         assert 1 < row["weights_mib"] < 20 and 10 < row["peak_mib"] < 1000 and row["seconds"] > 0 and row["commit"]
     for arguments in (["--size", "30x64"], ["--frames", "4"], ["--model", "x"]):
         with pytest.raises(SystemExit):

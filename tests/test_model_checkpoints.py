@@ -219,6 +219,11 @@ def test_a_checkpoint_of_our_own_is_taken_in_the_dtype_asked_for(tiny_checkpoint
     assert 0 < off.max() and off.mean() < 4
 
 
+def test_no_source_is_refused_by_name():
+    with pytest.raises(TypeError, match="source must be the folder of a checkpoint, or 'toy'; got None"):
+        Sora.from_pretrained(None)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.complex64, torch.float8_e4m3fn, 16])
 def test_another_dtype_is_refused_by_name(tiny_checkpoint, tmp_path, dtype):
     with pytest.raises(TypeError, match="dtype must be one of torch.float32, .* or None; got"):

@@ -111,5 +111,7 @@ def test_clips_of_several_sizes_are_generated_together():
         generate(sora, requests, guidance=1e6)
     with pytest.raises(TypeError, match="request 1 takes prompt, seconds, size, fps and seed; got 'steps'"):
         generate(sora, [requests[0], {"prompt": "a ring", "steps": 3}])
+    with pytest.raises(TypeError, match="request 0 must be a dict, such as {'prompt': 'a red ball'}; got 'a ring'"):
+        generate(sora, ["a ring"])
     with pytest.raises(ValueError, match="requests must be at least one"):
         generate(sora, [])

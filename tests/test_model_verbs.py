@@ -167,6 +167,15 @@ def test_a_long_clip_is_made_in_parts_that_follow_one_another(long, tmp_path, re
     assert parts < whole / 100 and parts == sora._memory(100, 32, 48, "auto", False, 1 << 40, 9)[1]
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_an_image_that_cannot_be_written_to_is_taken_without_a_warning(clip):
+    """As Pillow's are."""
+    from PIL import Image
+
+    image = Image.fromarray(clip[0])
+    assert (untrained(False).animate(image, PROMPT, seconds=0.25, steps=1).frames[0] == clip[0]).all()
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -180,6 +189,8 @@ def test_a_long_clip_is_made_in_parts_that_follow_one_another(long, tmp_path, re
         (lambda s, c: s.edit(c, PROMPT, strength=2), "strength must be a number from 0 to 1; got 2"),
         (lambda s, c: s.inpaint(c, PROMPT, box=(0, 0, 50, 10)), "box must lie within 48x32"),
         (lambda s, c: s.inpaint(c, PROMPT, box=(9, 0, 9, 10)), "box must lie within"),
+        (lambda s, c: s.inpaint(c, PROMPT, box=np.array([0, 0, 50, 10])), "box must lie within 48x32"),
+        (lambda s, c: s.inpaint(c, PROMPT, box=np.array([0, 0, 5.5, 9])), "box must be four whole numbers"),
         (lambda s, c: s.inpaint(c, PROMPT, box=(0, 0, 5)), "box must be four whole numbers"),
         (lambda s, c: s.inpaint(c, PROMPT, box=(0, 0, 48, 32)), "nothing is known"),
         (lambda s, c: s.interpolate(c, PROMPT, factor=1), "factor must be a whole number from 2 to 64; got 1"),
