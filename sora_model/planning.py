@@ -123,6 +123,8 @@ class Planning:
         guidance = defaults.guidance if guidance is None else guidance
         if self.second is not None and isinstance(guidance, tuple | list) and len(guidance) == 2:
             guidance = tuple(number("guidance", part, -100, 100) for part in guidance)
+        elif self.second is None and isinstance(guidance, tuple | list):
+            raise ValueError(f"guidance must be one number, as this checkpoint has one transformer; got {guidance}")
         else:
             guidance = number("guidance", guidance, -100, 100)
         shift = number("shift", defaults.shift if shift is None else shift, 1e-3, 1e3)

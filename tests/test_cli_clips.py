@@ -69,6 +69,7 @@ def test_a_command_writes_what_its_verb_gives(sora, model, command, options, ver
     ("arguments", "said"),
     [
         (("animate", "none.png", PROMPT), "there is no file 'none.png'"),
+        (("generate", PROMPT, "--guidance", "3,2"), "guidance must be one number, as this checkpoint has one transf"),
         (("animate", "note.txt", PROMPT), "it is not an MP4, MOV, WebM, MKV or AVI video, nor an image of PNG, JPEG,"),
         (("animate", ".", PROMPT), "cannot read '.': it is not a regular file"),
         (("extend", "clip.mp4", "?!"), "prompt holds no word"),

@@ -373,6 +373,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
         ({"steps": 2.5}, TypeError, "steps must be a whole number"),
         ({"seed": -1}, ValueError, "seed must lie between 0"),
         ({"guidance": float("inf")}, ValueError, "guidance must lie between"),
+        ({"guidance": (3.0, 2.0)}, ValueError, r"guidance must be one number, .* got \(3.0, 2.0\)"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference"),
         ({"attention": "window"}, ValueError, "attention must be 'full', or settings such as"),
         ({"attention": 3}, TypeError, "attention must be an AttentionMode, text or None; got int"),
