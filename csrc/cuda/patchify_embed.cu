@@ -30,9 +30,9 @@ constexpr int kBoxBytes = kBox * 2;   // of a row of it
 constexpr int kPart = 128;            // columns of a product
 constexpr int kMostFeatures = 384, kMostStages = 8;
 constexpr int kThreads = (kConsumers + 1) * kGroup, kWarps = kConsumers * 4;
-constexpr int kProducerRegisters = 96, kConsumerRegisters = 208;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208, kLaunched = 65536 / kThreads / 8 * 8;
 constexpr int kMemory = 227 * 1024;  // that a block can have
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kGroup <= 65536, "the register file");
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunched, "else it hangs");
 
 template <class T_, int kParts_>
 struct EmbedTraits {

@@ -36,9 +36,9 @@ constexpr int kBoxBytes = kBox * 2;  // of a row of it
 constexpr int kMostStages = 6;
 constexpr int kThreads = (kConsumers + 1) * kGroup, kWarps = kConsumers * 4;
 constexpr int kSumming = 3;  // warps that sum (1 + scale) weight and shift weight
-constexpr int kProducerRegisters = 96, kConsumerRegisters = 208;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208, kLaunched = 65536 / kThreads / 8 * 8;
 constexpr int kMemory = 227 * 1024;  // that a block can have
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kGroup <= 65536, "the register file");
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunched, "else it hangs");
 
 template <class T_, int kFeatures_, int kParts_>
 struct FinalTraits {
