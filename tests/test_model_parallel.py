@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,6 +171,7 @@ def _on_four(rank, folder):
     for names, sizes in DIVIDED.items():
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
         results["bytes", names] = bytes_sent(mesh, rank, "dense", EVEN)
+    results["calls"] = calls_of_a_ring(init_device_mesh("cpu", (4,), mesh_dim_names=("ring",)))
     results["sharded beside"] = sharded_beside()
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -243,6 +245,52 @@ def bytes_sent(mesh, rank, mode, shape=SHAPE):
         forward, sent[0] = sent[0], 0
         loss.backward()
     return forward, sent[0]
+
+
+def calls_of_a_ring(mesh):
+    """In one layer's forward, and in its backward: which block of keys a rank sends, attends to and waits for, numbered
+    as it comes to hold them; those of the gradients that go round are called so."""
+    calls, held, dist = [], [], exchange.dist
+    pass_on, forward, backward = dist.batch_isend_irecv, exchange.attention_forward, exchange.attention_backward
+
+    def number(block):
+        return next(i for i, other in enumerate(held) if other.data_ptr() == block.data_ptr())
+
+    def watched_pass(ops):
+        works, (sent, received) = pass_on(ops), (op.tensor for op in ops)
+        if ops[0].tag:
+            name = coming = "gradients"
+        else:
+            held.extend([received] if held else [sent, received])  # kept: no other block gets its memory
+            name, coming = number(sent), number(received)
+        calls.append(("send", name))
+        wait = works[1].wait
+        works[1] = SimpleNamespace(wait=lambda: (calls.append(("wait", coming)), wait()))
+        return works
+
+    def watched(attention, keys):
+        return lambda *args, **how: (calls.append(("attend", number(args[keys]))), attention(*args, **how))[1]
+
+    dit = make()
+    with pytest.MonkeyPatch.context() as patch, parallel.over(dit, mesh):
+        patch.setattr(dist, "batch_isend_irecv", watched_pass)
+        patch.setattr(exchange, "attention_forward", watched(forward, 1))
+        patch.setattr(exchange, "attention_backward", watched(backward, 2))
+        loss = loss_of(dit(*drawn()))
+        there, calls, held = calls, [], []
+        loss.backward()
+    return there, calls
+
+
+def assert_the_next_block_comes_while_one_is_attended(there, back):
+    """Of four ranks; gradients are sent when a block has been attended to, and come while the next one is."""
+    sent = [[("send", i), ("attend", i)] for i in range(3)] + [[("attend", 3)]]
+    waits = [[("wait", i + 1)] for i in range(3)] + [[]]
+    assert there == list(itertools.chain(*(a + b for a, b in zip(sent, waits, strict=True))))
+    on, come = [("send", "gradients")], [("wait", "gradients")]
+    assert back == [
+        *sent[0], *waits[0], *sent[1], *on, *waits[1], *sent[2], *come, *on, *waits[2], *sent[3], *come, *on, *come
+    ]  # fmt: skip
 
 
 def assert_four_send_what_is_counted(parts):
@@ -354,6 +402,8 @@ def test_velocity_and_gradients_are_those_of_one_process(tmp_path, function, wor
         assert_sends_what_the_page_says([results["bytes"] for results in parts])
     else:
         assert_four_send_what_is_counted(parts)
+        for results in parts:
+            assert_the_next_block_comes_while_one_is_attended(*results["calls"])
     dit, known = make(), {}
     if world == 4:
         expected = run(dit, drawn(), MODES["dense"])
