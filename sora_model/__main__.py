@@ -32,7 +32,7 @@ def main() -> None:
                 from . import cli
 
                 cli.wait_politely()
-                import torch  # noqa: F401
+                import sora_kernels  # noqa: F401  # and torch
             cli.main()
     except extras.MissingExtra as error:
         sys.exit(f"error: {error}")
