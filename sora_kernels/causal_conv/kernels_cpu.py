@@ -60,8 +60,12 @@ def _packed(x: Tensor, cache: Tensor | None, front: tuple[int, int, int], back: 
         return _wide(x)
     B, C, T, H, W = x.shape
     packed = _empty((B, C, past + T, top + H + back[0], left + W + back[1]))
-    if top + left + sum(back) or (past and cache is None):
-        packed.zero_()
+    zeros = [packed[..., :top, :], packed[..., top + H :, :], packed[..., :left], packed[..., left + W :]]
+    if cache is None:
+        zeros.append(packed[:, :, :past])
+    for margin in zeros:
+        if margin.numel():
+            margin.zero_()
     inside = packed[..., top : top + H, left : left + W]
     inside[:, :, past:] = x
     if past and cache is not None:
@@ -74,6 +78,12 @@ def _add(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride, pa
     torch.ops.mkldnn._convolution_pointwise_.binary(
         out, x, weight, bias, padding, stride, ONE, 1, "add", 1.0, None, [], None
     )
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
+    """The convolution of fp32 videos or images, channels last, as a tensor of its own: a sum with zeros is dearer."""
+    ones = ONE[: len(stride)]
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, ones, 1, "none", [], "")
 
 
 def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bias: Tensor | None, padding) -> None:
@@ -119,11 +129,14 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, op
 def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
     """The gradients of a convolution of each frame, None where not asked for."""
     dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
+    blocks = list(_blocks(dout, x, weight, stride, padding)) if taps else []
+    if len(blocks) == 1:
+        return _backward(dout, x, weight, stride, padding, [data, True], opaque=False)
     dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=False)[0] if data else None
     if not taps:
         return dx, None
     dweight = torch.zeros_like(weight)
-    for block in _blocks(dout, x, weight, stride, padding):
+    for block in blocks:
         dweight += _backward(*block, [False, True], opaque=False)[1]
     return dx, dweight
 
@@ -261,10 +274,12 @@ def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
     front, back, padding = _downsample_padding(weight, factor)
-    total = (out if _is_wide(out) else _empty(out.shape)).zero_()
-    _add(total, _packed(x, cache, front, back), weight.float(), _float(bias), factor, padding)
-    if total is not out:
-        out.copy_(total)
+    packed, weight, bias = _packed(x, cache, front, back), weight.float(), _float(bias)
+    if weight.shape[2] == factor[0] == 1 and not _few(out, weight):  # strided, oneDNN's 2D kernels are the faster ones
+        images = _convolved(_images(packed), weight[:, :, 0], bias, factor[1:], padding[1:])
+        out.copy_(images.unflatten(0, (out.shape[0], -1)).transpose(1, 2))
+    else:
+        out.copy_(_convolved(packed, weight, bias, factor, padding))
 
 
 def downsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
