@@ -59,6 +59,9 @@ def op(name: str, impl: str = "triton", **settings) -> Callable:
     return partial(getattr(sora_kernels, name), impl=impl, **settings)
 
 
+ROWS = "gate", "shift", "scale"
+
+
 def draw(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(shape, dtype=FP32).to(dtype)
 
@@ -76,6 +79,9 @@ def modulation() -> Iterator[Case]:
         shift, scale = (draw(1, rows, D, dtype=dtype) for _ in range(2))
         return dict(x=draw(1, 256, D, dtype=dtype), shift=shift, scale=scale, **own)
 
+    def gated(D, rows):
+        return dict(x=draw(1, 256, D), y=draw(1, 256, D), **{name: draw(1, 1, D) for name in rows})
+
     for name, drawn in {
         "D=1536 per clip": partial(inputs, 1536), "D=1536 per clip fp32": partial(inputs, 1536, dtype=FP32),
         "D=5120 per clip": partial(inputs, 5120), "D=5120 per clip fp32": partial(inputs, 5120, dtype=FP32),
@@ -89,15 +95,10 @@ def modulation() -> Iterator[Case]:
         "norm_modulate D=1536 by index", op("norm_modulate"),
         lambda: inputs(1536, rows=3) | dict(index=torch.randint(3, (1, 256))), ("index",), bounds=small,
     )  # fmt: skip
-    yield Case(
-        "gate_residual D=1536 per clip", op("gate_residual"),
-        lambda: dict(x=draw(1, 256, 1536), y=draw(1, 256, 1536), gate=draw(1, 1, 1536)), bounds=small,
-    )  # fmt: skip
-    yield Case(
-        "gate_residual_norm_modulate D=5120 per clip", op("gate_residual_norm_modulate"),
-        lambda: dict(x=draw(1, 256, 5120), y=draw(1, 256, 5120), gate=draw(1, 1, 5120), shift=draw(1, 1, 5120),
-                     scale=draw(1, 1, 5120)), bounds=small,
-    )  # fmt: skip
+    for name, D, *rows in (("gate_residual", 1536, "gate"), ("gate_residual_norm_modulate", 5120, *ROWS)):
+        drawn = partial(gated, D, rows)
+        yield Case(f"{name} D={D} per clip", op(name), drawn, bounds=small)
+        yield Case(f"{name} D={D} per clip, nvcc", op(name, "cuda"), drawn, ("x", "y", *rows), impl="cuda")
 
 
 def reduction() -> Iterator[Case]:

@@ -44,7 +44,10 @@ PREDICTED = (
     ("spacetime_attention", "both", ("wan1.3b-length-4", "wan1.3b-480p")),
     ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
     ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
+    ("upsample_conv3d", "fwd", ("wan1.3b-480p",)),
+    ("norm_silu", "fwd", ("wan1.3b-480p",)),
     ("norm_modulate", "both", ("wan1.3b-480p",)),
+    ("gate_residual_norm_modulate", "fwd", ("wan1.3b-480p",)),
     ("patch_embed3d", "fwd", ("wan1.3b-480p", "wan14b-480p")),
     ("final_layer", "fwd", ("wan1.3b-480p", "wan14b-480p")),
 )

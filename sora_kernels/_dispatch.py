@@ -19,8 +19,8 @@ FORCED = os.environ.get("SORA_KERNELS_IMPL") or "auto"  # replaces "auto" everyw
 NAMED_ONLY = {
     (op, "cuda")
     for op in (
-        "causal_conv3d", "final_layer", "norm_modulate", "norm_silu", "patch_embed3d", "qk_norm_rope",
-        "spacetime_attention", "upsample_conv3d",
+        "causal_conv3d", "final_layer", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "norm_silu",
+        "patch_embed3d", "qk_norm_rope", "spacetime_attention", "upsample_conv3d",
     )  # fmt: skip
 }
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels then also run on CPU tensors

@@ -497,6 +497,17 @@ def test_gradients_of_modulation_are_read_and_written_16_bytes_at_a_time(machine
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gate_residual_reads_and_writes_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "gate_residual_kernel" in n}
+    assert len(kernels) == 36  # three dtypes, six traits, alone and with a norm
+    for name, sass in kernels.items():
+        rows = int(re.search(r"ELi(\d+)EEEL", name)[1]) // (4 if "TraitsIf" in name else 8)  # vectors of a thread
+        assert len(re.findall(r"\bLDG\.E\S*\.128", sass)) >= 2 * rows, f"{name}: x and y"
+        assert len(re.findall(r"\bSTG\.E\S*\.128", sass)) == (2 if "ELb1E" in name else 1) * rows, name
+        assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_norm_silu_reads_and_writes_16_bytes_at_a_time(machine_code, architecture):
     kernels = {n: s for n, s in machine_code[architecture].items() if "norm_silu_" in n}
     assert len(kernels) == 21  # three dtypes; channels last four numbers of elements and a rest, channels first two
@@ -614,6 +625,20 @@ def test_cuda_gradients_meet_the_error_rule_and_give_the_same_bits_again(D, F, d
     for name in oracle:
         assert_matches_oracle(actual[name].cpu(), oracle[name], plain[name], name, terms=1 if name == "x" else 1200)
         assert torch.equal(actual[name], again[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("D", [8, 512, 1536, 3072, 5120, 16384])
+def test_cuda_gate_residual_meets_the_error_rule(D, dtype, require):
+    require("gate_residual_norm_modulate", "cuda", "cuda", dtype)
+    tensors = inputs(2, 6, D, 3, dtype)
+    for norms in (dict(norm="layer"), dict(norm="rms", y_norm="layer")):
+        oracle = gate_residual_norm_modulate(**{k: v.double() for k, v in tensors.items()}, **norms, impl="reference")
+        plain = gate_residual_norm_modulate(**tensors, **norms, impl="reference")
+        actual = gate_residual_norm_modulate(**{k: v.cuda() for k, v in tensors.items()}, **norms, impl="cuda")
+        for name, *found in zip(("x_new", "out"), actual, oracle, plain, strict=True):
+            assert_matches_oracle(found[0].cpu(), *found[1:], f"{name} {norms}")
 
 
 @pytest.mark.gpu

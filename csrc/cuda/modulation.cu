@@ -47,26 +47,6 @@ struct NormModulateParams {
   float eps;
 };
 
-// xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).
-template <int N>
-__device__ __forceinline__ void modulate(const NormModulateParams& p, int64_t b, int64_t f, int d, float (&values)[N]) {
-  float factor[N];
-  if (p.weight) {
-    load_any(p.weight.data, p.weight.dtype, d, factor);
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] *= factor[i];
-  }
-  add_any(p.bias.data, p.bias.dtype, d, values);
-#pragma unroll
-  for (int i = 0; i < N; ++i) factor[i] = 1.0f;
-  add_any(p.scale.data, p.scale.dtype, b * p.scale.stride_b + f * p.scale.stride_f + d, factor);
-  add_any(p.scale_table.data, p.scale_table.dtype, d, factor);
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] *= factor[i];
-  add_any(p.shift.data, p.shift.dtype, b * p.shift.stride_b + f * p.shift.stride_f + d, values);
-  add_any(p.shift_table.data, p.shift_table.dtype, d, values);
-}
-
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_modulate_kernel(
     const __grid_constant__ NormModulateParams p) {
@@ -92,25 +72,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
     for (int i = 0; i < kVec; ++i) values[v][i] = to_float(vec.values[i]);
   }
 
-  float sum = 0.0f;
-#pragma unroll
-  for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) sum += values[v][i];
-  }
-  float mean = p.rms ? 0.0f : row_sum<Traits::kWarps>(sum, shared) / D;
-
-  float squares = 0.0f, left = 0.0f;
-#pragma unroll
-  for (int v = 0; v < kVecs; ++v) {
-    if (column(v) >= D) continue;  // beyond the row the zeros are not deviations
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const float deviation = values[v][i] - mean;
-      left += deviation, squares += deviation * deviation;
-    }
-  }
-  const float rstd = corrected<Traits::kWarps>(left, squares, shared, p.shape.D, p.rms, p.eps, mean);
+  float mean;
+  const float rstd = row_statistics<Traits::kWarps>(values, column, D, shared, p.rms, p.eps, mean);
 
   const int64_t f = s / p.shape.rows_per_modulation();
 #pragma unroll

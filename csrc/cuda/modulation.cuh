@@ -36,6 +36,51 @@ __device__ __forceinline__ float corrected(float left, float squares, float* sha
   return 1.0f / sqrtf(variance + eps);
 }
 
+// Mean (of an RMS norm 0) and 1/sigma of a row of D values, of which a thread has vectors from column(v) on; zeros beyond.
+template <int kWarps, int kVecs, int kVec, class Column>
+__device__ __forceinline__ float row_statistics(const float (&values)[kVecs][kVec], const Column& column, int D,
+                                                float* shared, bool rms, float eps, float& mean) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) sum += values[v][i];
+  }
+  mean = rms ? 0.0f : row_sum<kWarps>(sum, shared) / D;
+
+  float squares = 0.0f, left = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    if (column(v) >= D) continue;  // beyond the row the zeros are not deviations
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const float deviation = values[v][i] - mean;
+      left += deviation, squares += deviation * deviation;
+    }
+  }
+  return corrected<kWarps>(left, squares, shared, D, rms, eps, mean);
+}
+
+// xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).
+template <int N, class Params>
+__device__ __forceinline__ void modulate(const Params& p, int64_t b, int64_t f, int d, float (&values)[N]) {
+  float factor[N];
+  if (p.weight) {
+    load_any(p.weight.data, p.weight.dtype, d, factor);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] *= factor[i];
+  }
+  add_any(p.bias.data, p.bias.dtype, d, values);
+#pragma unroll
+  for (int i = 0; i < N; ++i) factor[i] = 1.0f;
+  add_any(p.scale.data, p.scale.dtype, b * p.scale.stride_b + f * p.scale.stride_f + d, factor);
+  add_any(p.scale_table.data, p.scale_table.dtype, d, factor);
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] *= factor[i];
+  add_any(p.shift.data, p.shift.dtype, b * p.shift.stride_b + f * p.shift.stride_f + d, values);
+  add_any(p.shift_table.data, p.shift_table.dtype, d, values);
+}
+
 // Rows of `size`-byte elements of which a thread takes `vec` at a time start where its loads may.
 inline bool is_aligned(const void* data, int64_t size, int64_t vec, int64_t stride_b, int64_t stride_s) {
   const int64_t bytes = std::min<int64_t>(16, vec * size);

@@ -12,6 +12,7 @@ from . import reference
 
 NORMS = ("layer", "rms")
 CUDA_WIDTH = 4096  # of csrc/cuda/modulation_backward.cu: what a block holds
+CUDA_ROW = 16384  # of csrc/cuda/modulation_gate.cu: what the registers of a block hold
 MAX_WIDTH = 65536  # of a row, in the registers of a Triton program
 
 
@@ -102,6 +103,7 @@ def gate_residual(
     index       [B, S]: token s of clip b has row index[b, s] of gate, as in `norm_modulate`
     rounding    as in `norm_modulate`; a "host" rounds gate · y where gate is of x's dtype
     out         where to write; may be x or y itself; for inference only
+    impl        as in `norm_modulate`; "cuda": forward only, no index, rows of whole 16 bytes and up to 16384 values
 
     Returns [B, S, D] in x's dtype. Contract of numbers, determinism and errors: see `norm_modulate`.
     """
@@ -118,7 +120,7 @@ def gate_residual(
     tensors = narrow(x, (x, y, gate, gate_table, index))
     grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, gate=(gate, gate_table))
-    impl = _choose(op, impl, x, grad, host)
+    impl = _choose(op, impl, x, grad, host, index, dict(x=x, y=y, gate=gate, gate_table=gate_table, out=out))
     settings = (frames, y_rms, eps, host, impl)
     return apply(_GateResidual, *tensors, settings) if grad else _gate_residual(*tensors, *settings, out)
 
@@ -148,7 +150,7 @@ def gate_residual_norm_modulate(
     The end of one branch and the beginning of the next in a single pass: x and y are read once. Arguments as in
     `gate_residual` and `norm_modulate`; one eps serves both norms, one index all rows. x_new is rounded to its dtype
     before it is normalised, so the result is that of the two functions called one after another. `out` is a pair
-    (x_new, out) to write into, for inference only; its first may be x or y itself.
+    (x_new, out) to write into, for inference only; its first may be x or y itself. impl as in `gate_residual`.
 
     Returns (x_new, out), both [B, S, D] in x's dtype. Numbers, determinism and errors: see `norm_modulate`.
     """
@@ -168,7 +170,9 @@ def gate_residual_norm_modulate(
         raise ValueError(f"{op}: out must be a pair of two tensors (x_new, out); got {type(out).__name__}")
     grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, norm=(shift, scale, shift_table, scale_table), gate=(gate, gate_table))
-    impl = _choose(op, impl, x, grad, host)
+    names = "x", "y", "gate", "shift", "scale", "weight", "bias", "gate_table", "shift_table", "scale_table"
+    read = dict(zip(names, tensors, strict=False)) | dict(zip(("x_new", "out"), out or (), strict=False))
+    impl = _choose(op, impl, x, grad, host, index, read)
     settings = (frames, norm == "rms", y_rms, eps, host, impl)
     if grad:
         return apply(_GateResidualNormModulate, *tensors, settings)
@@ -215,7 +219,8 @@ def _host(op, rounding, x, norm=None, gate=None) -> int:
     return (norm is not None) + 2 * of_x[0] + 4 * of_x[1]
 
 
-def _choose(op, impl, x, grad, host, index=None) -> str:
+def _choose(op, impl, x, grad, host, index=None, whole: dict[str, Tensor | None] | None = None) -> str:
+    """whole: what cuda reads and writes in whole vectors of 16 bytes alone."""
     wide = _dispatch.within(MAX_WIDTH, x.shape[2], "rows")
 
     def limits(name: str) -> str | None:
@@ -223,11 +228,29 @@ def _choose(op, impl, x, grad, host, index=None) -> str:
             return f"{name} rounds once, at the store"
         if index is not None and name == "cuda":
             return "cuda takes no index"
+        if whole is not None and name == "cuda":
+            return _not_whole(x, whole)
         if grad and name == "cuda" and (x.shape[2] > CUDA_WIDTH or x.shape[2] * x.element_size() % 16):
             return f"cuda's backward takes rows of whole 16 bytes and of at most {CUDA_WIDTH} values; got {x.shape[2]}"
         return wide and wide(name)
 
     return _dispatch.choose(op, impl, x, grad=grad, limits=limits)
+
+
+def _not_whole(x: Tensor, tensors: dict[str, Tensor | None]) -> str | None:
+    """Why rows of these are not vectors of 16 bytes, or of as many elements as x has in them."""
+    vec, D = 16 // x.element_size(), x.shape[2]
+    if D % vec or D > CUDA_ROW:
+        return f"cuda takes rows of whole 16 bytes and of at most {CUDA_ROW} values; got {D}"
+    for name, t in tensors.items():
+        if t is None or t.stride(-1) != 1:  # what is not dense is copied
+            continue
+        at = min(vec, 16 // t.element_size())
+        outer = [step for step, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1]
+        if t.storage_offset() % at or any(step % at for step in outer):
+            got = f"strides {t.stride()} and offset {t.storage_offset()}"
+            return f"cuda takes rows that begin at multiples of {at} elements; got {name} with {got}"
+    return None
 
 
 def _needs_grad(op, tensors, out: Tensor | tuple[Tensor, Tensor] | None, over: int = 0) -> bool:
@@ -355,7 +378,7 @@ _library.define(
     "(Tensor x, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? index, bool? y_rms, float eps, int host, "
     "Tensor(a!) out) -> ()",
     reference=lambda *args: args[-1].copy_(_gate_residual_formula(*args[:-1])),
-    impls={"triton": ".modulation.kernels:gate_residual_fwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_fwd", "cuda": None, "cpu": None},
 )  # fmt: skip
 _library.define(
     "gate_residual_bwd",
@@ -449,7 +472,7 @@ _library.define(
     "Tensor? gate_table, Tensor? shift_table, Tensor? scale_table, Tensor? index, bool rms, bool? y_rms, float eps, "
     "int host, Tensor(a!) x_new, Tensor(b!) out) -> ()",
     reference=_gate_residual_norm_modulate_fwd,
-    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_fwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_fwd", "cuda": None, "cpu": None},
 )
 _library.define(
     "gate_residual_norm_modulate_bwd",

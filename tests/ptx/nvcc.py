@@ -153,6 +153,28 @@ def norm_modulate_bwd(
     return found
 
 
+def gate_residual(
+    sm: int, x: Tensor, y: Tensor, rows: tuple, vectors: tuple, rms: bool, y_rms: bool | None, eps: float,
+    x_new: Tensor, out: Tensor | None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of gate_residual_fwd, or with an out of gate_residual_norm_modulate_fwd, in modulation_gate.cu; rows:
+    gate, shift and scale, vectors: weight, bias and their tables. The rest as of norm_modulate."""
+    B, S, D = x.shape
+    fields = [B, S, D, max([t.shape[1] for t in rows if t is not None and t.ndim == 3], default=1)]
+    for tensor in (x, y, x_new, out):
+        fields += [0, 0, 0] if tensor is None else [tensor, *tensor.stride()[:2]]
+    fields += [field for t in rows for field in _rows_of(t)] + [field for t in vectors for field in _rows_of(t)[:2]]
+    fields += [rms, y_rms is not None, bool(y_rms), eps]
+    warps, elements = next(t for t in TRAITS if D <= 32 * t[0] * t[1])
+    text = compiled("modulation_gate", sm)
+    form = f"TraitsI{MANGLED[x.dtype]}Li{warps}ELi{elements}EEELb{int(out is not None)}E"
+    (name,) = (n for n in parser.kernels(text) if form in n)
+    layout = "<4q" + "Qqq" * 4 + "Qb7xqq" * 3 + "Qb7x" * 5 + "???xf"
+    launch = text, (-(-B * S // (4 if warps == 1 else 1)),), [Struct(layout, tuple(fields))]
+    options |= dict(name=name, names=["p"])
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
 def _rows_of(t: Tensor | None) -> list:
     """A Rows or a Vector: data, dtype, and the strides of clips and rows, 0 where a row serves all."""
     if t is None:
@@ -543,6 +565,21 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
             if observe:
                 observe(f"attention_bwd_{label}_kernel", counters)
 
+    def gate_on(x, y, gate, gate_table, index, y_rms, eps, host, out) -> None:
+        assert host == 0 and index is None, "the kernel rounds once and takes no index"
+        vectors = None, None, gate_table, None, None
+        counters = gate_residual(sm, x, y, (gate, None, None), vectors, False, y_rms, eps, out, None, **options)
+        if observe:
+            observe("gate_residual_kernel", counters)
+
+    def gate_and_modulate(x, y, gate, shift, scale, weight, bias, gate_t, shift_t, scale_t, index, *rest) -> None:
+        rms, y_rms, eps, host, x_new, out = rest
+        assert host == 0 and index is None, "the kernel rounds once and takes no index"
+        rows, vectors = (gate, shift, scale), (weight, bias, gate_t, shift_t, scale_t)
+        counters = gate_residual(sm, x, y, rows, vectors, rms, y_rms, eps, x_new, out, **options)
+        if observe:
+            observe("gate_residual_kernel", counters)
+
     def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
         assert tuple(stride) == (1, 1, 1), "the kernel takes stride 1"
         rest = residual, norm_weight, bordered, norm_eps, out, pre
@@ -590,6 +627,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         "spacetime_attention_bwd": attend_back,
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
         "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise, "final_layer_fwd": finish,
+        "gate_residual_fwd": gate_on, "gate_residual_norm_modulate_fwd": gate_and_modulate,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
