@@ -24,6 +24,7 @@ LONG = {  # file -> why it may exceed 400 lines
     "sora_kernels/qknorm_rope/op.py": "two functions, one with a long signature, each with schema, autograd, docstring",
     "sora_kernels/qknorm_rope/kernels.py": "one forward and one backward kernel, of heads on one rank or on several",
     "sora_kernels/causal_conv/kernels_norm.py": "two norms, two memory formats, both directions: five kernels in step",
+    "sora_kernels/causal_conv/kernels_cpu.py": "three convolutions, both directions, each as oneDNN is fast in",
     "sora_kernels/causal_conv/op.py": "four functions with long signatures, each with schema, autograd and docstring",
     "sora_model/dit.py": "configuration, layers and Wan's names are one model in one file",
     "sora_model/vae.py": "configuration, layers, both directions and Wan's names are one model in one file",
