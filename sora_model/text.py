@@ -243,6 +243,7 @@ def check_sizes(folder: Path) -> list[str]:
     try:  # half of the buckets are of one direction, and half of these are one distance each
         checks.whole("relative_attention_num_buckets", buckets, 4, 4096)
         checks.whole("relative_attention_max_distance", far, buckets // 4 + 1, 2**20)
+        checks.number("dropout_rate", config.get("dropout_rate", 0.1), 0, 1)  # of NaN torch speaks in the forward only
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     return unread

@@ -68,6 +68,8 @@ OFFLOADING = {
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("offload", OFFLOADING)
 def test_offloading(host, offload, when, tmp_path):
+    if diffusers.__version__.startswith("0.40.") and "groups" in offload and not torch.accelerator.is_available():
+        pytest.skip("diffusers 0.40 itself offloads groups on machines with an accelerator only")
     make, draw = host
     plain, model = make(), make()
     batch = draw(model)

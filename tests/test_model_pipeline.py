@@ -231,6 +231,12 @@ def test_the_wan_text_encoder_pads_with_zeros_to_512(wan):
             "relative_attention_max_distance must be a whole number from 9 to 1048576; got 1",
         ),
         (
+            lambda d: (d / "text_encoder" / "config.json").write_text(
+                json.dumps(read_json(d / "text_encoder" / "config.json") | {"dropout_rate": float("nan")})
+            ),
+            "dropout_rate must be a number from 0 to 1; got nan",
+        ),
+        (
             lambda d: change_config(d / "scheduler" / "scheduler_config.json", flow_shift=-2),
             "shift must be a number from 0.001 to 1000; got -2",
         ),
