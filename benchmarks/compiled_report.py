@@ -95,6 +95,9 @@ NOTES = {
         ("sectors", "16 bytes"), "a lane has whole pixels: single bytes, 3 apart, and a value of the tile for three"
     ),
     "norm_silu_fwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
+    "norm_silu_kernel": {
+        "16 bytes": _PARAMETERS, "wavefronts": "1/sigma of pixels, 32 bytes a lane, in two accesses to the same banks",
+    },
     "norm_silu_bwd_kernel": {"16 bytes": _PARAMETERS, "wavefronts": _SUMS},
     "moments_kernel": {"16 bytes": "the middle of three values of each channel, once a program"},
     "attention_bwd_rows_kernel": {"wavefronts": _SUMS},

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import octets
-
 
 def held(sora: Any) -> dict[str, str]:
     """What the clip depends on and is here, in a number for each part."""
@@ -42,3 +40,10 @@ def sum_of_bits(t: Tensor) -> int:
     found = found.clone() if found.storage_offset() % 8 else found
     whole = len(found) // 8 * 8
     return int(found[:whole].view(torch.int64).sum()) + int(found[whole:].sum())
+
+
+def octets(t: Tensor) -> Tensor:
+    """Its bytes, in order."""
+    flat = t.detach().flatten()
+    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # of one element, too
+    return flat.view(torch.uint8)

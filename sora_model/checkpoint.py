@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import files
+from .alike import octets
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -92,13 +93,6 @@ def fingerprint(module: nn.Module) -> str:
         found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         found.update(octets(value).cpu().numpy())
     return found.hexdigest()
-
-
-def octets(t: Tensor) -> Tensor:
-    """Its bytes, in order."""
-    flat = t.detach().flatten()
-    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)  # of one element, too
-    return flat.view(torch.uint8)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ struct BackwardTraits {
   static_assert(sizeof(T) == 2, "wgmma of 16-bit floats");
   static_assert(kOwn == 64, "the rows of a wgmma");
   static_assert(kWidth % kColumns == 0 && kColumns % 16 == 0, "a product takes 16 columns of one box");
-  static_assert(kVisited % 16 == 0 && kVisited <= 256, "they are the depth of a product, and the rows of a box");
+  static_assert(kKeys % 16 == 0 && kKeys <= 256, "they are the depth of a product, and the rows of a box");
   static_assert(kOwn * kRowBytes % 1024 == 0 && kVisited * kRowBytes % 1024 == 0, "boxes begin where a swizzle does");
   static_assert((kOfKeys + 1) * kWidth / 2 + kVisited * 5 / 4 + 32 <= kConsumerRegisters,
                 "sums, scores, slopes and one of them rounded are in registers");

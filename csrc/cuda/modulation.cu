@@ -15,27 +15,16 @@
 namespace sora {
 namespace {
 
-// kWarps warps share a row of at most kMaxWidth elements, kElements per thread.
 template <class T_, int kWarps_, int kElements_>
-struct NormModulateTraits {
-  using T = T_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kElements = kElements_;
-  static constexpr int kVec = Vec<T>::kSize;
-  static constexpr int kVecs = kElements / kVec;
-  static constexpr int kRowThreads = kWarps * kWarp;
-  static constexpr int kRowsPerBlock = kWarps == 1 ? 4 : 1;
-  static constexpr int kThreads = kRowThreads * kRowsPerBlock;
-  static constexpr int kMaxWidth = kRowThreads * kElements;
+struct NormModulateTraits : RowTraits<T_, kWarps_, kElements_> {
+  using Row = RowTraits<T_, kWarps_, kElements_>;
   // The row in fp32 and 48 more. Left to itself, ptxas spills a word to reach the next step of occupancy.
-  static constexpr int kRegisters = kElements + 48;
-  static constexpr int kMinBlocks = 65536 / (kRegisters * kThreads);
+  static constexpr int kRegisters = Row::kElements + 48;
+  static constexpr int kMinBlocks = 65536 / (kRegisters * Row::kThreads);
 
-  static_assert(kElements % kVec == 0, "a thread holds whole vectors");
-  static_assert(kElements <= 48, "more would spill");
-  static_assert(kThreads >= 128 && kThreads <= 1024);
+  static_assert(Row::kElements <= 48, "more would spill");
+  static_assert(Row::kThreads >= 128 && Row::kThreads <= 1024);
   static_assert(kMinBlocks >= 1, "a block must fit the register file");
-  static_assert(kWarps == 1 || kRowsPerBlock == 1, "row_sum synchronises the block");
 };
 
 struct NormModulateParams {

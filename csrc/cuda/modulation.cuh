@@ -11,6 +11,23 @@
 namespace sora {
 namespace {
 
+// kWarps warps share a row of at most kMaxWidth elements, kElements per thread.
+template <class T_, int kWarps_, int kElements_>
+struct RowTraits {
+  using T = T_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kElements = kElements_;
+  static constexpr int kVec = Vec<T>::kSize;
+  static constexpr int kVecs = kElements / kVec;
+  static constexpr int kRowThreads = kWarps * kWarp;
+  static constexpr int kRowsPerBlock = kWarps == 1 ? 4 : 1;
+  static constexpr int kThreads = kRowThreads * kRowsPerBlock;
+  static constexpr int kMaxWidth = kRowThreads * kElements;
+
+  static_assert(kElements % kVec == 0, "a thread holds whole vectors");
+  static_assert(kWarps == 1 || kRowsPerBlock == 1, "row_sum synchronises the block");
+};
+
 // to += the N values at `offset`; nothing where there are none.
 template <int N>
 __device__ __forceinline__ void add_any(const void* data, ScalarType dtype, int64_t offset, float (&to)[N]) {

@@ -26,24 +26,14 @@ constexpr int kPrograms = 512;  // in blocks: about 4 for each processor of a la
 constexpr int kTotals = 4;      // sums over all rows: of dshift_table, dscale_table, dweight, dbias
 
 template <class T_, int kWarps_, int kElements_>
-struct NormModulateBackwardTraits {
-  using T = T_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kElements = kElements_;
-  static constexpr int kVec = Vec<T>::kSize;
-  static constexpr int kVecs = kElements / kVec;
-  static constexpr int kRowThreads = kWarps * kWarp;
-  static constexpr int kRowsPerBlock = kWarps == 1 ? 4 : 1;
-  static constexpr int kThreads = kRowThreads * kRowsPerBlock;
-  static constexpr int kMaxWidth = kRowThreads * kElements;
-  static constexpr bool kAhead = sizeof(T) == 2;  // the next row fits the registers, too
-  static constexpr int kRegisters = kWarps == 16 ? 128 : 168;  // x, dout, A, B
-  static constexpr int kMinBlocks = 65536 / (kRegisters * kThreads);
+struct NormModulateBackwardTraits : RowTraits<T_, kWarps_, kElements_> {
+  using Row = RowTraits<T_, kWarps_, kElements_>;
+  static constexpr bool kAhead = sizeof(T_) == 2;  // the next row fits the registers, too
+  static constexpr int kRegisters = Row::kWarps == 16 ? 128 : 168;  // x, dout, A, B
+  static constexpr int kMinBlocks = 65536 / (kRegisters * Row::kThreads);
 
-  static_assert(kElements % kVec == 0, "a thread holds whole vectors");
   static_assert(kRegisters <= 168, "sixteen warps have no more");
   static_assert(kMinBlocks >= 1, "a block must fit the register file");
-  static_assert(kWarps == 1 || kRowsPerBlock == 1, "row_sum synchronises the block");
 };
 
 struct NormModulateBackwardParams {

@@ -19,24 +19,14 @@
 namespace sora {
 namespace {
 
-// kWarps warps share a row of at most kMaxWidth elements, kElements per thread.
 template <class T_, int kWarps_, int kElements_>
-struct GateResidualTraits {
-  using T = T_;
-  static constexpr int kWarps = kWarps_;
-  static constexpr int kElements = kElements_;
-  static constexpr int kVec = Vec<T>::kSize;
-  static constexpr int kVecs = kElements / kVec;
-  static constexpr int kRowThreads = kWarps * kWarp;
-  static constexpr int kRowsPerBlock = kWarps == 1 ? 4 : 1;
-  static constexpr int kThreads = kRowThreads * kRowsPerBlock;
-  static constexpr int kMaxWidth = kRowThreads * kElements;
-  static constexpr int kRegisters = std::min(kElements + kVecs * 4 + 72, 65536 / kThreads);  // y, x, and the rest
-  static constexpr int kMinBlocks = 65536 / (kRegisters * kThreads);
+struct GateResidualTraits : RowTraits<T_, kWarps_, kElements_> {
+  using Row = RowTraits<T_, kWarps_, kElements_>;
+  // y, x, and the rest
+  static constexpr int kRegisters = std::min(Row::kElements + Row::kVecs * 4 + 72, 65536 / Row::kThreads);
+  static constexpr int kMinBlocks = 65536 / (kRegisters * Row::kThreads);
 
-  static_assert(kElements % kVec == 0, "a thread holds whole vectors");
   static_assert(kMinBlocks >= 1, "a block must fit the register file");
-  static_assert(kWarps == 1 || kRowsPerBlock == 1, "row_sum synchronises the block");
 };
 
 struct GateResidualParams {

@@ -16,6 +16,7 @@
 #include "common/tma.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
+#include "cuda/patchify.cuh"
 
 #include <algorithm>
 
@@ -63,15 +64,6 @@ struct EmbedParams {
   int boxes, stages, tiles, items;
 };
 
-// A use of a ring whose size is known when the kernel runs.
-struct Stage {
-  uint32_t stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance(uint32_t stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
 template <class Traits>
 struct Memory {
   unsigned char* begin;
@@ -85,14 +77,6 @@ struct Memory {
     return weight(boxes) + (stage * boxes + box) * kRows * kBoxBytes;
   }
   __device__ EmbedTail<Traits>& tail() const { return *reinterpret_cast<EmbedTail<Traits>*>(patches(stages, 0)); }
-};
-
-// The share of a block.
-struct Share {
-  int first, last;
-
-  __device__ explicit Share(int items)
-      : first(int64_t{items} * blockIdx.x / gridDim.x), last(int64_t{items} * (blockIdx.x + 1) / gridDim.x) {}
 };
 
 // Eight features of a patch.
@@ -109,13 +93,13 @@ __device__ __forceinline__ uint4 load_features(const uint16_t* patch, const int*
   }
 }
 
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
+[[maybe_unused]] __device__ __forceinline__ void store_shared(uint32_t address, const uint4& v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
 // Where eight features of a patch lie in a stage: row `row` of box vector / 8.
-__device__ __forceinline__ uint32_t address_of(uint32_t stage, int row, int vector) {
+[[maybe_unused]] __device__ __forceinline__ uint32_t address_of(uint32_t stage, int row, int vector) {
   return swizzled<kBoxBytes>(stage + vector / 8 * (kRows * kBoxBytes) + row * kBoxBytes + vector % 8 * 16);
 }
 
@@ -149,7 +133,7 @@ __device__ __forceinline__ void produce(const Memory<Traits>& memory, const CUte
       store_shared(address_of(shared_address(memory.patches(stage, 0)), row, vector), uint4{});
 
   const Share share(p.items);
-  Stage place;
+  RingPlace place;
   int slice = -1;
   uint32_t weight_parity = 1;
   for (int item = share.first; item < share.last; ++item, place.advance(p.stages)) {
@@ -214,7 +198,7 @@ __device__ __forceinline__ void consume(const Memory<Traits>& memory, const CUte
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4, consumer = warp / 4, lane = threadIdx.x % 32;
   auto& boxes = memory.shared().out[warp];
   const Share share(p.items);
-  Stage place;
+  RingPlace place;
   int slice = -1;
   uint32_t weight_parity = 0;
   for (int item = share.first; item < share.last; ++item, place.advance(p.stages)) {

@@ -21,6 +21,7 @@
 #include "common/tma.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
+#include "cuda/patchify.cuh"
 
 #include <algorithm>
 #include <type_traits>
@@ -46,7 +47,6 @@ struct FinalTraits {
   static constexpr int kFeatures = kFeatures_;  // room for them
   static constexpr int kParts = kParts_;        // products below each other of a warp group
   static constexpr int kTokens = kConsumers * kParts * kRows;
-  static constexpr bool kScaled = std::is_same_v<T, __half>;
   static constexpr int kPadded = kFeatures + 2;  // a row of results: rows below each other begin in different banks
   static_assert(kFeatures % 16 == 0);
 };
@@ -76,13 +76,8 @@ struct FinalParams {
   int groups_of_clip, tiles_of_group, tiles, stages;
 };
 
-struct FinalStagePlace {
-  uint32_t stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance(uint32_t stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
+template <class Traits>
+constexpr bool kScaled = std::is_same_v<typename Traits::T, __half>;
 
 template <class Traits>
 struct FinalMemory {
@@ -95,23 +90,15 @@ struct FinalMemory {
   __device__ float* shift() const { return factor() + width; }
 };
 
-// The share of a block.
-struct FinalShare {
-  int first, last;
-
-  __device__ explicit FinalShare(int tiles)
-      : first(int64_t{tiles} * blockIdx.x / gridDim.x), last(int64_t{tiles} * (blockIdx.x + 1) / gridDim.x) {}
-};
-
 // Of the first piece that a lane loads of 16 rows of a box, which begin at a multiple of eight: piece lane / 16 of row
 // lane % 16. The swizzle takes the place of bits that are zero, so pieces 2 i further on are at this ^ 32 i.
-__device__ __forceinline__ uint32_t address_of(const void* rows) {
+[[maybe_unused]] __device__ __forceinline__ uint32_t address_of(const void* rows) {
   const int lane = threadIdx.x % 32;
   return swizzled<kBoxBytes>(shared_address(rows) + lane % 16 * kBoxBytes + lane / 16 * 16);
 }
 
 // Four 8 x 8 matrices, 16 rows of two pieces, as a left operand wants them.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
+[[maybe_unused]] __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)
@@ -146,8 +133,8 @@ template <class Traits>
 __device__ __forceinline__ void produce(const FinalMemory<Traits>& memory, const CUtensorMap& x,
                                         const CUtensorMap& weight, const FinalParams& p) {
   auto& tail = memory.tail();
-  const FinalShare share(p.tiles);
-  FinalStagePlace place;
+  const Share share(p.tiles);
+  RingPlace place;
   for (int tile = share.first; tile < share.last; ++tile) {
     const int group = tile / p.tiles_of_group, clip = group / p.groups_of_clip;
     const int s = group % p.groups_of_clip * p.tokens + tile % p.tiles_of_group * Traits::kTokens;
@@ -170,8 +157,8 @@ __device__ __forceinline__ void sum_rows(const FinalMemory<Traits>& memory, cons
   constexpr int kTiles = (Traits::kFeatures / 16 + kSumming - 1) / kSumming;  // of 16 features, of a warp
   auto& tail = memory.tail();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 1, lane = threadIdx.x % 32;
-  const FinalShare share(p.tiles);
-  FinalStagePlace place;
+  const Share share(p.tiles);
+  RingPlace place;
   int group = -1;
   uint32_t parity = 0;
   for (int tile = share.first; tile < share.last; ++tile) {
@@ -276,7 +263,7 @@ __device__ __forceinline__ Centre centre_of(uint32_t begin, float largest, bool 
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     }
     c.scale[r] = 1.0f, c.centre[r] = sum / kBox;
-    if constexpr (Traits::kScaled) {
+    if constexpr (kScaled<Traits>) {
       // |x - p| < 2^17: y (1 + scale) stays below 2^16, and is 2^-8 of its size where a row is even.
 #pragma unroll
       for (const float2& v : values[r]) {
@@ -301,8 +288,8 @@ __device__ __forceinline__ void consume(const FinalMemory<Traits>& memory, const
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0) - 4, lane = threadIdx.x % 32;
   const int first_row = warp / 4 * kParts * kRows + warp % 4 * 16;  // of a warp, in a tile; of its next product 64 more
   auto& results = tail.results[warp];
-  const FinalShare share(p.tiles);
-  FinalStagePlace place;
+  const Share share(p.tiles);
+  RingPlace place;
   int group = -1;
   uint32_t parity = 1;
   float largest = 1.0f;
@@ -312,7 +299,7 @@ __device__ __forceinline__ void consume(const FinalMemory<Traits>& memory, const
       group = tile / p.tiles_of_group;
       parity ^= 1;
       tail.rows_full.wait(parity);
-      if constexpr (Traits::kScaled) largest = fmaxf(fmaxf(tail.largest[0], tail.largest[1]), tail.largest[2]);
+      if constexpr (kScaled<Traits>) largest = fmaxf(fmaxf(tail.largest[0], tail.largest[1]), tail.largest[2]);
     }
 
     float sums[kParts][kFeatures / 2] = {}, sum[kParts][2] = {}, square[kParts][2] = {};
@@ -339,7 +326,7 @@ __device__ __forceinline__ void consume(const FinalMemory<Traits>& memory, const
           for (int i = 0; i < 4; ++i) {
             const int r = i % 2;
             float2 y = widen<T>(a[part][step][i]);
-            if constexpr (Traits::kScaled) {
+            if constexpr (kScaled<Traits>) {
               y.x = fmaf(y.x, centre[part].scale[r], -centre[part].centre[r]);
               y.y = fmaf(y.y, centre[part].scale[r], -centre[part].centre[r]);
             } else {
