@@ -115,3 +115,8 @@ def test_the_page_tells_what_was_measured():
         auc = f"{row['auc']:.3f} | {row['tpr_at_1_percent']:.0%}" if row["made"] else "– | –"
         told = f"| {row['clips']} | {row['n']} | {auc} | {row['likely']} | {row['unclear']} | {row['unlikely']} |"
         assert re.search(re.escape(told), text), told
+    made = [row for row in rows if row["made"]]
+    aucs, shares = ([row[name] for row in made] for name in ("auc", "tpr_at_1_percent"))
+    said = f"{min(shares):.0%} to {max(shares):.0%}".replace("% to", " to").replace("%", " %")
+    assert said in (readme := (ROOT / "README.md").read_text())
+    assert f"AUC {min(aucs):.2f} to {max(aucs):.2f}" in readme
