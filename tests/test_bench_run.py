@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_benchmarks import FIELDS
 
-from benchmarks import dit, progress, report, run, suite, timing
+from benchmarks import dit, machine, patched, progress, report, run, suite, timing
 from benchmarks.models import MODELS
 from sora_kernels._dispatch import why_not
 
@@ -145,3 +145,10 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_starts(capsys, m
     monkeypatch.setattr(run, "available", lambda device: 1 << 30)
     assert run.main(["--device", "cpu", "--op", "dit", "--shape", "dit-wan14b-480p"]) == 2
     assert "--shape dit-wan14b-480p: the check against fp64 needs about" in capsys.readouterr().err
+
+
+def test_the_page_on_dropping_in_has_the_record_of_what_it_gains():
+    file = machine.RESULTS / "amd-epyc-avx512" / "patched" / "blocks.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(row["dtype"], row["mode"]) for row in rows} >= {("bfloat16", "eager"), ("float32", "compiled blocks")}
+    assert patched.table(rows) in (machine.ROOT / "docs" / "dropping_in.md").read_text()
