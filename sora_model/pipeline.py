@@ -138,8 +138,6 @@ class Sora(Verbs, Planning, Loading):
                 f"the transformer works on {dit.config.in_channels} -> {dit.config.out_channels} latent channels, "
                 f"the VAE has {latents}: they are parts of different checkpoints"
             )
-        if second is None and isinstance(defaults.guidance, tuple):
-            raise CheckpointError(f"guidance must be one number for one transformer; got {defaults.guidance}")
         if second is not None and second.config != dit.config:
             raise CheckpointError("the two transformers are not of one size: they are parts of different checkpoints")
         if dit.config.image_dim != (image and image.dim):
@@ -152,6 +150,8 @@ class Sora(Verbs, Planning, Loading):
                 f"the transformer takes text of width {dit.config.text_dim}, the text encoder gives {text.dim}: "
                 "they are parts of different checkpoints"
             )
+        if second is None and isinstance(defaults.guidance, tuple):
+            raise CheckpointError(f"guidance must be one number for one transformer; got {defaults.guidance}")
 
     @classmethod
     def from_pretrained(

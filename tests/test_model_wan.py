@@ -417,7 +417,7 @@ IMAGE = np.zeros((32, 32, 3), np.uint8)
             "sees the first frame of a clip: it must be given",
         ),
         ("2.1 first and last", lambda s: s.animate(IMAGE, PROMPT, **SHORT), "sees the last frame of a clip: it must"),
-        ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, guidance=(3, 4)), "guidance must be a number, got tuple"),
+        ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, guidance=(3, 4)), "guidance must be one number, as this"),
         ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, shift=0), "shift must lie between 0.001 and 1000"),
         ("2.1 text", lambda s: s.generate(PROMPT, **SHORT, negative="..."), "negative holds no word"),
     ],
