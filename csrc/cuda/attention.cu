@@ -30,11 +30,6 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void attention_plan_fwd_kernel
   attend<Traits>({q, q_run}, {k, k_run}, {v, v_run}, q, p);
 }
 
-// Of heads [B, S, H, E], for boxes of so many columns of E and rows of S.
-CUtensorMap head_map(const char* name, const Tensor& t, int columns, int rows) {
-  return box_map<4>(name, t, {3, 1, 2, 0}, {columns, rows, 1, 1});
-}
-
 // Of x [B, S, heads, E], heads side by side, what a plan calls boxes: [B, T, H, W, heads * E] from token `start` on; for
 // runs T and H are 1.
 CUtensorMap tile_map(const char* name, const Tensor& x, int64_t start, const List& size, int columns, const List& box) {
@@ -111,15 +106,6 @@ void launch_width(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
     case 96: return launch<AttentionTraits<T, 96, kPlanned>>(q, k, v, out, p, plan);
     default: return launch<AttentionTraits<T, 128, kPlanned>>(q, k, v, out, p, plan);
   }
-}
-
-// t [B, S, H, E] with the dtype of q.
-void check_heads(const char* name, const Tensor& t, const Tensor& q, int64_t S, int64_t H) {
-  check_common(name, t, q);
-  SORA_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == S && t.size(2) == H && t.size(3) == q.size(3) &&
-                 t.scalar_type() == q.scalar_type(),
-             name, ": expected (B, S, H, E) = (", q.size(0), ", ", S, ", ", H, ", ", q.size(3), ") in the dtype of q, got ",
-             describe(t), "; q is ", describe(q));
 }
 
 const int* table(const char* name, const OptionalTensor& t, const Tensor& q) {

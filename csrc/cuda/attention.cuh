@@ -1,8 +1,9 @@
-// Parts of the attention's forward: products of a warp group, its softmax, and the turns of two.
+// What the kernels of attention share: products of a warp group, its softmax, the turns of two, and how heads are read.
 
 #pragma once
 
 #include "common/barrier.cuh"
+#include "common/check.h"
 #include "common/tma.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
@@ -121,5 +122,25 @@ struct Turns {
   __device__ __forceinline__ void wait() const { sync_threads(3 + consumer, 2 * kGroup); }
   __device__ __forceinline__ void pass() const { arrive_threads(3 + (consumer ^ 1), 2 * kGroup); }
 };
+
+template <class Traits, class Boxes>
+__device__ __forceinline__ void load_boxes(Boxes& to, const CUtensorMap& map, Barrier& full, int s, int h, int b) {
+#pragma unroll
+  for (int box = 0; box < Traits::kBoxes; ++box) load_box(to[box], map, full, box * Traits::kColumns, s, h, b);
+}
+
+// Of heads [B, S, H, E], for boxes of so many columns of E and rows of S.
+inline CUtensorMap head_map(const char* name, const Tensor& t, int columns, int rows) {
+  return box_map<4>(name, t, {3, 1, 2, 0}, {columns, rows, 1, 1});
+}
+
+// t [B, S, H, E] with the dtype of q.
+inline void check_heads(const char* name, const Tensor& t, const Tensor& q, int64_t S, int64_t H) {
+  check_common(name, t, q);
+  SORA_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == S && t.size(2) == H && t.size(3) == q.size(3) &&
+                 t.scalar_type() == q.scalar_type(),
+             name, ": expected (B, S, H, E) = (", q.size(0), ", ", S, ", ", H, ", ", q.size(3), ") in the dtype of q, got ",
+             describe(t), "; q is ", describe(q));
+}
 
 }  // namespace sora

@@ -88,12 +88,6 @@ struct Owned {
         batch(blockIdx.x / p.own_tiles / p.own_heads) {}
 };
 
-template <class Traits, class Boxes>
-__device__ __forceinline__ void load_boxes(Boxes& to, const CUtensorMap& map, Barrier& full, int s, int h, int b) {
-#pragma unroll
-  for (int box = 0; box < Traits::kBoxes; ++box) load_box(to[box], map, full, box * Traits::kColumns, s, h, b);
-}
-
 template <int N>
 __device__ __forceinline__ void load_line(float (&to)[N], const float* from, Barrier& full) {
   static_assert(sizeof to % 16 == 0);
@@ -312,11 +306,6 @@ __global__ __launch_bounds__(kRowThreads) void attention_bwd_rows_kernel(const _
   p.base[row] = base, p.delta[row] = sum;
 }
 
-// Of heads [B, S, H, E], for boxes of so many columns of E and rows of S.
-CUtensorMap head_map(const char* name, const Tensor& t, int columns, int rows) {
-  return box_map<4>(name, t, {3, 1, 2, 0}, {columns, rows, 1, 1});
-}
-
 struct Named {
   const char* name;
   const Tensor& tensor;
@@ -384,15 +373,6 @@ void launch_width(const Operands& o, const BackwardParams& p, cudaStream_t strea
     case 96: return launch_all<T, 96>(o, p, stream);
     default: return launch_all<T, 128>(o, p, stream);
   }
-}
-
-// t [B, S, H, E] with the dtype of q.
-void check_heads(const char* name, const Tensor& t, const Tensor& q, int64_t S, int64_t H) {
-  check_common(name, t, q);
-  SORA_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == S && t.size(2) == H && t.size(3) == q.size(3) &&
-                 t.scalar_type() == q.scalar_type(),
-             name, ": expected (B, S, H, E) = (", q.size(0), ", ", S, ", ", H, ", ", q.size(3), ") in the dtype of q, got ",
-             describe(t), "; q is ", describe(q));
 }
 
 void check_sums(const char* name, const Tensor& t, const Tensor& q) {

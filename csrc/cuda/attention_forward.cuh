@@ -97,12 +97,6 @@ __device__ __forceinline__ auto tile_of(int index, const AttentionParams& p) {
   }
 }
 
-template <class Traits, class Boxes>
-__device__ __forceinline__ void load_boxes(Boxes& to, const CUtensorMap& map, Barrier& full, int s, int h, int b) {
-#pragma unroll
-  for (int box = 0; box < Traits::kBoxes; ++box) load_box(to[box], map, full, box * Traits::kColumns, s, h, b);
-}
-
 // Rows become zeros, by a warp.
 template <class Traits, class Boxes, class Which>
 __device__ __forceinline__ void clear_rows(Boxes& boxes, Which which) {
