@@ -24,5 +24,7 @@ struct Share {
       : first(int64_t{tiles} * blockIdx.x / gridDim.x), last(int64_t{tiles} * (blockIdx.x + 1) / gridDim.x) {}
 };
 
+inline int blocks_of(int64_t size, int64_t side) { return static_cast<int>((size + side - 1) / side); }
+
 }  // namespace
 }  // namespace sora

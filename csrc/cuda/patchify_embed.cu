@@ -285,8 +285,6 @@ __global__ __launch_bounds__(kThreads, 1) void patch_embed3d_fwd_kernel(const __
 #endif
 }
 
-int blocks_of(int64_t size, int64_t side) { return static_cast<int>((size + side - 1) / side); }
-
 template <class Traits>
 void launch(const Tensor& video, const Tensor& weight, const Tensor& out, EmbedParams p) {
   constexpr int kFixed = sizeof(EmbedShared<Traits>) + sizeof(EmbedTail<Traits>);

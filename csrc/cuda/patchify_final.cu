@@ -435,8 +435,6 @@ __global__ __launch_bounds__(kThreads, 1) void final_layer_fwd_kernel(const __gr
 #endif
 }
 
-int blocks_of(int64_t size, int64_t side) { return static_cast<int>((size + side - 1) / side); }
-
 struct FinalTensors {
   const Tensor &x, &weight, &out;
 };
