@@ -8,6 +8,7 @@ Bytes and products follow from the model and the layout alone; `sent` is held to
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -185,4 +186,5 @@ def tables() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n\n")[0]).parse_args()
     print("\n\n".join(tables()))

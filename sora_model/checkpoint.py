@@ -358,9 +358,10 @@ def _existing(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(_pickle_reason(file))
     if file.is_dir():
         raise CheckpointError(f"{file} is a folder; expected a file")
+    if not file.parent.is_dir():
+        raise CheckpointError(f"{file} is missing: there is no folder {file.parent}; correct the path")
     if not file.is_file():
-        beside = _names(file.parent) if file.parent.is_dir() else "no such folder"
-        raise CheckpointError(f"{file} is missing (found there: {beside}); copy the checkpoint again")
+        raise CheckpointError(f"{file} is missing (found there: {_names(file.parent)}); copy the checkpoint again")
     return file
 
 

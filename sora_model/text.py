@@ -36,7 +36,7 @@ def check_prompt(prompt: object, name: str = "prompt") -> str:
         raise ValueError(f"{name} has {len(prompt)} characters; at most {most} are accepted, so shorten it")
     if not _WORD.search(prompt):
         raise ValueError(f"{name} holds no word: {prompt[:40]!r}; say what to show, such as 'a red circle bounces'")
-    policy.check(prompt)
+    policy.check(prompt, name)
     return prompt
 
 

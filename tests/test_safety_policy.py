@@ -132,10 +132,12 @@ def test_a_review_warns_and_the_log_holds_no_prompt(own, caplog):
     caplog.set_level(logging.INFO, "sora_model.safety")
     with pytest.warns(UserWarning, match="'cube' .characters 2 to 6. falls under look, rule terms/cube: cubes are odd"):
         assert policy.check("a cube").action == "review"
-    with pytest.raises(PolicyError, match="refused: 'Ann Lee' .* falls under never, rule persons/Ann Lee"):
+    with pytest.raises(PolicyError, match="^prompt is refused: 'Ann Lee' .* falls under never, rule persons/Ann Lee"):
         policy.check("Ann Lee waves")
+    with pytest.raises(PolicyError, match="^negative is refused: 'Ann Lee'"):
+        policy.check("Ann Lee", "negative")
     policy.check("a ring")
-    review, block = (json.loads(record.getMessage()) for record in caplog.records)
+    review, block, _ = (json.loads(record.getMessage()) for record in caplog.records)
     assert review["action"] == "review" and block["class"] == "never" and block["span"] == [0, 7]
     assert block["prompt_sha256"] == hashlib.sha256(b"Ann Lee waves").hexdigest()
     assert "waves" not in caplog.text and "cube" not in review["prompt_sha256"]

@@ -167,8 +167,9 @@ def decide(prompt: str) -> Decision:
     return best
 
 
-def check(prompt: str) -> Decision:
-    """Raises `PolicyError` for a prompt that the current policy blocks, warns of one to review, and logs the rule."""
+def check(prompt: str, name: str = "prompt") -> Decision:
+    """Raises `PolicyError` for a prompt that the current policy blocks, warns of one to review, and logs the rule
+    (`name` is the argument)."""
     decision = decide(prompt)
     if decision.category is None:
         return decision
@@ -180,9 +181,9 @@ def check(prompt: str) -> Decision:
     start, end = decision.span
     what = f"{prompt[start:end]!r} (characters {start} to {end}) falls under {decision.category}, rule {decision.rule}"
     if decision.action == "block":
-        raise PolicyError(f"this prompt is refused: {what}: {decision.message}", decision)
+        raise PolicyError(f"{name} is refused: {what}: {decision.message}", decision)
     if decision.action == "review":
-        warnings.warn(f"a person should look at what this prompt makes: {what}: {decision.message}", stacklevel=3)
+        warnings.warn(f"a person should look at what {name} makes: {what}: {decision.message}", stacklevel=3)
     return decision
 
 
