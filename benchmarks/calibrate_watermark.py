@@ -8,7 +8,7 @@ its own; the share of them beyond the threshold with its 95 % interval (Clopper 
 are independent over keys but share their clips, and over the clips; and the largest z. Then
 marked clips through attacks: how many are found, of how many the identity is told among 1,000 others, and the mean z.
 With --footage, both also for clips of that size cut from the MP4s of a folder, as they are, and sent through the VAE
-of the toy checkpoint before they are marked, as `sora reconstruct` does.
+of the toy checkpoint before they are marked, as `sora reconstruct` does. What --json holds of other sizes stays in it.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("SVT_LOG", "0")  # twenty lines for each clip
-    results = {}
+    results = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
     for side in given.size:
         size, frames = (side, side), given.frames
         drawn = clips(given.clips, size, frames, seed=0), clips(given.marked, size, frames, seed=1_000_000)

@@ -61,13 +61,12 @@ def verify(
     verdict = credentials.verify(file, anchors=anchors)
     for line in _told(verdict, 0):
         say(out, line)
-    altered = [one.name for one in verdict.altered_inputs()]
-    for name in altered:
-        note(err, f"{name} had been altered after it was signed when this was made from it")
-    code = _CODES[credentials.ANSWERS.index(verdict.answer)]
-    if altered and code == 0:
-        code = _CODES[credentials.ANSWERS.index(credentials.ALTERED)]
-    raise typer.Exit(code)
+    answer = verdict.answer
+    if answer != credentials.ALTERED:
+        for one in verdict.altered_inputs():
+            note(err, f"{one.name} had been altered after it was signed when this was made from it")
+            answer = credentials.ALTERED
+    raise typer.Exit(_CODES[credentials.ANSWERS.index(answer)])
 
 
 def detect(

@@ -130,6 +130,93 @@ def test_history_is_kept_and_a_tampered_parent_under_a_trusted_child_is_told(tmp
         assert verdict.answer == TRUSTED and [one.name for one in verdict.altered_inputs()] == ["signed.mp4"]
 
 
+def test_a_history_that_is_changed_inside_a_signed_file_is_noticed(tmp_path, signed, sora):
+    """The record of what it was made from lies in the file itself, which its signer vouches for."""
+    child = write(tmp_path / "child.mp4", Origin({"seed": 2}, (Input.of(signed),)))
+    grandchild = write(tmp_path / "grandchild.mp4", Origin({"seed": 3}, (Input.of(child),)))
+    for file in (child, grandchild):
+        data = file.read_bytes()
+        assert data.count(b"/" + GENERATED.encode()) == 1  # of the first of them, which was made of nothing
+        forged = tmp_path / f"forged-{file.name}"
+        forged.write_bytes(data.replace(b"/" + GENERATED.encode(), b"/digitalCapture" + b"_" * 9))
+        verdict = verify(forged)
+        assert verdict.answer == ALTERED and "ingredient.manifest.mismatch" in verdict.reasons
+        assert "signed.mp4" in [one.name for one in verdict.altered_inputs()]
+        code, out, err = sora("verify", forged)
+        assert code == 4 and out.startswith(f"{forged.name}: altered") and not err
+
+
+def test_nothing_is_trusted_that_c2pa_calls_invalid(tmp_path, signed):
+    import c2pa
+
+    child = write(tmp_path / "child.mp4", Origin({"seed": 2}, (Input.of(signed),)))
+    data, changed = child.read_bytes(), tmp_path / "changed.mp4"
+    start, end, seen = data.index(b"uuid"), data.index(b"moov"), set()
+    for at in range(start + 20, end, 83):
+        changed.write_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
+        try:
+            answer = verify(changed).answer
+        except CredentialsError:
+            continue
+        with credentials._context(c2pa, certificates.anchors()) as context, open(changed, "rb") as file:
+            state = c2pa.Reader("video/mp4", file, context=context).get_validation_state()
+        assert (answer == TRUSTED) == (state == "Trusted") and answer != NONE, (at, answer, state)
+        seen.add(answer)
+    assert seen == {TRUSTED, ALTERED}  # of padding a change says nothing
+
+
+def test_whom_an_input_was_signed_by_is_asked_of_the_anchors_that_are_given(tmp_path, stranger):
+    """Not of those that whoever used it had."""
+    ours = certificates.current()
+    stranger()
+    theirs, given = certificates.current().anchors, write(tmp_path / "given.mp4")
+    certificates.use(Identity(ours.chain + theirs, ours.key))
+    try:
+        child = write(tmp_path / "child.mp4", Origin({"seed": 2}, (Input.of(given),)))
+        grandchild = write(tmp_path / "grandchild.mp4", Origin({"seed": 3}, (Input.of(child),)))
+    finally:
+        certificates.use(None)
+    for file in (child, grandchild):
+        for anchors, first in ((ours.anchors + theirs, TRUSTED), (ours.anchors, UNKNOWN)):
+            verdict = verify(file, anchors=anchors)
+            while verdict.inputs:
+                assert verdict.answer == TRUSTED
+                (verdict,) = verdict.inputs
+            assert verdict.name == "given.mp4" and verdict.answer == first
+
+
+@pytest.mark.parametrize(
+    "label, data",
+    [
+        ("c2pa.soft-binding", {"alg": "a", "blocks": [{"scope": {}}]}),
+        ("c2pa.soft-binding", {"alg": "a", "blocks": "no list"}),
+        ("c2pa.soft-binding", {"alg": "a", "blocks": ["no mapping"]}),
+        ("c2pa.soft-binding", "no mapping"),
+        ("org.example.note", ["a", 1]),
+    ],
+)
+def test_a_record_of_another_form_is_read_all_the_same(tmp_path, monkeypatch, sora, label, data):
+    """Anyone can sign one."""
+    import c2pa
+
+    class Builder(c2pa.Builder):
+        def __init__(self, record, **options):
+            record["assertions"] = [record["assertions"][0], {"label": label, "data": data}]
+            super().__init__(record, **options)
+
+    made = c2pa.Context.from_dict
+    unverified = {"verify_after_sign": False}
+    with monkeypatch.context() as other:
+        other.setattr(c2pa, "Builder", Builder)
+        other.setattr(c2pa.Context, "from_dict", lambda given: made(given | {"verify": given["verify"] | unverified}))
+        write(tmp_path / "odd.mp4", Origin({"seed": "1\nx.mp4: trusted\33[2J"}))
+    verdict = verify(tmp_path / "odd.mp4")
+    assert verdict.binding is None and verdict.answer in (TRUSTED, ALTERED)  # c2pa knows the form of some
+    code, out, err = sora("verify", "odd.mp4")
+    assert code == (0 if verdict.answer == TRUSTED else 4) and not err
+    assert out.splitlines()[1:] == ["  c2pa.created trainedAlgorithmicMedia seed 1\\nx.mp4: trusted\\x1b[2J"]
+
+
 def test_an_input_that_changed_since_it_was_read_is_recorded_by_its_hash_alone(tmp_path, signed):
     given, webm = Input.of(signed), tmp_path / "a.webm"
     webm.write_bytes(b"\x1aE\xdf\xa3 not ours to read")

@@ -241,30 +241,75 @@ def verify(
                 return Verdict(path.name, NONE)
             with reader:
                 record = json.loads(reader.json())
-    return _verdict(path.name, record, record["active_manifest"], record.get("validation_results") or {})
+    try:
+        return _verdict(path.name, record, record["active_manifest"], record["validation_results"], {})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CredentialsError(f"cannot read the credentials of {path.name}: they are not of C2PA's form") from error
 
 
-def _verdict(name: str, record: Mapping[str, Any], label: str | None, results: Mapping[str, Any]) -> Verdict:
-    manifest = record["manifests"].get(label)
-    if manifest is None:
-        return Verdict(name, NONE)
-    failures = [entry["code"] for entry in results.get("activeManifest", {}).get("failure", ())]
-    if any(not code.startswith("signingCredential.") for code in failures):
+_Codes = Mapping[str, list[str]]
+
+
+def _verdict(
+    name: str,
+    record: Mapping[str, Any],
+    label: str,
+    results: Mapping[str, Any],
+    later: _Codes,
+    also: Iterable[str] = (),
+) -> Verdict:
+    """Of the manifest `label`: by the `results` of when it was looked at as a file, and what was found of it since.
+
+    The record of an ingredient holds the first, as whoever used it saw them; the second, `also`, is in the results of
+    the file it is part of now. `later` are those of ingredients, by the place of each.
+    """
+    manifest, deltas = record["manifests"][label], _deltas(results)
+    # a history that was changed breaks the signature over it, which c2pa tells of the ingredient alone
+    broken = [code for codes in deltas.values() for code in codes if not _of_trust(code)]
+    failures = tuple(dict.fromkeys([*_failures(results.get("activeManifest")), *also, *broken]))
+    if any(not _of_trust(code) for code in failures):
         answer = ALTERED
     else:
         answer = UNKNOWN if failures else TRUSTED
-    data = {entry["label"]: entry["data"] for entry in manifest.get("assertions", ())}
-    actions = data.get("c2pa.actions.v2", data.get("c2pa.actions", {})).get("actions", ())
-    inputs = tuple(
-        _verdict(
-            one.get("title", "untitled"), record, one.get("active_manifest"), one.get("validation_results") or {}
-        )
-        for one in manifest.get("ingredients", ())
-    )
-    blocks = data.get("c2pa.soft-binding", {}).get("blocks", ())
+    data = {entry["label"]: entry.get("data") for entry in manifest.get("assertions") or ()}
+    actions = _held(data.get("c2pa.actions.v2") or data.get("c2pa.actions"), "actions")
+    later = {place: [*later.get(place, ()), *deltas.get(place, ())] for place in later.keys() | deltas.keys()}
+    inputs = tuple(_input(one, record, label, later) for one in manifest.get("ingredients") or ())
+    blocks = _held(data.get("c2pa.soft-binding"), "blocks")
     signer = (manifest.get("signature_info") or {}).get("issuer")
-    binding = blocks[0]["value"] if blocks else None
-    return Verdict(name, answer, tuple(failures), signer, tuple(actions), inputs, binding)
+    return Verdict(name, answer, failures, signer, actions, inputs, blocks[0].get("value") if blocks else None)
+
+
+def _input(one: Mapping[str, Any], record: Mapping[str, Any], label: str, later: _Codes) -> Verdict:
+    """Of an ingredient of the manifest `label`."""
+    name, own = str(one.get("title") or "untitled"), one.get("active_manifest")
+    if own is None:
+        return Verdict(name, NONE)
+    found = later.get(f"self#jumbf=/c2pa/{label}/c2pa.assertions/{one.get('label')}", ())
+    if own not in record["manifests"]:
+        return Verdict(name, ALTERED, tuple(found) or ("ingredient.manifest.missing",))
+    return _verdict(name, record, own, one.get("validation_results") or {}, later, found)
+
+
+def _deltas(results: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The failures of ingredients that were not there when they were used, by the place of each."""
+    entries = results.get("ingredientDeltas") or ()
+    return {entry["ingredientAssertionURI"]: _failures(entry["validationDeltas"]) for entry in entries}
+
+
+def _failures(codes: Mapping[str, Any] | None) -> list[str]:
+    return [entry["code"] for entry in (codes or {}).get("failure") or ()]
+
+
+def _of_trust(code: str) -> bool:
+    """Whether a failure is of who signed, not of what."""
+    return code.startswith("signingCredential.")
+
+
+def _held(data: Any, name: str) -> tuple[Mapping[str, Any], ...]:
+    """The mappings in a list of an assertion; of one that is of another form, none."""
+    rows = data.get(name) if isinstance(data, Mapping) else None
+    return tuple(row for row in rows if isinstance(row, Mapping)) if isinstance(rows, list) else ()
 
 
 def media_type(path: Path) -> str | None:

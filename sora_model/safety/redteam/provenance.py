@@ -177,6 +177,26 @@ def a_parent_that_was_altered(folder: Path) -> str:
 
 
 @_attack("forged")
+def the_history_inside_a_signed_file(folder: Path) -> str:
+    child = media.write_video(folder / "a.mp4", _frames(2), origin=Origin({"seed": 2}, (Input.of(_signed(folder)),)))
+    source = b"trainedAlgorithmicMedia"  # of the parent: the child's is a composite
+    child.write_bytes(child.read_bytes().replace(b"/" + source, b"/" + b"digitalCapture".ljust(len(source), b"_")))
+    answer = credentials.verify(child).answer
+    return _told(answer == ALTERED, answer)
+
+
+@_attack("forged")
+def a_parent_that_was_swapped(folder: Path) -> str:
+    parent = _signed(folder)
+    given = Input.of(parent)
+    _signed(folder, 2).replace(parent)
+    child = media.write_video(folder / "child.mp4", _frames(3), origin=Origin({"seed": 3}, (given,)))
+    verdict = credentials.verify(child)
+    named = [one["sha256"] for one in verdict.actions[-1]["parameters"]["inputs"]]
+    return _told(not verdict.inputs and named == [given.sha256], f"{len(verdict.inputs)} inputs, by hash {len(named)}")
+
+
+@_attack("forged")
 def signed_again_without_its_history(folder: Path) -> str:
     """Whoever has the key can leave the history out."""
     parent = _signed(folder)
