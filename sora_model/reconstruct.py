@@ -24,7 +24,7 @@ from .checkpoint import CheckpointError, read_json, read_part
 from .frames import to_pixels, to_video
 from .machine import TooLargeError, choose_device, gib
 from .pipeline import TOY
-from .safety import limits
+from .safety import filters, limits
 from .safety.credentials import Input, Origin
 from .tiling import Tile
 from .vae import CausalVAE, VAEConfig
@@ -122,6 +122,7 @@ def reconstruct(
 
     def kept() -> Iterator[np.ndarray]:
         for time, frame in media.read_video(source, times=True):
+            filters.check(frame[None], "source")
             original.append(frame)
             times.append(time)
             yield frame
@@ -130,7 +131,10 @@ def reconstruct(
         nonlocal done, error
         latents = _means(vae, _pieces(vae, source, kept(), "pad"), 1, encode)
         for video in vae.decode_stream(latents, clamp=False, tile=decode):
-            for frame in to_pixels(video, vae.impl)[: len(original)]:
+            pixels = to_pixels(video, vae.impl)[: len(original)]
+            if len(pixels):
+                filters.check(pixels, "what was made")
+            for frame in pixels:
                 error += int(np.square(frame.astype(np.int32) - original.popleft()).sum())
                 done += 1
                 clock()

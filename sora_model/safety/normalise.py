@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import functools
 import html
 import re
 import unicodedata
@@ -17,16 +18,22 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 _LETTER = r"[^\W\d_]"
-_LEET = str.maketrans("01345678@$!|9", "oieasgtbasilg")
+_LEET = str.maketrans("01345678@$!|9€¢£^", "oieasgtbasilgecla")
 _ONE_AS_L = str.maketrans("1|", "ll")
+_SIGNS_AS_NOTHING = _LEET | dict.fromkeys(map(ord, "!|^"), "-")
 _DIGIT = r"[01345678@$9]"
+_DRAWN = r"\(\)|<>|\[\]|[○◯●]|/\\"  # letters made of signs
+_INVISIBLE = "\u115f\u1160\u3164\uffa0"  # drawn as nothing, though their category is that of letters
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
 # single letters with little between them
 _SPACED = rf"(?<![^\W_])(?:{_LETTER}[\W_]{{1,3}}){{3,}}{_LETTER}(?![^\W_])"
-_ESCAPE = r"(?:%[0-9A-Fa-f]{2})+|&(?:#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z]{2,8});|" + (
-    r"\\u\{[0-9A-Fa-f]{1,6}\}|\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}|U\+[0-9A-Fa-f]{4,6}"
+_ESCAPE = r"(?:%[0-9A-Fa-f]{2})+|&(?:#\d{1,7};?|#[xX][0-9A-Fa-f]{1,6};?|[A-Za-z]{2,8};)|" + (
+    r"\\u\{[0-9A-Fa-f]{1,6}\}|\\u[0-9A-Fa-f]{4}|\\x[0-9A-Fa-f]{2}|U\+[0-9A-Fa-f]{4,6}|\\[0-7]{2,3}"
 )
-_HEX = re.compile(r"(?:[0-9A-Fa-f]{2}[ :]?){6,}")
+_TAG = r"<!--.{0,200}?-->|</?\w[^<>]{0,200}>"
+_HEX = re.compile(r"(?:(?:0[xX])?[0-9A-Fa-f]{2}[ :,;-]{0,2}){6,}")
+_DECIMAL = re.compile(r"(?<!\d)(?:\d{2,3}[ ,;]{1,2}){5,}\d{2,3}(?!\d)")
+_BINARY = re.compile(r"(?<!\d)(?:[01]{8}[ ,;]{0,2}){6,}")
 _MORSE_TEXT = re.compile(r"[.-]{1,4}(?:[ /|]+[.-]{1,4}){3,}")
 _MORSE = dict(
     zip(
@@ -38,20 +45,39 @@ _ODD_SHARE = 1 / 3  # of a text's words, beyond which it is unreadable
 
 
 def _lookalikes() -> dict[str, str]:
-    """Letters that look like another, folded."""
+    """Letters that look like another, folded, but those whose name says it (`_letter`)."""
     pairs = {
         "абвгенкмопрстухіјѕԁһԛԝӏьү": "abbrehkmonpctyxijsdhqwlby",
-        "αβεηικμνορστυχωγ": "abenikuvopotuxwy",
-        "ıłøđħɑɡɩʋ": "ilodhagiv",
-        "ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ": "abcdefghijklmnoprstuvwyz",
+        "αβδεηικμνορσςτυχωγ": "abdenikuvopostuxwy",
+        "ɑɩŋɔɟſ": "aincfs",
+        "օսոհցզյ": "ounhgqj",  # Armenian
+        "ⲁⲃⲥⲉⲏⲓⲕⲙⲛⲟⲣⲧⲩⲭⲱ": "abcehikmnoptyxw",  # Coptic
+        "ꓮꓐꓚꓓꓰꓝꓖꓧꓲꓙꓗꓡꓟꓠꓳꓑꓣꓢꓔꓴꓦꓪꓫꓬꓜ": "abcdefghijklmnoprstuvwxyz",  # Lisu
+        "ᎪᏴᏟᎠᎬᏀᎻᏆᎫᏦᏞᎷᏢᏒᏚᎢᏙᎳᎩᏃ": "abcdeghijklmprstvwyz",  # Cherokee
+        "ⵏⵔⵝⵉ𐐪𐐬": "nooiao",
     }
     table = {other: own for others, owns in pairs.items() for other, own in zip(others, owns, strict=True)}
     for first in (0x1F1E6, 0x1F150, 0x1F170):  # regional indicators, negative circled and squared letters
         table |= {chr(first + i): chr(ord("a") + i) for i in range(26)}
-    return table | {chr(0xE0000 + code): chr(code).lower() for code in range(0x20, 0x7F)}  # tags: invisible ASCII
+    table |= {chr(0xE0000 + code): chr(code).lower() for code in range(0x20, 0x7F)}  # tags: invisible ASCII
+    return table | {other.lower(): own for other, own in table.items()}
 
 
 _LOOKALIKES = _lookalikes()
+_NAMED = re.compile(
+    r"LATIN (?:SMALL LETTER|LETTER SMALL CAPITAL)(?: (?:TURNED|REVERSED|INVERTED|SIDEWAYS|DOTLESS|SCRIPT|OPEN))*"
+    r" ([A-Z])(?: WITH .+)?"
+)
+_FLIPPED = str.maketrans("nupdbqmw", "undpqbwm")  # what upside down is another letter
+
+
+@functools.lru_cache(4096)
+def _letter(c: str) -> str:
+    """A small letter as the plain one that it looks like."""
+    if c.isascii() or c in _LOOKALIKES:
+        return _LOOKALIKES.get(c, c)
+    named = _NAMED.fullmatch(unicodedata.name(c, ""))
+    return named[1].lower() if named else c
 
 
 @dataclass(frozen=True)
@@ -78,12 +104,23 @@ def readings(prompt: str) -> Iterator[Reading]:
     given = Reading("plain", prompt, tuple(range(len(prompt))))
     plain = "".join(c if len(c) == 1 else whole for whole in prompt for c in [whole.lower()])  # as many characters
     yield replace(given, text=plain.replace("_", " "))
-    escaped = _replaced(given, _ESCAPE, _unescaped)
+    escaped = given
+    for _ in range(3):  # what is escaped may hold escapes
+        escaped = _replaced(escaped, _ESCAPE, _unescaped)
     yield from _of_letters(given, _LEET)
     if escaped.text != prompt:
         yield from _of_letters(escaped, _LEET)
     if re.search("[1|]", prompt):
         yield from _of_letters(escaped, _LEET | _ONE_AS_L)
+    if re.search(r"\w[!|^]\w", prompt):
+        yield from _of_letters(escaped, _SIGNS_AS_NOTHING)
+    if re.search(_TAG, escaped.text):
+        yield from _of_letters(_replaced(escaped, _TAG, lambda match: ""), _LEET)
+    if re.search("[a-z][A-Z]", prompt):
+        yield _folded(_replaced(given, "[a-z][A-Z]", lambda match: " ".join(match[0])), _LEET)
+    if any("TURNED" in unicodedata.name(c, "") for c in set(prompt) if not c.isascii()):
+        flipped = replace(given, text=plain.translate(_FLIPPED)[::-1], at=given.at[::-1])
+        yield replace(_folded(flipped, _LEET), name="upside down", least=4)
     yield from _encoded(prompt)
 
 
@@ -136,11 +173,13 @@ def _folded(text: Reading, table: dict[int, str]) -> Reading:
     def letters() -> Iterator[tuple[str, int]]:
         for given, i in zip(text.text, text.at, strict=True):
             for part in unicodedata.normalize("NFD", unicodedata.normalize("NFKC", _LOOKALIKES.get(given, given))):
-                if unicodedata.category(part) not in ("Mn", "Me", "Cf"):
-                    yield from ((_LOOKALIKES.get(c, c), i) for c in part.lower())
+                if unicodedata.category(part) not in ("Mn", "Me", "Cf") and part not in _INVISIBLE:
+                    yield from ((_letter(c), i) for c in part.lower())
 
     reading = Reading("normal", *_flat(letters()))
-    leet = rf"(?<=[a-z]){_DIGIT}|{_DIGIT}(?=[a-z])|(?<=[a-z])[!|](?=[a-z@$01345678])"
+    drawn = rf"(?<=[a-z])(?:{_DRAWN})(?=[a-z])"
+    reading = _replaced(reading, drawn, lambda match: "a" if match[0][0] == "/" else "o")
+    leet = rf"(?<=[a-z]){_DIGIT}|{_DIGIT}(?=[a-z])|(?<=[a-z])[!|^€¢£](?=[a-z@$01345678])"
     for _ in range(3):  # from letters on, digit by digit
         reading = _replaced(reading, leet, lambda match: match[0].translate(table))
     return reading
@@ -149,6 +188,7 @@ def _folded(text: Reading, table: dict[int, str]) -> Reading:
 def _encoded(prompt: str) -> Iterator[Reading]:
     for name, pattern, decode in (
         ("base64", _BASE64, _of_base64), ("hexadecimal", _HEX, _of_hex), ("morse", _MORSE_TEXT, _of_morse),
+        ("binary", _BINARY, _of_binary), ("decimal", _DECIMAL, _of_decimal),
     ):  # fmt: skip
         for found in pattern.finditer(prompt):
             try:
@@ -165,7 +205,15 @@ def _of_base64(code: str) -> bytes:
 
 
 def _of_hex(code: str) -> bytes:
-    return bytes.fromhex(code.replace(":", " "))
+    return bytes.fromhex(re.sub("0[xX]|[^0-9A-Fa-f]", "", code))
+
+
+def _of_binary(code: str) -> bytes:
+    return bytes(int(byte, 2) for byte in re.findall("[01]{8}", code))
+
+
+def _of_decimal(code: str) -> bytes:
+    return bytes(map(int, re.findall(r"\d+", code)))
 
 
 def _of_morse(code: str) -> bytes:
@@ -179,7 +227,8 @@ def _unescaped(match: re.Match) -> str:
         return unquote(code)
     if code[0] == "&":
         return html.unescape(code)
-    return chr(number) if (number := int(code[2:].strip("{}"), 16)) < 0x110000 else code
+    number = int(code[1:], 8) if code[1].isdigit() else int(code[2:].strip("{}"), 16)
+    return chr(number) if number < 0x110000 else code
 
 
 def _flat(pairs: Iterable[tuple[str, int]]) -> tuple[str, tuple[int, ...]]:

@@ -163,7 +163,10 @@ def decide(prompt: str) -> Decision:
         if not isinstance(found, Decision) or found.action not in ACTIONS:
             raise TypeError(f"a head of the policy must give None or a Decision; got {found!r:.80}")
         if ACTIONS.index(found.action) > ACTIONS.index(best.action):
-            best = dataclasses.replace(found, span=found.span or (0, len(prompt)))
+            best = dataclasses.replace(
+                found, category=found.category or "unnamed", rule=found.rule or "unnamed",
+                span=found.span or (0, len(prompt)),
+            )  # fmt: skip
     return best
 
 
@@ -207,6 +210,10 @@ def _class(content: Any) -> _Class:
             re.compile(pattern)
         except (TypeError, re.error) as error:
             raise ValueError(f"pattern {rule!r} of class {name!r} is no regular expression: {error}") from None
+        if re.search(r"(?<!\\)(?:\\\\)*\\[1-9]", pattern):  # patterns are joined into one
+            raise ValueError(
+                f"pattern {rule!r} of class {name!r} refers to a group by its number; name it: (?P<x>...) and (?P=x)"
+            )
         rules[f"patterns/{rule}"] = pattern.replace(" ?", r"\W?").replace(" ", r"\W+")
     excepted = _texts(f"exceptions of class {name!r}", content.get("exceptions"))
     return _Class(
@@ -220,7 +227,7 @@ def _class(content: Any) -> _Class:
 
 def _any(patterns: Iterable[str], around: str) -> re.Pattern[str] | None:
     joined = "|".join(f"(?P<_{i}>{pattern})" for i, pattern in enumerate(patterns))
-    return re.compile(around.format(joined)) if joined else None
+    return re.compile(around.format(joined), re.IGNORECASE) if joined else None
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
