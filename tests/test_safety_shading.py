@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,3 +101,15 @@ def test_the_command_looks_in_the_noise_where_the_pixels_hold_nothing(sora, monk
         said = sora("detect", "a.mp4", "--weights", "some")
         assert said[0] == code and f"a.mp4: in the noise z {z}, p 1e-09" in said[1]
     assert "in the noise" not in sora("detect", "a.mp4")[1]
+
+
+def test_the_page_tells_what_was_measured():
+    root = Path(__file__).parents[1]
+    own, plain = json.loads((root / "benchmarks" / "results" / "shading.json").read_text()).values()
+    text = " ".join((root / "docs" / "safety.md").read_text().split())
+    seen = [[one[name]["found"] for name in ("frames", "H.264 crf 23")] for one in (own, plain)]
+    told = "own guidance {} were found in their frames as they were and {} through H.264 of crf 23; of 16 without "
+    told += "guidance {} and {}"
+    assert told.format(*seen[0], *seen[1]) in text and own["frames"]["n"] == plain["frames"]["n"] == 16
+    most, other = (max(one[name]["largest_z"] for one in (own, plain)) for name in ("frames", "another key"))
+    assert f"z was {most:.0f} at most, and {other:.1f} with another's key" in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from sora_model.safety import certificates, credentials, store, watermark
 from sora_model.safety.credentials import Origin
 
 KEY, IDENTITY = b"k" * 32, 0x1234ABCD
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,22 @@ def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, sora):
     with pytest.warns(UserWarning, match="its record is not kept: unable to open"):
         clips[0].save("again.mp4")
     assert credentials.verify("again.mp4").answer == credentials.TRUSTED
+
+
+def test_the_page_tells_what_was_measured():
+    held = json.loads((ROOT / "benchmarks" / "results" / "watermark.json").read_text())
+    text = (ROOT / "docs" / "safety.md").read_text()
+    for name, found in held.items():
+        counted = found["nulls"]
+        shares = ", ".join(f"{counted['below_p'][p]:.{d}%}" for p, d in (("0.01", 2), ("0.001", 3), ("0.0001", 3)))
+        told = f"| {name} | {counted['clips']:,}, {counted['tests']:,} | {counted['beyond']} | "
+        assert told + f"{counted['interval'][1]:.2%} | {counted['largest_z']:.2f} | {shares} |" in text
+        assert found["threshold"] == watermark.THRESHOLD
+    (psnr, *rows) = zip(*(found["robustness"] for found in held.values()), strict=True)
+    assert ", ".join(f"{one['mean']:.1f}" for one in psnr) + " dB PSNR" in text
+    for row in rows:
+        cells = [f"{one['found']}, {one['told']} ({one['mean_z']:.1f})" for one in row]
+        assert f"| {row[0]['attack']} | {' | '.join(cells)} |" in text
+        assert not any(one["told_wrong"] for one in row)
+    searches = sum(found["nulls"]["tests"] for found in held.values())
+    assert f"over {searches:,} searches" in (ROOT / "CHANGELOG.md").read_text()
