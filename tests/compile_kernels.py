@@ -3,7 +3,9 @@
 The launchers are called with tensors on the meta device; in place of each kernel stands a recorder that keeps the
 launch, so what is compiled is exactly what would be launched: tile sizes, warps and specialisation included.
 Run in a process of its own, without TRITON_INTERPRET: python tests/compile_kernels.py sm_80,sm_90 [family ...]
-With --into FILE the rows take the place of those of the same families in that file, instead.
+With --into FILE the rows take the place of those of the same families in that file, instead. With --known FILE a row of
+that file is printed in place of compiling again, where the compiler would be given the same: `given`, a hash of what
+Triton makes of the source before its passes, of the options and the GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -100,6 +103,32 @@ def compile_for(capability: int, source: ASTSource, options: dict) -> tuple:
     with contextlib.redirect_stdout(said):
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return compiled, said.getvalue()
+
+
+class Given(Exception):
+    """What a compiler was given, in place of what it would have made."""
+
+
+def _refuse(*stages) -> tuple[str, str] | None:
+    """Triton's hook, which may change its stages; without arguments it names the change for the cache."""
+    if not stages:
+        return "given", "given"
+
+    def refuse(module, metadata):
+        raise Given(module.str_nodebug())
+
+    stages[1]["ttir"] = refuse
+
+
+def given(capability: int, source: ASTSource, options: dict) -> str:
+    """A hash of what the compiler is given, places in the source aside."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.add_stages_inspection_hook = _refuse
+        try:
+            compile_for(capability, source, options)
+        except Given as module:
+            return hashlib.sha256(repr((capability, sorted(options.items()), str(module))).encode()).hexdigest()[:16]
+    raise RuntimeError(f"{source.name} was taken from a cache")
 
 
 def measure(kernel, args, kwargs, capability: int) -> dict:
@@ -536,16 +565,19 @@ SLOW = {f"{name}_everywhere": cases for name, cases in ALL.items()} | {
 }  # fmt: skip
 
 
-def rows(capabilities: list[int], name: str) -> Iterator[dict]:
+def rows(capabilities: list[int], name: str, known: dict[str, dict]) -> Iterator[dict]:
+    """known: rows by what was given."""
     family, measured = name.removesuffix("_everywhere"), {}  # cases share kernels, above all those that add partials
     for case, call, modules, *only in (FAMILIES | SLOW)[name]():
         targets = [c for c in capabilities if not only or c in only[0]]
         launches = distinct(record(call, *modules)) if targets else {}
         for (source, launch), capability in itertools.product(launches.items(), targets):
             if (source, capability) not in measured:
-                measured[source, capability] = measure(*launch, capability)
-            row = measured[source, capability]
-            yield dict(family=family, case=case, sm=capability, triton=triton.__version__) | row
+                kernel, args, kwargs = launch
+                hashed = given(capability, *specialise(kernel, args, dict(kwargs)))
+                measured[source, capability] = known.get(hashed) or dict(measure(*launch, capability), given=hashed)
+            row = dict(family=family, case=case, sm=capability, triton=triton.__version__)
+            yield row | {name: value for name, value in measured[source, capability].items() if name not in row}
 
 
 def main() -> None:
@@ -554,11 +586,14 @@ def main() -> None:
     parser.add_argument("targets", help="sm_80,sm_90,...")
     parser.add_argument("families", nargs="*", help=f"all of {', '.join(FAMILIES)} by default")
     parser.add_argument("--into", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--known", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args()
+    recorded = map(json.loads, args.known.read_text().splitlines()) if args.known else ()
+    known = {row["given"]: row for row in recorded if row["triton"] == triton.__version__}
     capabilities = [int(sm.removeprefix("sm_")) for sm in args.targets.split(",")]
     names = args.families or list(FAMILIES)
     found: list[str] = []
-    for row in itertools.chain.from_iterable(rows(capabilities, name) for name in names):
+    for row in itertools.chain.from_iterable(rows(capabilities, name, known) for name in names):
         found.append(json.dumps(row) + "\n")
         if not args.into:
             print(found[-1], end="", flush=True)
