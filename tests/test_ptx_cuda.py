@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ptx import nvcc
+from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, norm_modulate
 from sora_kernels.modulation import kernels
@@ -17,12 +18,11 @@ from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 if not nvcc.find():
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 CASES = [("Li1ELi16", 512), ("Li1ELi48", 1536), ("Li4ELi24", 2048), ("Li16ELi32", 8192), ("loop", 1001)]
 
 
-@pytest.mark.parametrize("sm", nvcc.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("traits, D", CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("traits, D, dtype, sm", in_turns(CASES, DTYPES, list(nvcc.ARCHITECTURES)), ids=str)
 def test_norm_modulate_as_nvcc_compiles_it(traits, D, dtype, sm):
     B, S = 2, 4
     x = torch.randn(B, S, D).to(dtype)
@@ -50,9 +50,9 @@ def test_norm_modulate_as_nvcc_compiles_it(traits, D, dtype, sm):
 GRADIENTS = [(1, 16, 264, 11, 1, 1), (4, 16, 2048, 5, 1, 2), (4, 16, 1032, 6, 6, 4), (16, 8, 4096, 4, 2, 3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("warps, elements, D, S, F, programs", GRADIENTS, ids=str)
+@pytest.mark.parametrize(
+    "warps, elements, D, S, F, programs, norm, dtype", in_turns(GRADIENTS, ["layer", "rms"], DTYPES), ids=str
+)
 def test_gradients_of_norm_modulate_as_nvcc_compiles_them(warps, elements, D, S, F, programs, norm, dtype, monkeypatch):
     assert next(t for t in nvcc.BACKWARD_TRAITS if D <= 32 * t[0] * t[1]) == (warps, elements)
     monkeypatch.setattr(kernels, "PROGRAMS", programs)

@@ -9,6 +9,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import faults, in_turns
 from test_attention import explicit
 
 from sora_kernels import Unavailable, _dispatch, _library, spacetime_attention
@@ -63,8 +64,7 @@ def check_lse(*found: torch.Tensor | int) -> None:
     assert_matches_oracle(*(t.nan_to_num(neginf=0.0) for t in tables), "lse", terms)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("Sq, Sk, H, Hk, E, blocks", CASES, ids=str)
+@pytest.mark.parametrize("Sq, Sk, H, Hk, E, blocks, dtype", in_turns(CASES, DTYPES), ids=str)
 def test_attention_as_nvcc_compiles_it(Sq, Sk, H, Hk, E, blocks, dtype):
     check(Sq, Sk, H, Hk, E, blocks, dtype, schedule=2, again=5)
 
@@ -224,18 +224,24 @@ def check_found(text: str, schedule: int) -> None:
     assert_matches_oracle(out, oracle[0], baseline[0], "out", 540)
 
 
-PLANTED = [(label, planned) for label in FAULTS for planned in (False, True)]
-PLANTED.remove(("a wait for stores removed", True))  # results over a plan are not stored as boxes
-
-
-@pytest.mark.parametrize("label, planned", PLANTED, ids=lambda value: {False: "dense", True: "planned"}.get(value))
-def test_planted_faults_are_found(label, planned):
+def check_found_everywhere(label: str, planned: bool) -> None:
     by = [found(text, planned) for text in planted(label, planned)]
     unseen = UNSEEN.get(label, 0)
     if planned and "async proxy" in label:
         unseen = 1  # before the TMA writes queries where results were, an order that the executor does not ask for
     assert len(by) - by.count(None) >= 1 and by.count(None) <= unseen, by
     assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
+
+
+@pytest.mark.parametrize("label", faults(FAULTS))
+def test_planted_faults_are_found(label):
+    check_found_everywhere(label, planned=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", [label for label in FAULTS if "stores" not in label])  # which are no boxes here
+def test_planted_faults_are_found_over_a_plan(label):
+    check_found_everywhere(label, planned=True)
 
 
 def test_the_op_takes_slices_and_other_orders_of_axes_as_they_are():

@@ -9,6 +9,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import faults, in_turns
 from test_attention import explicit
 
 from sora_kernels import Unavailable, _dispatch, _library, attention_backward, spacetime_attention
@@ -64,8 +65,7 @@ class Problem:
                 assert_matches_oracle(*found, name, terms)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("Sq, Sk, H, Hk, E", CASES, ids=str)
+@pytest.mark.parametrize("Sq, Sk, H, Hk, E, dtype", in_turns(CASES, DTYPES), ids=str)
 def test_gradients_as_nvcc_compiles_them(Sq, Sk, H, Hk, E, dtype):
     problem = Problem(Sq, Sk, H, Hk, E, dtype)
     problem.compare(problem.run(schedule=2, again=5))
@@ -132,7 +132,7 @@ def found(text: str, problem: Problem, wanted: str) -> str | None:
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
-@pytest.mark.parametrize("label", FAULTS)
+@pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label, of_keys):
     problem = Problem(*((390, 70) if of_keys else (70, 390)), 1, 1, 64, torch.bfloat16)
     by = [found(text, problem, "kv" if of_keys else "q") for text in planted(label, of_keys)]

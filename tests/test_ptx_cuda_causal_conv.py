@@ -9,6 +9,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import faults, in_turns
 
 from sora_kernels import Unavailable, _dispatch, _library, causal_conv3d, upsample_conv3d
 from sora_kernels._operands import dense_taps
@@ -65,8 +66,7 @@ def expected(x, weight, bias, **options):
     return [y if isinstance(y, torch.Tensor) else y[0] for y in (results, plain)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("C, N, taps, size, past, blocks", CASES, ids=str)
+@pytest.mark.parametrize("C, N, taps, size, past, blocks, dtype", in_turns(CASES, DTYPES), ids=str)
 def test_convolution_as_nvcc_compiles_it(C, N, taps, size, past, blocks, dtype):
     check(C, N, taps, size, past, blocks, dtype, schedule=2, again=5)
 
@@ -79,8 +79,7 @@ EPILOGUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("C, N, taps, size, epilogue", EPILOGUES, ids=str)
+@pytest.mark.parametrize("C, N, taps, size, epilogue, dtype", in_turns(EPILOGUES, DTYPES), ids=str)
 def test_epilogues(C, N, taps, size, epilogue, dtype):
     check(C, N, taps, size, 0, 1, dtype, epilogue, schedule=3, again=6)
 
@@ -141,7 +140,7 @@ def found(text: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("label", FAULTS)
+@pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label):
     by = [found(text) for text in planted(label)]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
@@ -203,8 +202,7 @@ UPSAMPLED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("C, N, taps, factor, size, past", UPSAMPLED, ids=str)
+@pytest.mark.parametrize("C, N, taps, factor, size, past, dtype", in_turns(UPSAMPLED, DTYPES), ids=str)
 def test_upsampled_convolution_as_nvcc_compiles_it(C, N, taps, factor, size, past, dtype):
     (B, T, H, W), n = size, C * taps[0] * taps[1] * taps[2]
     x, bias = video(B, C, T, H, W, dtype=dtype), torch.randn(N + 1)[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, _dispatch, gate_residual, gate_residual_norm_modulate
 from sora_kernels.testing import assert_matches_oracle
@@ -30,9 +31,9 @@ def check(function, x, y, how, schedules, **rows):
 
 
 # width -> rows of a warp, of four and of sixteen; the last vectors of some threads beyond the row
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("y_norm", [None, "rms", "layer"])
-@pytest.mark.parametrize("D", [40, 520, 1536, 2048, 6136, 8192])
+@pytest.mark.parametrize(
+    "D, y_norm, dtype", in_turns([40, 520, 1536, 2048, 6136, 8192], ["rms", None, "layer"], DTYPES), ids=str
+)
 def test_gate_residual_as_nvcc_compiles_it(D, y_norm, dtype):
     B, S = 2, 3 if D > 520 else 9
     x, y, gate = torch.randn(B, S, D).to(dtype), torch.randn(B, S, D).to(dtype) + 3, torch.randn(B, S, D).to(dtype)

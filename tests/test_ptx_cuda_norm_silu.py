@@ -6,6 +6,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, _dispatch, norm_silu
 from sora_kernels.testing import assert_matches_oracle
@@ -41,9 +42,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sm", nvcc.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout, C, size, processors", CASES, ids=str)
+@pytest.mark.parametrize(
+    "layout, C, size, processors, dtype, sm", in_turns(CASES, DTYPES, list(nvcc.ARCHITECTURES)), ids=str
+)
 def test_norm_silu_as_nvcc_compiles_it(layout, C, size, processors, dtype, sm):
     (B, T, H, W), rows = size, (0.1, 1, 30)[C % 3]
     x = (torch.randn(B, C, T, H, W) * rows).to(dtype).contiguous(memory_format=layout)

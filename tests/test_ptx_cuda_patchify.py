@@ -9,6 +9,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import faults, in_turns
 
 from sora_kernels import Unavailable, _dispatch, _library, final_layer, patch_embed3d
 from sora_kernels.testing import assert_matches_oracle
@@ -51,8 +52,7 @@ def operands(C, patch, clips, grid, D, dtype):
     return draw(clips, C, *size, dtype=dtype), weight
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("C, patch, clips, grid, D, blocks", EMBEDDED, ids=str)
+@pytest.mark.parametrize("C, patch, clips, grid, D, blocks, dtype", in_turns(EMBEDDED, DTYPES), ids=str)
 def test_patches_of_public_models_and_odd_ones(C, patch, clips, grid, D, blocks, dtype):
     video, weight = operands(C, patch, clips, grid, D, dtype)
     embedded(video, weight, draw(D, dtype=dtype), blocks=blocks)
@@ -115,9 +115,9 @@ FINISHED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("clips, grid, patch, C, D, F, blocks", FINISHED, ids=str)
+@pytest.mark.parametrize(
+    "clips, grid, patch, C, D, F, blocks, norm, dtype", in_turns(FINISHED, ["layer", "rms"], DTYPES), ids=str
+)
 def test_last_layers_of_public_models_and_odd_ones(clips, grid, patch, C, D, F, blocks, norm, dtype):
     S, N = grid[0] * grid[1] * grid[2], C * patch[0] * patch[1] * patch[2]
     x = draw(clips, S, D, dtype=dtype) * 3 + 1
@@ -240,14 +240,14 @@ def in_last_layer(text: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("label", FAULTS)
+@pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label):
     by = [in_embedding(text) for text in planted("patchify_embed", "EmbedTraitsI13__nv_bfloat16Li2E", label)]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
     assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
 
 
-@pytest.mark.parametrize("label", [label for label in FAULTS if "proxy" not in label and "stores" not in label])
+@pytest.mark.parametrize("label", faults(label for label in FAULTS if "proxy" not in label and "stores" not in label))
 def test_planted_faults_of_the_last_layer_are_found(label):
     by = [in_last_layer(text) for text in planted("patchify_final", "FinalTraitsI13__nv_bfloat16Li64ELi1E", label)]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"

@@ -6,6 +6,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, _dispatch, qk_norm_rope
 from sora_kernels.testing import assert_matches_oracle
@@ -13,6 +14,7 @@ from sora_kernels.testing import assert_matches_oracle
 if not nvcc.find():
     pytest.skip("nvcc is not installed", allow_module_level=True)
 
+HEADS = [(12, 128), (24, 64), (40, 128), (80, 128), (1, 4096)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -40,9 +42,7 @@ def angles(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return phi.cos(), phi.sin()
 
 
-@pytest.mark.parametrize("sm", nvcc.ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("H, E", [(12, 128), (24, 64), (40, 128), (80, 128), (1, 4096)], ids=str)
+@pytest.mark.parametrize("H, E, dtype, sm", in_turns(HEADS, DTYPES, list(nvcc.ARCHITECTURES)), ids=str)
 def test_across_the_width_each_number_of_warps(H, E, dtype, sm):
     """Of one to eight warps; each byte of q and k is read once, and each sector written whole, by 16 bytes."""
     E = E if dtype != torch.float32 or E < 4096 else 2048
@@ -84,8 +84,7 @@ WAYS = {  # of calls with two clips of 7 tokens: heads of q and k, width of a he
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, dtype", in_turns(list(WAYS), DTYPES), ids=str)
 def test_everything_that_the_op_takes(way, dtype):
     (H, of_k, E), keywords = WAYS[way]
     check(draw(2, 7, H, E, dtype=dtype), draw(2, 7, of_k, E, dtype=dtype) + 3, dtype, **keywords())

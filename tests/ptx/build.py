@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -10,6 +11,7 @@ import pathlib
 import platform
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 CORE = pathlib.Path(__file__).parent / "core"
 # No contraction: an add after a mul is not an fma.
@@ -22,28 +24,39 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "sora_kernels" / "ptx"
 
 
+def once(path: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """`path`; where it is missing, one process makes it, in a folder of its own, and the others wait."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = pathlib.Path(folder) / path.name
+                make(made)
+                made.replace(path)
+    return path
+
+
 def compiled() -> pathlib.Path:
     """The path of the library, which is compiled where it is missing."""
     compiler = os.environ.get("CXX", "g++")
-    sources = sorted(CORE.glob("*"))
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256(repr([version, platform.processor(), _cpu(), FLAGS]).encode())
-    for path in sources:
+    for path in sorted(CORE.glob("*")):
         key.update(path.read_bytes())
-    library = cache_directory() / f"core-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+
+    def compile_core(library: pathlib.Path) -> None:
         objects, running = [], []
         for source in CORE.glob("*.cpp"):
-            objects.append(f"{folder}/{source.stem}.o")
+            objects.append(str(library.with_name(f"{source.stem}.o")))
             running.append(subprocess.Popen([compiler, *FLAGS, "-c", source, "-o", objects[-1]]))
         if any([process.wait() for process in running]):
             raise RuntimeError(f"{compiler} could not compile {CORE}; its errors are above")
-        subprocess.run([compiler, "-shared", "-o", f"{folder}/core.so", *objects], check=True)
-        os.replace(f"{folder}/core.so", library)
-    return library
+        subprocess.run([compiler, "-shared", "-o", library, *objects], check=True)
+
+    return once(cache_directory() / f"core-{key.hexdigest()[:16]}.so", compile_core)
 
 
 def _cpu() -> str:

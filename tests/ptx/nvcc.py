@@ -24,7 +24,7 @@ from sora_kernels.causal_conv import config as conv_config
 from sora_kernels.patchify import kernels_cuda as patchify_config
 
 from . import device, parser
-from .build import cache_directory
+from .build import cache_directory, once
 from .device import Box, Counters, Struct, unwritten
 
 SOURCES = pathlib.Path(__file__).parents[2] / "csrc"
@@ -52,16 +52,14 @@ def compiled(name: str, sm: int) -> str:
     source = SOURCES / "cuda" / f"{name}.cu"
     sources = [source, *sorted((SOURCES / "common").glob("*")), *sorted((SOURCES / "cuda").glob("*.cuh"))]
     key = hashlib.sha256("".join([version(), torch.__version__, *(p.read_text() for p in sources)]).encode())
-    cached = cache_directory() / f"{name}-{ARCHITECTURES[sm]}-{key.hexdigest()[:16]}.ptx"
-    if not cached.exists():
+
+    def compile_to(ptx: pathlib.Path) -> None:
         include = pathlib.Path(importlib.util.find_spec("torch").origin).parent / "include"
         flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-DUSE_CUDA", f"-I{SOURCES}"]
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{ARCHITECTURES[sm]}")
         target = f"-arch=compute_{ARCHITECTURES[sm]}"
-        subprocess.run([find(), "-ptx", target, *flags, "-isystem", include, "-o", partial, source], check=True)
-        partial.replace(cached)
-    return cached.read_text()
+        subprocess.run([find(), "-ptx", target, *flags, "-isystem", include, "-o", ptx, source], check=True)
+
+    return once(cache_directory() / f"{name}-{ARCHITECTURES[sm]}-{key.hexdigest()[:16]}.ptx", compile_to).read_text()
 
 
 def kernel_of(D: int, dtype: torch.dtype) -> tuple[str, int]:
