@@ -153,6 +153,7 @@ def _told(verdict: Verdict, depth: int) -> Iterator[str]:
     for action in verdict.actions:
         source = str(action.get("digitalSourceType", "")).rpartition("/")[2]
         facts = sorted((action.get("parameters") or {}).items())  # c2pa keeps no order
+        facts = [(name, "; ".join(map(str, value)) if name == "loras" else value) for name, value in facts]
         told = ", ".join(f"{name} {value}" for name, value in facts if isinstance(value, str | int | float))
         yield "  " * (depth + 1) + " ".join(filter(None, (str(action.get("action")), source, told)))
     for one in verdict.inputs:

@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .alike import checksum, sum_of_bits
 from .checkpoint import FP8, CheckpointError, read_metadata, read_tensors
 from .dit import SoraDiT, own_name
 from .planning import number
+from .safety.credentials import hash_file
 
 _KEY = re.compile(r"(?P<path>.+?)\.(?P<kind>lora_\w+(?:\.default)?\.(?:weight|bias)|alpha|diff|diff_b)")
 _KINDS = {
@@ -85,6 +87,7 @@ class _Added:
     merged: Mapping[str, Change]
     apart: list[tuple[nn.Linear, Branch]]
     weight: float
+    file: str
 
 
 class LoRAs:
@@ -102,7 +105,9 @@ class LoRAs:
         """How many files were added."""
         return len(self._added)
 
-    def add(self, changes: Mapping[str, Change], weight: float, *, merge: bool | None = None) -> None:
+    def add(
+        self, changes: Mapping[str, Change], weight: float, *, merge: bool | None = None, file: str = ""
+    ) -> None:
         """Changes as `read` gives them, times `weight`. Not merged, those of low rank of the blocks' and embeddings'
         linear layers are kept apart; others, of which a branch would be no smaller, are merged all the same. None:
         merged, save into weights that are kept in fp8."""
@@ -115,8 +120,12 @@ class LoRAs:
             if linear not in self._hooks:
                 linear.branches, self._hooks[linear] = nn.ModuleList(), linear.register_forward_hook(_beside)
             linear.branches.append(branch)
-        self._added.append(_Added({n: c for n, c in changes.items() if n not in low}, apart, weight))
+        self._added.append(_Added({n: c for n, c in changes.items() if n not in low}, apart, weight, file))
         self._merge(self._added[-1].merged)
+
+    def told(self) -> list[str]:
+        """The files and their weights, for a record."""
+        return [f"{added.file} {added.weight:g}" for added in self._added]
 
     def checksum(self) -> str:
         """Of the files' weights and changes, for comparing within a run."""
@@ -189,9 +198,10 @@ class Loading:
         if second and expert is not None:
             raise ValueError(f"expert must be None: the file names both transformers itself; got {expert!r}")
         self.turns.leave()
+        file = " ".join(filter(None, (Path(path).name, hash_file(path), expert)))
         changes = {"high": (first, {}), "low": ({}, first), "both": (first, first)}.get(expert, (first, second))
         for loras, own in zip(self._loras, changes, strict=False):
-            loras.add(own, weight, merge=merge)
+            loras.add(own, weight, merge=merge, file=file)
 
     def weigh_loras(self, *weights: float) -> None:
         """Other weights of the LoRA files, one for each, in the order in which they were loaded.

@@ -317,6 +317,7 @@ class Sora(Verbs, Planning, Loading):
             prompt, seconds=seconds, size=size, fps=fps, seed=seed, steps=steps, guidance=guidance, negative=negative,
             shift=shift, attention=attention, long=long, shade=shade, impl=impl,
         )  # fmt: skip
+        plan.asked["frames"] = plan.frames
         with machine.own_dtypes(self.device):
             frames = np.concatenate(list(self._frames(plan, impl, progress)))
         return self._clip(plan, frames)
@@ -331,6 +332,7 @@ class Sora(Verbs, Planning, Loading):
         if unknown := sorted(options.keys() - inspect.signature(self.generate).parameters.keys()):
             raise TypeError(f"generate_to takes no argument {unknown[0]!r}; it takes those of generate")
         plan = self._plan(prompt, **options, impl=impl, held=False)
+        plan.asked["frames"] = plan.frames
         frames = (frame for chunk in self._frames(plan, impl, progress) for frame in chunk)
         with machine.own_dtypes(self.device):
             return media.write_video(path, frames, plan.fps, origin=self._origin(plan))
@@ -390,5 +392,5 @@ class Sora(Verbs, Planning, Loading):
         return Clip(frames, plan.fps, plan.prompt, plan.seed, plan.steps, plan.guidance, self._origin(plan))
 
     def _origin(self, plan: Plan) -> Origin:
-        made = dict(seed=plan.seed, steps=plan.steps, guidance=plan.guidance) | ({"shade": True} if plan.shade else {})
+        made = plan.told(self.defaults) | ({"loras": loras} if (loras := self._loras[0].told()) else {})
         return Origin.of(self.folder, prompt=plan.prompt, inputs=tuple(plan.inputs), **made)

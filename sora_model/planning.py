@@ -19,6 +19,7 @@ from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
 from .ranks import Ranks
 from .safety import limits
+from .safety.credentials import hash_text
 from .text import WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
 
@@ -75,12 +76,25 @@ class Plan:
     long: str
     latents: tuple[int, int, int, int]
     tile: tuple[int, int]
-    inputs: list[Any] = dataclasses.field(default_factory=list)  # what was given, for the record of the result
+    # for the record of the result: what was given, and what else was asked for
+    inputs: list[Any] = dataclasses.field(default_factory=list)
+    asked: dict[str, Any] = dataclasses.field(default_factory=dict)
     shade: bool = False
     clock: limits.Clock = dataclasses.field(default_factory=limits.Clock, compare=False)
 
+    def told(self, usual: Defaults) -> dict[str, Any]:
+        """What a record says of it but the prompt and what was given: all that two clips may differ by."""
+        (height, width), attention = self.size, self.attention and str(self.attention)
+        made = dict(seed=self.seed, steps=self.steps, guidance=self.guidance, size=f"{width}x{height}", fps=self.fps)
+        negative = hash_text(self.negative) if self.negative else None
+        rare = {
+            "negative_sha256": negative, "shift": self.shift if self.shift != usual.shift else None,
+            "attention": attention, "long": self.long if self.long != "once" else None, "shade": self.shade or None,
+        }  # fmt: skip
+        return made | self.asked | {name: value for name, value in rare.items() if value is not None}
 
-ASKED = [field.name for field in dataclasses.fields(Plan) if field.name not in ("tile", "inputs", "clock")]
+
+ASKED = [field.name for field in dataclasses.fields(Plan) if field.name not in ("tile", "inputs", "asked", "clock")]
 
 
 class Planning:

@@ -47,7 +47,8 @@ class Verbs:
 
     def animate(self, image: Given, prompt: str, *, last: Given = None, **options: Any) -> Clip:
         """A clip that begins with `image`, and ends with `last` if that is given."""
-        plan, impl, progress = self._planned(prompt, options)
+        plan, impl, progress = self._planned("animate", prompt, options)
+        plan.asked["frames"] = plan.frames
         parts = {0: self._given("image", image, plan)[:1]}
         if last is not None:
             # frames of a latent, in which the last one stands still; where frames are given as such, that one alone
@@ -63,9 +64,10 @@ class Verbs:
         Piece by piece, each as long as the clips that the model was trained on and half of it known. As the prompt
         names the motion, that of the end should still be what it says.
         """
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("extend", prompt, options | {"seconds": None})
         frames = self._given("clip", clip, plan)
         wanted = self._count("seconds", seconds, plan)
+        plan.asked.update(new_frames=wanted, backward=bool(backward))
         length = len(frames) + wanted
         self._fit(length, plan.size, impl, at_once=plan.frames)
         seed = plan.seed
@@ -84,16 +86,18 @@ class Verbs:
 
     def connect(self, first: Given, second: Given, prompt: str, *, seconds: float = 1.0, **options: Any) -> Clip:
         """The first clip, `seconds` that lead from it to the second one, and that one."""
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("connect", prompt, options | {"seconds": None})
         before, after = self._given("first", first, plan), self._given("second", second, plan)
-        between = self._bridge(plan, before, after, self._count("seconds", seconds, plan), impl, progress)
+        plan.asked["new_frames"] = wanted = self._count("seconds", seconds, plan)
+        between = self._bridge(plan, before, after, wanted, impl, progress)
         return self._clip(plan, np.concatenate([before, between, after]))
 
     def loop(self, clip: Given, prompt: str, *, seconds: float = 1.0, **options: Any) -> Clip:
         """The clip and `seconds` that lead from its end to its beginning, so that it may be played in a circle."""
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("loop", prompt, options | {"seconds": None})
         frames = self._given("clip", clip, plan)
-        between = self._bridge(plan, frames, frames, self._count("seconds", seconds, plan), impl, progress)
+        plan.asked["new_frames"] = wanted = self._count("seconds", seconds, plan)
+        between = self._bridge(plan, frames, frames, wanted, impl, progress)
         return self._clip(plan, np.concatenate([frames, between]))
 
     def interpolate(self, clip: Given, prompt: str, *, factor: int = 2, **options: Any) -> Clip:
@@ -108,7 +112,8 @@ class Verbs:
             )
         if isinstance(factor, bool) or not isinstance(factor, Integral) or not 2 <= factor <= 64:
             raise ValueError(f"factor must be a whole number from 2 to 64; got {factor!r}")
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("interpolate", prompt, options | {"seconds": None})
+        plan.asked["factor"] = int(factor)
         frames = self._given("clip", clip, plan)
         self._fit((len(frames) - 1) * factor + 1, plan.size, impl, at_once=plan.frames)
         step = max(1, (plan.frames - 1) // factor)  # of the clip's frames, from one piece to the next
@@ -124,9 +129,10 @@ class Verbs:
     def edit(self, clip: Given, prompt: str, *, strength: float = 0.6, **options: Any) -> Clip:
         """The clip made into what `prompt` says: mixed with noise of `strength`, 0 (none) to 1 (nothing else), and
         drawn anew from there (SDEdit, arXiv:2108.01073). The less, the more of the clip is left."""
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("edit", prompt, options | {"seconds": None})
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
             raise ValueError(f"strength must be a number from 0 to 1; got {strength!r}")
+        plan.asked["strength"] = float(strength)
         frames = self._given("clip", clip, plan)
         plan = self._sized(plan, len(frames), impl)
         latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
@@ -139,10 +145,11 @@ class Verbs:
     def inpaint(self, clip: Given, prompt: str, *, box: Sequence[int], **options: Any) -> Clip:
         """The clip with what lies in `box` = (left, top, right, bottom), pixels of the result, drawn anew in all
         frames. The box is widened to whole tokens."""
-        plan, impl, progress = self._planned(prompt, options | {"seconds": None})
+        plan, impl, progress = self._planned("inpaint", prompt, options | {"seconds": None})
         frames = self._given("clip", clip, plan)
         plan = self._sized(plan, len(frames), impl)
         rows, columns = self._box(box, plan.size)
+        plan.asked["box"] = f"{columns.start},{rows.start},{columns.stop},{rows.stop}"
         latents = self._encoded(self._padded_frames(frames), begins=True, impl=impl)
         mask = torch.ones((1, 1, *latents.shape[2:]), dtype=torch.bool)
         factor = self.vae.config.spatial_factor
@@ -199,12 +206,14 @@ class Verbs:
 
     # --- around them ---
 
-    def _planned(self, prompt: str, options: Mapping[str, Any]) -> tuple[Any, str, Any]:
+    def _planned(self, verb: str, prompt: str, options: Mapping[str, Any]) -> tuple[Any, str, Any]:
         if "long" in options:
             raise TypeError("what begins with frames is made all at once; it takes no argument 'long'")
         options = dict(options)
         impl, progress = options.pop("impl", "auto"), options.pop("progress", None)
-        return self._plan(prompt, **options, long="once", impl=impl), impl, progress
+        plan = self._plan(prompt, **options, long="once", impl=impl)
+        plan.asked["verb"] = verb
+        return plan, impl, progress
 
     def _bridge(self, plan: Any, before: np.ndarray, after: np.ndarray, frames: int, impl: str, progress: Any):
         """So many frames that lead from the end of one clip to the beginning of another."""
@@ -314,7 +323,7 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
         pass
     except media.MediaError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         if not os.path.exists(path):
             raise media.MediaError(f"there is no file {os.fspath(path)!r}") from error
         raise media.MediaError(f"{os.fspath(path)!r} cannot be read as an image: {error}") from error

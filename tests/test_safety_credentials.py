@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import stat
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sora_model import Clip, Sora, media
 from sora_model.extras import MissingExtra
@@ -251,6 +253,7 @@ def test_every_verb_says_what_it_made_from_what(tmp_path, tiny_checkpoint, signe
     )
     assert made["parameters"] == {
         "prompt_sha256": hashlib.sha256(b"a red ring").hexdigest(), "seed": 3, "steps": 1, "guidance": clip.guidance,
+        "size": "32x32", "frames": len(clip.frames), "fps": clip.fps,
         "model": "checkpoint", "checkpoint_sha256": hashlib.sha256(listed.encode()).hexdigest(),
     }  # fmt: skip
     assert b"red ring" not in (tmp_path / "a.mp4").read_bytes()
@@ -265,6 +268,50 @@ def test_every_verb_says_what_it_made_from_what(tmp_path, tiny_checkpoint, signe
     assert [one.name for one in again.inputs] == ["signed.mp4"]
     alone = verify(Clip(frames(), 8, "a ring", 1, 2, 3.0).save(tmp_path / "e.mp4"))
     assert alone.answer == TRUSTED and alone.actions[0]["parameters"]["steps"] == 2
+
+
+def test_what_is_asked_for_otherwise_is_told_otherwise(tmp_path, tiny_checkpoint):
+    """Else a stripped clip would be named by the record of another."""
+    from safetensors.torch import save_file
+
+    sora = Sora.from_pretrained(tiny_checkpoint, device="cpu")
+    width, name, lora = sora.dit.config.dim, "blocks.0.self_attn.q", tmp_path / "style.safetensors"
+    halves = {"lora_A": torch.ones(1, width), "lora_B": torch.ones(width, 1)}
+    save_file({f"{name}.{half}.weight": value for half, value in halves.items()}, lora)
+    clip, given = frames(5), dict(prompt="a ring", seed=3, steps=1, size=(16, 16))
+    kept = {}
+
+    def add(called, made):
+        kept[called] = made.origin
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        add("plain", sora.generate(seconds=0.5, **given))
+        add("again", sora.generate(seconds=0.5, **given))
+        add("longer", sora.generate(seconds=1, **given))
+        add("larger", sora.generate(seconds=0.5, **given | {"size": (32, 16)}))
+        add("faster", sora.generate(seconds=0.25, fps=16, **given))
+        add("negative", sora.generate(seconds=0.5, negative="a dull picture", **given))
+        add("shift", sora.generate(seconds=0.5, shift=2, **given))
+        add("attention", sora.generate(seconds=0.5, attention="causal=frame", **given))
+        for strength in (0.3, 0.4):
+            add(f"edit {strength}", sora.edit(clip, strength=strength, **given))
+        for box in ((0, 0, 16, 16), (16, 0, 32, 16)):
+            add(f"inpaint {box}", sora.inpaint(clip, box=box, **given | {"size": (32, 32)}))
+        for options in ({"seconds": 0.25}, {"seconds": 0.5}, {"seconds": 0.5, "backward": True}):
+            add(f"extend {options}", sora.extend(clip, **options, **given))
+        add("loop", sora.loop(clip, seconds=0.5, **given))
+        sora.load_lora(lora)
+        add("lora", sora.generate(seconds=0.5, **given))
+        sora.weigh_loras(0.5)
+        add("half the lora", sora.generate(seconds=0.5, **given))
+        sora.unload_loras()
+        assert sora.generate(seconds=0.5, **given).origin == kept.pop("again") == kept["plain"]
+    assert len({origin.identity for origin in kept.values()}) == len(kept)
+    told = f"style.safetensors {hashlib.sha256(lora.read_bytes()).hexdigest()}"
+    assert [kept[k].settings["loras"] for k in ("lora", "half the lora")] == [[f"{told} 1"], [f"{told} 0.5"]]
+    made = verify(write(tmp_path / "a.mp4", kept["lora"])).actions[0]["parameters"]
+    assert made["loras"] == [f"{told} 1"] and b"dull" not in write(tmp_path / "b.mp4", kept["negative"]).read_bytes()
 
 
 # --- who signs ---
@@ -291,6 +338,13 @@ def test_a_new_key_leaves_what_the_old_one_signed_trusted(tmp_path, stranger):
     certificates.init(force=True, organisation="New")
     new = write(tmp_path / "new.mp4")
     assert verify(old).answer == verify(new).answer == TRUSTED and verify(new).signer == "New"
+    path = tmp_path / "elsewhere" / "identity.pem"
+    path.write_text("cut short")
+    with pytest.raises(CredentialsError, match="must hold a private key"):
+        write(tmp_path / "more.mp4")
+    certificates.init(force=True)
+    assert verify(write(tmp_path / "more.mp4")).answer == TRUSTED and verify(old).answer == TRUSTED
+    assert path.with_name("identity.pem.old").read_text() == "cut short"
 
 
 def test_it_lies_where_settings_lie(monkeypatch, tmp_path):

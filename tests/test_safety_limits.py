@@ -128,7 +128,7 @@ def test_a_video_that_does_not_fit_the_memory_is_refused_as_it_is_read(tiny, tmp
         _read(tmp_path / "v.mp4", 8)
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "a.eps", "nul\0.png", "cut.png"])
+@pytest.mark.parametrize("name", ["bomb.png", "a.eps", "nul\0.png", "cut.png", "second.tiff"])
 def test_an_image_is_no_way_in(tiny, tmp_path, name, monkeypatch):
     path = tmp_path / name
     if name == "bomb.png":
@@ -139,6 +139,13 @@ def test_an_image_is_no_way_in(tiny, tmp_path, name, monkeypatch):
     elif name == "cut.png":
         Image.fromarray(CLIP[0]).save(path)
         path.write_bytes(path.read_bytes()[:60])
+    elif name == "second.tiff":  # with a second image that has no size, for which Pillow raises TypeError
+        Image.fromarray(CLIP[0]).save(path)
+        data = bytearray(path.read_bytes())
+        table = int.from_bytes(data[4:8], "little")
+        end = table + 2 + 12 * int.from_bytes(data[table : table + 2], "little")
+        data[end : end + 4] = len(data).to_bytes(4, "little")
+        path.write_bytes(data + bytes(6))
     with pytest.raises(MediaError, match="cannot be read as an image|not an MP4|there is no file|cannot read"):
         tiny.animate(path, "a ball")
 

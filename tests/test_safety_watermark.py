@@ -118,6 +118,29 @@ def test_the_key_is_made_once_and_its_owner_alone_reads_it(monkeypatch, tmp_path
     assert sorted(p.name for p in path.parent.iterdir()) == [".gitignore", "watermark.key"]
 
 
+@pytest.mark.parametrize("held", [b"", b"short", bytes(64), None], ids=["empty", "short", "long", "others can read it"])
+def test_a_key_that_is_none_marks_nothing(monkeypatch, tmp_path, held):
+    """An empty one is known to everyone."""
+
+    def work():
+        raise AssertionError("frames were asked for")
+        yield
+
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "new"))
+    watermark.secret()
+    path = tmp_path / "new" / "watermark.key"
+    if held is None:
+        path.chmod(0o644)
+    else:
+        path.write_bytes(held)
+    told = "others can read the mark's key .* chmod 600" if held is None else f"must be 32 bytes, got {len(held)}"
+    with pytest.raises(certificates.CredentialsError, match=told):
+        media.write_video(tmp_path / "a.mp4", work(), origin=Origin())
+    with pytest.raises(certificates.CredentialsError, match=told):
+        watermark.detect([np.zeros((64, 64, 3), np.uint8)])
+    assert not (tmp_path / "a.mp4").exists()
+
+
 @pytest.mark.parametrize("frames", [[], [np.zeros((8, 64, 3), np.uint8)]], ids=["none", "too small"])
 def test_what_cannot_hold_a_mark_is_one_error(frames):
     with pytest.raises(ValueError, match="no frames to look for|64x8 are too small"):
@@ -156,9 +179,14 @@ def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, sora):
     assert code == 0 and "as what cannot be told" in out
     (tmp_path / "home" / "manifests.sqlite").unlink()
     (tmp_path / "home" / "manifests.sqlite").mkdir()
-    with pytest.warns(UserWarning, match="its record is not kept: unable to open"):
+    with pytest.warns(UserWarning, match="its record is not kept: cannot use .*manifests.sqlite': unable to open"):
         clips[0].save("again.mp4")
     assert credentials.verify("again.mp4").answer == credentials.TRUSTED
+    (tmp_path / "home" / "manifests.sqlite").rmdir()
+    (tmp_path / "home" / "manifests.sqlite").write_text("no database")
+    code, out, err = sora("detect", "stripped.mp4")
+    assert code == 1 and "marked by this installation" in out and "Traceback" not in err
+    assert err.startswith("error: cannot use the store of records") and "file is not a database; where it is" in err
 
 
 def test_the_page_tells_what_was_measured():

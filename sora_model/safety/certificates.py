@@ -118,15 +118,20 @@ def use(identity: Identity | None) -> None:
 _own: Identity | None = None
 
 
-def load(path: str | os.PathLike[str]) -> Identity:
+def read_secret(path: str | os.PathLike[str], what: str) -> bytes:
+    """A key's file, which its owner alone may read: `CredentialsError` where others can, or nobody."""
     try:
-        with open(path, encoding="ascii") as file:
-            mode, text = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CredentialsError(f"cannot read the signer's key in {os.fspath(path)!r}: {reason}") from error
+        with open(path, "rb") as file:
+            mode, data = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
+    except OSError as error:
+        raise CredentialsError(f"cannot read {what} in {os.fspath(path)!r}: {error.strerror or error}") from error
     if mode & 0o077:
-        raise CredentialsError(f"others can read the key in {os.fspath(path)!r} (mode {mode:o}); chmod 600 it")
+        raise CredentialsError(f"others can read {what} in {os.fspath(path)!r} (mode {mode:o}); chmod 600 it")
+    return data
+
+
+def load(path: str | os.PathLike[str]) -> Identity:
+    text = read_secret(path, "the signer's key").decode("utf-8", "replace").replace("\r\n", "\n")
     key, certificates = _KEY.search(text), _CERTIFICATE.findall(text)
     if key is None or not certificates:
         raise CredentialsError(f"{os.fspath(path)!r} must hold a private key and its certificate, both as PEM")
@@ -142,7 +147,8 @@ def anchors() -> str:
 def init(*, force: bool = False, organisation: str = "sora local") -> Path:
     """Makes a chain of two certificates and writes identity.pem, mode 0600; returns its path.
 
-    Where there is one, `force` replaces it and keeps its root in anchors.pem, so that what it signed is still trusted.
+    Where there is one, `force` replaces it and keeps its root in anchors.pem, so that what it signed is still trusted;
+    one that cannot be read is kept as identity.pem.old.
     """
     path = folder() / "identity.pem"
     if path.exists() and not force:
@@ -151,8 +157,13 @@ def init(*, force: bool = False, organisation: str = "sora local") -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         (path.parent / ".gitignore").write_text("*\n")  # a folder of settings may be a repository
         if path.exists():
-            with open(path.parent / "anchors.pem", "a", encoding="ascii") as file:
-                file.write(load(path).anchors)
+            try:
+                roots = load(path).anchors
+            except CredentialsError:
+                path.replace(path.with_name("identity.pem.old"))
+            else:
+                with open(path.parent / "anchors.pem", "a", encoding="ascii") as file:
+                    file.write(roots)
         handle, part = tempfile.mkstemp(dir=path.parent)  # with mode 0600
         try:
             with os.fdopen(handle, "w", encoding="ascii") as file:

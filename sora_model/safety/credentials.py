@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +50,7 @@ class Input:
         """Of a file, or of frames in memory that go by `name`."""
         if isinstance(given, np.ndarray):
             return cls(name, hashlib.sha256(np.ascontiguousarray(given)).hexdigest())
-        return cls(_text(Path(given).name), _hash_file(Path(given)), Path(given))
+        return cls(_text(Path(given).name), hash_file(Path(given)), Path(given))
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Origin:
     def of(cls, folder: Path | None, *, prompt: str | None = None, inputs: tuple = (), **settings: Any) -> Origin:
         """That of a checkpoint in `folder`, whose weights are hashed, and of a prompt, whose hash alone is kept."""
         if prompt is not None:
-            settings["prompt_sha256"] = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+            settings["prompt_sha256"] = hash_text(prompt)
         if folder is not None:
             settings |= {"model": folder.resolve().name, "checkpoint_sha256": checkpoint_hash(folder)}
         return cls(settings, tuple(inputs))
@@ -105,11 +104,12 @@ def sealer(title: str, kind: str = "video/mp4") -> Callable[[Path, Origin], byte
     """Signs a finished file of media type `kind` in place and returns its record; None, with a warning, where nothing
     can be signed.
 
-    To be asked before the work: raises `CredentialsError` for a key or certificate that would not do.
+    To be asked before the work: raises `CredentialsError` for a key or certificate that would not do, the mark's too.
     """
     if not _signing.get():
         warnings.warn(f"{title} is written without credentials, as asked: nothing shows what made it", stacklevel=3)
         return None
+    watermark.secret()
     try:
         with extras.named("signing"):
             import c2pa
@@ -140,7 +140,7 @@ def _seal(c2pa: Any, identity: Identity, title: str, kind: str, file: Path, orig
     if marked:
         try:
             store.keep(origin.identity, title, manifest)
-        except (sqlite3.Error, OSError) as error:
+        except (CredentialsError, OSError) as error:
             warnings.warn(f"{title} cannot be found again by its mark: its record is not kept: {error}", stacklevel=4)
     return manifest
 
@@ -180,7 +180,7 @@ def _carries_on(given: Input) -> str | None:
     try:
         if given.path is None:
             return None
-        kind, same = media_type(given.path), _hash_file(given.path) == given.sha256
+        kind, same = media_type(given.path), hash_file(given.path) == given.sha256
     except (OSError, CredentialsError):
         kind = same = None
     if kind is None or not same:
@@ -344,10 +344,14 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 @functools.lru_cache(256)
 def _hashed(file: Path, *stamp: int) -> str:
-    return _hash_file(file)
+    return hash_file(file)
 
 
-def _hash_file(file: Path) -> str:
+def hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def hash_file(file: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open(file, "rb") as source:
         while block := source.read(2**20):

@@ -5,6 +5,7 @@ SQLite, manifests.sqlite in `certificates.folder()`. It holds what the files the
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -24,7 +25,7 @@ class Record:
 
 
 def keep(identity: int, title: str, manifest: bytes) -> None:
-    """Raises sqlite3.Error where the store cannot be written."""
+    """Raises `CredentialsError`, as all here do, where the store cannot be used."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with _opened() as store, store:
         store.execute("INSERT INTO records VALUES (?, ?, ?, ?)", (identity, title, now, manifest))
@@ -48,7 +49,14 @@ def find(identity: int) -> list[Record]:
 def _opened() -> Iterator[sqlite3.Connection]:
     folder = certificates.folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / "manifests.sqlite", timeout=30)) as store:
-        store.execute("CREATE TABLE IF NOT EXISTS records (identity INTEGER, title TEXT, made TEXT, manifest BLOB)")
-        store.execute("CREATE INDEX IF NOT EXISTS by_identity ON records (identity)")
-        yield store
+    path = folder / "manifests.sqlite"
+    try:
+        with closing(sqlite3.connect(path, timeout=30)) as store:
+            store.execute("CREATE TABLE IF NOT EXISTS records (identity INTEGER, title TEXT, made TEXT, manifest BLOB)")
+            store.execute("CREATE INDEX IF NOT EXISTS by_identity ON records (identity)")
+            yield store
+    except sqlite3.Error as error:
+        raise certificates.CredentialsError(
+            f"cannot use the store of records {os.fspath(path)!r}: {error}; where it is damaged, move it away, and "
+            "another is begun"
+        ) from error

@@ -36,6 +36,7 @@ from sora_kernels import embed_watermark
 
 from ..files import naming
 from . import certificates
+from .certificates import CredentialsError
 
 TILE, BITS = 64, 32
 THRESHOLD = 6.5  # of z, for "present"
@@ -75,7 +76,8 @@ class Detection:
 
 
 def secret() -> bytes:
-    """The key of this installation: watermark.key in `certificates.folder()`, made at first use, mode 0600."""
+    """The key of this installation: watermark.key in `certificates.folder()`, made at first use, mode 0600. Raises
+    `CredentialsError` for one that others can read, or that is cut short."""
     path = certificates.folder() / "watermark.key"
     if not path.exists():
         with naming(path):
@@ -89,7 +91,13 @@ def secret() -> bytes:
             except FileExistsError:  # another process was first
                 pass
             Path(part).unlink()
-    return path.read_bytes()
+    key = certificates.read_secret(path, "the mark's key")
+    if len(key) != 32:
+        raise CredentialsError(
+            f"the mark's key in {os.fspath(path)!r} must be 32 bytes, got {len(key)}; restore it, or move it away: "
+            "another is made, which finds no marks of the old one"
+        )
+    return key
 
 
 def embed(frames: Iterable[np.ndarray], identity: int, *, key: bytes | None = None) -> Iterator[np.ndarray]:

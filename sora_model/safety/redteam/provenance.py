@@ -41,6 +41,7 @@ def _elsewhere() -> Iterator[Path]:
         home = Path(folder) / "home"
         home.mkdir()
         (home / "watermark.key").write_bytes(b"red team" * 4)  # what comes of it is no matter of chance
+        (home / "watermark.key").chmod(0o600)
         os.environ[certificates.VARIABLE] = str(home)
         certificates.use(None)
         try:
