@@ -12,15 +12,19 @@ import argparse
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
 
 from sora_model import estimate, tiling
 from sora_model.attention import AttentionMode
 from sora_model.checkpoint import unfilled
 from sora_model.dit import SoraDiT
+from sora_model.divided import reach
 from sora_model.parallel import cut, frames_seen
 from sora_model.presets import DIT, SHAPES
-from sora_model.tiling import Stage, Window
+from sora_model.tiling import Window
 from sora_model.vae import CausalVAE, VAEConfig
 
 MODEL, STEPS, BF16 = "wan2.1-14b", 50, 2
@@ -122,55 +126,136 @@ def prediction(clip: str, machine: Machine) -> Iterator[tuple[str, ...]]:
         yield name, str(math.prod(layout)), f"{gigabytes:.1f}", *parts, f"{STEPS * total:.0f}", f"{alone / total:.1f}"
 
 
-def areas(stages: Sequence[Stage], window: Window) -> Iterator[tuple[Stage, Window]]:
-    """What each stage is given for `window` of the result."""
-    return zip(stages, tiling.needed(stages, window), strict=False)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution of the VAE and what it is given: frames, and a size of which it takes each element `up` times, or
+    steps of `down`."""
+
+    conv: nn.Conv3d
+    frames: int
+    size: tuple[int, int]
+    up: int = 1
+    down: int = 1
+
+    def flops(self, rows: float) -> float:
+        """Of so many rows that it is given."""
+        return 2 * self.frames * rows * self.size[1] * self.up**2 / self.down**2 * self.conv.weight.numel()
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return reach(self.conv.kernel_size[1], self.up, self.down)
 
 
-def work(stages: Sequence[Stage], window: Window, frames: int) -> float:
-    """Floating-point operations of the convolutions that make `window` of the result."""
-    flops = 0.0
-    for stage, (rows, columns) in areas(stages, window):
-        frames = frames * stage.up[0] / stage.down[0]
-        pixels = (rows.stop - rows.start) * (columns.stop - columns.start)
-        for axis in (1, 2):
-            pixels = pixels * stage.up[axis] / stage.down[axis]
-        flops += 2 * frames * pixels * sum(conv.weight.numel() for conv in stage.convs)
-        past = 0 if stage.past is None else stage.past.weight.numel() / (stage.up[0] * stage.up[1] * stage.up[2])
-        flops += 2 * frames * pixels * past
+def layers(vae: CausalVAE, kind: str, frames: int, size: Sequence[int], starts: bool) -> Iterator[Layer]:
+    """Of a chunk of `frames` latent frames of `size`, which begins a clip or does not; those of shortcuts left out."""
+    encode, (network, now) = kind == "encode", (vae.decoder, tuple(size))
+    if encode:
+        network, now = vae.encoder, tuple(n * vae.config.spatial_factor for n in size)
+    mid = [conv for block in network.mid_block.resnets for conv in (block.conv1, block.conv2)]
+    at_latents = [
+        Layer(conv, frames, tuple(size)) for conv in ([*mid, network.conv_out] if encode else [network.conv_in, *mid])
+    ]
+    yield from () if encode else at_latents
+    t = starts + (frames - starts) * (vae.config.temporal_factor if encode else 1)
+    for stage in network.stages:
+        (longer, up, _), (shorter, down, _) = stage.up, stage.down
+        if stage.past is not None and longer > 1:
+            yield Layer(stage.past, t - starts, now)
+            t = starts + (t - starts) * longer
+        for conv in stage.convs:
+            yield Layer(conv, t, now, up, down)
+        now = now[0] * up // down, now[1] * up // down
+        if stage.past is not None and shorter > 1:
+            t = starts + (t - starts) // shorter
+            yield Layer(stage.past, t - starts, now)
+    yield from at_latents if encode else ()
+
+
+def gathered(vae: CausalVAE, kind: str, frames: int, size: Sequence[int], starts: bool) -> int:
+    """Numbers of what a chunk comes to, of which each rank has a part and gets the rest."""
+    if kind == "encode":
+        return 2 * vae.config.z_dim * frames * math.prod(size)
+    t = starts + (frames - starts) * vae.config.temporal_factor
+    return vae.config.out_channels * t * math.prod(size) * vae.config.spatial_factor**2
+
+
+def rows_sent(
+    vae: CausalVAE, kind: str, frames: int, size: Sequence[int], rank: int, ranks: int, starts: bool
+) -> tuple[int, int]:
+    """Numbers that a rank sends of a chunk of one clip divided by rows, and how often it exchanges some."""
+    sent = exchanges = 0
+    for layer in layers(vae, kind, frames, size, starts):
+        above, below = layer.reach
+        rows = above * (rank + 1 < ranks) + below * (rank > 0)  # what its neighbours see of its band
+        sent += layer.conv.in_channels * layer.frames * layer.size[1] * rows
+        exchanges += any(layer.reach)
+    start, stop = cut(0, size[0], ranks)[rank]
+    network = vae.encoder if kind == "encode" else vae.decoder
+    whole = 2 * network.mid_block.attention.proj.in_features * frames * math.prod(size)  # keys and values
+    whole += gathered(vae, kind, frames, size, starts)
+    return sent + whole * (stop - start) // size[0] * (ranks - 1), exchanges + 2
+
+
+def tile_flops(vae: CausalVAE, window: Window, starts: bool) -> float:
+    """Of the convolutions that make `window` of what a latent frame comes to."""
+    flops, t, stages = 0.0, 1, vae.decoder.stages
+    for stage, (rows, columns) in zip(stages, tiling.needed(stages, window), strict=False):
+        area = rows.stop - rows.start, columns.stop - columns.start
+        if stage.past is not None:
+            flops += Layer(stage.past, t - starts, area).flops(area[0])
+            t = starts + (t - starts) * stage.up[0]
+        flops += sum(Layer(conv, t, area, stage.up[1], stage.down[1]).flops(area[0]) for conv in stage.convs)
     return flops
 
 
-def decode(clip: str, ranks: int = 8) -> tuple[str, ...]:
-    """The VAE's decoder in tiles over ranks as it is, and what rows with a halo for each convolution would send."""
+def band_flops(vae: CausalVAE, size: Sequence[int], rank: int, ranks: int, starts: bool) -> float:
+    """The same of a rank's rows, with those that it fetches."""
+    start, stop = cut(0, size[0], ranks)[rank]
+    flops = 0.0
+    for layer in layers(vae, "decode", 1, size, starts):
+        above, below = layer.reach
+        beside = above * (rank > 0) + below * (rank + 1 < ranks)
+        flops += layer.flops(layer.size[0] * (stop - start) / size[0] + beside)
+    return flops
+
+
+def of_clip(frames: int, count: Callable[..., float], *args: Any) -> float:
+    """What `count` says of each chunk of one latent frame."""
+    return count(*args, True) + (frames - 1) * count(*args, False)
+
+
+def decode(clip: str, ranks: int) -> tuple[str, ...]:
+    """The VAE's decoder, a latent frame a chunk, over ranks in tiles and in rows: the most work and bytes of a rank."""
     with unfilled():
         vae = CausalVAE(VAEConfig())
-    stages, mid = vae.decoder.stages, vae.decoder.mid_block
     frames, *size = (n * p for n, p in zip(SHAPES[MODEL].clips[clip], DIT[MODEL].patch, strict=True))
-    whole = work(stages, tiling.windows(stages, size, size)[0][0], frames)
+    pixels, width = math.prod(size), vae.decoder.mid_block.attention.proj.in_features
+    attention = (8 * width**2 + 4 * width * pixels) * pixels * frames
+    whole = of_clip(frames, band_flops, vae, size, 0, 1) + attention
     tile = tiling.shared(None, size, ranks)
-    shares = [work(stages, window, frames) for row in tiling.windows(stages, size, tile) for window in row]
-    pixels = 3 * (1 + 4 * (frames - 1)) * math.prod(size) * vae.config.spatial_factor**2 * 4
-    halo, exchanges, t, width = 0, 0, frames, size[1]
-    for stage in stages:
-        t *= stage.up[0]
-        for conv in (conv for conv in stage.convs if conv.kernel_size[1] > 1):
-            halo, exchanges = halo + 2 * conv.in_channels * t * width * 4, exchanges + 1
-        width *= stage.up[2]
-    everywhere = [vae.decoder.conv_in, *(conv for block in mid.resnets for conv in (block.conv1, block.conv2))]
-    alone = 2 * frames * math.prod(size) * sum(conv.weight.numel() for conv in everywhere)
-    rows = max(stop - start for start, stop in cut(0, size[0], ranks)) / size[0]
+    grid = [window for row in tiling.windows(vae.decoder.stages, size, tile) for window in row]
+    tiled = of_clip(frames, tile_flops, vae, tiling.windows(vae.decoder.stages, size, size)[0][0])
+    in_tiles = whole - tiled + max(of_clip(frames, tile_flops, vae, window) for window in grid)
+    largest = max(math.prod(span.stop - span.start for span in window) for window in grid)
+    video = of_clip(frames, gathered, vae, "decode", 1, size)
+    by_tiles = 4 * video * largest / (pixels * vae.config.spatial_factor**2) * (ranks - 1)
+    in_rows = by_rows = 0.0
+    for rank, (start, stop) in enumerate(cut(0, size[0], ranks)):
+        work = of_clip(frames, band_flops, vae, size, rank, ranks) + attention * (stop - start) / size[0]
+        numbers = of_clip(frames, lambda *args: rows_sent(*args)[0], vae, "decode", 1, size, rank, ranks)
+        in_rows, by_rows = max(in_rows, work), max(by_rows, 4 * numbers)
+    _, exchanges = rows_sent(vae, "decode", 1, size, 0, ranks, True)
     return (
-        clip, f"{len(shares)} of {tile[0]}x{tile[1]}", f"{max(shares) / whole * ranks:.2f}",
-        f"{pixels * (ranks - 1) / ranks / 1e9:.2f}", f"{rows * ranks:.2f}", f"{halo / 1e9:.2f}", str(exchanges),
-        f"{alone / whole * ranks:.2f}",
+        clip, str(ranks), f"{tile[0]}x{tile[1]}", f"{in_tiles / whole * ranks:.2f}", f"{by_tiles / 1e9:.2f}", "1",
+        f"{in_rows / whole * ranks:.2f}", f"{by_rows / 1e9:.2f}", str(exchanges),
     )  # fmt: skip
 
 
 def decodes() -> Iterator[tuple[str, ...]]:
-    tiled, rows = ("tiles, latents", "their work", "sent, GB"), ("rows' work", "sent, GB", "exchanges a chunk")
-    yield "clip", *tiled, *rows, "undivided"
-    yield from map(decode, SHAPES[MODEL].clips)
+    columns = "work", "sent, GB", "exchanges a chunk"
+    yield "clip", "ranks", "tiles, latents", *columns, *(f"rows: {column}" for column in columns)
+    for clip in SHAPES[MODEL].clips:
+        yield from (decode(clip, ranks) for ranks in (2, 4, 8))
 
 
 def table(rows: Iterator[tuple[str, ...]]) -> str:

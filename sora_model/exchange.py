@@ -1,13 +1,10 @@
-"""What ranks send each other, with gradients: parts for parts, what others own, and a ring of keys and values."""
+"""What ranks send each other: parts for parts, what others own, a ring of keys and values, with gradients; and rows."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,10 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from sora_kernels import attention_backward, attention_forward, merge_attention
 
-from .ranks import squares
-
 Range = tuple[int, int]
-Item = TypeVar("Item")
 
 
 def cut(start: int, stop: int, parts: int) -> list[Range]:
@@ -79,41 +73,26 @@ class Gather(torch.autograd.Function):
         return grad.narrow(*ctx.range), None, None, None, None
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """The ranks that share the tiles of a frame."""
-
-    group: Any
-    rank: int
-    size: int
-
-    def agree(self, name: str, x: Tensor, tile: tuple[int, int] | None) -> None:
-        """Raises ValueError, on every rank, where two have another x, or cut it into other tiles."""
-        told = f"{list(x.shape)} {x.dtype}, of squares that sum to {squares(x)}, in tiles of {tile or 'the whole'}"
-        form = zlib.crc32(told.encode())
-        most = torch.tensor([form, -form], device=x.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        if most[0] == -most[1]:
-            return
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, told, self.group)
-        other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
-        raise ValueError(
-            f"all ranks must pass the same inputs: {name} are {everyone[0]} on the first, {everyone[other]} on rank "
-            f"{other} of the {self.size} that share the tiles"
-        )
-
-    def each(self, compute: Callable[[Item], Tensor], items: Sequence[Item], areas: Sequence[Range]) -> list[Tensor]:
-        """compute(item), [B, C, T, h, w] with (h, w) of `areas`, of all items: each rank computes a share of them."""
-        owned = [range(rank, len(items), self.size) for rank in range(self.size)]
-        mine = [compute(items[i]) for i in owned[self.rank] or [0]]  # one without an item must know B, C and T too
-        shapes = [(*mine[0].shape[:3], *area) for area in areas]
-        sizes = [math.prod(shape) for shape in shapes]
-        flat = torch.cat([tile.reshape(-1) for tile in mine]) if owned[self.rank] else mine[0].new_empty(0)
-        flat = Gather.apply(flat, 0, [sum(sizes[i] for i in own) for own in owned], self.rank, self.group)
-        order = [i for own in owned for i in own]
-        parts = dict(zip(order, flat.split([sizes[i] for i in order]), strict=True))
-        return [parts[i].view(shape) for i, shape in enumerate(shapes)]
+def beside(x: Tensor, above: int, below: int, rank: int, size: int, group) -> tuple[Tensor, int, int]:
+    """x [B, C, T, H, W] with the last `above` rows of the rank before and the first `below` of the next; and how many
+    these are: none of a rank that there is not. Without gradients; the result is channels last."""
+    ops, edges = [], []
+    sides = (rank - 1, x[:, :, :, :below], above), (rank + 1, x[:, :, :, x.shape[3] - above :], below)
+    for peer, sent, wanted in sides:
+        there = 0 <= peer < size
+        edges.append(x.new_empty(*x.shape[:3], wanted if there else 0, x.shape[4]))
+        for op, edge in ((dist.isend, sent), (dist.irecv, edges[-1])) if there else ():
+            if edge.shape[3]:
+                ops.append(dist.P2POp(op, edge.contiguous(), group=group, group_peer=peer))
+    works = dist.batch_isend_irecv(ops) if ops else []
+    above, below = (edge.shape[3] for edge in edges)
+    rows = x.shape[3] + above + below
+    whole = x.new_empty(x.shape[0], x.shape[2], rows, x.shape[4], x.shape[1]).movedim(4, 1)
+    whole[:, :, :, above : rows - below] = x  # while the others come
+    for work in works:
+        work.wait()
+    whole[:, :, :, :above], whole[:, :, :, rows - below :] = edges
+    return whole, above, below
 
 
 class Ring(torch.autograd.Function):

@@ -36,31 +36,12 @@ from sora_kernels.attention import reference as rules
 from . import alike, experts, flow
 from .attention import AttentionMode, Grid
 from .context import Context
-from .exchange import Gather, Range, Ring, Swap, Tiles, cut, fetch
+from .divided import rows_over as rows_over
+from .divided import tiles_over
+from .exchange import Gather, Range, Ring, Swap, cut, fetch
 from .ranks import Ranks, check_within, squares, told_of_loss
 
 AXES = ("clips", "ring", "ulysses")
-
-
-@contextmanager
-def tiles_over(vae: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
-    """Inside the block `vae`, a `CausalVAE`, hands its tiles to the ranks of `mesh`, of one dimension; one gather.
-
-    Every rank passes the same inputs and gets the whole, up to rounding what the VAE gives alone, in streams too. Tiles
-    are as many as ranks, or more where a smaller `tile` is asked for. Gradients of tiled layers are those of the rank's
-    tiles.
-    """
-    if not hasattr(vae, "ranks"):
-        raise TypeError(f"tiles_over: vae must be a CausalVAE; got a {type(vae).__name__}")
-    if not isinstance(mesh, DeviceMesh) or mesh.ndim != 1:
-        got = f"{mesh.ndim} dimensions" if isinstance(mesh, DeviceMesh) else type(mesh).__name__
-        raise ValueError(f"tiles_over: mesh must be a DeviceMesh of one dimension; got {got}")
-    check_within(mesh)
-    before, vae.ranks = vae.ranks, Tiles(mesh.get_group(), mesh.get_local_rank(), mesh.size())
-    try:
-        yield
-    finally:
-        vae.ranks = before
 
 
 @contextmanager

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from sora_kernels import causal_conv3d, norm_silu
+from sora_kernels import causal_conv3d, norm_silu, spacetime_attention
 
-from .exchange import Tiles
+if TYPE_CHECKING:
+    from .divided import Sharers
 
 LAYOUT = torch.channels_last_3d  # the norms and convolutions of every implementation are fastest in it
 EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pixel of zeros finite, and no more
@@ -24,17 +25,18 @@ EPS = 1e-24  # Wan divides by max(‖x‖, 1e-12): the smallest that keeps a pix
 class VAECache:
     """What the layers remember of the frames so far: opaque, made by a chunk, handed to the next chunk of that clip.
 
-    It fits chunks of the direction (`kind`), the model, the (batch, height, width) and the tiling it was made with. A
-    pytree of tensors: it passes through `torch.compile` and CUDA graphs.
+    It fits chunks of the direction (`kind`), the model, the (batch, height, width), the tiling and the ranks (`by`) it
+    was made with. A pytree of tensors: it passes through `torch.compile` and CUDA graphs.
     """
 
     kind: str
     model: Any
     size: tuple[int, int, int]
     tile: tuple[int, int] | None
+    by: str
     tensors: tuple[Tensor, ...]
 
-    def check(self, kind: str, model: Any, x: Tensor, tile: tuple[int, int] | None) -> None:
+    def check(self, kind: str, model: Any, x: Tensor, tile: tuple[int, int] | None, by: str) -> None:
         """ValueError unless a chunk x may follow."""
         if self.kind != kind:
             raise ValueError(
@@ -51,6 +53,8 @@ class VAECache:
         if self.tile != tile:
             before, now = (f"tiles of {t} latents" if t else "whole frames" for t in (self.tile, tile))
             raise ValueError(f"tile: the chunk before was coded in {before}, this one in {now}; a clip keeps its tiles")
+        if self.by != by:
+            raise ValueError(f"the chunk before was coded by {self.by}, this one by {by}; a clip goes on as it began")
         past = self.tensors[0]
         if (past.dtype, past.device) != (x.dtype, x.device):
             raise ValueError(
@@ -64,7 +68,9 @@ def _unflatten(tensors: Iterable[Tensor], context: tuple) -> VAECache:
 
 
 _pytree.register_pytree_node(
-    VAECache, lambda cache: (list(cache.tensors), (cache.kind, cache.model, cache.size, cache.tile)), _unflatten
+    VAECache,
+    lambda cache: (list(cache.tensors), (cache.kind, cache.model, cache.size, cache.tile, cache.by)),
+    _unflatten,
 )
 
 
@@ -73,7 +79,7 @@ class Pass:
     """One way of a chunk through the layers: the implementation to use, and each convolution's past, in order.
 
     tile   the largest (height, width), in latents, at which to take the layers that see a few pixels only
-    ranks  who shares the tiles, inside of `parallel.tiles_over`
+    ranks  who shares the frames, inside of `parallel.tiles_over` and `parallel.rows_over`
     """
 
     impl: str
@@ -81,11 +87,23 @@ class Pass:
     streaming: bool = False
     past: deque[Tensor] | None = None  # None: the clip begins with this chunk
     future: list[Tensor] = field(default_factory=list)
-    ranks: Tiles | None = None
+    ranks: Sharers | None = None
 
     @property
     def starts(self) -> bool:
         return self.past is None
+
+    @property
+    def by(self) -> str:
+        return str(self.ranks or "one process")
+
+    def part(self, x: Tensor) -> Tensor:
+        """Of the whole frames x, what this pass takes through the layers."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The whole frames again."""
+        return x
 
     def conv(self, x: Tensor, conv: nn.Conv3d, function: Callable = causal_conv3d, **kwargs) -> Tensor:
         """`function` with the parameters of `conv`, and with its cache where it has a past to remember."""
@@ -102,6 +120,10 @@ class Pass:
 
     def norm_silu(self, x: Tensor, weight: Tensor) -> Tensor:
         return norm_silu(x, weight, eps=EPS, impl=self.impl)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Among the pixels of each frame, [BT, HW, 1, C]."""
+        return spacetime_attention(q, k, v, impl=self.impl)
 
 
 def joined(*parts: Tensor) -> Tensor:

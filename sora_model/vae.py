@@ -13,16 +13,17 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sora_kernels import downsample_conv3d, norm_modulate, spacetime_attention, upsample_conv3d
+from sora_kernels import downsample_conv3d, norm_modulate, upsample_conv3d
 
 from . import checks, tiling
-from .exchange import Tiles
+from .divided import Sharers
 from .stream import EPS, LAYOUT, Pass, VAECache, joined, regroup
 from .tiling import Shortcut, Stage, Tile
 
@@ -201,7 +202,7 @@ class AttentionBlock(nn.Module):
         h = x.permute(0, 2, 3, 4, 1).reshape(B * T, H * W, C)                        # [BT, HW, C]
         h = norm_modulate(h, None, None, norm="rms", weight=self.norm, eps=EPS, impl=run.impl)
         q, k, v = self.to_qkv(h).unflatten(-1, (3, 1, C)).unbind(2)                  # 3 x [BT, HW, 1, C]
-        h = spacetime_attention(q, k, v, impl=run.impl).flatten(2)                   # [BT, HW, C]
+        h = run.attention(q, k, v).flatten(2)                                        # [BT, HW, C]
         h = self.proj(h).view(B, T, H, W, C).permute(0, 4, 1, 2, 3)                  # [B, C, T, H, W]
         return x + h
 
@@ -387,7 +388,7 @@ class CausalVAE(nn.Module):
         self.config = config or VAEConfig()
         self._sizes = replace(self.config, latents_mean=None, latents_std=None)  # whose caches fit this model
         self.impl = impl
-        self.ranks: Tiles | None = None  # inside of `parallel.tiles_over`
+        self.ranks: Sharers | None = None  # inside of `parallel.tiles_over` and `parallel.rows_over`
         Z = self.config.z_dim
         self.encoder = Encoder(self.config)
         self.quant_conv = nn.Conv3d(2 * Z, 2 * Z, 1)
@@ -557,19 +558,23 @@ class CausalVAE(nn.Module):
         return wanted
 
     def _encode(self, video: Tensor, run: Pass) -> tuple[Tensor, Tensor]:            # [B, 3, T, H, W]
-        moments = self.encoder(video.contiguous(memory_format=LAYOUT), run)          # [B, 2Z, T', H', W']
-        mean, logvar = run.conv(moments, self.quant_conv).chunk(2, 1)                # 2 x [B, Z, T', H', W']
+        moments = self.encoder(run.part(video).contiguous(memory_format=LAYOUT), run)  # [B, 2Z, T', H', W']
+        mean, logvar = run.whole(run.conv(moments, self.quant_conv)).chunk(2, 1)     # 2 x [B, Z, T', H', W']
         return mean, logvar.clamp(-30, 20)
 
     def _decode(self, latents: Tensor, run: Pass, clamp: bool) -> Tensor:            # [B, Z, T', H', W']
-        latents = run.conv(latents.contiguous(memory_format=LAYOUT), self.post_quant_conv)
-        video = self.decoder(latents, run)                                           # [B, 3, T, H, W]
+        latents = run.conv(run.part(latents).contiguous(memory_format=LAYOUT), self.post_quant_conv)
+        video = run.whole(self.decoder(latents, run))                                # [B, 3, T, H, W]
         return video.clamp(-1, 1) if clamp else video
 
     def _begin(
         self, kind: str, x: Tensor, tile: Tile, cache: VAECache | None = None, *, streaming: bool = False
     ) -> Pass:
-        """A pass for x, once everything about it has been found right."""
+        """A pass for x, once everything about it has been found right, on every rank that shares the frames."""
+        begin = partial(self._pass, kind, x, tile, cache, streaming)
+        return begin() if self.ranks is None else self.ranks.begin(kind, x, begin)
+
+    def _pass(self, kind: str, x: Tensor, tile: Tile, cache: VAECache | None, streaming: bool) -> Pass:
         self._check(kind, x)
         frames, *size = x.shape[2:]
         if kind == "encode":
@@ -580,27 +585,33 @@ class CausalVAE(nn.Module):
                 )
             size = self.config.latent_shape(frames + (cache is not None), *size)[2:]
         tile = tiling.in_latents(tile, size, self.config.spatial_factor)
-        if self.ranks is not None:
-            tile = tiling.shared(tile, size, self.ranks.size)
-            self.ranks.agree("the frames to encode" if kind == "encode" else "the latents to decode", x, tile)
+        if self.ranks is None:
+            run = Pass(self.impl, tile, streaming)
+        else:
+            run = self.ranks.divide(self, x, tile, size, streaming)
         if cache is None:
-            return Pass(self.impl, tile, streaming, ranks=self.ranks)
+            return run
         if not isinstance(cache, VAECache):
             got = type(cache).__name__
             raise ValueError(f"cache must be the VAECache that {kind}_chunk returned for the chunk before; got {got}")
-        cache.check(kind, self._sizes, x, tile)
-        return Pass(self.impl, tile, streaming, deque(cache.tensors), ranks=self.ranks)
+        cache.check(kind, self._sizes, x, run.tile, run.by)
+        run.past = deque(cache.tensors)
+        return run
 
     def _cache(self, kind: str, x: Tensor, run: Pass) -> VAECache:
-        return VAECache(kind, self._sizes, (x.shape[0], *x.shape[3:]), run.tile, tuple(run.future))
+        return VAECache(kind, self._sizes, (x.shape[0], *x.shape[3:]), run.tile, run.by, tuple(run.future))
 
     def _pieces(
         self, kind: str, clip: Tensor | Iterable[Tensor], chunk: int, first: int, step: int
     ) -> Iterator[Tensor]:
+        pieces = self._cut(kind, clip, chunk, first, step)
+        return pieces if self.ranks is None else self.ranks.pieces(kind, pieces)
+
+    def _cut(self, kind: str, clip: Tensor | Iterable[Tensor], chunk: int, first: int, step: int) -> Iterator[Tensor]:
         if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be at least 1 latent frame, a whole number; got {chunk!r}")
         pieces = [clip] if isinstance(clip, Tensor) else clip
-        return regroup((self._check(kind, piece) for piece in pieces), first, step)
+        yield from regroup((self._check(kind, piece) for piece in pieces), first, step)
 
     def _check(self, kind: str, x: Tensor) -> Tensor:
         encode = kind == "encode"

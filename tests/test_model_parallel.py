@@ -23,7 +23,7 @@ from sora_kernels import spacetime_attention
 from sora_model import Sora, exchange, parallel, tiling
 from sora_model.attention import AttentionMode
 from sora_model.dit import DiTConfig, SoraDiT
-from sora_model.exchange import Tiles
+from sora_model.divided import Tiles
 from sora_model.memory import Memory
 from sora_model.packed import packed
 from sora_model.ranks import RankError, started
@@ -210,7 +210,7 @@ def coded(mesh=None):
     latents, video = torch.randn(1, 4, 3, 5, 3), torch.randn(1, 3, 5, 40, 24)
     with torch.no_grad(), parallel.tiles_over(vae, mesh) if mesh else torch.no_grad():
         if mesh:
-            ranks = Tiles(mesh.get_group(), mesh.get_local_rank(), 2)
+            ranks = Tiles(mesh.get_group(), mesh.get_local_rank(), 2, "cpu")
             (only,) = ranks.each(lambda n: torch.ones(1, 1, 1, 2, n), [3], [(2, 3)])
             assert torch.equal(only, torch.ones(1, 1, 1, 2, 3))
         with pytest.MonkeyPatch.context() as patch:
@@ -367,9 +367,15 @@ def refuses(dit, meshes, rank):
         pass
     vae = CausalVAE(VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1))
     with torch.no_grad(), parallel.tiles_over(vae, ring):
-        for given in (torch.full((1, 4, 1, 2, 2), float(rank)), torch.zeros(1, 4, 1, 2, 2 + rank)):
+        zeros, bad = torch.zeros(1, 4, 1, 2, 2), (None, 20)[rank]  # which one of them would refuse alone
+        for given, tile in ((zeros + rank, None), (torch.zeros(1, 4, 1, 2, 2 + rank), None), (zeros, bad)):
             with pytest.raises(ValueError, match=r"same inputs: the latents to decode are .* on rank 1 of the 2"):
-                vae.decode(given)
+                vae.decode(given, tile=tile)
+        _, cache = vae.decode_chunk(zeros)
+        with pytest.raises(ValueError, match=r"the latents to decode are at their end on rank 1 of the 2"):
+            list(vae.decode_stream(torch.zeros(1, 4, 3 - rank, 2, 2)))
+    with torch.no_grad(), pytest.raises(ValueError, match="coded by 2 ranks in tiles, this one by one process"):
+        vae.decode_chunk(zeros, cache, tile=(16, 8))
     for divide, what in ((parallel.over, "dit must be a SoraDiT"), (parallel.tiles_over, "vae must be a CausalVAE")):
         with pytest.raises(TypeError, match=f"{what}; got a Linear"), divide(torch.nn.Linear(2, 2), ring):
             pass
