@@ -186,13 +186,23 @@ def test_chunks_on_a_cpu_equal_the_whole(name, ways, cuts, dtype, monkeypatch):
     assert torch.equal(cache, x[:, :, 8 - past :])
 
 
-def test_odd_memory_formats_of_the_weight_change_nothing(monkeypatch):
-    monkeypatch.setattr(kernels_cpu, "FEW", 0)
-    x, weight = torch.randn(1, 8, 4, 6, 6), torch.randn(8, 8, 3, 3, 3)
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("ways", ["", MANY])
+def test_odd_memory_formats_of_the_weight_change_nothing(ways, frames, monkeypatch):
+    """Forward and backward; of one frame, before which lie zeros, most taps have no gradient."""
+    if ways == MANY:
+        monkeypatch.setattr(kernels_cpu, "FEW", 0)
+    x, weight = torch.randn(1, 8, frames, 12, 12), torch.randn(8, 8, 3, 3, 3)
     for function in (causal_conv3d, upsample_conv3d, downsample_conv3d):
-        expected = function(x, weight, impl="cpu")
-        for other in (weight.contiguous(memory_format=LAST), arrange(weight, "sliced"), arrange(weight, "transposed")):
-            torch.testing.assert_close(function(x, other, impl="cpu"), expected, rtol=1e-5, atol=1e-5)
+        dout = torch.randn_like(function(x, weight))
+        run = lambda weight, impl, f=function, g=dout: outputs_and_grads(  # noqa: E731
+            lambda **ts: f(**ts, impl=impl), dict(x=x.to(weight.dtype), weight=weight), [g.to(weight.dtype)]
+        )
+        expected = run(weight.double(), "reference")
+        for layout in ("contiguous", "channels last", "sliced", "transposed"):
+            given = weight.contiguous(memory_format=LAST) if layout == "channels last" else arrange(weight, layout)
+            for name, result in run(given, "cpu").items():
+                torch.testing.assert_close(result.double(), expected[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

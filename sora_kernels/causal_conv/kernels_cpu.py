@@ -8,6 +8,7 @@ is; the operators below are asked for by name instead. Measured on one core of a
     oneDNN, channels last                    107                    110     (no reordering of x and of the result)
 
 The result is added by oneDNN to what the destination holds (zeros or the residual), so it is written where it belongs.
+Of few products the calls are what takes time, and aten's own choice is the faster one (kernels_cpu_few.py).
 Half precision is widened on the way in: without bf16 instructions a bf16 convolution is many times slower than fp32.
 """
 
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from .. import _dispatch, _library
 from .._operands import bias_gradient, unpack, zero
-from .reference import one_channel, repeated, upsample_past, upsample_spare
+from . import kernels_cpu_few as few
+from .reference import one_channel, upsample_past, upsample_spare
 
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
@@ -86,6 +88,26 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) 
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, ones, 1, "none", [], "")
 
 
+def _convolved_few(out: Tensor, x: Tensor, cache, front, back, weight: Tensor, bias, stride, padding) -> Tensor:
+    """The convolution of x after its past, in fp32 and of the shape of `out`, in few calls."""
+    x, weight, front = _of_one_frame(x, weight, cache, front)
+    x = few.packed(x, cache, front, back)
+    if weight.shape[2] == stride[0] == 1:
+        images = torch.conv2d(_images(x), weight[:, :, 0], bias, stride[1:], padding[1:])
+        return images.unflatten(0, (out.shape[0], -1)).transpose(1, 2)
+    if x.shape[0] == 1 and _products(out, weight) >= few.FEWEST:
+        return _convolved(_wide(x), weight, bias, stride, padding)
+    return torch.conv3d(x, weight, bias, stride, padding)
+
+
+def _of_one_frame(x: Tensor, weight: Tensor, cache: Tensor | None, front):
+    """(x, weight, front) without the taps that a single frame, before which lie zeros, does not meet."""
+    past = front[0]
+    if past and cache is None and x.shape[2] == 1:
+        return x, weight[:, :, past:], (0, *front[1:])
+    return x, weight, front
+
+
 def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bias: Tensor | None, padding) -> None:
     """out += the convolution of x after its past, which is not copied together with it.
 
@@ -111,9 +133,13 @@ def _add_causal(out: Tensor, x: Tensor, cache: Tensor | None, weight: Tensor, bi
         _add(out[:, :, head:], x, weight, bias, ONE, padding)
 
 
+def _products(result: Tensor, weight: Tensor) -> int:
+    return result.numel() * (weight.numel() // weight.shape[0])
+
+
 def _few(result: Tensor, weight: Tensor, calls: int = 1) -> bool:
     """Whether the convolution takes no longer than so many calls."""
-    return result.numel() * weight[0].numel() < FEW * calls
+    return _products(result, weight) < FEW * calls
 
 
 def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, opaque: bool):
@@ -129,6 +155,8 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, op
 def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
     """The gradients of a convolution of each frame, None where not asked for."""
     dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
+    if _few(dout, weight) and dout.numel() <= few.PIXELS * dout.shape[1]:
+        return few.images_backward(dout, x, weight, stride, padding, data, taps)
     blocks = list(_blocks(dout, x, weight, stride, padding)) if taps else []
     if len(blocks) == 1:
         return _backward(dout, x, weight, stride, padding, [data, True], opaque=False)
@@ -171,15 +199,16 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: b
 
     oneDNN's 3D backward takes 2 to 5 times as long as its 2D one on channels-last tensors, forward they are alike. So
     the frames are a batch of images, one convolution per tap in time; the data of several taps are left to the 3D
-    kernel on opaque tensors, which is as fast and errs half as much as a sum over taps. Of few products aten's own
-    backward takes a third of the time of so many calls.
+    kernel on opaque tensors, which is as fast and errs half as much as a sum over taps. Of few products one call takes
+    a third of the time of so many.
     """
     B, _, frames = dout.shape[:3]
     if weight.shape[2] == 1 and stride[0] == 1:
         dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, data, taps)
         return dx.unflatten(0, (B, frames)).transpose(1, 2) if data else None, dweight[:, :, None] if taps else None
     if _few(dout, weight):
-        return _backward(dout, x, weight, stride, padding, [data, taps], opaque=False)
+        opaque = x.shape[0] == 1 and dout.numel() > RUN * dout.shape[1]  # else aten leaves it to a product of matrices
+        return _backward(dout, x, weight, stride, padding, [data, taps], opaque)
     dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=True)[0] if data else None
     if not taps:
         return dx, None
@@ -207,14 +236,19 @@ def _norm_op(direction: str):
 def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
     if out.numel() == 0:
         return
-    total = next((t for t in (pre, out) if t is not None and _is_wide(t)), None)  # where the convolution adds up
-    total = _empty(out.shape) if total is None else total
-    total.zero_() if residual is None else total.copy_(residual)
     weight, bias, padding = weight.float(), _float(bias), _same(weight, bordered)
-    if tuple(stride) == ONE:
-        _add_causal(total, x, cache, weight, bias, padding)
+    front = (weight.shape[2] - 1, 0, 0)
+    if _few(out, weight):
+        total = _wide(_convolved_few(out, x, cache, front, (0, 0), weight, bias, stride, padding))
+        total = total if residual is None else total.add_(residual)
     else:
-        _add(total, _packed(x, cache, (weight.shape[2] - 1, 0, 0)), weight, bias, stride, padding)
+        total = next((t for t in (pre, out) if t is not None and _is_wide(t)), None)  # where the convolution adds up
+        total = _empty(out.shape) if total is None else total
+        total.zero_() if residual is None else total.copy_(residual)
+        if tuple(stride) == ONE:
+            _add_causal(total, x, cache, weight, bias, padding)
+        else:
+            _add(total, _packed(x, cache, front), weight, bias, stride, padding)
     if pre is not None and pre is not total:
         pre.copy_(total)
     if norm_weight is not None:
@@ -251,9 +285,13 @@ def _conv_bwd(dout, x, weight, cache, stride, front, back, padding, dx, dweight,
     bias_gradient(dout, dbias)
     if not data and dweight is None:
         return
-    packed = _packed(x, cache, front, back)
-    dpacked, taps = _gradients(dout, packed, weight.float(), stride, padding, data, dweight is not None)
+    x, wide, front = _of_one_frame(x, weight.float(), cache, front)
+    packed = (few.packed if _few(dout, wide) else _packed)(x, cache, front, back)
+    dpacked, taps = _gradients(dout, packed, wide, stride, padding, data, dweight is not None)
     if dweight is not None:
+        if unread := dweight.shape[2] - taps.shape[2]:
+            dweight[:, :, :unread].zero_()
+            dweight = dweight[:, :, unread:]
         dweight.copy_(taps)
     unpack(dpacked, front, dx, dcache)
 
@@ -274,8 +312,11 @@ def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
     front, back, padding = _downsample_padding(weight, factor)
-    packed, weight, bias = _packed(x, cache, front, back), weight.float(), _float(bias)
-    if weight.shape[2] == factor[0] == 1 and not _few(out, weight):  # strided, oneDNN's 2D kernels are the faster ones
+    weight, bias = weight.float(), _float(bias)
+    if _few(out, weight):
+        return out.copy_(_convolved_few(out, x, cache, front, back, weight, bias, factor, padding))
+    packed = _packed(x, cache, front, back)
+    if weight.shape[2] == factor[0] == 1:  # strided, oneDNN's 2D kernels are the faster ones
         images = _convolved(_images(packed), weight[:, :, 0], bias, factor[1:], padding[1:])
         out.copy_(images.unflatten(0, (out.shape[0], -1)).transpose(1, 2))
     else:
@@ -352,7 +393,7 @@ def upsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
     if out.numel() == 0:
         return
     if _few(out, weight, math.prod(factor)):
-        x, cache = (t if t is None else repeated(t, factor) for t in (x, cache))
+        x, cache = (t if t is None else few.upsampled(t, factor) for t in (x, cache))
         return causal_conv3d_fwd(x, weight, bias, cache, None, None, ONE, False, 0.0, out, None)
     weight, bias, x = weight.float(), _float(bias), _wide(x)
     B, _, T, H, W = x.shape
@@ -385,13 +426,6 @@ def _phase_gradients(dout: Tensor, packed: Tensor, weight: Tensor, factor, past:
     return dpacked, dweight
 
 
-def _summed(t: Tensor, factor) -> Tensor:
-    """The adjoint of `repeated`."""
-    for dim, f in enumerate(factor, 2):
-        t = t.unflatten(dim, (-1, f)).sum(dim + 1)
-    return t
-
-
 def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcache) -> None:
     if dout.numel() == 0:
         return zero(dx, dweight, dbias, dcache)
@@ -404,9 +438,9 @@ def upsample_conv3d_bwd(dout, x, weight, cache, factor, dx, dweight, dbias, dcac
     packed = _packed(x, cache, front)
     if _few(dout, weight, math.prod(factor)):
         spare = upsample_spare(kt, ft)
-        read = _wide(repeated(packed, factor)[:, :, spare:])
+        read = _wide(few.upsampled(packed, factor)[:, :, spare:])
         dread, dtaps = _gradients(_wide(dout), read, wide, ONE, _same(weight), data, dweight is not None)
-        dpacked = _summed(_packed(dread, None, (spare, 0, 0)), factor) if data else None
+        dpacked = few.summed(few.packed(dread, None, (spare, 0, 0)), factor) if data else None
     else:
         dpacked, dtaps = _phase_gradients(dout, packed, wide, factor, front[0], data, dweight is not None)
     if dweight is not None:
