@@ -179,4 +179,8 @@ def show_root() -> None:
     """Print the root certificate: what others verify this installation's files with, by --anchor."""
     from .safety import certificates
 
-    out.print(certificates.current().anchors, end="", soft_wrap=True)
+    if not (root := certificates.current().anchors):
+        raise certificates.CredentialsError(
+            "the identity holds no root certificate: that of whoever issued its certificates is what others need"
+        )
+    out.print(root, end="", soft_wrap=True)

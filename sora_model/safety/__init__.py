@@ -4,6 +4,7 @@ policy          rules in YAML for prompts, applied before anything is computed
 filters         of frames, for classifiers of somebody's own
 normalise       the readings of a prompt that they are applied to
 credentials     a signed record in every file of what made it, from what; and what such a record is worth
+verdict         that worth, of what c2pa finds
 certificates    who signs
 watermark       a mark in the pixels, for when the record is gone
 shading         another in the noise that a clip is drawn from

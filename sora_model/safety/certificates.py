@@ -48,27 +48,30 @@ class Identity:
     @property
     def sent(self) -> str:
         """The certificates that go into a file: all but those that vouch for themselves."""
-        pems = _CERTIFICATE.findall(self.chain)
+        pems = _pems(self.chain)
         return "".join(pem for pem in pems if not _vouches_for_itself(_certificate(pem))) or "".join(pems)
 
     @property
     def anchors(self) -> str:
         """Those that vouch for themselves: what the others are trusted by."""
-        return "".join(pem for pem in _CERTIFICATE.findall(self.chain) if _vouches_for_itself(_certificate(pem)))
+        return "".join(pem for pem in _pems(self.chain) if _vouches_for_itself(_certificate(pem)))
 
     def check(self) -> Identity:
-        """Itself. Raises `CredentialsError` for what cannot sign: an expired certificate, a key that is not its own."""
+        """Itself. Raises `CredentialsError` for what cannot sign: an expired certificate, a broken chain, a key that is
+        not its own."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec, utils
 
-        certificate = _certificate(next(iter(_CERTIFICATE.findall(self.chain)), ""))
-        now = datetime.now(timezone.utc)
-        if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-            raise CredentialsError(
-                f"the signer's certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
-                f"{certificate.not_valid_after_utc:%Y-%m-%d}, not today; `sora certs init --force` makes another"
-            )
+        chain = [_certificate(pem) for pem in _pems(self.chain) or [""]]
+        certificate, now = chain[0], datetime.now(timezone.utc)
+        for one in chain:
+            if not one.not_valid_before_utc <= now <= one.not_valid_after_utc:
+                which = "the signer's certificate" if one is certificate else f"the certificate of {_name(one)}"
+                raise CredentialsError(
+                    f"{which} is valid from {one.not_valid_before_utc:%Y-%m-%d} to {one.not_valid_after_utc:%Y-%m-%d}, "
+                    "not today; `sora certs init --force` makes another"
+                )
         public = certificate.public_key()
         if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
             raise CredentialsError("the signer's certificate must hold a P-256 key, for ES256 signatures")
@@ -84,6 +87,15 @@ class Identity:
         except (InvalidSignature, ValueError, TypeError) as error:
             why = "is not that of the certificate" if isinstance(error, InvalidSignature) else f"is unusable: {error}"
             raise CredentialsError(f"the signer's key {why}; give the two that belong together") from error
+        under = [one for one in chain if not _vouches_for_itself(one)]
+        roots = [one for one in chain if _vouches_for_itself(one)]
+        for number, one in enumerate(under, 1):
+            above = under[number : number + 1] or roots
+            if above and one.issuer not in [other.subject for other in above]:
+                raise CredentialsError(
+                    f"the certificate of {_name(one)} was issued by {one.issuer.rfc4514_string()}, but after it comes "
+                    f"that of {_name(above[0])}; give the whole chain, the signer's first"
+                )
         return self
 
     @property
@@ -219,6 +231,14 @@ def _chain(organisation: str) -> str:
     pem = serialization.Encoding.PEM
     key = under.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return b"".join([key, leaf.public_bytes(pem), root.public_bytes(pem)]).decode()
+
+
+def _pems(chain: str) -> list[str]:
+    return [pem.replace("\r", "").rstrip() + "\n" for pem in _CERTIFICATE.findall(chain)]
+
+
+def _name(certificate: x509.Certificate) -> str:
+    return certificate.subject.rfc4514_string()
 
 
 def _certificate(pem: str) -> x509.Certificate:

@@ -13,6 +13,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -22,14 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sora_kernels import __version__
 
 from .. import extras
 from . import certificates, store, watermark
 from .certificates import CredentialsError, Identity
+from .verdict import ALTERED, ANSWERS, NONE, TRUSTED, UNKNOWN, Verdict, judged
 
-TRUSTED, UNKNOWN, ALTERED, NONE = ANSWERS = ("trusted", "signed by an unknown party", "altered", "no credentials")
+__all__ = [
+    "ALTERED", "ANSWERS", "NONE", "TRUSTED", "UNKNOWN", "CredentialsError", "Input", "Origin", "Verdict",
+    "checkpoint_hash", "hash_file", "hash_text", "mark", "media_type", "sealer", "signing", "verify",
+]  # fmt: skip
 
 ALGORITHM = "org.sora-kernels.spread-spectrum.v1"  # unregistered
 _SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -117,12 +123,27 @@ def sealer(title: str, kind: str = "video/mp4") -> Callable[[Path, Origin], byte
         warnings.warn(f"{title} is UNSIGNED: {error}", stacklevel=3)
         return None
     identity = certificates.current().check()
+    _try_out(c2pa, identity)
     return functools.partial(_seal, c2pa, identity, _text(title), kind)
+
+
+@functools.lru_cache(8)
+def _try_out(c2pa: Any, identity: Identity) -> None:
+    """Signs a picture of one pixel: c2pa asks more of a certificate than its dates and its key."""
+    image = io.BytesIO()
+    Image.new("1", (1, 1)).save(image, "PNG")
+    actions, _ = _history(c2pa, Origin())
+    record = {"claim_generator_info": [_AGENT], "format": "image/png"}
+    record |= {"assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]}
+    with _as_error(c2pa, f"cannot sign with the certificate of {identity.name}"):
+        with _context(c2pa, identity.anchors) as context, c2pa.Builder(record, context=context) as builder:
+            with _signer(c2pa, identity) as signer:
+                builder.sign(signer, "image/png", image, io.BytesIO())
 
 
 def _seal(c2pa: Any, identity: Identity, title: str, kind: str, file: Path, origin: Origin) -> bytes:
     marked = _marks(origin) and kind == "video/mp4"
-    actions, ingredients = _history(origin)
+    actions, ingredients = _history(c2pa, origin)
     assertions: list[dict[str, Any]] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]
     if marked:
         blocks = [{"scope": {}, "value": f"{origin.identity:08x}"}]
@@ -145,7 +166,7 @@ def _seal(c2pa: Any, identity: Identity, title: str, kind: str, file: Path, orig
     return manifest
 
 
-def _history(origin: Origin) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Input]]]:
+def _history(c2pa: Any, origin: Origin) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], Input]]]:
     """The actions that led to a clip, first to last, and the files that they began with."""
     actions: list[dict[str, Any]] = []
     ingredients: list[tuple[dict[str, Any], Input]] = []
@@ -154,7 +175,7 @@ def _history(origin: Origin) -> tuple[list[dict[str, Any]], list[tuple[dict[str,
         for given in one.inputs:
             if isinstance(given, Origin):
                 add(given)
-            elif (kind := _carries_on(given)) is not None:
+            elif (kind := _carries_on(c2pa, given)) is not None:
                 first = not actions
                 label = f"input-{len(ingredients)}"
                 relation = "parentOf" if first else "componentOf"
@@ -175,40 +196,25 @@ def _history(origin: Origin) -> tuple[list[dict[str, Any]], list[tuple[dict[str,
     return actions, ingredients
 
 
-def _carries_on(given: Input) -> str | None:
+def _carries_on(c2pa: Any, given: Input) -> str | None:
     """The media type of an input whose record can go into another; None, with a warning, where it cannot."""
-    try:
-        if given.path is None:
-            return None
-        kind, same = media_type(given.path), hash_file(given.path) == given.sha256
-    except (OSError, CredentialsError):
-        kind = same = None
-    if kind is None or not same:
-        why = "its format has no credentials" if same else "it is gone, or no longer what was read"
-        warnings.warn(f"of {given.name} only the hash is recorded: {why}", stacklevel=6)
+    if given.path is None:
         return None
-    return kind
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`answer` is one of `ANSWERS`; `reasons`, the codes of what failed; `signer`, who says so; `actions`, what the
-    record tells; `inputs`, the same of each file that it was made from, as it was when it was used."""
-
-    name: str
-    answer: str
-    reasons: tuple[str, ...] = ()
-    signer: str | None = None
-    actions: tuple[Mapping[str, Any], ...] = ()
-    inputs: tuple[Verdict, ...] = ()
-    binding: str | None = None
-
-    def altered_inputs(self) -> Iterator[Verdict]:
-        """Those that were altered before they were used: the file itself may be trusted all the same."""
-        for one in self.inputs:
-            if one.answer == ALTERED:
-                yield one
-            yield from one.altered_inputs()
+    why = "its format has no credentials"
+    try:
+        if hash_file(given.path) != given.sha256:
+            why = "it is gone, or no longer what was read"
+        elif (kind := media_type(given.path)) is not None:
+            with open(given.path, "rb") as file, _context(c2pa, "") as context:
+                with contextlib.suppress(c2pa.C2paError.ManifestNotFound), c2pa.Reader(kind, file, context=context):
+                    pass
+            return kind
+    except OSError:
+        why = "it is gone, or no longer what was read"
+    except c2pa.C2paError as error:
+        why = f"its own record is damaged ({error})"
+    warnings.warn(f"of {given.name} only the hash is recorded: {why}", stacklevel=6)
+    return None
 
 
 def verify(
@@ -230,9 +236,8 @@ def verify(
         raise CredentialsError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
     if kind is None:
         raise CredentialsError(f"{os.fspath(path)!r} holds no credentials: it is no MP4, MOV, AVI, PNG, JPEG or WebP")
-    anchors = certificates.anchors() if anchors is None else anchors
-    with _as_error(c2pa, "cannot trust what is no certificate; give PEM, as `sora certs root` prints it"):
-        context = _context(c2pa, anchors)
+    with _as_error(c2pa, _NO_ANCHOR):
+        context = _context(c2pa, certificates.anchors() if anchors is None else _named(anchors))
     with context, open(path, "rb") as file:
         with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
             try:
@@ -242,74 +247,9 @@ def verify(
             with reader:
                 record = json.loads(reader.json())
     try:
-        return _verdict(path.name, record, record["active_manifest"], record["validation_results"], {})
-    except (AttributeError, KeyError, TypeError) as error:
+        return judged(path.name, record, record["active_manifest"], record["validation_results"])
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
         raise CredentialsError(f"cannot read the credentials of {path.name}: they are not of C2PA's form") from error
-
-
-_Codes = Mapping[str, list[str]]
-
-
-def _verdict(
-    name: str,
-    record: Mapping[str, Any],
-    label: str,
-    results: Mapping[str, Any],
-    later: _Codes,
-    also: Iterable[str] = (),
-) -> Verdict:
-    """Of the manifest `label`: by the `results` of when it was looked at as a file, and what was found of it since.
-
-    The record of an ingredient holds the first, as whoever used it saw them; the second, `also`, is in the results of
-    the file it is part of now. `later` are those of ingredients, by the place of each.
-    """
-    manifest, deltas = record["manifests"][label], _deltas(results)
-    # a history that was changed breaks the signature over it, which c2pa tells of the ingredient alone
-    broken = [code for codes in deltas.values() for code in codes if not _of_trust(code)]
-    failures = tuple(dict.fromkeys([*_failures(results.get("activeManifest")), *also, *broken]))
-    if any(not _of_trust(code) for code in failures):
-        answer = ALTERED
-    else:
-        answer = UNKNOWN if failures else TRUSTED
-    data = {entry["label"]: entry.get("data") for entry in manifest.get("assertions") or ()}
-    actions = _held(data.get("c2pa.actions.v2") or data.get("c2pa.actions"), "actions")
-    later = {place: [*later.get(place, ()), *deltas.get(place, ())] for place in later.keys() | deltas.keys()}
-    inputs = tuple(_input(one, record, label, later) for one in manifest.get("ingredients") or ())
-    blocks = _held(data.get("c2pa.soft-binding"), "blocks")
-    signer = (manifest.get("signature_info") or {}).get("issuer")
-    return Verdict(name, answer, failures, signer, actions, inputs, blocks[0].get("value") if blocks else None)
-
-
-def _input(one: Mapping[str, Any], record: Mapping[str, Any], label: str, later: _Codes) -> Verdict:
-    """Of an ingredient of the manifest `label`."""
-    name, own = str(one.get("title") or "untitled"), one.get("active_manifest")
-    if own is None:
-        return Verdict(name, NONE)
-    found = later.get(f"self#jumbf=/c2pa/{label}/c2pa.assertions/{one.get('label')}", ())
-    if own not in record["manifests"]:
-        return Verdict(name, ALTERED, tuple(found) or ("ingredient.manifest.missing",))
-    return _verdict(name, record, own, one.get("validation_results") or {}, later, found)
-
-
-def _deltas(results: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The failures of ingredients that were not there when they were used, by the place of each."""
-    entries = results.get("ingredientDeltas") or ()
-    return {entry["ingredientAssertionURI"]: _failures(entry["validationDeltas"]) for entry in entries}
-
-
-def _failures(codes: Mapping[str, Any] | None) -> list[str]:
-    return [entry["code"] for entry in (codes or {}).get("failure") or ()]
-
-
-def _of_trust(code: str) -> bool:
-    """Whether a failure is of who signed, not of what."""
-    return code.startswith("signingCredential.")
-
-
-def _held(data: Any, name: str) -> tuple[Mapping[str, Any], ...]:
-    """The mappings in a list of an assertion; of one that is of another form, none."""
-    rows = data.get(name) if isinstance(data, Mapping) else None
-    return tuple(row for row in rows if isinstance(row, Mapping)) if isinstance(rows, list) else ()
 
 
 def media_type(path: Path) -> str | None:
@@ -359,13 +299,25 @@ def hash_file(file: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+_NO_ANCHOR = "cannot trust what is no certificate; give PEM, as `sora certs root` prints it"
+# Of what a certificate may be for: to sign claims of C2PA, documents, mail.
+_PURPOSES = "1.3.6.1.4.1.62558.2.1\n1.3.6.1.5.5.7.3.36\n1.3.6.1.5.5.7.3.4\n"
+
+
+def _named(anchors: str) -> str:
+    if "-----BEGIN CERTIFICATE-----" not in anchors:
+        raise CredentialsError(_NO_ANCHOR)
+    return anchors
+
+
 def _context(c2pa: Any, anchors: str) -> Any:
+    """Without anchors, nobody is trusted."""
     return c2pa.Context.from_dict(
         {
             "verify": {
                 "verify_trust": True, "verify_after_sign": True, "remote_manifest_fetch": False, "ocsp_fetch": False,
             },
-            "trust": {"user_anchors": anchors},
+            "trust": {"trust_config": _PURPOSES} | ({"user_anchors": anchors} if anchors else {}),
             "builder": {
                 "thumbnail": {"enabled": False},
                 "created_assertion_labels": ["c2pa.actions", "c2pa.actions.v2", "c2pa.soft-binding"],
