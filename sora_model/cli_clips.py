@@ -143,13 +143,14 @@ def generate(
     **options: Any,
 ) -> list[str]:
     """Make a clip of what PROMPT says."""
-    from . import checks, choose
+    from . import checks, choose, ranks
     from .media import check_target
     from .safety import limits
 
     checks.whole("--n", n, 1, limits.current().clips)
     if pick not in ("all", "best"):
         raise ValueError(f"--pick must be all or best; got {pick!r}")
+    ranks.Ranks().agree({"--n": n, "--pick": pick})
     options |= {"seconds": seconds, "long": long, "shade": shade}
     if n == 1:
         return [f"wrote {sora.generate_to(to, prompt, **options)}"]

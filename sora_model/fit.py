@@ -25,6 +25,7 @@ from .steps import (
     Settings,
     act_upon,
     check_begun,
+    check_form,
     check_left,
     drawn_ahead,
     journal,
@@ -61,7 +62,7 @@ def fit(
 
     `run` is a folder, held against other runs, that receives `state.safetensors`, `settings.json` and `log.jsonl`
     (step, loss, lr, norm, seconds); one that holds them already is resumed. It is refused with `CheckpointError` when
-    it is of another model, of other settings than `steps`, `decay`, `save_every` and `loaders`, or of another
+    it is of another model, of other settings but `steps`, `decay`, `save_every`, `workers` and `loaders`, or of another
     `made_with`: what else the losses depend on, as JSON. `on_save(step, weights)` is called after every save. Same
     seed, same device, same weights.
 
@@ -205,6 +206,7 @@ def _resume(
     """Takes up what `run` holds of an earlier run: its last step, and the seconds that it took."""
     file = run / "state.safetensors"
     now = written(settings, made_with)
+    check_form(run, divided=False)
     if not file.exists():
         write_json(run / "settings.json", now)
         return 0, rewind(run, 0)

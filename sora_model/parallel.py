@@ -55,13 +55,14 @@ def over(dit: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
     those of "ulysses"; windows and causal attention are divided by frames along the ring. A gradient is then that of
     the rank's clips and tokens: see `sum_gradients`. A memory of frames is refused.
 
-    Raises ValueError for a mesh or degree that does not fit, and on every rank where ranks pass other inputs.
+    Raises ValueError for a mesh or degree that does not fit, and on every rank where ranks hold other weights, but for
+    rounding, or pass other inputs.
     """
     if not hasattr(dit, "parallel"):
         raise TypeError(f"over: dit must be a SoraDiT; got a {type(dit).__name__}; diffusers has enable_parallelism()")
     if dit.parallel is not None:
         raise ValueError("over: the transformer is divided already; leave that block first")
-    dit.parallel = Parallel(mesh, dit.config.heads)
+    dit.parallel = Parallel(mesh, dit)
     try:
         yield
     finally:
@@ -145,12 +146,13 @@ def _groups(mesh: DeviceMesh) -> dict[str, tuple[Any, int, int]]:
 class Parallel:
     """The ranks that share a transformer's tokens, as it knows them."""
 
-    def __init__(self, mesh: DeviceMesh, heads: int) -> None:
-        self.groups, self.heads, self._agreed = _groups(mesh), heads, set()
+    def __init__(self, mesh: DeviceMesh, dit: nn.Module) -> None:
+        self.groups, self.heads, self._agreed = _groups(mesh), dit.config.heads, set()
         _, _, ulysses = self.groups["ulysses"]
-        if heads % ulysses:
-            fit = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(f"ulysses={ulysses} ranks must divide the {heads} heads; {fit} would")
+        if self.heads % ulysses:
+            fit = ", ".join(str(n) for n in range(1, self.heads + 1) if self.heads % n == 0)
+            raise ValueError(f"ulysses={ulysses} ranks must divide the {self.heads} heads; {fit} would")
+        self._agree_on_weights(dit)
 
     def velocity(self, dit, latents, timesteps, text, text_lens, image, grid, mode, memory, impl: str) -> Tensor:
         """As `SoraDiT.forward`, whose checked arguments these are: each rank computes its share, and gets the whole."""
@@ -182,6 +184,19 @@ class Parallel:
             self._compare(facts, given)
             self._agreed.add(form)
 
+    def _agree_on_weights(self, dit: nn.Module) -> None:
+        """Raises ValueError, on every rank, where two hold other weights, by the norm of those that FSDP leaves whole:
+        ranks that step alike may drift apart by rounding, where NCCL adds in another order, other seeds do by more."""
+        whole = [p.detach() for p in dit.parameters() if not (p.is_meta or hasattr(p, "placements") or p.itemsize < 2)]
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in whole]
+        (first, expected), *others = self._of_all(torch.stack(norms).norm().item() if norms else 0.0)
+        for rank, norm in others:
+            if not math.isclose(norm, expected, rel_tol=1e-6) and math.isfinite(norm + expected):
+                raise ValueError(
+                    "all ranks must hold the same weights (of one seed, or one checkpoint): their norm is "
+                    f"{expected:.9g} on rank {first}, {norm:.9g} on rank {rank}"
+                )
+
     def shares_of_pack(self, grids: Sequence[Grid], mode: AttentionMode) -> list[Share]:
         """This rank's share of each clip of a sequence of several: all are cut alike."""
         _, _, clips = self.groups["clips"]
@@ -196,17 +211,21 @@ class Parallel:
         """This rank's share of `batch` clips of a grid of tokens."""
         (_, clip, clips), (_, ring, rings), (_, ulysses, parts) = self.groups.values()
         if batch < clips:
-            raise ValueError(f"clips={clips} ranks need a clip each; the batch has {batch}: take clips={batch}")
+            raise ValueError(
+                f"clips={clips} ranks need a clip each; the batch has {batch}: take clips={batch}, or give "
+                "parallel.sampling the guidance of the clip"
+            )
         frame = math.prod(grid[1:])
         unit, what = (1, "tokens") if _in(grid, mode) == AttentionMode() else (frame, "frames")
         units = math.prod(grid) // unit
         if units < rings:
-            raise ValueError(f"ring={rings} ranks need {rings} {what} or more; the clip has {units}: take ring={units}")
+            told = f"the clip has {units}: take ring={units}, or start fewer processes"
+            raise ValueError(f"ring={rings} ranks need {rings} {what} or more; {told}")
         chunks = [(a * unit, b * unit) for a, b in cut(0, units, rings)]
         if (least := min(stop - start for start, stop in chunks)) < parts:
             fits = max(n for n in range(1, least + 1) if self.heads % n == 0)
             what = f"need {parts} tokens or more; the least of the {rings} parts of the ring has {least}"
-            raise ValueError(f"ulysses={parts} ranks {what}: take ulysses={fits}")
+            raise ValueError(f"ulysses={parts} ranks {what}: take ulysses={fits}, or start fewer processes")
         batches, within = cut(0, batch, clips), cut(*chunks[ring], parts)
         return Share(self, grid, tuple(batches), tuple(chunks), tuple(within), clip, ring, ulysses)
 
@@ -223,20 +242,24 @@ class Parallel:
         """Raises ValueError, on every rank, where two have other facts or other values."""
         for name, t in inputs.items():
             facts[f"the values of {name}"] = squares(t)
-        seen = [(dist.get_rank(), facts)]
-        for group, _, size in self.groups.values():
-            if size > 1:
-                lists = [None] * size
-                dist.all_gather_object(lists, seen, group=group)
-                seen = list(itertools.chain(*lists))
-        first, expected = min(seen, key=lambda pair: pair[0])
-        for rank, theirs in sorted(seen, key=lambda pair: pair[0]):
+        (first, expected), *others = self._of_all(facts)
+        for rank, theirs in others:
             for name, value in expected.items():
                 if theirs.get(name) != value and not (value != value):
                     raise ValueError(
                         f"all ranks must pass the same inputs (draw them with the same seed): {name} is {value} on "
                         f"rank {first}, {theirs.get(name)} on rank {rank}"
                     )
+
+    def _of_all(self, own: Any) -> list[tuple[int, Any]]:
+        """Each rank and what it has, in order."""
+        seen = [(dist.get_rank(), own)]
+        for group, _, size in self.groups.values():
+            if size > 1:
+                lists = [None] * size
+                dist.all_gather_object(lists, seen, group=group)
+                seen = list(itertools.chain(*lists))
+        return sorted(seen, key=lambda pair: pair[0])
 
 
 def _in(grid: Grid, mode: AttentionMode) -> AttentionMode:

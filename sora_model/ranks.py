@@ -10,6 +10,7 @@ import datetime
 import itertools
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -64,7 +65,8 @@ def started(
             told = f"rank {rank} of {size} cannot join the others ({_first_line(error)}); start all"
             raise RankError(told) from error
         try:
-            yield device
+            with _told_why_ended():
+                yield device
         finally:
             dist.destroy_process_group()
 
@@ -104,6 +106,8 @@ class _Pulse:
         _Pulse.now = None
         self._ended.set()
         self._thread.join(2 * _BEAT)  # of a store that does not answer no longer
+        with suppress(RuntimeError):
+            self._store.set(f"ended {self._rank}", "")
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # of a store that is gone
@@ -128,6 +132,18 @@ class _Pulse:
         except RuntimeError:  # rank 0's, where it is not torchrun's own
             names = "" if _store_is_torchruns() else "0"
         return f"rank {names}" if names else _SOMEONE
+
+    def gone(self) -> str:
+        """Who is gone without having ended, asked by one that is ended from outside; "" where nobody is."""
+        with suppress(RuntimeError):
+            self._store.set(f"ended {self._rank}", "")
+            before, end = self._beats(), time.monotonic() + _SILENT
+            while not self._store.check([f"ended {rank}" for rank in self._others]) and time.monotonic() < end:
+                time.sleep(_BEAT / 5)
+            there = {rank for rank, beats in self._beats().items() if beats != before[rank]}
+            silent = [rank for rank in self._others if rank not in there and not self._store.check([f"ended {rank}"])]
+            return ", ".join(map(str, silent))
+        return ""
 
     def _beats(self) -> dict[int, bytes]:
         keys = {rank: f"pulse {rank}" for rank in self._others}
@@ -158,14 +174,17 @@ def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
     try:
         store = dist.TCPStore(host, port, None, keeps, limit, wait_for_workers=False)
     except dist.DistError as error:
+        if keeps:
+            told = f"rank 0 of {size} cannot listen at {host}:{port}; is the port in use? Give all another MASTER_PORT"
+            raise RankError(f"{told} ({_first_line(error)})") from error
         raise RankError(f"rank 0 of {size}, at {host}:{port}, did not come within {limit}") from error
-    store, missing = dist.PrefixStore(f"sora {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), []
+    store = dist.PrefixStore(f"sora {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set(str(rank), "here")
-    for other in range(size):
-        try:
-            store.wait([str(other)], datetime.timedelta(seconds=max(end - time.monotonic(), 0.001)))
-        except dist.DistError:
-            missing.append(str(other))
+    missing = [str(other) for other in range(size)]
+    while missing := [other for other in missing if not store.check([other])]:  # no wait in C++: signals are heard
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
     if missing:
         raise RankError(f"rank {', '.join(missing)} of {size} did not come within {limit}; start all, or fewer")
     return store
@@ -258,6 +277,24 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
+def _told_why_ended() -> Iterator[None]:
+    """Where torchrun ends this process because another one is gone, before an exchange with it fails: who that is."""
+    try:
+        yield
+    except SystemExit as end:
+        if _Pulse.now is None or end.code != 128 + signal.SIGTERM:
+            raise
+        from .steps import noted_signals  # with what training needs
+
+        with noted_signals():
+            gone = _Pulse.now.gone()
+        if not gone:
+            raise
+        own = Ranks()
+        raise RankError(f"rank {own.rank} of {own.size} is ended: rank {gone} is gone; start all again") from end
+
+
+@contextmanager
 def told_of_loss(when: str, then: str = _RESUME) -> Iterator[None]:
     """What torch says of a process that is gone or silent, as one line that says what to do `then`."""
     try:
@@ -275,4 +312,5 @@ def told_of_loss(when: str, then: str = _RESUME) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    """Without what gloo adds of workers and logs."""
+    return str(error).strip().partition("\n")[0].partition(". This is typically")[0]

@@ -36,6 +36,7 @@ from .steps import (
     Settings,
     act_upon,
     check_begun,
+    check_form,
     check_left,
     drawn_ahead,
     journal,
@@ -235,6 +236,7 @@ def _write(run: Path, state: dict[str, Any], step: int) -> None:
 def _resume(run: Path, state: dict[str, Any], settings: Settings, made_with: Mapping[str, Any]) -> tuple[int, float]:
     """Takes up what `run` holds of an earlier run: its last step, and the seconds that it took."""
     now = written(settings, made_with)
+    check_form(run, divided=True)
     step, folder = (_saves(run) or [(0, None)])[-1]
     if folder is not None:
         check_begun(run, now)

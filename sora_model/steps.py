@@ -29,7 +29,7 @@ from .muon import Muon
 class Settings:
     """How to train. The learning rate warms up, stays, and falls linearly to 0 over the last `decay` of the steps.
 
-    The weights depend on all of it but `save_every` and `loaders`.
+    The weights depend on all of it but `save_every` and `loaders`, on `workers` in their rounding.
     """
 
     steps: int
@@ -105,10 +105,22 @@ def check_begun(run: Path, now: Mapping[str, Any]) -> None:
     """Raises CheckpointError where `run` was begun with other settings than `now`, but for those that may change."""
     before = read_json(run / "settings.json")
     for name in now:
-        if name not in ("steps", "decay", "save_every", "loaders") and before.get(name) != now[name]:
+        if name not in ("steps", "decay", "save_every", "workers", "loaders") and before.get(name) != now[name]:
             raise CheckpointError(
                 f"{run} was begun with {name}={before.get(name)!r}, not {now[name]!r}; keep it or use another folder"
             )
+
+
+def check_form(run: Path, *, divided: bool) -> None:
+    """Raises CheckpointError where `run` holds saves of the other form: a run that began anew would overwrite its log
+    and its checkpoint."""
+    forms = {False: "state.safetensors", True: "step-*/.metadata"}
+    if any(run.glob(forms[not divided])):
+        begun, do = ("without", "leave them out") if divided else ("with", "give them")
+        raise CheckpointError(
+            f"{run} was begun {begun} --shard, --cp or --accumulate: {do}, on any number of processes, or use another "
+            "folder"
+        )
 
 
 @contextmanager

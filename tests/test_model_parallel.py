@@ -139,6 +139,8 @@ def _generate(rank, folder, command):
     try:
         with started("cpu", wait=120):
             app([*command, "--out", f"{folder}/together.mp4"], standalone_mode=False)
+            with pytest.raises(ValueError, match="--n is 1 on rank 0, 2 on rank 1"):
+                app([*command, "--out", f"{folder}/two.mp4", "--n", str(1 + rank)], standalone_mode=False)
             if rank:
                 SoraDiT.forward = lambda *_, **__: os._exit(7)
             app([*command, "--out", f"{folder}/lost.mp4"], standalone_mode=False)
@@ -351,6 +353,15 @@ def refuses(dit, meshes, rank):
         with pytest.raises(ValueError, match="divided already"), parallel.over(dit, ring):
             pass
         dit(latents, t, text)
+    bias = dit.blocks[0].ffn[0].bias
+    for change, refused in (1e-9, False), (1e-2, True):  # NCCL may round otherwise on each rank
+        with torch.no_grad():
+            kept = bias.clone()
+            bias += rank * change
+        said = r"the same weights \(of one seed, .* their norm is .* on rank 0, .* on rank 1"
+        with pytest.raises(ValueError, match=said) if refused else torch.no_grad(), parallel.over(dit, ring):
+            dit(latents, t, text)
+        bias.data.copy_(kept)
     message = "ulysses=2 ranks need 2 tokens or more; the least of the 1 parts of the ring has 1: take ulysses=1"
     with parallel.over(dit, ulysses), pytest.raises(ValueError, match=message):
         dit(latents[:, :, :1, :2, :2], t, text)
@@ -503,6 +514,9 @@ def _asked(rank, folder):
             with pytest.raises(ValueError, match=f"all processes must be started alike: {message}"):
                 sora.generate("a red ball moves up", **how | {name: pair[rank]})
         sora._fit = lambda *args, **how: ((16, 16), (32, 32))[rank]  # by their free memory
+        message = "the batch has 1: take clips=1, or give parallel.sampling the guidance of the clip"
+        with pytest.raises(ValueError, match=message):
+            sora.generate("a red ball moves up", **how, guidance=1.0)
         clip = sora.generate("a red ball moves up", **how)
         sora.vae.fit_tile = lambda *args, **how: (((16, 16), (32, 32))[rank], 0)
         moved = sora.animate(clip.frames[0], "a red ball moves up", **how)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import socket
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -131,6 +134,53 @@ def test_those_that_wait_name_who_is_gone_or_waits_for_nobody(monkeypatch, there
         for pulse in pulses.values():
             stack.enter_context(pulse)
         assert list(pool.map(lambda rank: pulses[rank].lost(late=late), waiting)) == [named] * len(waiting)
+
+
+@pytest.mark.parametrize(("there", "named"), [([0], "1, 2"), ([0, 2], "1"), ([0, 1, 2], "")])
+def test_who_is_ended_because_another_is_gone_names_it_and_nobody_where_all_are_ended(monkeypatch, there, named):
+    """torchrun ends the others when one is gone, often before their next exchange with it."""
+    monkeypatch.setattr(ranks, "_BEAT", 0.05)
+    monkeypatch.setattr(ranks, "_SILENT", 1.0)
+    store = dist.HashStore()
+    pulses = [ranks._Pulse(store, rank, 3) for rank in there]
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        for pulse in pulses:
+            stack.enter_context(pulse)
+        assert list(pool.map(lambda pulse: pulse.gone(), pulses)) == [named] * len(there)
+        ended = pytest.raises(RankError, match=f"rank 0 of 1 is ended: rank {named} is gone; start all again")
+        with ended if named else pytest.raises(SystemExit, match="143"), ranks._told_why_ended():
+            sys.exit(128 + signal.SIGTERM)
+        with pytest.raises(SystemExit, match="1$"), ranks._told_why_ended():
+            sys.exit(1)
+
+
+def _waits(rank, folder):
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as the commands do
+    try:
+        with started("cpu", wait=300):
+            dist.barrier()
+            time.sleep(60 if rank == 0 else 0)
+            os._exit(7)
+    except RankError as error:
+        Path(folder, "error").write_text(str(error))
+
+
+def test_a_process_that_is_ended_before_it_can_miss_the_one_that_died_names_it(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 7"):
+        as_torchrun_does(_waits, 2, tmp_path)
+    assert (tmp_path / "error").read_text() == "rank 0 of 2 is ended: rank 1 is gone; start all again"
+
+
+def test_a_port_in_use_is_no_rank_that_did_not_come(monkeypatch):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        place = dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=used.getsockname()[1])
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        message = r"rank 0 of 2 cannot listen at 127.0.0.1:\d+; is the port in use\? Give all another MASTER_PORT"
+        with pytest.raises(RankError, match=message), started("cpu", wait=30):
+            pass
 
 
 @pytest.mark.parametrize(

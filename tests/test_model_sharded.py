@@ -65,7 +65,9 @@ def _four(rank, folder):
 def _two(rank, folder):
     with pytest.raises(CheckpointError, match="was begun with lr=0.001, not 0.002"):
         train.train_dit(f"{folder}/run", vae(), recipe(steps=4, lr=2e-3), start=begun(), shard=True)
-    dit, _ = train.train_dit(f"{folder}/run", vae(), recipe(steps=4), start=begun(), shard=True)
+    with pytest.raises(CheckpointError, match="alone was begun without --shard, --cp or --accumulate: leave them out"):
+        train.train_dit(f"{folder}/alone", vae(), recipe(steps=4), start=begun(), shard=True)
+    dit, _ = train.train_dit(f"{folder}/run", vae(), recipe(steps=4, workers=2), start=begun(), shard=True)
     assert (type(dit) is SoraDiT) == (rank == 0)
     with pytest.raises(CheckpointError, match="has 4 steps behind it, more than steps=3"):
         train.train_dit(f"{folder}/run", vae(), recipe(steps=3), start=begun(), shard=True)
@@ -75,9 +77,11 @@ def test_four_processes_then_two_train_what_one_trains(tmp_path):
     in_ranks(_four, 4, tmp_path)
     assert [step for step, _ in sharded._saves(tmp_path / "run")] == [2]
     Path(tmp_path, "store").unlink()
+    train.train_dit(tmp_path / "alone", vae(), recipe(steps=4), start=begun())
     in_ranks(_two, 2, tmp_path)
     assert [step for step, _ in sharded._saves(tmp_path / "run")] == [4]
-    train.train_dit(tmp_path / "alone", vae(), recipe(steps=4), start=begun())
+    with pytest.raises(CheckpointError, match="run was begun with --shard, --cp or --accumulate: give them"):
+        train.train_dit(tmp_path / "run", vae(), recipe(steps=6), start=begun())
     losses = [read_log(tmp_path / run)[-1]["loss"] for run in ("run", "alone")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for run, dtype, tolerance in (("one", torch.float32, 1e-4), ("half", torch.bfloat16, 0.05)):
