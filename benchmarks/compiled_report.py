@@ -60,12 +60,10 @@ NOTES = {
     "modulation_fwd_kernel": {"16 bytes": {"by index": "a token's index, from L1"}},
     "modulation_bwd_kernel": {
         "16 bytes": {"by index": "what sorts tokens by their index, a few bytes a lane, from L1"},
+        "sectors": {"nvcc": "fp32 partials and tables, 32 bytes a lane, in two accesses that share sectors"},
+        "wavefronts": {"nvcc": "sums of warps, 16 bytes that all lanes read: by quarter warps"},
     },
     "sum_partials_kernel": {"16 bytes": "of few partials 4 bytes a lane", "wavefronts": _SUMS},
-    "norm_modulate_bwd_kernel": {
-        "sectors": "fp32 values beside bf16: 32 bytes a lane, in two accesses that share sectors",
-        "wavefronts": "fp32 sums of tables: 32 bytes a lane, in two accesses to the same banks",
-    },
     "qk_norm_rope_fwd_kernel": {
         "16 bytes": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
         "wavefronts": "angles' steps, 8 bytes, of pairs that lie 4 apart: lanes meet in the same banks",

@@ -47,8 +47,8 @@ PREDICTED = (
     ("upsample_conv3d", "fwd", ("wan1.3b-480p",)),
     ("norm_silu", "fwd", ("wan1.3b-480p",)),
     ("norm_modulate", "both", ("wan1.3b-480p",)),
-    ("gate_residual", "fwd", ("wan1.3b-480p",)),
-    ("gate_residual_norm_modulate", "fwd", ("wan1.3b-480p",)),
+    ("gate_residual", "both", ("wan1.3b-480p",)),
+    ("gate_residual_norm_modulate", "both", ("wan1.3b-480p",)),
     ("patch_embed3d", "fwd", ("wan1.3b-480p", "wan14b-480p")),
     ("final_layer", "fwd", ("wan1.3b-480p", "wan14b-480p")),
 )

@@ -488,12 +488,18 @@ def test_cuda_norm_silu_meets_the_error_rule_and_gives_the_same_bits_again(C, la
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_of_modulation_are_read_and_written_16_bytes_at_a_time(machine_code, architecture):
-    kernels = {n: s for n, s in machine_code[architecture].items() if "norm_modulate_bwd_kernel" in n}
-    assert len(kernels) == 9  # three dtypes, three traits
+    kernels = {n: s for n, s in machine_code[architecture].items() if "modulation_bwd_kernel" in n}
+    assert len(kernels) == 18  # three dtypes, rows of one, four and twelve warps, with y and without
     for name, sass in kernels.items():
-        T = 8 if "f" == re.search(r"TraitsI(\w+?)Li", name)[1] else 4  # loads of x and dout of a row of 16 elements
-        assert len(re.findall(r"\bLDG\.E\S*\.128", sass)) >= T // (2 if "ELi8E" in name else 1), name
-        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+        dtype, branch = re.search(r"TraitsI(\w+?)Li\d+ELb(.)E", name).groups()
+        vectors = (3 if dtype == "f" else 2) * (2 if branch == "0" else 4)  # of x and dout, dx_new and y: of a thread
+        assert len(re.findall(r"\bLDG\.E\.NA\.128", sass)) >= vectors, name
+        assert len(re.findall(r"\bSTG\.E\S*\.128", sass)) >= vectors // 2, name
+    kernels = {n: s for n, s in machine_code[architecture].items() if "gate_residual_bwd_kernel" in n}
+    assert len(kernels) == 3
+    for name, sass in kernels.items():  # four rows at a time, then one by one
+        assert len(re.findall(r"\bLDG\.E\.NA\.128", sass)) >= 2 * (4 + 1), name
+        assert len(re.findall(r"\bSTG\.E\S*\.128", sass)) >= 2 * (4 + 1), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -607,15 +613,21 @@ def test_cuda_forward_meets_the_error_rule(D, dtype, require):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize("D, F", [(264, 1), (1536, 3), (3072, 600), (4096, 2)])
-def test_cuda_gradients_meet_the_error_rule_and_give_the_same_bits_again(D, F, dtype, require):
-    require("norm_modulate", "cuda", "cuda", dtype, grad=True)
-    tensors = {k: v for k, v in inputs(2, 600, D, F, dtype).items() if k not in ("y", "gate", "gate_table")}
-    grads = [torch.randn(2, 600, D).to(dtype)]
+@pytest.mark.parametrize("D, F", [(264, 1), (1536, 3), (3072, 600), (4608, 2)])
+@pytest.mark.parametrize(
+    "function, without, how",
+    [(norm_modulate, ("y", "gate", "gate_table"), {}), (gate_residual_norm_modulate, (), dict(y_norm="rms")),
+     (gate_residual, ("shift", "scale", "shift_table", "scale_table", "weight", "bias"), {})],
+    ids=["norm_modulate", "gate_residual_norm_modulate", "gate_residual"],
+)  # fmt: skip
+def test_cuda_gradients_meet_the_error_rule_and_give_the_same_bits_again(function, without, how, D, F, dtype, require):
+    require(function.__name__, "cuda", "cuda", dtype, grad=True)
+    tensors = {k: v for k, v in inputs(2, 600, D, F, dtype).items() if k not in without}
+    grads = [torch.randn(2, 600, D).to(dtype) for _ in range(2 if function is gate_residual_norm_modulate else 1)]
 
     def gradients(tensors, grads, impl):
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-        found = torch.autograd.grad(norm_modulate(**leaves, impl=impl), list(leaves.values()), grads)
+        found = torch.autograd.grad(function(**leaves, **how, impl=impl), list(leaves.values()), grads)
         return dict(zip(leaves, found, strict=True))
 
     on_gpu = {name: t.cuda() for name, t in tensors.items()}, [g.cuda() for g in grads]
@@ -623,7 +635,7 @@ def test_cuda_gradients_meet_the_error_rule_and_give_the_same_bits_again(D, F, d
     oracle = gradients({name: t.double() for name, t in tensors.items()}, [g.double() for g in grads], "reference")
     plain = gradients(tensors, grads, "reference")
     for name in oracle:
-        assert_matches_oracle(actual[name].cpu(), oracle[name], plain[name], name, terms=1 if name == "x" else 1200)
+        assert_matches_oracle(actual[name].cpu(), oracle[name], plain[name], name, terms=1 if name in "xy" else 1200)
         assert torch.equal(actual[name], again[name]), name
 
 

@@ -45,16 +45,13 @@ def test_norm_modulate_as_nvcc_compiles_it(traits, D, dtype, sm):
     assert re.search(r"modulation\.cu:\d+", counters.program.origin[10].line[-1])
 
 
-# warps of a row and elements of a thread -> width, tokens of a clip, modulation rows, programs: chunks of a row with
-# and without a rest, rows that a program has whole, one row a token
-GRADIENTS = [(1, 16, 264, 11, 1, 1), (4, 16, 2048, 5, 1, 2), (4, 16, 1032, 6, 6, 4), (16, 8, 4096, 4, 2, 3)]
+# width, for rows of one warp, of up to four and of up to twelve; tokens of a clip, modulation rows, programs: chunks of
+# a row with and without a rest, rows that a program has whole, one row a token
+GRADIENTS = [(264, 11, 1, 1), (2048, 5, 1, 2), (1032, 6, 6, 4), (4096, 4, 2, 3)]
 
 
-@pytest.mark.parametrize(
-    "warps, elements, D, S, F, programs, norm, dtype", in_turns(GRADIENTS, ["layer", "rms"], DTYPES), ids=str
-)
-def test_gradients_of_norm_modulate_as_nvcc_compiles_them(warps, elements, D, S, F, programs, norm, dtype, monkeypatch):
-    assert next(t for t in nvcc.BACKWARD_TRAITS if D <= 32 * t[0] * t[1]) == (warps, elements)
+@pytest.mark.parametrize("D, S, F, programs, norm, dtype", in_turns(GRADIENTS, ["layer", "rms"], DTYPES), ids=str)
+def test_gradients_of_norm_modulate_as_nvcc_compiles_them(D, S, F, programs, norm, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     rows = {name: torch.randn(2, F, D).to(dtype) * 0.3 for name in ("shift", "scale")}
     vectors = {name: torch.randn(D) * 0.3 for name in ("weight", "bias", "shift_table", "scale_table")}
@@ -88,8 +85,10 @@ def test_a_gradient_has_the_same_bits_whichever_others_are_wanted():
             leaf.requires_grad_(False)
 
 
-@pytest.mark.parametrize("D", [1001, 5120])
-def test_gradients_of_rows_that_a_block_does_not_hold_are_unavailable(D):
-    x = torch.randn(1, 2, D).bfloat16().requires_grad_()
-    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=f"rows of whole 16 bytes and of at most 4096 .* got {D}"):
+@pytest.mark.parametrize("D, dtype, most", [(1001, torch.float16, 6144), (6152, torch.bfloat16, 6144),
+                                             (4612, torch.float32, 4608)], ids=str)  # fmt: skip
+def test_gradients_of_rows_that_a_block_does_not_hold_are_unavailable(D, dtype, most):
+    x = torch.randn(1, 2, D).to(dtype).requires_grad_()
+    message = f"rows of whole 16 bytes and of at most {most} values of {dtype}; got {D}"
+    with nvcc.nvcc_on(90), pytest.raises(Unavailable, match=message):
         norm_modulate(x, None, None, impl="cuda")

@@ -62,7 +62,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
   }
 
   float mean;
-  const float rstd = row_statistics<Traits::kWarps>(values, column, D, shared, p.rms, p.eps, mean);
+  const float rstd = row_statistics(values, column, D, EachRowSum<Traits::kWarps>{shared}, p.rms, p.eps, mean);
 
   const int64_t f = s / p.shape.rows_per_modulation();
 #pragma unroll
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kLoopWarps* kWarp) void norm_modulate_loop_kernel(
     const float deviation = to_float(x[d]) - mean;
     left += deviation, squares += deviation * deviation;
   }
-  const float rstd = corrected<kLoopWarps>(left, squares, shared, p.shape.D, p.rms, p.eps, mean);
+  const float rstd = corrected(squares, left, EachRowSum<kLoopWarps>{shared}, D, p.rms, p.eps, mean);
 
   const auto load_row = [&](const Rows& row, int64_t d) {
     return row ? load_any(row.data, row.dtype, b * row.stride_b + f * row.stride_f + d) : 0.0f;

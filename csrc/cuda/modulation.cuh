@@ -38,33 +38,53 @@ __device__ __forceinline__ void add_any(const void* data, ScalarType dtype, int6
   for (int i = 0; i < N; ++i) to[i] += values[i];
 }
 
-// 1/sigma from a thread's sums of deviations and their squares. What rounding left of the mean joins it: of a row far from
-// zero that is more than its spread.
+// Sums over the threads of a row of kWarps warps, one by one, for `corrected` and `row_statistics`.
 template <int kWarps>
-__device__ __forceinline__ float corrected(float left, float squares, float* shared, int64_t width, bool rms,
-                                           float eps, float& mean) {
+struct EachRowSum {
+  float* shared;  // kWarps values
+
+  template <int K>
+  __device__ __forceinline__ void operator()(float (&values)[K]) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) values[k] = row_sum<kWarps>(values[k], shared);
+  }
+};
+
+// 1/sigma from a thread's sums of squared deviations and of deviations. What rounding left of the mean joins it: of a row
+// far from zero that is more than its spread. sums: adds up one or two values over the threads of a row.
+template <class RowSums>
+__device__ __forceinline__ float corrected(float squares, float left, RowSums&& sums, int64_t width, bool rms, float eps,
+                                           float& mean) {
   const float D = static_cast<float>(width);
-  float variance = row_sum<kWarps>(squares, shared) / D;
-  if (!rms) {
-    left = row_sum<kWarps>(left, shared) / D;
+  float found[2] = {squares, left}, variance;
+  if (rms) {
+    float one[1] = {squares};
+    sums(one);
+    variance = one[0] / D;
+  } else {
+    sums(found);
+    left = found[1] / D;
     mean += left;
-    variance = fmaxf(variance - left * left, 0.0f);
+    variance = fmaxf(found[0] / D - left * left, 0.0f);
   }
   return 1.0f / sqrtf(variance + eps);
 }
 
 // Mean (of an RMS norm 0) and 1/sigma of a row of D values, of which a thread has vectors from column(v) on; zeros beyond.
-template <int kWarps, int kVecs, int kVec, class Column>
+template <int kVecs, int kVec, class Column, class RowSums>
 __device__ __forceinline__ float row_statistics(const float (&values)[kVecs][kVec], const Column& column, int D,
-                                                float* shared, bool rms, float eps, float& mean) {
-  float sum = 0.0f;
+                                                RowSums&& sums, bool rms, float eps, float& mean) {
+  mean = 0.0f;
+  if (!rms) {
+    float sum[1] = {};
 #pragma unroll
-  for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kVecs; ++v) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sum += values[v][i];
+      for (int i = 0; i < kVec; ++i) sum[0] += values[v][i];
+    }
+    sums(sum);
+    mean = sum[0] / D;
   }
-  mean = rms ? 0.0f : row_sum<kWarps>(sum, shared) / D;
-
   float squares = 0.0f, left = 0.0f;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -75,7 +95,7 @@ __device__ __forceinline__ float row_statistics(const float (&values)[kVecs][kVe
       left += deviation, squares += deviation * deviation;
     }
   }
-  return corrected<kWarps>(left, squares, shared, D, rms, eps, mean);
+  return corrected(squares, left, sums, D, rms, eps, mean);
 }
 
 // xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).

@@ -55,6 +55,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void gate_res
   using T = typename Traits::T;
   constexpr int kVec = Traits::kVec, kVecs = Traits::kVecs;
   __shared__ float shared[Traits::kWarps];
+  const EachRowSum<Traits::kWarps> sums{shared};
 
   const int D = static_cast<int>(p.shape.D), thread = threadIdx.x % Traits::kRowThreads;
   const int64_t row = int64_t{blockIdx.x} * Traits::kRowsPerBlock + threadIdx.x / Traits::kRowThreads;
@@ -85,7 +86,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void gate_res
   }
   if (p.y_normed) {
     float mean;
-    const float rstd = row_statistics<Traits::kWarps>(values, column, D, shared, p.y_rms, p.eps, mean);
+    const float rstd = row_statistics(values, column, D, sums, p.y_rms, p.eps, mean);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
 #pragma unroll
@@ -116,7 +117,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void gate_res
   }
   if constexpr (kNorm) {
     float mean;
-    const float rstd = row_statistics<Traits::kWarps>(values, column, D, shared, p.rms, p.eps, mean);
+    const float rstd = row_statistics(values, column, D, sums, p.rms, p.eps, mean);
     T* const normed = row_of(p.out);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {

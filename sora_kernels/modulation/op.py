@@ -11,8 +11,8 @@ from .._operands import dense, like, narrow, parameter, table, written
 from . import reference
 
 NORMS = ("layer", "rms")
-CUDA_WIDTH = 4096  # of csrc/cuda/modulation_backward.cu: what a block holds
 CUDA_ROW = 16384  # of csrc/cuda/modulation_gate.cu: what the registers of a block hold
+CUDA_NORMED = {2: 6144, 4: 4608}  # of csrc/cuda/modulation_backward.cuh, by bytes of an element: as well
 MAX_WIDTH = 65536  # of a row, in the registers of a Triton program
 
 
@@ -103,7 +103,7 @@ def gate_residual(
     index       [B, S]: token s of clip b has row index[b, s] of gate, as in `norm_modulate`
     rounding    as in `norm_modulate`; a "host" rounds gate · y where gate is of x's dtype
     out         where to write; may be x or y itself; for inference only
-    impl        as in `norm_modulate`; "cuda": forward only, no index, rows of whole 16 bytes and up to 16384 values
+    impl        as in `norm_modulate`; "cuda": no index, rows of whole 16 bytes and up to 16384 values
 
     Returns [B, S, D] in x's dtype. Contract of numbers, determinism and errors: see `norm_modulate`.
     """
@@ -120,7 +120,8 @@ def gate_residual(
     tensors = narrow(x, (x, y, gate, gate_table, index))
     grad = _needs_grad(op, tensors, out, over=2)
     host = _host(op, rounding, x, gate=(gate, gate_table))
-    impl = _choose(op, impl, x, grad, host, index, dict(x=x, y=y, gate=gate, gate_table=gate_table, out=out))
+    read = dict(x=x, y=y, gate=gate, gate_table=gate_table, out=out)
+    impl = _choose(op, impl, x, grad, host, index, read, held=y_rms is not None)
     settings = (frames, y_rms, eps, host, impl)
     return apply(_GateResidual, *tensors, settings) if grad else _gate_residual(*tensors, *settings, out)
 
@@ -219,8 +220,8 @@ def _host(op, rounding, x, norm=None, gate=None) -> int:
     return (norm is not None) + 2 * of_x[0] + 4 * of_x[1]
 
 
-def _choose(op, impl, x, grad, host, index=None, whole: dict[str, Tensor | None] | None = None) -> str:
-    """whole: what cuda reads and writes in whole vectors of 16 bytes alone."""
+def _choose(op, impl, x, grad, host, index=None, whole: dict[str, Tensor | None] | None = None, held=True) -> str:
+    """whole: what cuda takes in vectors of 16 bytes alone. held: its gradients hold rows, for a norm."""
     wide = _dispatch.within(MAX_WIDTH, x.shape[2], "rows")
 
     def limits(name: str) -> str | None:
@@ -228,10 +229,13 @@ def _choose(op, impl, x, grad, host, index=None, whole: dict[str, Tensor | None]
             return f"{name} rounds once, at the store"
         if index is not None and name == "cuda":
             return "cuda takes no index"
-        if whole is not None and name == "cuda":
-            return _not_whole(x, whole)
-        if grad and name == "cuda" and (x.shape[2] > CUDA_WIDTH or x.shape[2] * x.element_size() % 16):
-            return f"cuda's backward takes rows of whole 16 bytes and of at most {CUDA_WIDTH} values; got {x.shape[2]}"
+        if whole is not None and name == "cuda" and (reason := _not_whole(x, whole)):
+            return reason
+        if grad and held and name == "cuda":
+            most, D = CUDA_NORMED.get(x.element_size(), 0), x.shape[2]
+            if D > most or D * x.element_size() % 16:
+                values = f"at most {most} values of {x.dtype}"
+                return f"cuda's backward takes rows of whole 16 bytes and of {values}; got {D}"
         return wide and wide(name)
 
     return _dispatch.choose(op, impl, x, grad=grad, limits=limits)
@@ -385,7 +389,7 @@ _library.define(
     "(Tensor dout, Tensor y, Tensor? gate, Tensor? gate_table, Tensor? index, bool? y_rms, float eps, "
     "Tensor(a!)? dy, Tensor(b!)? dgate, Tensor(c!)? dgate_table) -> ()",
     reference=_gate_residual_bwd,
-    impls={"triton": ".modulation.kernels:gate_residual_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_bwd", "cuda": None, "cpu": None},
 )
 
 
@@ -481,7 +485,7 @@ _library.define(
     "Tensor(a!)? dx, Tensor(b!)? dy, Tensor(c!)? dgate, Tensor(d!)? dshift, Tensor(e!)? dscale, Tensor(f!)? dweight, "
     "Tensor(g!)? dbias, Tensor(h!)? dgate_table, Tensor(i!)? dshift_table, Tensor(j!)? dscale_table) -> ()",
     reference=_gate_residual_norm_modulate_bwd,
-    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_bwd", "cpu": None},
+    impls={"triton": ".modulation.kernels:gate_residual_norm_modulate_bwd", "cuda": None, "cpu": None},
 )
 
 

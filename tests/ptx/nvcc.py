@@ -33,7 +33,7 @@ SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv_bfloat16"}
 PROCESSORS = 132  # of an H200
 TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
-BACKWARD_TRAITS = ((1, 16), (4, 16), (16, 8))
+BACKWARD_WARPS = (1, 4, 12)
 
 
 def find() -> str | None:
@@ -98,56 +98,69 @@ def norm_modulate(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
-def norm_modulate_bwd(
-    sm: int, dout: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale_table: Tensor | None, rms: bool, eps: float, dx: Tensor | None, dshift: Tensor | None, dscale: Tensor | None,
-    dweight: Tensor | None, dbias: Tensor | None, dshift_table: Tensor | None, dscale_table: Tensor | None,
-    again: int | None = None, **options,
-) -> list[Counters]:  # fmt: skip
-    """The launches of norm_modulate_bwd in modulation_backward.cu; the rest as of norm_modulate."""
+def modulation_bwd(
+    sm: int, source: str, tokens: tuple, rows: tuple, vectors: tuple, gradients: tuple, totals: tuple, rms: bool,
+    y_rms: bool | None, eps: float, again: int | None = None, **options,
+) -> dict[str, Counters]:  # fmt: skip
+    """The launches of modulation_backward.cuh by what csrc/cuda/{source}.cu defines. tokens: dout, dx_new, x, y, dx and
+    dy; rows: gate and scale; vectors: weight, bias, gate_table and scale_table; gradients: of gate, shift and scale;
+    totals: of their tables, of weight and of bias. The rest as of norm_modulate."""
     from sora_kernels.modulation import kernels  # whose bound of programs is kPrograms
 
-    B, S, D = x.shape
-    F = max([t.shape[1] for t in (scale, dshift, dscale) if t is not None and t.ndim == 3], default=1)
-    warps, elements = next(t for t in BACKWARD_TRAITS if D <= 32 * t[0] * t[1])
-    of_block = 4 if warps == 1 else 1
-    frames, tokens, programs = B * F, S // F, kernels.PROGRAMS * of_block
-    chunk = -(-tokens // max(1, programs // frames))
-    chunks = -(-tokens // chunk)
-    span = -(-frames // programs) if chunks == 1 else 1
+    dout, y, like = tokens[0], tokens[3], next(t for t in tokens if t is not None)
+    B, S, D = like.shape
+    F = max([t.shape[1] for t in (*rows, *gradients) if t is not None and t.ndim == 3], default=1)
+    by_columns = dout is None and y_rms is None
+    warps, elements = 1, 12 if like.dtype == torch.float32 else 16
+    warps = next(n for n in BACKWARD_WARPS if by_columns or D <= 32 * n * elements)
+    of_block = 4 if warps == 1 and not by_columns else 1
+    frames, tokens_of_row, programs = B * F, S // F, kernels.PROGRAMS * of_block
+    chunk = -(-tokens_of_row // max(1, programs // frames))
+    chunks = -(-tokens_of_row // chunk)
+    split = chunks > 1
+    span = 1 if split else -(-frames // programs)
     programs = -(-frames // span) * chunks
 
     fields: list = []
-    for t in (dout, x, dx):
+    for t in tokens:
         fields += [0, 0, 0] if t is None else [t, *t.stride()[:2]]
-    split = chunks > 1
-    for t in (scale, None if split else dshift, None if split else dscale):
+    for t in (*rows, *([None] * 3 if split else gradients)):
         fields += _rows_of(t)
-    partials = [unwritten(frames, chunks, D) if split and t is not None else None for t in (dshift, dscale)]
-    vectors = dshift_table, dscale_table, dweight, dbias
-    totals = [None if t is None else unwritten(1, programs, D) for t in vectors]
-    fields += [0 if t is None else t for t in partials]
-    for t in (weight, bias, scale_table):
+    for t in vectors:
         fields += _rows_of(t)[:2]
-    fields += [0 if t is None else t for t in totals]
-    fields += [B * S, S, D, F, tokens, programs, chunks, chunk, span, rms, eps]
-    text = compiled("modulation_backward", sm)
-    (name,) = (n for n in parser.kernels(text) if f"TraitsI{MANGLED[x.dtype]}Li{warps}ELi{elements}E" in n)
-    held = of_block * sum(t is not None for t in totals)
+    partials, sums = [], []  # of gradients where programs are chunks; else, and of weight and bias, of totals
+    for k, (total, own) in enumerate(itertools.zip_longest(totals, gradients)):
+        shared = split and k < 3
+        partial = unwritten(programs, D) if total is not None or (shared and own is not None) else None
+        partials.append((partial if shared else None, None if shared else partial))
+        sums += [(partial, own, frames, F, chunks)] if shared and own is not None else []
+        sums += [(partial, total, 1, 1, programs)] if total is not None else []
+    fields += [0 if t is None else t for t, _ in partials[:3]] + [0 if t is None else t for _, t in partials]
+    fields += [B * S, S, D, F, tokens_of_row, programs, chunks, chunk, span, rms, y_rms is not None, bool(y_rms), eps]
+    text = compiled(source, sm)
 
-    def run(grid: int, arguments: list, **how) -> Counters:
-        launch, how = (text, (grid,), arguments), options | how
+    def run(form: str, grid: tuple[int, ...], argument: Struct, **how) -> Counters:
+        (name,) = (n for n in parser.kernels(text) if form in n)
+        launch, how = (text, grid, [argument]), options | dict(name=name, names=["p"]) | how
         return device.run(*launch, **how) if again is None else device.run_again(*launch, again, **how)
 
-    struct = Struct("<" + "Qqq" * 3 + "Qb7xqq" * 3 + "QQ" + "Qb7x" * 3 + "4Q9i?3xf4x", tuple(fields))
-    found = [run(-(-programs // of_block), [struct], name=name, names=["p"], shared=held * D * 4)]
-    (name,) = (n for n in parser.kernels(text) if "sum_partials_kernel" in n)
-    for partial, out in zip((*partials, *totals), (dshift, dscale, *vectors), strict=True):
-        if partial is not None:
-            to = Struct("<Qb7xqq", tuple(_rows_of(out)))
-            arguments = [partial, to, F if out.ndim == 3 else 1, partial.shape[1], D]
-            names = ["partial", "to", "F", "count", "D"]
-            found.append(run(-(-D // 128) * partial.shape[0], arguments, name=name, names=names))
+    p = Struct("<" + "Qqq" * 6 + "Qb7xqq" * 5 + "Qb7x" * 4 + "8Q9i???xf4x", tuple(fields))
+    if by_columns:
+        columns = -(-D // (32 * 16 // like.element_size()))
+        form = f"gate_residual_bwd_kernelI{MANGLED[like.dtype]}E"
+        found = {"gate_residual_bwd_kernel": run(form, (-(-programs * columns // 4),), p, block=(128,))}
+    else:
+        threads = 128 if warps == 1 else -(-D // (32 * elements)) * 32
+        held = threads * elements * 4 * (1 if y is None else 2)
+        form = f"TraitsI{MANGLED[like.dtype]}Li{warps}ELb{int(y is not None)}E"
+        counted = run(form, (-(-programs // of_block),), p, block=(threads,), shared=held)
+        found = {"modulation_bwd_kernel": counted}
+    if sums:
+        fields = [field for partial, to, *counts in sums for field in (partial, *_rows_of(to), *counts)]
+        absent = [field for _ in range(8 - len(sums)) for field in (0, *_rows_of(None), 0, 0, 0)]
+        argument = Struct("<" + "QQb7xqq3i4x" * 8 + "2i", (*fields, *absent, len(sums), D))
+        grid = (-(-D // 128) * max(count for _, _, count, *_ in sums), len(sums))
+        found["sum_partials_kernel"] = run("sum_partials_kernel", grid, argument)
     return found
 
 
@@ -540,12 +553,33 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("norm_modulate_kernel", counters)
 
-    def modulate_back(dout, x, scale, weight, bias, scale_table, index, rms, eps, *gradients) -> None:
-        assert index is None
-        launched = norm_modulate_bwd(sm, dout, x, scale, weight, bias, scale_table, rms, eps, *gradients, **options)
-        for name, counters in zip(("norm_modulate_bwd_kernel", *["sum_partials_kernel"] * 6), launched, strict=False):
+    def launch(source, index, *arguments) -> None:
+        assert index is None, "the kernels take no index"
+        for name, counters in modulation_bwd(sm, source, *arguments, **options).items():
             if observe:
                 observe(name, counters)
+
+    def modulate_back(dout, x, scale, weight, bias, scale_table, index, rms, eps, *gradients) -> None:
+        dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table = gradients
+        tokens, totals = (dout, None, x, None, dx, None), (None, dshift_table, dscale_table, dweight, dbias)
+        vectors, rows = (weight, bias, None, scale_table), (None, dshift, dscale)
+        launch("modulation_backward", index, tokens, (None, scale), vectors, rows, totals, rms, None, eps)
+
+    def gate_back(dout, y, gate, gate_table, index, y_rms, eps, dy, dgate, dgate_table) -> None:
+        tokens, vectors = (None, dout, None, y, None, dy), (None, None, gate_table, None)
+        rows, totals = (dgate, None, None), (dgate_table, None, None, None, None)
+        launch("modulation_gate_backward", index, tokens, (gate, None), vectors, rows, totals, False, y_rms, eps)
+
+    def gate_and_modulate_back(dx_new, dout, x, y, gate, scale, weight, bias, gate_t, scale_t, index, *rest) -> None:
+        rms, y_rms, eps, dx, dy, dgate, dshift, dscale, dweight, dbias, dgate_t, dshift_t, dscale_t = rest
+        rows, totals = (dgate, dshift, dscale), (dgate_t, dshift_t, dscale_t, dweight, dbias)
+        if dout is None:
+            for t in (*rows[1:], *totals[1:]):
+                if t is not None:
+                    t.zero_()
+            x, scale, rows, totals = None, None, (dgate, None, None), (dgate_t, None, None, None, None)
+        tokens, vectors = (dout, dx_new, x, y, dx, dy), (weight, bias, gate_t, scale_t)
+        launch("modulation_gate_backward", index, tokens, (gate, scale), vectors, rows, totals, rms, y_rms, eps)
 
     def attend(q, k, v, kv_lens, heads, rows, *rest) -> None:
         if rows is None:
@@ -626,6 +660,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
         "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise, "final_layer_fwd": finish,
         "gate_residual_fwd": gate_on, "gate_residual_norm_modulate_fwd": gate_and_modulate,
+        "gate_residual_bwd": gate_back, "gate_residual_norm_modulate_bwd": gate_and_modulate_back,
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in (
