@@ -131,6 +131,7 @@ void gate_heads_bwd(const Tensor& dout, const Tensor& x, const Tensor& gate, dou
   p.dout = heads("dout", dout, x), p.dx = heads("dx", dx, x), p.dgate = gates("dgate", dgate, x);
   isa();  // as in forward
   with_dtype(x.scalar_type(), [&](auto t) {
+    if (dx && is_dense(*dx)) advise_huge_pages(p.dx.data, p.rows() * p.E * static_cast<int64_t>(sizeof t));
     torch::stable::parallel_for(0, p.rows(), grain(p), [&](int64_t begin, int64_t end) {
       dispatch_lanes<Backward, decltype(t)>(p, begin, end);
     });
