@@ -19,6 +19,7 @@ certs = typer.Typer(help="The key that files are signed with.", no_args_is_help=
 out = console()
 err = console(stderr=True)
 
+_MARKS = 4  # in one clip, at most
 _CODES = (0, 3, 4, 5)  # of `credentials.ANSWERS`; 1 is a mistake and 2 wrong usage
 
 
@@ -97,7 +98,8 @@ def detect(
         raise typer.Exit(5)
     seen = f"at {found.scale:.3g} times the size" + (", mirrored" if found.mirrored else "")
     say(out, f"{file.name}: marked by this installation: z {found.z:.1f}, p {found.p:.1g}, {seen}")
-    identity = found.identity(store.identities())
+    likely = found.likely(store.identities())
+    identity = credentials.youngest(file, likely) if len(likely) <= _MARKS else None
     if identity is None:
         return say(out, "  as what cannot be told: its bits are those of no record here, or of more than one")
     record = store.find(identity)[0]

@@ -177,6 +177,46 @@ def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, sora):
     (tmp_path / "home" / "manifests.sqlite").unlink()
     code, out, _ = sora("detect", "stripped.mp4")
     assert code == 0 and "as what cannot be told" in out
+
+
+def test_of_a_clip_made_from_a_marked_one_the_last_is_told(tmp_path, plain, monkeypatch, sora):
+    """Whose frames hold both marks."""
+    pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
+    media.write_video("first.mp4", plain, origin=Origin({"seed": 1}))
+    told = {"inputs": (credentials.Input.of(Path("first.mp4")),)}
+    media.write_video("second.mp4", media.read_video("first.mp4"), origin=Origin({"seed": 2}, **told))
+    media.write_video("stranger.mp4", media.read_video("first.mp4"), origin=Origin({"seed": 2}))
+    for made, last in (("second.mp4", "second.mp4"), ("first.mp4", "first.mp4"), ("stranger.mp4", None)):
+        media.write_video("stripped.mp4", media.read_video(made), crf=23)
+        code, out, _ = sora("detect", "stripped.mp4")
+        assert code == 0 and (f"  as {last}, 20" if last else "as what cannot be told") in out, out
+
+
+def test_a_file_that_can_hold_no_record_is_found_again_too(tmp_path, plain, monkeypatch, sora):
+    import av
+
+    pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
+    media.write_video("first.mp4", plain, origin=Origin({"seed": 1}))
+    with av.open("stripped.webm", "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=8, options={"crf": "20"})
+        stream.height, stream.width, stream.pix_fmt = *plain.shape[1:3], "yuv420p"
+        for frame in media.read_video("first.mp4"):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    code, out, err = sora("detect", "stripped.webm")
+    assert code == 0 and "  as first.mp4, 20" in out and "  stripped.webm: altered, by sora local" in out and not err
+    with pytest.raises(certificates.CredentialsError, match="holds no credentials: it is no MP4"):
+        credentials.verify("stripped.webm")
+
+
+def test_a_store_that_cannot_be_used_is_one_error(tmp_path, plain, monkeypatch, sora):
+    pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
+    clips = [Clip(plain, 8, "a ring", 0, 2, 3.0)]
+    clips[0].save("0.mp4")
+    media.write_video("stripped.mp4", media.read_video("0.mp4"), crf=23)
     (tmp_path / "home" / "manifests.sqlite").unlink()
     (tmp_path / "home" / "manifests.sqlite").mkdir()
     with pytest.warns(UserWarning, match="its record is not kept: cannot use .*manifests.sqlite': unable to open"):

@@ -17,7 +17,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .verdict import ALTERED, ANSWERS, NONE, TRUSTED, UNKNOWN, Verdict, judged
 
 __all__ = [
     "ALTERED", "ANSWERS", "NONE", "TRUSTED", "UNKNOWN", "CredentialsError", "Input", "Origin", "Verdict",
-    "checkpoint_hash", "hash_file", "hash_text", "mark", "media_type", "sealer", "signing", "verify",
+    "checkpoint_hash", "hash_file", "hash_text", "mark", "media_type", "sealer", "signing", "verify", "youngest",
 ]  # fmt: skip
 
 ALGORITHM = "org.sora-kernels.spread-spectrum.v1"  # unregistered
@@ -234,14 +234,14 @@ def verify(
         kind = media_type(path)
     except OSError as error:
         raise CredentialsError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
-    if kind is None:
+    if kind is None and manifest is None:
         raise CredentialsError(f"{os.fspath(path)!r} holds no credentials: it is no MP4, MOV, AVI, PNG, JPEG or WebP")
     with _as_error(c2pa, _NO_ANCHOR):
         context = _context(c2pa, certificates.anchors() if anchors is None else _named(anchors))
     with context, open(path, "rb") as file:
         with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
             try:
-                reader = c2pa.Reader(kind, file, manifest, context=context)
+                reader = c2pa.Reader(kind or "video/mp4", file, manifest, context=context)
             except c2pa.C2paError.ManifestNotFound:
                 return Verdict(path.name, NONE)
             with reader:
@@ -250,6 +250,22 @@ def verify(
         return judged(path.name, record, record["active_manifest"], record["validation_results"])
     except (AttributeError, KeyError, RecursionError, TypeError) as error:
         raise CredentialsError(f"cannot read the credentials of {path.name}: they are not of C2PA's form") from error
+
+
+def youngest(path: str | os.PathLike[str], identities: Collection[int]) -> int | None:
+    """Of the marks in one clip, by `store`, that of what was made from all the others; None where there is no such."""
+
+    def before(verdict: Verdict) -> Iterator[str | None]:
+        for one in verdict.inputs:
+            yield one.binding
+            yield from before(one)
+
+    wanted = {f"{identity:08x}" for identity in identities}
+    for identity in identities:
+        told = verify(path, manifest=store.find(identity)[0].manifest)
+        if wanted <= {f"{identity:08x}", *before(told)}:
+            return identity
+    return None
 
 
 def media_type(path: Path) -> str | None:

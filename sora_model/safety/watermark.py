@@ -65,14 +65,19 @@ class Detection:
 
     def identity(self, known: Iterable[int]) -> int | None:
         """That of `known` which the bits agree with, if they agree well enough, and with no other nearly as well."""
+        likely = self.likely(known)
+        return likely[0] if len(likely) == 1 else None
+
+    def likely(self, known: Iterable[int]) -> list[int]:
+        """Those of `known` which the bits agree with best; several where frames of one marked clip are in another."""
         total = sum(map(abs, self.bits)) or 1.0
         scores = sorted(
             ((sum(r * b for r, b in zip(self.bits, _signs(one), strict=True)) / total, one) for one in set(known)),
             reverse=True,
         )
         if not self.present or not scores or scores[0][0] < SCORE:
-            return None
-        return None if len(scores) > 1 and scores[0][0] - scores[1][0] < MARGIN else scores[0][1]
+            return []
+        return [one for score, one in scores if scores[0][0] - score < MARGIN]
 
 
 def secret() -> bytes:
