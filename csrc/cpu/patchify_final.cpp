@@ -53,16 +53,22 @@ class ModulationRow {
   }
 
   SORA_INLINE void load(int64_t group) {
-    if (group == group_) return;
-    group_ = group;
-    const int64_t D = p_.shape.D, b = group / p_.shape.modulation_rows(), f = group % p_.shape.modulation_rows();
-    add(scale, rows_.row(2), p_.scale, b, f, D), add(shift, rows_.row(3), p_.shift, b, f, D);
+    load_scale(group);
+    load(shift, rows_.row(3), p_.shift, group, shift_of_);
   }
 
+  SORA_INLINE void load_scale(int64_t group) { load(scale, rows_.row(2), p_.scale, group, scale_of_); }
+
  private:
+  SORA_INLINE void load(float* to, const float* base, const Rows& rows, int64_t group, int64_t& loaded) {
+    if (group == loaded) return;
+    loaded = group;
+    add(to, base, rows, group / p_.shape.modulation_rows(), group % p_.shape.modulation_rows(), p_.shape.D);
+  }
+
   const FinalParams& p_;
   Matrix rows_;
-  int64_t group_ = -1;
+  int64_t scale_of_ = -1, shift_of_ = -1;
 
  public:
   float* const scale = rows_.row(0);  // 1 + scale
@@ -150,7 +156,7 @@ struct FinalBackward {
             const bool last = row + 1 == stop || (row + 1) % G == 0;
             if (last || r + 1 == rows) flush(p, row / G, partials, sums, last);
           }
-          if (p.dx) m.load(row / G), norm_backward(p, m, row, wide.row(r), xhat.row(r), rstd.row(0)[r]);
+          if (p.dx) m.load_scale(row / G), norm_backward(p, m, row, wide.row(r), xhat.row(r), rstd.row(0)[r]);
         }
       }
       if (p.shared) m.load(group), share_out(p, m, partials);
