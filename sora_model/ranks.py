@@ -48,15 +48,15 @@ def started(
     wait     seconds for a process that does not come or answer. Raises RankError where one never comes.
     """
     checks.number("wait", wait, 1, 604800)
-    size, device = int(os.environ.get("WORLD_SIZE", 1)), choose_device(device)
+    (rank, size), device = _place(), choose_device(device)
     if (size == 1 and not alone) or dist.is_initialized():
         yield device
         return
     backend = "gloo"
     if device.type == "cuda":
-        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))), "nccl"
+        device, backend = torch.device("cuda", _set_by_torchrun("LOCAL_RANK", 0)), "nccl"
         torch.cuda.set_device(device)
-    rank, limit = int(os.environ.get("RANK", 0)), datetime.timedelta(seconds=wait)
+    limit = datetime.timedelta(seconds=wait)
     store = dist.HashStore() if size == 1 else _met(rank, size, limit)
     with _Pulse(store, rank, size) if size > 1 else nullcontext(), _groups_wait(limit):
         try:
@@ -150,6 +150,28 @@ class _Pulse:
         return {rank: self._store.get(key) if self._store.check([key]) else b"" for rank, key in keys.items()}
 
 
+def _place() -> tuple[int, int]:
+    """This process' rank and how many there are, by the variables of torchrun; ValueError where one does not fit."""
+    size = _set_by_torchrun("WORLD_SIZE", 1)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 and not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={size} is set, and {', '.join(missing)} not: start all processes by torchrun, or unset "
+            "WORLD_SIZE for one alone"
+        )
+    rank = _set_by_torchrun("RANK", 0)
+    if size != 1 and rank >= size:
+        raise ValueError(f"RANK must be less than WORLD_SIZE={size}; got {rank}: start all processes by torchrun")
+    return rank, size
+
+
+def _set_by_torchrun(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise ValueError(f"{name} must be a whole number, as torchrun sets it; got {value!r}")
+    return int(value)
+
+
 def _store_is_torchruns() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
@@ -168,7 +190,7 @@ def check_within(mesh: Any) -> None:
 
 def _met(rank: int, size: int, limit: datetime.timedelta) -> dist.Store:
     """The store at which all ranks have come: torchrun's own, or rank 0's. RankError names those that have not."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], _set_by_torchrun("MASTER_PORT", 0)
     keeps = rank == 0 and not _store_is_torchruns()
     end = time.monotonic() + limit.total_seconds()
     try:

@@ -194,6 +194,23 @@ def test_who_does_not_come_is_named(monkeypatch, rank, said):
         pass
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set, and RANK, MASTER_ADDR, MASTER_PORT not: start all .* by torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, as torchrun sets it; got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "less than WORLD_SIZE=2"),
+    ],
+)
+def test_variables_of_torchrun_that_are_missing_or_do_not_fit_are_named(monkeypatch, variables, said):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said), started("cpu"):
+        pass
+
+
 @pytest.mark.parametrize("wait", [0, -1, math.nan, math.inf, True, "60"])
 def test_a_wait_that_is_none_is_refused(wait):
     with pytest.raises(ValueError, match="wait must be a number from 1 to 604800; got"), started("cpu", wait=wait):
