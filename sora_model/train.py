@@ -32,7 +32,7 @@ from .fit import fit
 from .frames import to_video
 from .machine import choose_device
 from .pipeline import Sora
-from .ranks import Ranks
+from .ranks import Ranks, told_of_loss
 from .recipe import Recipe
 from .safety import credentials
 from .steps import generator_of, read_log
@@ -222,6 +222,10 @@ def train_dit(
     alone saves and returns these; the others return the weights of the last step.
     """
     run, device, settings = Path(run), choose_device(device), recipe.dit_fit
+    asked = {"checkpointing": checkpointing, "shard": shard, "cp": cp, "accumulate": accumulate}
+    asked |= {f"dit.{name}": value for name, value in dataclasses.asdict(recipe.dit).items()}
+    with told_of_loss("before the first step"):  # they would wait for each other in meshes of other sizes
+        Ranks().agree({"what is trained": "DiT"} | asked)
     if device.type != "cpu" or dtype != torch.float32 or checkpointing:  # a GPU needs one thread, functional calls too
         settings = dataclasses.replace(settings, workers=1)
     vae = vae.to(device).requires_grad_(False)

@@ -63,6 +63,14 @@ def _four(rank, folder):
 
 
 def _two(rank, folder):
+    for name, values in {"cp": (1, 2), "shard": (False, True), "checkpointing": (True, False)}.items():
+        message = f"all processes must be started alike: {name} is {values[0]} on rank 0, {values[1]} on rank 1"
+        with pytest.raises(ValueError, match=message):
+            train.train_dit(f"{folder}/unlike", vae(), recipe(steps=1), **{name: values[rank]})
+    with pytest.raises(ValueError, match="dit.heads is 2 on rank 0, 4 on rank 1"):
+        how = recipe(steps=1)
+        sizes = dataclasses.replace(how.dit, heads=2 + 2 * rank, dim=48)
+        train.train_dit(f"{folder}/unlike", vae(), dataclasses.replace(how, dit=sizes), cp=2)
     with pytest.raises(CheckpointError, match="was begun with lr=0.001, not 0.002"):
         train.train_dit(f"{folder}/run", vae(), recipe(steps=4, lr=2e-3), start=begun(), shard=True)
     with pytest.raises(CheckpointError, match="alone was begun without --shard, --cp or --accumulate: leave them out"):
