@@ -126,8 +126,8 @@ def qknorm_rope() -> Iterator[Case]:
             return dict(q=draw(1, 128, H, 128), k=draw(1, 128, H, 128), q_weight=draw(n), k_weight=draw(n))
 
         yield Case(name, op("qk_norm_rope", **how), inputs, bounds={"qknorm_rope.kernels.PROGRAMS": bound})
-        every = ("q", "k", "q_weight", "k_weight")
-        yield Case(f"{name}, nvcc", op("qk_norm_rope", "cuda", **how), inputs, every, impl="cuda")
+        bounds = {"ptx.nvcc.QK_PROGRAMS": 2}
+        yield Case(f"{name}, nvcc", op("qk_norm_rope", "cuda", **how), inputs, bounds=bounds, impl="cuda")
     q, k = (partial(draw, 1, 128, 6, 128) for _ in "qk")  # one of two ranks
     yield Case("qk_norm_stats 6x128", op("qk_norm_stats"), lambda: dict(q=q(), k=k()))
     yield Case(

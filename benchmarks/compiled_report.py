@@ -48,6 +48,7 @@ The rows tell them by class.
 # kernel -> goal of its accesses -> why it misses it, in some call on some GPU; or words in the name of a call -> why
 _PARAMETERS = "channels' parameters, a few bytes a lane, from L1"
 _SUMS = "lanes that hold one sum all store it: no bank conflicts"
+_OF_WARPS = "sums of warps, 16 bytes that all lanes read: by quarter warps"
 _FRAMES = "channels last: 16 values a lane, to write 16 bytes, so two loads share a sector; else: single bytes, 3 apart"
 _OPERANDS = {
     "fp32": "products without tensor cores read two rows of their left operand at a time, which Triton leaves a row "
@@ -61,14 +62,16 @@ NOTES = {
     "modulation_bwd_kernel": {
         "16 bytes": {"by index": "what sorts tokens by their index, a few bytes a lane, from L1"},
         "sectors": {"nvcc": "fp32 partials and tables, 32 bytes a lane, in two accesses that share sectors"},
-        "wavefronts": {"nvcc": "sums of warps, 16 bytes that all lanes read: by quarter warps"},
+        "wavefronts": {"nvcc": _OF_WARPS},
     },
     "sum_partials_kernel": {"16 bytes": "of few partials 4 bytes a lane", "wavefronts": _SUMS},
     "qk_norm_rope_fwd_kernel": {
         "16 bytes": "angles' steps, 8 bytes, and a head's weight, 4, from L1 for each token",
         "wavefronts": "angles' steps, 8 bytes, of pairs that lie 4 apart: lanes meet in the same banks",
     },
-    "qk_norm_rope_bwd_kernel": {"16 bytes": "as forward", "wavefronts": "heads of a token exchange sums; " + _SUMS},
+    "qk_norm_rope_bwd_kernel": {
+        "16 bytes": "as forward", "wavefronts": {"nvcc": _OF_WARPS, "": "heads of a token exchange sums; " + _SUMS},
+    },
     "qk_norm_stats_bwd_kernel": {"16 bytes": "the gradient of a token's sum, 4 bytes, to every lane, from L1"},
     "gate_heads_fwd_kernel": {"16 bytes": "a head's gate, 2 bytes, to every lane that has channels of it, from L1"},
     "gate_heads_bwd_kernel": {"16 bytes": "as forward"},

@@ -43,7 +43,7 @@ GRACE_S = 15  # for a stopped step to write what it has
 PREDICTED = (
     ("spacetime_attention", "both", ("wan1.3b-length-4", "wan1.3b-480p")),
     ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
-    ("qk_norm_rope", "fwd", ("wan1.3b-480p", "wan14b-480p")),
+    ("qk_norm_rope", "both", ("wan1.3b-480p", "wan14b-480p")),
     ("upsample_conv3d", "fwd", ("wan1.3b-480p",)),
     ("norm_silu", "fwd", ("wan1.3b-480p",)),
     ("norm_modulate", "both", ("wan1.3b-480p",)),

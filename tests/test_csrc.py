@@ -533,6 +533,16 @@ def test_qk_norm_rope_reads_and_writes_16_bytes_at_a_time(machine_code, architec
         assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_of_qk_norm_rope_are_read_and_written_16_bytes_at_a_time(machine_code, architecture):
+    kernels = {n: s for n, s in machine_code[architecture].items() if "qk_norm_rope_bwd_kernel" in n}
+    assert len(kernels) == 9  # three dtypes; heads, widths of up to four and of up to sixteen warps
+    for name, sass in kernels.items():
+        assert len(re.findall(r"\bLDG\.E\.NA\.128", sass)) >= 4, f"{name}: x and dout"
+        assert re.search(r"\bSTG\.E\S*\.128", sass), f"{name}: no 128-bit store"
+        assert not re.search(r"\bSTG\.E(\.U16|\.64)? ", sass), f"{name}: a narrow store"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("E", [64, 96, 128])
@@ -670,6 +680,31 @@ def test_cuda_qk_norm_rope_meets_the_error_rule_and_gives_the_same_bits_again(Hq
     oracle = turn(q.double(), k.double(), [w.double() for w in weights], "reference")
     for name, *found in zip("qk", actual, oracle, turn(q, k, weights, "reference"), again, strict=True):
         assert_matches_oracle(*found[:3], name, Hq * E)
+        assert torch.equal(found[0], found[3]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("across", ["head", "width"])
+@pytest.mark.parametrize("Hq, Hk, E", [(1, 1, 64), (12, 12, 128), (24, 8, 128), (40, 40, 128), (24, 24, 96)], ids=str)
+def test_cuda_gradients_of_qk_norm_rope_meet_the_error_rule_and_give_the_same_bits_again(
+    Hq, Hk, E, across, dtype, require
+):
+    require("qk_norm_rope", "cuda", "cuda", dtype, grad=True)
+    tensors = [torch.randn(2, 300, H, E, device="cuda").to(dtype) for H in (Hq, Hk)]
+    tensors += [torch.randn(H * E if across == "width" else E, device="cuda").to(dtype) for H in (Hq, Hk)]
+    how = dict(across=across, grid=(3, 10, 10), split=(E // 2 - 16, 8, 8))
+    douts = [torch.randn_like(t) for t in tensors[:2]]
+
+    def gradients(to, impl):
+        q, k, q_weight, k_weight = leaves = [t.to(to).requires_grad_() for t in tensors]
+        results = qk_norm_rope(q, k, q_weight=q_weight, k_weight=k_weight, **how, impl=impl)
+        return torch.autograd.grad(results, leaves, [d.to(to) for d in douts])
+
+    actual, again = gradients(dtype, "cuda"), gradients(dtype, "cuda")
+    oracle, plain = gradients(torch.float64, "reference"), gradients(dtype, "reference")
+    for name, *found in zip(("q", "k", "q_weight", "k_weight"), actual, oracle, plain, again, strict=True):
+        assert_matches_oracle(*found[:3], name, Hq * E if len(name) == 1 else 600 * Hq)
         assert torch.equal(found[0], found[3]), name
 
 

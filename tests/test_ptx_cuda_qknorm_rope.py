@@ -1,4 +1,5 @@
-"""CUDA C++ of qk_norm_rope as nvcc compiles it, executed without a GPU: numbers, bytes, schedules, refusals."""
+"""CUDA C++ of qk_norm_rope and its gradients as nvcc compiles it, executed without a GPU: numbers, bytes, schedules,
+refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from ptx import nvcc
 from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, _dispatch, qk_norm_rope
-from sora_kernels.testing import assert_matches_oracle
+from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 
 if not nvcc.find():
     pytest.skip("nvcc is not installed", allow_module_level=True)
@@ -90,6 +91,72 @@ def test_everything_that_the_op_takes(way, dtype):
     check(draw(2, 7, H, E, dtype=dtype), draw(2, 7, of_k, E, dtype=dtype) + 3, dtype, **keywords())
 
 
+GRADIENTS = {  # heads of q and k, width of a head, programs, the rest; 2 clips of 7 tokens
+    "a width of three warps, programs with a rest": (
+        (12, 12, 128, 4), lambda: dict(across="width", grid=(7, 1, 1), q_weight=draw(1536), k_weight=draw(1536)),
+    ),
+    "a width of five warps, fewer heads of k, before text": (
+        (20, 10, 128, 2), lambda: dict(across="width", grid=(1, 1, 5), text_len=2, k_weight=draw(1280)),
+    ),
+    "heads one after the other, more of q, split halves": (
+        (9, 2, 128, 1), lambda: dict(grid=(7, 1, 1), interleaved=False, q_weight=draw(128), k_weight=draw(128)),
+    ),
+    "heads of 96, of which 64 channels turn, by tables": (
+        (3, 3, 96, 1), lambda: dict(freqs=angles(2, 7, 1, 32), rotary_dim=64, q_weight=draw(96), k_weight=draw(96)),
+    ),
+    "angles alone": ((4, 4, 64, 3), lambda: dict(norm=None, grid=(3, 2, 2), tokens=(4, 11), theta=256.0)),
+    "one head": ((1, 1, 1024, 1), lambda: dict(grid=(7, 1, 1), rotary_dim=512, q_weight=draw(1024))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way, dtype", in_turns(list(GRADIENTS), DTYPES), ids=str)
+def test_gradients_as_nvcc_compiles_them(way, dtype, monkeypatch):
+    (H, of_k, E, programs), keywords = GRADIENTS[way]
+    monkeypatch.setattr(nvcc, "QK_PROGRAMS", programs)
+    how, tensors = keywords(), dict(q=draw(2, 7, H, E, dtype=dtype), k=draw(2, 7, of_k, E, dtype=dtype) * 3)
+    tensors |= {name: how.pop(name).to(dtype) for name in ("q_weight", "k_weight") if name in how}
+    douts = [draw(*tensors[name].shape, dtype=dtype) for name in "qk"]
+
+    def gradients(tensors, douts, impl):
+        return outputs_and_grads(lambda **t: qk_norm_rope(**t, **how, impl=impl), tensors, douts)
+
+    with nvcc.nvcc_on(80 if H == 9 else 90, schedule=2, again=7):
+        actual = gradients(tensors, douts, "cuda")
+    oracle = gradients({name: t.double() for name, t in tensors.items()}, [d.double() for d in douts], "reference")
+    for name, plain in gradients(tensors, douts, "reference").items():
+        terms = 14 * (H if how.get("across") != "width" else 1) if "weight" in name else H * E
+        assert_matches_oracle(actual[name], oracle[name], plain, name, terms)
+
+
+def test_each_byte_of_the_gradients_is_read_once_and_written_once(monkeypatch):
+    monkeypatch.setattr(nvcc, "QK_PROGRAMS", 3)
+    q, k = (draw(1, 6, 12, 128, dtype=torch.bfloat16).requires_grad_() for _ in "qk")
+    weight, found = draw(1536, dtype=torch.bfloat16).requires_grad_(), []
+    how = dict(across="width", grid=(6, 1, 1), q_weight=weight)
+    with nvcc.nvcc_on(90, lambda name, counters: found.append((name, counters))):
+        results = qk_norm_rope(q, k, **how, impl="cuda")
+        torch.autograd.grad(results, [q, k, weight], [torch.randn_like(q), torch.randn_like(k)])
+    assert [name for name, _ in found[1:]] == ["qk_norm_rope_bwd_kernel", "sum_partials_kernel"]
+    kernel = found[1][1]
+    assert 32 * kernel.read == 4 * q.nbytes + weight.nbytes
+    assert 32 * kernel.written == 2 * q.nbytes + 3 * 2 * weight.nbytes
+
+
+def test_a_gradient_has_the_same_bits_whichever_others_are_wanted(monkeypatch):
+    monkeypatch.setattr(nvcc, "QK_PROGRAMS", 2)
+    tensors = dict(q=draw(1, 5, 4, 64), k=draw(1, 5, 4, 64), q_weight=draw(64), k_weight=draw(64))
+    douts, found = (draw(1, 5, 4, 64), draw(1, 5, 4, 64)), {}
+    for wanted in (tuple(tensors), ("q",), ("k_weight",), ("k", "q_weight")):
+        leaves = [tensors[name].requires_grad_() for name in wanted]
+        with nvcc.nvcc_on(90):
+            results = qk_norm_rope(**tensors, grid=(5, 1, 1), impl="cuda")
+            grads = torch.autograd.grad([r for r in results if r.requires_grad], leaves, douts, allow_unused=True)
+        for name, grad in zip(wanted, grads, strict=True):
+            assert torch.equal(grad, found.setdefault(name, grad)), (name, wanted)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+
+
 def test_other_lengths_views_of_a_packed_qkv_and_where_to_write():
     q, k, _ = draw(2, 5, 3 * 4 * 128, dtype=torch.bfloat16).unflatten(2, (3, 4, 128)).unbind(2)
     k = k[:, 1:4]
@@ -135,7 +202,9 @@ REFUSED = [
     (dict(H=160), dict(across="width"), "got the width of 160 heads of 128"),
     (dict(H=1, E=1024), dict(grid=(5, 1, 1)), "cuda computes the angles of up to 256 pairs; got 512; pass freqs"),
     (dict(offset=4), {}, "multiples of 8 elements; got q with strides .* and offset 4"),
-    (dict(grad=True), {}, "qk_norm_rope is forward-only in cuda, and gradients were asked for"),
+    (dict(grad=True), dict(norm="layer"), "cuda's backward takes norm='rms' or None, and neither stats nor k_freqs"),
+    (dict(grad=True), dict(freqs=angles(5, 2, 64)), "angles that all heads share; got freqs of each head"),
+    (dict(grad=True, H=80), dict(across="width"), "a width of up to 8192 channels, .*; got 80 heads of 128"),
 ]  # fmt: skip
 
 

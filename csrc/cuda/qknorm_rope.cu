@@ -14,14 +14,13 @@
 #include "common/rotation.h"
 #include "common/stream.cuh"
 #include "common/vec.cuh"
+#include "cuda/qknorm_rope.cuh"
 
 #include <algorithm>
 #include <bit>
 
 namespace sora {
 namespace {
-
-constexpr int kMaxSteps = 256;  // pairs whose angles are computed: their steps are kernel parameters, of 4 KiB at most
 
 // kWarps warps share what a norm is over: the width of a token, or, of one warp, each of several heads.
 template <class T_, int kWarps_>
@@ -67,51 +66,20 @@ struct QkNormRopeParams {
 
 static_assert(sizeof(QkNormRopeParams) <= 4096, "the parameters of a kernel");
 
-// As common/rotation.h's steps are meant, and csrc/cpu/qknorm_rope_heads.h computes them: of 2^32 phases to a turn, a
-// quadrant, and a rest of at most an eighth of a turn (Cephes, S. Moshier).
-__device__ __forceinline__ void cos_sin(uint32_t phase, float& cosine, float& sine) {
-  const uint32_t quadrant = (phase + 0x20000000u) >> 30;
-  const float x = static_cast<float>(static_cast<int32_t>(phase - (quadrant << 30))) * 1.4629180792671596e-9f;
-  const float z = x * x;
-  const float s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f - z * 1.9515295891e-4f));
-  const float c = 1.0f - 0.5f * z +
-                  z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
-  const bool odd = quadrant & 1u;
-  cosine = __uint_as_float(__float_as_uint(odd ? s : c) ^ ((quadrant + 1u) & 2u) << 30);
-  sine = __uint_as_float(__float_as_uint(odd ? c : s) ^ (quadrant & 2u) << 30);
-}
-
-// Where a thread's two vectors lie in a head, and which of its pairs they hold.
-struct Place {
-  int columns[2], pairs[2];
-  bool turns[2];
-
-  template <int kVec>
-  static __device__ __forceinline__ Place of(const QkNormRopeParams& p, int j) {
-    const int half = p.E / 2;
-    if (p.interleaved) return {{j, half + j}, {j / 2, (half + j) / 2}, {j < 2 * p.pairs, half + j < 2 * p.pairs}};
-    const bool turns = j < p.pairs;  // beyond the pairs that turn follow those that do not, halves again
-    return {{turns ? j : p.pairs + j, (turns ? p.pairs : half) + j}, {j, j + kVec / 2}, {turns, turns}};
-  }
-};
-
 template <class Traits>
 struct Angles {
   static constexpr int kVec = Traits::kVec, kHalf = Traits::kHalf;
   float cos[2][kHalf], sin[2][kHalf];  // interleaved, of the pairs of each vector; of split halves, of each half of both
 
   __device__ __forceinline__ void compute(const QkNormRopeParams& p, const Place& place, const uint64_t* steps, int s) {
-    s += p.start - p.first;
-    const int row = s / p.grid_w;
-    const int64_t t = row / p.grid_h + p.origin[0], h = row % p.grid_h + p.origin[1], w = s % p.grid_w + p.origin[2];
+    const Position at = Position::of(p, s);
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       if (!place.turns[v]) continue;
 #pragma unroll
       for (int i = 0; i < kHalf; ++i) {
         const int pair = place.pairs[v] + i;
-        const int64_t position = pair < p.split_t ? t : pair < p.split_th ? h : w;
-        cos_sin(static_cast<uint32_t>(position * steps[pair] >> 32), cos[v][i], sin[v][i]);
+        cos_sin(at.phase(p, pair, steps[pair]), cos[v][i], sin[v][i]);
       }
     }
   }
@@ -336,12 +304,6 @@ QkNormRopeSide side_of(const char* name, const Tensor& x, const Tensor& out, con
   return side;
 }
 
-// All vectors of a tensor of these strides, in bytes, start on a boundary of so many bytes.
-bool aligned(const void* data, int64_t boundary, std::initializer_list<int64_t> strides = {}) {
-  const auto whole = [&](int64_t stride) { return stride % boundary == 0; };
-  return reinterpret_cast<uintptr_t>(data) % boundary == 0 && std::all_of(strides.begin(), strides.end(), whole);
-}
-
 void check_alignment(const char* name, const Tensor& x, const QkNormRopeSide& side) {
   const int64_t size = x.scalar_type() == ScalarType::Float ? 4 : 2, vec = 16 / size;
   const auto of_heads = [&](const Heads& t) {
@@ -408,14 +370,7 @@ void qk_norm_rope_fwd(const Tensor& q, const Tensor& k, const OptionalTensor& q_
   p.width = width || (p.sides[0].H <= 1 && p.sides[1].H <= 1);  // of one head it is the same, and a block holds more of it
   p.interleaved = interleaved || p.pairs == 0;
   p.first = static_cast<int>(first);
-  if (!cos && p.pairs > 0) {
-    SORA_CHECK(p.pairs <= kMaxSteps, "axes: expected at most ", kMaxSteps, " rotary pairs, got ", p.pairs);
-    std::copy_n(of_q.steps.begin(), p.pairs, p.steps);
-    std::copy_n(of_q.origin, 3, p.origin);
-    p.steps_count = p.pairs, p.start = static_cast<int>(of_q.start);
-    p.grid_h = static_cast<int>(of_q.grid[1]), p.grid_w = static_cast<int>(of_q.grid[2]);
-    p.split_t = static_cast<int>(of_q.split[0]), p.split_th = static_cast<int>(of_q.split[0] + of_q.split[1]);
-  }
+  if (!cos && p.pairs > 0) set_angles(p, of_q);
 
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q.get_device_index());

@@ -82,8 +82,8 @@ def qk_norm_rope(
     out          (q_out, k_out), where to write: of the shapes, dtype and device of q and k, dense in E and else of any
                  strides - the video's tokens of a buffer that it shares with text -, no memory of an input; for
                  inference only
-    impl         "auto", "reference", "cpu", "triton" or "cuda" (forward only; executed, not yet run on a GPU: "auto"
-                 never takes it)
+    impl         "auto", "reference", "cpu", "triton" or "cuda" (executed, not yet run on a GPU: "auto" never
+                 takes it)
 
     Without grid and freqs only the norm is applied. Returns (q, k) in their shapes and dtype, dense (or `out`).
     Statistics and products are fp32, rounded once at the store; error against fp64 ≤ 2 × that of plain PyTorch in the
@@ -131,7 +131,10 @@ def qk_norm_rope(
             return wide and wide(name)
         given = dict(q=q, k=k, q_weight=q_weight, k_weight=k_weight, q_bias=q_bias, k_bias=k_bias)
         given |= {} if out is None else dict(q_out=out[0], k_out=out[1])
-        return _not_for_cuda(given, tables, axes, by_width, interleaved)
+        reason = _not_for_cuda(given, tables, axes, by_width, interleaved)
+        if reason is None and grad:
+            reason = _no_gradients_in_cuda(q, k, norm, stats, tables, axes, by_width, interleaved)
+        return reason
 
     impl = _dispatch.choose(op, impl, q, grad=grad, limits=limits)
     host = rounding == "host" and norm is not None
@@ -337,6 +340,25 @@ def _not_for_cuda(given: dict, tables: list, axes, by_width: bool, interleaved: 
     return None
 
 
+def _no_gradients_in_cuda(q, k, norm, stats, tables: list, axes, by_width: bool, interleaved: bool) -> str | None:
+    """Why that of csrc/cuda/qknorm_rope_backward.cu does not: a thread holds two vectors of 8 channels of a head."""
+    E, heads, whole = q.shape[3], max(q.shape[2], k.shape[2]), 4 if interleaved else 8
+    pairs = sum(axes[3:6]) if axes else 0 if tables[0] is None else tables[0].shape[-1]
+    if norm == "layer" or stats is not None or tables[2] is not None:
+        return "cuda's backward takes norm='rms' or None, and neither stats nor k_freqs"
+    if tables[0] is not None and tables[0].ndim > 2 and tables[0].shape[-2] != 1:
+        return "cuda's backward takes angles that all heads share; got freqs of each head"
+    if E % 16 or pairs % whole or pairs > CUDA_ANGLES:
+        return (
+            f"cuda's backward takes heads of a multiple of 16 channels and up to {CUDA_ANGLES} pairs that turn, a "
+            f"multiple of {whole}; got {E} with {pairs}"
+        )
+    lanes = 1 << max(E // 16 - 1, 0).bit_length()  # threads of a head
+    if (heads * lanes if by_width or heads <= 1 else 16 * lanes) > 512:
+        return f"cuda's backward takes a width of up to 8192 channels, and heads of 512; got {heads} heads of {E}"
+    return None
+
+
 def _freqs(op, name, freqs, x, rotary_dim, text_len) -> tuple[Tensor, Tensor]:
     """The tables for x, whose rows of a (batch,) token (and head) count from the first token that turns."""
     if not (isinstance(freqs, tuple | list) and len(freqs) == 2):
@@ -418,7 +440,7 @@ _library.define(
     f"(Tensor dq_out, Tensor dk_out, {_ARGS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dq_weight, "
     "Tensor(d!)? dk_weight, Tensor(e!)? dq_bias, Tensor(f!)? dk_bias, Tensor(g!)? dstats) -> ()",
     reference=_backward,
-    impls=_impls("qk_norm_rope_bwd"),
+    impls=_impls("qk_norm_rope_bwd") | {"cuda": None},
 )
 
 

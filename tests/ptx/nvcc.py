@@ -34,6 +34,7 @@ MANGLED = {torch.float16: "6__half", torch.float32: "f", torch.bfloat16: "13__nv
 PROCESSORS = 132  # of an H200
 TRAITS = ((1, 16), (1, 32), (1, 48), (4, 24), (4, 48), (16, 32))  # warps of a row, elements of a thread
 BACKWARD_WARPS = (1, 4, 12)
+QK_PROGRAMS = 512  # kPrograms of qknorm_rope_backward.cu
 
 
 def find() -> str | None:
@@ -156,11 +157,7 @@ def modulation_bwd(
         counted = run(form, (-(-programs // of_block),), p, block=(threads,), shared=held)
         found = {"modulation_bwd_kernel": counted}
     if sums:
-        fields = [field for partial, to, *counts in sums for field in (partial, *_rows_of(to), *counts)]
-        absent = [field for _ in range(8 - len(sums)) for field in (0, *_rows_of(None), 0, 0, 0)]
-        argument = Struct("<" + "QQb7xqq3i4x" * 8 + "2i", (*fields, *absent, len(sums), D))
-        grid = (-(-D // 128) * max(count for _, _, count, *_ in sums), len(sums))
-        found["sum_partials_kernel"] = run("sum_partials_kernel", grid, argument)
+        found["sum_partials_kernel"] = run("sum_partials_kernel", *_sums(sums, D))
     return found
 
 
@@ -184,6 +181,15 @@ def gate_residual(
     launch = text, (-(-B * S // (4 if warps == 1 else 1)),), [Struct(layout, tuple(fields))]
     options |= dict(name=name, names=["p"])
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
+
+
+def _sums(sums: list[tuple], D: int) -> tuple[tuple[int, int], Struct]:
+    """The grid and the argument of sum_partials_kernel in common/partials.cuh: of each sum the partials, where it goes,
+    its rows, those of a clip, and partials of a row."""
+    fields = [field for partial, to, *counts in sums for field in (partial, *_rows_of(to), *counts)]
+    absent = [field for _ in range(8 - len(sums)) for field in (0, *_rows_of(None), 0, 0, 0)]
+    argument = Struct("<" + "QQb7xqq3i4x" * 8 + "2i", (*fields, *absent, len(sums), D))
+    return (-(-D // 128) * max(count for _, _, count, *_ in sums), len(sums)), argument
 
 
 def _rows_of(t: Tensor | None) -> list:
@@ -526,6 +532,59 @@ def qk_norm_rope(
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
+def qk_norm_rope_bwd(
+    sm: int, dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, norm: int, width: bool, axes: list[int] | None, theta: float, first: int,
+    interleaved: bool, eps: float, dq: Tensor | None, dk: Tensor | None, dq_weight: Tensor | None,
+    dk_weight: Tensor | None, again: int | None = None, **options,
+) -> list[Counters]:  # fmt: skip
+    """The launches of qk_norm_rope_bwd in qknorm_rope_backward.cu; the rest as of norm_modulate."""
+    (B, _, _, E), most = q.shape, max(q.shape[2], k.shape[2])
+    together, lanes = width or most <= 1, 1 << (E // 16 - 1).bit_length()
+    warps = -(-most * lanes // 32)
+    form = next(n for n in (4, 16) if warps <= n) if together else 1
+    threads, of_block = (32 * warps, 1) if together else (128, 4)
+    tokens = max(q.shape[1] if q.numel() else 0, k.shape[1] if k.numel() else 0)
+    chunk = -(-B * tokens // (QK_PROGRAMS * of_block))
+    programs = -(-B * tokens // chunk)
+    turning = sum(axes[3:6]) if axes else 0 if cos is None else cos.shape[-1]
+    start, stop = axes[9:] if axes and axes[9:] else (0, math.prod(axes[:3]) if axes else 0)
+    turn = stop - start if cos is None else cos.shape[-3 if cos.ndim == 4 else 0]
+    fields, sums = [], []
+    for x, dout, dx, weight, to in ((q, dq_out, dq, q_weight, dq_weight), (k, dk_out, dk, k_weight, dk_weight)):
+        S, H = x.shape[1:3]
+        for t in (x, dout, dx):
+            fields += [0, 0, 0, 0] if t is None else [t, *t.stride()[:3]]
+        length = H * E if width else E
+        partial = None if to is None else unwritten(programs, H * E if together else E)
+        sums += [] if to is None else [(partial, to, length)]
+        rounds = -(-H // (32 // min(lanes, 32)))
+        fields += [*_rows_of(weight)[:2], 0 if partial is None else partial]
+        fields += [S if x.numel() else 0, H, rounds, 1 / length]
+    fields += [0, 0, 0, 0] if cos is None else [cos, sin, *_steps_of(cos)[:2]]
+    fields += [*(axes[6:9] if axes else (0, 0, 0)), B * tokens, tokens, programs, chunk]
+    fields += [E, turning, lanes, lanes.bit_length() - 1, turning if axes else 0, first, turn, start]
+    split = axes[3:6] if axes else (0, 0, 0)
+    steps = [int(math.ldexp(theta ** (-j / n) / (2 * math.pi) % 1, 64)) for n in split for j in range(n)]
+    fields += [*(axes[1:3] if axes else (0, 0)), split[0], split[0] + split[1]]
+    fields += [norm != 0, interleaved or not turning, eps]
+    side = "Q3q" * 3 + "Qb7xQ3if"
+    p = Struct("<" + side * 2 + "QQ2q3q16i??2xf256Q", (*fields, *steps, *[0] * (256 - len(steps))))
+    text = compiled("qknorm_rope_backward", sm)
+
+    def run(form: str, grid: tuple[int, ...], argument: Struct, **how) -> Counters:
+        (name,) = (n for n in parser.kernels(text) if form in n)
+        launch, how = (text, grid, [argument]), options | dict(name=name, names=["p"]) | how
+        return device.run(*launch, **how) if again is None else device.run_again(*launch, again, **how)
+
+    form = f"TraitsI{MANGLED[q.dtype]}Li{form}E"
+    found = [run(form, (-(-programs // of_block),), p, block=(threads,), shared=128 * threads)]
+    alike = len({length for *_, length in sums}) == 1
+    for launch in [sums] if alike else [[one] for one in sums]:
+        found.append(run("sum_partials_kernel", *_sums([(p, to, 1, 1, programs) for p, to, _ in launch], launch[0][2])))
+    return found
+
+
 def _steps_of(table: Tensor) -> tuple[int, int, int]:
     """Strides of clips, tokens and heads of cos or sin: 0 where one row serves all."""
     table = table[:, None] if table.ndim == 2 else table
@@ -634,6 +693,16 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe("qk_norm_rope_fwd_kernel", counters)
 
+    def turn_back(dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, stats, cos, sin, *rest) -> None:
+        k_cos, k_sin, *rest = rest
+        assert q_bias is k_bias is stats is k_cos is k_sin is None
+        norm, width, axes, theta, first, interleaved, eps, _, _, dq, dk, dq_weight, dk_weight, *_ = rest
+        given = q, k, q_weight, k_weight, cos, sin, norm, width, axes, theta, first, interleaved, eps
+        launched = qk_norm_rope_bwd(sm, dq_out, dk_out, *given, dq, dk, dq_weight, dk_weight, **options)
+        for name, counters in zip(("qk_norm_rope_bwd_kernel", *["sum_partials_kernel"] * 2), launched, strict=False):
+            if observe:
+                observe(name, counters)
+
     def embed(video, weight, bias, pos, out) -> None:
         assert pos is None, "the kernel adds no rows"
         counters = patch_embed3d(sm, video, weight, bias, out, **options)
@@ -657,7 +726,8 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back,
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
         "spacetime_attention_bwd": attend_back,
-        "qk_norm_rope_fwd": turn, "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
+        "qk_norm_rope_fwd": turn, "qk_norm_rope_bwd": turn_back,
+        "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
         "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise, "final_layer_fwd": finish,
         "gate_residual_fwd": gate_on, "gate_residual_norm_modulate_fwd": gate_and_modulate,
         "gate_residual_bwd": gate_back, "gate_residual_norm_modulate_bwd": gate_and_modulate_back,
