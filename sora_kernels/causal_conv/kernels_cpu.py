@@ -32,6 +32,7 @@ from .reference import one_channel, upsample_past, upsample_spare
 LAST = torch.channels_last_3d
 ONE = (1, 1, 1)
 FEW = 4_000_000  # products that take about as long as a call of oneDNN
+_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 RUN, PARTS = 512, 16  # of the sum over pixels that a weight gradient is: so many at least, so many parts at most
 
 
@@ -157,6 +158,9 @@ def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, d
     dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
     if _few(dout, weight) and dout.numel() <= few.PIXELS * dout.shape[1]:
         return few.images_backward(dout, x, weight, stride, padding, data, taps)
+    if taps and not _AVX512 and few.columns(dout, weight) <= few.COLUMNS:
+        dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=False)[0] if data else None
+        return dx, few.images_backward(dout, x, weight, stride, padding, False, True)[1]
     blocks = list(_blocks(dout, x, weight, stride, padding)) if taps else []
     if len(blocks) == 1:
         return _backward(dout, x, weight, stride, padding, [data, True], opaque=False)
@@ -177,7 +181,7 @@ def _blocks(dout: Tensor, x: Tensor, weight: Tensor, stride, padding) -> Iterato
     with AVX-512 several images of 16 channels or more, of which oneDNN sums the rows first.
     """
     (N, C), (H, W) = x.shape[:2], dout.shape[2:]
-    by_rows = N > 1 and C >= 16 and max(stride) == 1 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    by_rows = N > 1 and C >= 16 and max(stride) == 1 and _AVX512
     if by_rows or weight.shape[2:] == (1, 1):
         yield dout, x, weight, stride, padding
         return

@@ -7,7 +7,11 @@ single small clip to a product of matrices, and by oneDNN:
     aten, oneDNN  110, 151   183, 181   396, 256  1602, 716
 
 Zeros around x take 15 µs as padding and 100 margin by margin. The gradients of images as products of matrices, of 6
-images of 16x16, take 930, and 1600 by oneDNN in as many parts as err no more.
+images of 16x16, take 930, and 1600 by oneDNN in as many parts as err no more. So it is, with AVX2, of the weight
+gradients of larger images, ms as a product and by parts; with AVX-512 that is not measured, and parts stay.
+
+    images, channels      4 of 32x48, 128   by 2   1 of 48x80, 96   4 of 64x64, 32   4 of 48x80, 96
+    product, parts             73, 93     31, 47        29, 37           18, 22          147, 128
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from torch import Tensor
 from .reference import one_channel, repeated
 
 FEWEST = 500_000  # products up to which aten does a single clip in no more time than oneDNN
+COLUMNS = 1 << 23  # values read by a weight gradient, one for each tap of a pixel, of which a copy is worth its time
 PIXELS = 2048  # from which on a product of matrices costs few channels more than oneDNN's parts
 
 
@@ -33,6 +38,11 @@ def packed(x: Tensor, cache: Tensor | None, front: tuple[int, int, int], back: t
     if past or top or left or back != (0, 0):
         x = F.pad(x, (left, back[1], top, back[0], past, 0))
     return one_channel(x.float())
+
+
+def columns(dout: Tensor, weight: Tensor) -> int:
+    """Values that a weight gradient reads as a product of matrices, which copies them."""
+    return dout.numel() // dout.shape[1] * (weight.numel() // weight.shape[0])
 
 
 def images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
