@@ -199,7 +199,10 @@ class Sora(Verbs, Planning, Loading):
         if expert not in (None, *NAMES):
             raise ValueError(f"expert must be 'high', 'low' or None; got {expert!r}")
         if expert is not None and index.get("boundary_ratio") is None:
-            raise ValueError(f"expert must be None: {folder} has one transformer, not two experts; got {expert!r}")
+            raise ValueError(
+                f"expert must be None (leave out --apart): {folder} has one transformer, not two experts; "
+                f"got {expert!r}"
+            )
         free = machine.available(torch.device("cpu"))
         if kind == "Sora":
             if (weights := sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))) > free:

@@ -105,7 +105,8 @@ def test_processes_that_hold_both_divide_both_by_the_guidance_of_each(folder, tm
 
 
 def test_where_experts_apart_do_not_fit_it_is_said(folder, tiny_checkpoint, sora, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"expert must be None: .* has one transformer, not two experts; got 'high'"):
+    message = r"expert must be None \(leave out --apart\): .* has one transformer, not two experts; got 'high'"
+    with pytest.raises(ValueError, match=message):
         Sora.from_pretrained(tiny_checkpoint, expert="high")
     with pytest.raises(ValueError, match="expert must be 'high', 'low' or None; got 'both'"):
         Sora.from_pretrained(folder, expert="both")
