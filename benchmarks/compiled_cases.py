@@ -293,7 +293,7 @@ def attention() -> Iterator[Case]:
     yield Case(
         "spacetime_attention window and text, nvcc",
         op("spacetime_attention", "cuda", grid=(4, 8, 16), window=(2, 8, 8), stride=(2, 4, 8), text_len=32),
-        heads(544, 1), ("q", "k", "v"), products=True, impl="cuda", sms=(90,),
+        heads(544, 1), products=True, impl="cuda", sms=(90,),
     )  # fmt: skip
     yield Case(
         "gate_heads 32x128", op("gate_heads"), lambda: dict(x=draw(1, 256, 32, 128), gate=draw(1, 256, 32))

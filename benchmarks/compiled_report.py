@@ -103,7 +103,7 @@ NOTES = {
     "moments_kernel": {"16 bytes": "the middle of three values of each channel, once a program"},
     "attention_bwd_rows_kernel": {"wavefronts": _SUMS},
     **dict.fromkeys(
-        ("attention_bwd_dkdv_kernel", "attention_bwd_keys_kernel"),
+        ("attention_bwd_dkdv_kernel", "attention_bwd_keys_kernel", "attention_plan_bwd_keys_kernel"),
         {"wavefronts": "LSE and delta, 8 bytes a lane, 32 of them the same for all of a column: by half warps"},
     ),
 }  # fmt: skip

@@ -39,9 +39,11 @@ from .models import MODELS
 BUILD_SHARE, CUDA_SHARE, VERIFY_SHARE, TEST_SHARE = 0.4, 0.1, 0.2, 0.5
 GRACE_S = 15  # for a stopped step to write what it has
 
-# What docs/cuda.md predicts of the CUDA C++ kernels, to be confirmed in order of value: op, mode and shapes.
+# What docs/cuda.md predicts of the CUDA C++ kernels, to be confirmed in order of value: op, variant, mode and shapes.
 PREDICTED = (
     ("spacetime_attention", "both", ("wan1.3b-length-4", "wan1.3b-480p")),
+    ("spacetime_attention:causal", "both", ("wan1.3b-480p",)),
+    ("spacetime_attention:tiles", "both", ("wan1.3b-480p",)),
     ("causal_conv3d", "fwd", ("wan1.3b-480p", "wan14b-480p", "wan1.3b-720p")),
     ("qk_norm_rope", "both", ("wan1.3b-480p", "wan14b-480p")),
     ("upsample_conv3d", "fwd", ("wan1.3b-480p",)),
@@ -142,9 +144,10 @@ class Session:
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *tests]
             self.step(f"cuda {tool}", command, self.out / "sanitizer.log", CUDA_SHARE * self.left())
         for op, mode, named in PREDICTED:
+            impls = [impl for impl in RIVALS if impl in _library.impls(f"{op.partition(':')[0]}_fwd")]
             command = [sys.executable, "-m", "benchmarks.run", "--op", op, "--mode", mode, "--budget", "0.5",
                        *(word for name in named for word in ("--shape", name)),
-                       *(word for impl in RIVALS if impl in _library.impls(f"{op}_fwd") for word in ("--impl", impl)),
+                       *(word for impl in impls for word in ("--impl", impl)),
                        "--device", "cuda", "--json", str(self.out / "bench.jsonl")]  # fmt: skip
             self.step(f"cuda {op}", command, self.out / "bench.log", CUDA_SHARE * self.left())
 

@@ -324,17 +324,20 @@ def test_attention_multiplies_in_groups_and_loads_boxes(machine_code):
 
 def test_gradients_of_attention_multiply_in_groups_and_load_boxes(machine_code):
     """A group each for the scores, their slopes, dq or dk, and dv; all but the last of them are in flight at a wait."""
-    kernels = {n: s for n, s in machine_code["sm_90a"].items() if "attention_bwd_kernel" in n}
-    assert len(kernels) == 12  # two dtypes, three widths, of queries and of keys
+    kernels = {n: s for n, s in machine_code["sm_90a"].items() if re.search("attention_(plan_)?bwd_kernel", n)}
+    assert len(kernels) == 24  # dense and planned, two dtypes, three widths, of queries and of keys
     for name, sass in kernels.items():
-        E, of_keys = map(int, re.search(r"Li(\d+)ELb([01])E", name).groups())
-        visited = 64 if of_keys and E > 64 else 96
+        E, of_keys, planned = map(int, re.search(r"Li(\d+)ELb([01])ELb([01])E", name).groups())
+        visited = 64 if planned or of_keys and E > 64 else 96
         products = re.findall(r"\bHGMMA\b.*?;", sass)
         assert len(products) == 2 * (E // 16) + (1 + of_keys) * visited // 16, name
         assert sum("gsb0" in product for product in products) == 3 + of_keys, f"{name}: serialised"
         assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", sass)) == 1 + 2 * of_keys, name
-        assert "UTMALDG" in sass and "UTMASTG" in sass and ("UBLKCP" in sass) == bool(of_keys), name
-        assert re.search(r"USETMAXREG\S* \S+ 0xf0\b", sass) and re.search(r"USETMAXREG.DEALLOC\S* 0x18\b", sass), name
+        assert "UTMALDG" in sass and ("UBLKCP" in sass) == (of_keys and not planned), name
+        assert re.search(r"\bSTG\.E\S*\.128", sass) if planned else "UTMASTG" in sass, name
+        taken, left = ("0xe8", "0x28") if planned and not of_keys else ("0xf0", "0x18")
+        assert re.search(rf"USETMAXREG\S* \S+ {taken}\b", sass), name
+        assert re.search(rf"USETMAXREG.DEALLOC\S* {left}\b", sass), name
 
 
 def test_groups_take_no_more_registers_than_others_give(machine_code):
@@ -561,15 +564,16 @@ def test_cuda_attention_meets_the_error_rule_and_gives_the_same_bits_again(Sq, S
         assert torch.equal(found[0], found[3]), name
 
 
+PLANNED = (
+    dict(), dict(causal="frame"), dict(window=(5, 9, 11)), dict(window=(4, 8, 8), stride=(2, 4, 8), text_len=40),
+    dict(window=(3, 6, 20), sink=1), dict(window=[(9, 15, 20), (1, 8, 8)] * 2),
+)  # fmt: skip
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("E", [64, 96, 128])
-@pytest.mark.parametrize(
-    "mode",
-    [dict(), dict(causal="frame"), dict(window=(5, 9, 11)), dict(window=(4, 8, 8), stride=(2, 4, 8), text_len=40),
-     dict(window=(3, 6, 20), sink=1), dict(window=[(9, 15, 20), (1, 8, 8)] * 2)],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("mode", PLANNED, ids=str)
 def test_cuda_attention_over_plans_and_kv_lens_meets_the_error_rule(mode, E, dtype, require):
     require("spacetime_attention", "cuda", "cuda", dtype)
     S = 9 * 15 * 20 + mode.get("text_len", 0)
@@ -606,6 +610,30 @@ def test_cuda_gradients_of_attention_meet_the_error_rule_and_give_the_same_bits_
     for name, *found in zip(("dq", "dk", "dv"), actual, oracle, plain, again, strict=True):
         assert_matches_oracle(*found[:3], name, Sk if name == "dq" else Sq * H // Hk)
         assert torch.equal(found[0], found[3]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("E", [64, 96, 128])
+@pytest.mark.parametrize("mode", PLANNED, ids=str)
+def test_cuda_gradients_of_attention_over_plans_and_kv_lens_meet_the_error_rule(mode, E, dtype, require):
+    require("spacetime_attention", "cuda", "cuda", dtype, grad=True)
+    S = 9 * 15 * 20 + mode.get("text_len", 0)
+    inputs = [torch.randn(2, S, heads, E, device="cuda").to(dtype) for heads in (4, 2, 2)]
+    dout, dlse = torch.randn_like(inputs[0]), torch.randn(2, 4, S, device="cuda")
+    for lengths in (None, torch.tensor([S - 3, 1500], device="cuda")):
+
+        def gradients(to, impl):
+            leaves = [t.detach().to(to).requires_grad_() for t in inputs]
+            how = mode | dict(grid=(9, 15, 20), kv_lens=lengths, return_lse=True, impl=impl)  # noqa: B023
+            results = spacetime_attention(*leaves, **how)
+            return torch.autograd.grad(results, leaves, [dout.to(to), dlse.to(results[1].dtype)])
+
+        actual, again = gradients(dtype, "cuda"), gradients(dtype, "cuda")
+        oracle, plain = gradients(torch.float64, "reference"), gradients(dtype, "reference")
+        for name, *found in zip(("dq", "dk", "dv"), actual, oracle, plain, again, strict=True):
+            assert_matches_oracle(*found[:3], name, S if name == "dq" else 2 * S)
+            assert torch.equal(found[0], found[3]), name
 
 
 @pytest.mark.gpu

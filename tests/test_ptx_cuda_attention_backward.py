@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-
 import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.planted import found, planted
 from ptx.sweeps import faults, in_turns
 from test_attention import explicit
+from test_ptx_cuda_attention import PADDED, PLANS, RULES
 
 from sora_kernels import Unavailable, _dispatch, _library, attention_backward, spacetime_attention
+from sora_kernels.attention import kernels_cuda, reference
+from sora_kernels.attention.mode import resolve
 from sora_kernels.testing import assert_matches_oracle, outputs_and_grads
 
 if not nvcc.find():
@@ -28,21 +29,29 @@ CASES = [
 
 
 class Problem:
-    """Operands, the gradients in fp64, and those of plain PyTorch in the dtype."""
+    """Operands, the gradients in fp64, and those of plain PyTorch in the dtype. What lengths hide is no number."""
 
     def __init__(
-        self, Sq: int, Sk: int, H: int, Hk: int, E: int, dtype: torch.dtype, scale: float = 0.2, far: float = 0
-    ):
-        draw = lambda S, heads: torch.randn(1, S, heads, E).to(dtype)  # noqa: E731
+        self, Sq: int, Sk: int, H: int, Hk: int, E: int, dtype: torch.dtype, mode: dict | None = None,
+        lengths: list[int] | None = None, scale: float = 0.2, far: float = 0,
+    ):  # fmt: skip
+        B, mode = len(lengths or (1,)), mode or {}
+        draw = lambda S, heads: torch.randn(B, S, heads, E).to(dtype)  # noqa: E731
         self.inputs, self.scale = dict(q=draw(Sq, H), k=draw(Sk, Hk), v=draw(Sk, Hk)), scale
         if far:  # every score is below 0
             self.inputs["q"].abs_().add_(far), self.inputs["k"].abs_().add_(far).neg_()
-        self.dout, self.dlse = draw(Sq, H), torch.randn(1, H, Sq)
+        self.dout, self.dlse = draw(Sq, H), torch.randn(B, H, Sq)
         self.terms = dict(dq=max(Sk, E), dk=max(Sq * H // Hk, E), dv=max(Sq * H // Hk, E))
+        self.lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
+        self.form = resolve("test", Sq, Sk, *(mode.get(n, d) for n, d in RULES), heads=H)
+        mask = None
+        if mode or lengths:
+            parts = reference.masks(self.inputs["q"], self.inputs["k"], self.lengths, *self.form)
+            mask = torch.cat([part.expand(B, H, -1, Sk) for _, part in parts], 2)
 
         def gradients(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
             def formula(**tensors):
-                out, lse = explicit(**tensors, scale=scale)
+                out, lse = explicit(**tensors, mask=mask, scale=scale)
                 return out, lse.to(torch.promote_types(dtype, torch.float32))
 
             tensors = {name: t.to(dtype) for name, t in self.inputs.items()}
@@ -52,17 +61,21 @@ class Problem:
         out, lse, *self.oracle = gradients(torch.float64)
         self.baseline = gradients(dtype)[2:]
         self.out, self.lse = out.to(dtype), lse.float()
+        if lengths:
+            hidden = (torch.arange(Sk) >= self.lengths[:, None])[:, :, None, None]
+            self.inputs |= {name: self.inputs[name].masked_fill(hidden, float("nan")) for name in "kv"}
 
     def run(self, wanted: str = "qkv", **options) -> list[torch.Tensor | None]:
         grads = [ptx.unwritten(*t.shape, dtype=t.dtype) if name in wanted else None for name, t in self.inputs.items()]
-        tensors = self.dout, self.dlse, *self.inputs.values(), self.out, self.lse
-        nvcc.attention_bwd(90, *tensors, self.scale, *grads, **options)
+        tensors = self.dout, self.dlse, *self.inputs.values(), self.out, self.lse, self.lengths
+        with nvcc.nvcc_on(90, **options):
+            kernels_cuda.spacetime_attention_bwd(*tensors, *self.form, self.scale, True, *grads)
         return grads
 
     def compare(self, grads: list[torch.Tensor | None]) -> None:
-        for (name, terms), *found in zip(self.terms.items(), grads, self.oracle, self.baseline, strict=True):
-            if found[0] is not None:
-                assert_matches_oracle(*found, name, terms)
+        for (name, terms), *tensors in zip(self.terms.items(), grads, self.oracle, self.baseline, strict=True):
+            if tensors[0] is not None:
+                assert_matches_oracle(*tensors, name, terms)
 
 
 @pytest.mark.parametrize("Sq, Sk, H, Hk, E, dtype", in_turns(CASES, DTYPES), ids=str)
@@ -82,6 +95,56 @@ def test_sweep_of_sizes_and_schedules(Sk, E, dtype):
         problem.compare(first)
         for schedule in (0, 1, 20 + seed):
             assert all(map(torch.equal, first, problem.run(schedule=schedule))), schedule
+
+
+# A tile that owns has 128 tokens, one visited 64, a ring three. Heads that share keys, those of 128, hidden keys.
+SHORT = {
+    "tiles": (150, 150, 2, 1, 128, dict(grid=(2, 5, 15), window=(1, 3, 6), stride=(1, 3, 3)), [150, 71]),
+    "window, text": (170, 170, 1, 1, 64, dict(grid=(4, 5, 8), window=(2, 5, 4), text_len=10), [170, 164]),
+    "causal window, sink": (150, 150, 1, 1, 64, dict(grid=(5, 5, 6), window=(2, 5, 6), causal="frame", sink=1)),
+    "packed": (150, 150, 1, 1, 96, dict(grids=[(2, 5, 9), (3, 4, 5)], causal="frame")),
+    "cache, text first": (90, 170, 1, 1, 64, dict(grid=(2, 8, 10), window=(1, 5, 4), text_len=10, text_at="start")),
+    "heads": (160, 160, 4, 2, 64, dict(grid=(2, 8, 10), window=[(1, 8, 10), (2, 4, 4), (2, 8, 10), (1, 8, 10)])),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_gradients_over_plans_as_nvcc_compiles_them(name):
+    """Each in one dtype here; in the sweep in both."""
+    Sq, Sk, H, Hk, E, *rest = SHORT[name]
+    problem = Problem(Sq, Sk, H, Hk, E, DTYPES[len(name) % 2], *rest)
+    problem.compare(problem.run(schedule=2, again=5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*PLANS, *(f"{name}, padded" for name in PADDED), "tiles, short"])
+def test_sweep_of_plans_and_schedules(name, dtype):
+    plans = PLANS | {f"{name}, padded": plan for name, plan in PADDED.items()} | {"tiles, short": SHORT["tiles"]}
+    Sq, Sk, H, Hk, _, *rest = plans[name]
+    for seed, E in enumerate((64, 96, 128)):
+        problem = Problem(Sq, Sk, H, Hk, E, dtype, *rest)
+        first = problem.run(schedule=10 + seed)
+        problem.compare(first)
+        assert all(map(torch.equal, first, problem.run(schedule=20 + seed)))
+
+
+@pytest.mark.parametrize("E, dtype", [(64, DTYPES[0]), (96, DTYPES[1])], ids=str)
+def test_keys_that_kv_lens_hides_are_no_numbers_and_have_no_gradients(E, dtype):
+    """No key at all, one; a tile less one, a tile, one more; all of two tiles that own."""
+    problem = Problem(40, 190, 1, 1, E, dtype, lengths=[0, 1, 95, 96, 97, 190])
+    grads = problem.run(schedule=3, again=4)
+    problem.compare(grads)
+    assert all(not t[b, n:].any() for t in grads[1:] for b, n in enumerate(problem.lengths))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("E", [64, 96, 128])
+def test_sweep_of_lengths_and_schedules(E, dtype):
+    for seed, lengths in enumerate(([352, 0, 353], [95, 96, 97], [400, 399, 2], [1, 129, 128])):
+        problem = Problem(1 + 64 * seed, 400, 2, 1, E, dtype, lengths=lengths)
+        problem.compare(problem.run(schedule=seed, again=20 + seed))
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v"])
@@ -107,37 +170,41 @@ UNSEEN = {  # places of a fault that may go unseen
     "a wait for products too lax": 1,  # the same
     "a fence of products removed": 2,  # of scores and slopes, whose old values products do not read
 }
+PLANNED = [  # what of them over plans is not as it is dense
+    ("a wait for an mbarrier removed", False), ("a wait for an mbarrier removed", True),
+    ("an arrival at an mbarrier removed", False), ("an arrival at an mbarrier removed", True),
+    ("a fence of the async proxy removed", False),
+]  # fmt: skip
 
 
-def planted(label: str, of_keys: bool) -> Iterator[str]:
-    """The PTX with one fault in a kernel of bf16 heads of 64."""
-    text = nvcc.compiled("attention_backward", 90)
-    begin = text.index(f"13__nv_bfloat16Li64ELb{int(of_keys)}E")
-    end = text.find(".entry", begin)
-    pattern, replacement = FAULTS[label]
-    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
-        yield text[: hit.start()] + hit.expand(replacement) + text[hit.end() :]
+def by(label: str, problem: Problem, of_keys: bool, planned: bool) -> list[str | None]:
+    """What finds the fault at each of its places in a kernel of bf16 heads of 64."""
+    wanted, kernel = "kv" if of_keys else "q", f"13__nv_bfloat16Li64ELb{of_keys:d}ELb{planned:d}E"
 
+    def found_in(text: str) -> str | None:
+        how = dict(rewrite=lambda _: text, budget=400_000)
+        return found(lambda schedule: problem.compare(problem.run(wanted, schedule=schedule, **how)))
 
-def found(text: str, problem: Problem, wanted: str) -> str | None:
-    """What finds the fault, under one of eight schedules."""
-    for schedule in range(8):
-        try:
-            problem.compare(problem.run(wanted, rewrite=lambda _: text, schedule=schedule, budget=400_000))
-        except ptx.Fault as fault:
-            return fault.kind
-        except AssertionError:
-            return "wrong result"
-    return None
+    return [found_in(text) for text in planted("attention_backward", kernel, *FAULTS[label])]
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label, of_keys):
-    problem = Problem(*((390, 70) if of_keys else (70, 390)), 1, 1, 64, torch.bfloat16)
-    by = [found(text, problem, "kv" if of_keys else "q") for text in planted(label, of_keys)]
-    assert len(by) - by.count(None) >= 1 and by.count(None) <= UNSEEN.get(label, 0), by
-    assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
+    sizes, lengths = ((390, 70), None) if of_keys else ((70, 390), [350])
+    problem = Problem(*sizes, 1, 1, 64, torch.bfloat16, lengths=lengths)
+    kinds = by(label, problem, of_keys, False)
+    assert len(kinds) - kinds.count(None) >= 1 and kinds.count(None) <= UNSEEN.get(label, 0), kinds
+    assert "wrong result" not in kinds, f"{kinds}: the checks themselves should have found it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label, of_keys", PLANNED, ids=lambda value: {False: "queries", True: "keys"}.get(value))
+def test_planted_faults_are_found_over_plans(label, of_keys):
+    """Keys are hidden in part, and a ring's places are used again."""
+    mode = dict(grid=(4, 8, 9), window=(2, 5, 4), text_len=10)
+    kinds = by(label, Problem(298, 298, 1, 1, 64, torch.bfloat16, mode, [293]), of_keys, True)
+    assert kinds and None not in kinds and "wrong result" not in kinds, kinds
 
 
 def test_weights_beyond_the_last_key_and_query_stay_out_of_sums():
@@ -207,13 +274,8 @@ def test_what_the_kernels_do_not_take_is_unavailable_with_the_reason():
         ):
             with pytest.raises(Unavailable, match=message):
                 spacetime_attention(*call(), impl="cuda")
-        for mode in (
-            dict(kv_lens=torch.tensor([3])),
-            dict(grid=(1, 2, 5), window=(1, 1, 3)),
-            dict(grid=(5, 1, 2), causal=1),
-        ):
-            with pytest.raises(Unavailable, match="cuda has gradients of attention without kv_lens, window, causal or"):
-                spacetime_attention(leaf, x, x, **mode, impl="cuda")
+        with pytest.raises(Unavailable, match=r"cuda takes no dilation; got \(1, 1, 2\)"):
+            spacetime_attention(leaf, x, x, grid=(1, 2, 5), window=(1, 1, 3), dilation=(1, 1, 2), impl="cuda")
         with pytest.raises(
             Unavailable, match="cuda gives torch.bfloat16 for torch.bfloat16; got out_dtype=torch.float32"
         ):

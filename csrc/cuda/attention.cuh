@@ -9,6 +9,7 @@
 #include "common/wgmma.cuh"
 
 #include <cmath>
+#include <cstdint>
 
 namespace sora {
 
@@ -129,9 +130,55 @@ __device__ __forceinline__ void load_boxes(Boxes& to, const CUtensorMap& map, Ba
   for (int box = 0; box < Traits::kBoxes; ++box) load_box(to[box], map, full, box * Traits::kColumns, s, h, b);
 }
 
+// Rows become zeros, by a warp.
+template <class Traits, class Boxes, class Which>
+__device__ __forceinline__ void clear_rows(Boxes& boxes, Which which) {
+  constexpr int kPieces = Traits::kRowBytes / 16;
+#pragma unroll 1  // few registers are left to a warp that loads
+  for (int box = 0; box < Traits::kBoxes; ++box)
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < Traits::kKeys * kPieces; i += 32)
+      if (which(i / kPieces))
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared_address(boxes[box]) + 16 * i), "r"(0) : "memory");
+}
+
+// How many keys of each clip are real.
+struct Lengths {
+  const void* of;  // [B], of 64 bits where wide; null: all are
+  int wide;
+
+  __device__ __forceinline__ int real(int batch, int Sk) const {
+    if (!of) return Sk;
+    const int64_t n = wide ? __ldg(static_cast<const int64_t*>(of) + batch) : int64_t{__ldg(static_cast<const int*>(of) + batch)};
+    return n < 0 ? 0 : n < Sk ? static_cast<int>(n) : Sk;
+  }
+};
+
+inline Lengths lengths_of(const OptionalTensor& kv_lens, const Tensor& q) {
+  if (!kv_lens) return {};
+  const bool wide = kv_lens->scalar_type() == ScalarType::Long;
+  SORA_CHECK((wide || kv_lens->scalar_type() == ScalarType::Int) && kv_lens->is_contiguous() && kv_lens->dim() == 1 &&
+                 kv_lens->size(0) == q.size(0) && kv_lens->is_cuda() && kv_lens->get_device_index() == q.get_device_index(),
+             "kv_lens: expected a contiguous int32 or int64 (B,) on the device of q, got ", describe(*kv_lens));
+  return {kv_lens->data_ptr(), wide};
+}
+
 // Of heads [B, S, H, E], for boxes of so many columns of E and rows of S.
 inline CUtensorMap head_map(const char* name, const Tensor& t, int columns, int rows) {
   return box_map<4>(name, t, {3, 1, 2, 0}, {columns, rows, 1, 1});
+}
+
+// q [B, Sq, H, E] and k [B, Sk, Hk, E] are what the kernels take.
+inline void check_operands(const Tensor& q, const Tensor& k, double scale) {
+  SORA_CHECK(q.dim() == 4 && k.dim() == 4, "q, k: expected (B, S, H, E), got ", describe(q), " and ", describe(k));
+  const int64_t H = q.size(2), Hk = k.size(2), E = q.size(3);
+  SORA_CHECK(q.is_cuda() && (E == 64 || E == 96 || E == 128) && q.scalar_type() != ScalarType::Float,
+             "q: expected bfloat16 or float16 heads of 64, 96 or 128 on a GPU, got ", describe(q));
+  SORA_CHECK(q.numel() > 0 && k.numel() > 0 && H % Hk == 0, "k: expected keys, in a number of heads that divides ", H,
+             ", got ", describe(k));
+  SORA_CHECK(scale > 0, "scale: expected a number above 0, got ", scale);
+  SORA_CHECK(q.size(1) <= INT32_MAX / 2 && k.size(1) <= INT32_MAX / 2, "q, k: expected fewer than 2^30 tokens, got ",
+             describe(q), " and ", describe(k));
 }
 
 // t [B, S, H, E] with the dtype of q.

@@ -46,19 +46,13 @@ struct AttentionTraits {
 };
 
 struct AttentionParams {
-  float* lse;           // [B, H, Sq]
-  const void* kv_lens;  // [B], how many keys are real, of 64 bits where wide_lens; null: all
+  float* lse;       // [B, H, Sq]
+  void* out;        // [B, Sq, H, E], dense, over a plan
+  Lengths lengths;
   int Sq, Sk, H, group;  // group: query heads that share a key head
-  int query_tiles, tiles, wide_lens;
+  int query_tiles, tiles;
   float scale, scale_log2;
   PlanParams plan;
-
-  __device__ __forceinline__ int real_keys(int batch) const {
-    if (!kv_lens) return Sk;
-    const int64_t real = wide_lens ? __ldg(static_cast<const int64_t*>(kv_lens) + batch)
-                                   : int64_t{__ldg(static_cast<const int*>(kv_lens) + batch)};
-    return real < 0 ? 0 : real < Sk ? static_cast<int>(real) : Sk;
-  }
 };
 
 template <class Traits>
@@ -82,7 +76,7 @@ struct DenseTile {
       : query(index % p.query_tiles * (Traits::kConsumers * Traits::kQueries)),
         head(index / p.query_tiles % p.H),
         batch(index / p.query_tiles / p.H),
-        key_end(p.real_keys(batch)),
+        key_end(p.lengths.real(batch, p.Sk)),
         visits(max(1, (key_end + Traits::kKeys - 1) / Traits::kKeys)) {}  // of no key one, hidden, for its zeros
 
   __device__ __forceinline__ int visited(int i) const { return (visits - 1 - i) * Traits::kKeys; }
@@ -91,22 +85,10 @@ struct DenseTile {
 template <class Traits>
 __device__ __forceinline__ auto tile_of(int index, const AttentionParams& p) {
   if constexpr (Traits::kPlanned) {
-    return PlanTile(index, p.plan, [&](int batch) { return p.real_keys(batch); });
+    return PlanTile(index, p.plan, [&](int batch) { return p.lengths.real(batch, p.Sk); });
   } else {
     return DenseTile<Traits>(index, p);
   }
-}
-
-// Rows become zeros, by a warp.
-template <class Traits, class Boxes, class Which>
-__device__ __forceinline__ void clear_rows(Boxes& boxes, Which which) {
-  constexpr int kPieces = Traits::kRowBytes / 16;
-#pragma unroll 1  // few registers are left to a warp that loads
-  for (int box = 0; box < Traits::kBoxes; ++box)
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < Traits::kKeys * kPieces; i += 32)
-      if (which(i / kPieces))
-        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(shared_address(boxes[box]) + 16 * i), "r"(0) : "memory");
 }
 
 // A warp, whose first lane speaks to the TMA.
@@ -134,7 +116,7 @@ __device__ __forceinline__ void produce(AttentionShared<Traits>& shared, const T
     };
     for (int i = 0; i < tile.visits; ++i, at.advance()) {
       const int key = tile.visited(i);
-      const bool hides = p.kv_lens && token(key, kKeys - 1) >= tile.key_end;
+      const bool hides = p.lengths.of && token(key, kKeys - 1) >= tile.key_end;
       shared.k_empty[at.stage].wait(at.parity ^ 1);
       if (leads) load_keys(shared.k[at.stage], k, shared.k_full[at.stage], key);
       shared.v_empty[at.stage].wait(at.parity ^ 1);
@@ -165,24 +147,6 @@ __device__ __forceinline__ void produce(AttentionShared<Traits>& shared, const T
   }
 }
 
-// The rows of a tile's queries from `first` on to where their tokens are in out, by a warp group. A box of the TMA would
-// end at an edge of the tensor, not at that of a packed clip.
-template <class Traits, class Boxes>
-__device__ __forceinline__ void copy_rows(const Boxes& from, const PlanTile& tile, int first, const AttentionParams& p) {
-  using T = typename Traits::T;
-  constexpr int kVec = Vec<T>::kSize, kPieces = Traits::kWidth / kVec;
-  static_assert(Traits::kQueries * kPieces % kGroup == 0);
-  T* const to = static_cast<T*>(p.plan.out) + (int64_t{tile.batch} * p.Sq * p.H + tile.head) * Traits::kWidth;
-#pragma unroll 2
-  for (int i = threadIdx.x % kGroup; i < Traits::kQueries * kPieces; i += kGroup) {
-    const int row = i / kPieces, column = i % kPieces * kVec, token = tile.token(first + row, p.plan.own);
-    if (token < 0) continue;
-    const T* place = &from[column / Traits::kColumns][row][column % Traits::kColumns];
-    store_vec(to + int64_t{token} * p.H * Traits::kWidth + column,
-              load_shared<T>(swizzled<Traits::kRowBytes>(shared_address(place))));
-  }
-}
-
 template <class Traits>
 struct Reached {
   __device__ __forceinline__ Reached(const AttentionParams&, int, int) {}
@@ -192,6 +156,15 @@ struct Reached<AttentionTraits<T, kWidth, true>> {
   const Reach rows[2];
   __device__ __forceinline__ Reached(const AttentionParams& p, int first, int second)
       : rows{Reach(p.plan, first), Reach(p.plan, second)} {}
+
+  // Scores of the i-th tile that is visited, of keys that a query does not see.
+  template <int N>
+  __device__ __forceinline__ void hide(float (&scores)[N], int i, const PlanTile& tile, const PlanParams& p) const {
+    if (!tile.hides(i, p.visit)) return;
+    uint32_t see[2];
+    tile.see(see, tile.visited(i), rows, p);
+    mask(scores, see);
+  }
 };
 
 template <class Traits>
@@ -234,7 +207,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     if (lane == 0) shared.k_empty[at_k.stage].arrive();
     at_k.advance();
     if constexpr (Traits::kPlanned) {
-      if (tile.hides(0, p.plan.visit)) tile.mask(scores, tile.visited(0), reach.rows, p.plan);
+      reach.hide(scores, 0, tile, p.plan);
     } else {
       mask(scores, tile.visited(0), tile.key_end);
     }
@@ -258,7 +231,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
       if (lane == 0) shared.k_empty[at_k.stage].arrive();
       at_k.advance();
       if constexpr (Traits::kPlanned) {
-        if (tile.hides(i, p.plan.visit)) tile.mask(scores, tile.visited(i), reach.rows, p.plan);
+        reach.hide(scores, i, tile, p.plan);
       }
       softmax.weigh(scores, p.scale_log2);
       wait_for_products<0>(out);
@@ -292,7 +265,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     publish_writes();
     sync_threads(1 + consumer, kGroup);
     if constexpr (Traits::kPlanned) {
-      copy_rows<Traits>(q, tile, consumer * kQueries, p);
+      copy_rows<Traits>(p.out, q, tile, consumer * kQueries, p.plan, p.H);
       sync_threads(1 + consumer, kGroup);
       if (thread == 0) shared.q_empty.arrive();
     } else if (thread == 0) {

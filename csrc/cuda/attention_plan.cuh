@@ -1,15 +1,22 @@
 // A plan of spacetime attention (sora_kernels/attention/plan.py) as its kernel reads it: which tiles of keys a tile of
 // queries visits, and by coordinates which keys of a tile a query sees.
 //
-// A tile has 128 tokens: a box of the video, whose sides are powers of two, or a run of consecutive tokens, whose origin is
-// ~its first token. The TMA brings both; beyond an edge of the frame a box is zero.
+// A tile has 128 tokens, or 64: a box of the video, whose sides are powers of two, or a run of consecutive tokens, whose
+// origin is ~its first token. The TMA brings both; beyond an edge of the frame a box is zero.
+//
+// In the backward keys own tiles too and visit queries: read queries for keys and keys for queries below.
 
 #pragma once
 
 #include "common/barrier.cuh"
+#include "common/check.h"
 #include "common/tma.cuh"
+#include "common/vec.cuh"
+#include "cuda/attention.cuh"
 
+#include <bit>
 #include <cstdint>
+#include <vector>
 
 namespace sora {
 
@@ -19,12 +26,13 @@ constexpr int kPlanColumns = 11;  // of AttentionPlan.rows
 struct BoxShape {
   int w, h, t;      // sides: 2^w, 2^h, 2^t
   int start, W, H;  // the first token of the video that the descriptor shows, and its lines and frames
+
+  __device__ __forceinline__ int last() const { return (1 << w + h + t) - 1; }  // of the tokens of a tile
 };
 
 struct PlanParams {
   const int *rows, *tiles, *reach, *heads;  // heads: those that this launch works on; null: all
-  void* out;                                // [B, Sq, H, E], dense
-  int owners, chosen, Sq;                   // chosen: how many heads
+  int owners, chosen, own_len;              // chosen: how many heads; own_len: tokens of the owners' side
   BoxShape own, visit;
   uint32_t repeat[3];  // along w, h, t of visited boxes, see `span`
 };
@@ -52,7 +60,7 @@ struct Reach {
     const int* from = p.reach + max(token, 0);
     const auto next = [&] {
       const int value = token < 0 ? 0 : __ldg(from);
-      from += p.Sq;
+      from += p.own_len;
       return value;
     };
     t[0] = next(), t[1] = next(), h[0] = next(), h[1] = next(), w[0] = next(), w[1] = next(), kept = next();
@@ -107,7 +115,7 @@ struct PlanTile {
 
   // Whether some query may not see some key of a tile. "Seen whole" was promised for keys that are all real.
   __device__ __forceinline__ bool hides(int i, const BoxShape& box) const {
-    return i < masked || key_end < visit_end && key(visited(i), 127, box) >= key_end;
+    return i < masked || key_end < visit_end && key(visited(i), box.last(), box) >= key_end;
   }
 
   // Of the j-th query its token; -1 where there is none.
@@ -128,7 +136,7 @@ struct PlanTile {
   // The bits of a thread's keys that both rows may see, whatever they reach: the keys that are real.
   __device__ __forceinline__ uint32_t real(int tile, const PlanParams& p) const {
     const BoxShape& box = p.visit;
-    if (key(tile, 127, box) < key_end) return ~0u;
+    if (key(tile, box.last(), box) < key_end) return ~0u;
     if (tile < 0) return span(0, key_end - ~tile, 7, 0, 1);
     if (key_end <= start) return 0;
     const Spot end = spot(key_end - start, W, H), at = spot(tile - start, W, H);
@@ -152,17 +160,21 @@ struct PlanTile {
            span(reach.t[0] - at.t, reach.t[1] - at.t, box.t, box.w + box.h, p.repeat[2]);
   }
 
-  // Scores of keys that a query does not see.
-  template <int N>
-  __device__ __forceinline__ void mask(float (&scores)[N], int tile, const Reach (&reach)[2], const PlanParams& p) const {
-    static_assert(N == 64, "128 keys, of which a thread has 32");
+  // Of two queries the bits of a thread's keys that each sees.
+  __device__ __forceinline__ void see(uint32_t (&bits)[2], int tile, const Reach (&reach)[2], const PlanParams& p) const {
     const uint32_t real_keys = real(tile, p);
-    const uint32_t see[2] = {seen(tile, reach[0], p) & real_keys, seen(tile, reach[1], p) & real_keys};
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (!(see[i / 2 % 2] & 1u << i / 4 * 2 + i % 2)) scores[i] = -INFINITY;
+    bits[0] = seen(tile, reach[0], p) & real_keys, bits[1] = seen(tile, reach[1], p) & real_keys;
   }
 };
+
+// Scores of keys that a query does not see.
+template <int N>
+__device__ __forceinline__ void mask(float (&scores)[N], const uint32_t (&see)[2]) {
+  static_assert(N <= 64, "a thread has up to 32 of 128 keys");
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (!(see[i / 2 % 2] & 1u << i / 4 * 2 + i % 2)) scores[i] = -INFINITY;
+}
 
 // Tile `origin` of a side; of queries the first or the second half.
 template <class Traits, class To>
@@ -180,6 +192,93 @@ __device__ __forceinline__ void load_tile(To& to, const TileMaps& maps, Barrier&
   }
 #pragma unroll
   for (int i = 0; i < Traits::kBoxes; ++i, at[0] += Traits::kColumns) load_box(to[i], origin < 0 ? maps.run : maps.box, full, at);
+}
+
+// The rows of an owner's tile from `first` on to where their tokens are in [B, own_len, heads, E], by a warp group. A box of
+// the TMA would end at an edge of the tensor, not at that of a packed clip.
+template <class Traits, class Boxes>
+__device__ __forceinline__ void copy_rows(void* to, const Boxes& from, const PlanTile& tile, int first, const PlanParams& p,
+                                          int heads) {
+  using T = typename Traits::T;
+  constexpr int kRows = 64, kVec = Vec<T>::kSize, kPieces = Traits::kWidth / kVec;
+  static_assert(sizeof from == sizeof(T) * kRows * Traits::kWidth && kRows * kPieces % kGroup == 0);
+  T* const rows = static_cast<T*>(to) + (int64_t{tile.batch} * p.own_len * heads + tile.head) * Traits::kWidth;
+#pragma unroll 2
+  for (int i = threadIdx.x % kGroup; i < kRows * kPieces; i += kGroup) {
+    const int row = i / kPieces, column = i % kPieces * kVec, token = tile.token(first + row, p.own);
+    if (token < 0) continue;
+    const T* place = &from[column / Traits::kColumns][row][column % Traits::kColumns];
+    store_vec(rows + int64_t{token} * heads * Traits::kWidth + column,
+              load_shared<T>(swizzled<Traits::kRowBytes>(shared_address(place))));
+  }
+}
+
+// What a launch over a plan is given; its tensors are null for dense attention.
+struct Plan {
+  using Sides = std::vector<int64_t>;
+
+  const OptionalTensor &heads, &rows, &tiles, &reach;
+  const Sides &own_box, &visit_box, &own_size, &visit_size;
+  int64_t own_start, visit_start;
+};
+
+inline BoxShape box_shape(const char* name, const Plan::Sides& box, const Plan::Sides& size, int64_t start, int tokens) {
+  SORA_CHECK(box.size() == 3 && size.size() == 3 && box[0] * box[1] * box[2] == tokens, name,
+             ": expected three sides, powers of two, of a box of ", tokens, " tokens");
+  const auto log = [&](int64_t side) { return std::countr_zero(static_cast<uint64_t>(side)); };
+  return {log(box[2]), log(box[1]), log(box[0]), int(start), int(size[2]), int(size[1])};
+}
+
+inline const int* plan_table(const char* name, const OptionalTensor& t, const Tensor& q) {
+  if (!t) return nullptr;
+  SORA_CHECK(t->scalar_type() == ScalarType::Int && t->is_contiguous() && t->get_device_index() == q.get_device_index(), name,
+             ": expected a contiguous int32 table on the device of q, got ", describe(*t));
+  return static_cast<const int*>(t->data_ptr());
+}
+
+// own: a tensor of the side that owns tiles.
+inline PlanParams plan_params(const Plan& plan, const Tensor& own, int visited_tokens) {
+  SORA_CHECK(plan.rows && plan.tiles && plan.reach, "rows, tiles, reach: expected all tables of a plan");
+  SORA_CHECK(plan.rows->dim() == 2 && plan.rows->size(1) == kPlanColumns && plan.reach->dim() == 2 &&
+                 plan.reach->size(0) == 7 && plan.reach->size(1) == own.size(1),
+             "rows, reach: expected (owners, ", kPlanColumns, ") and (7, ", own.size(1), "), got ", describe(*plan.rows),
+             " and ", describe(*plan.reach));
+  PlanParams p{.rows = plan_table("rows", plan.rows, own), .tiles = plan_table("tiles", plan.tiles, own),
+               .reach = plan_table("reach", plan.reach, own), .heads = plan_table("heads", plan.heads, own)};
+  p.owners = static_cast<int>(plan.rows->size(0)), p.own_len = static_cast<int>(own.size(1));
+  p.chosen = static_cast<int>(plan.heads ? plan.heads->numel() : own.size(2));
+  p.own = box_shape("own_box", plan.own_box, plan.own_size, plan.own_start, 128);
+  p.visit = box_shape("visit_box", plan.visit_box, plan.visit_size, plan.visit_start, visited_tokens);
+  const int periods[3] = {p.visit.w, p.visit.w + p.visit.h, 7};
+  for (int i = 0; i < 3; ++i)  // of 2^n keys, of which a thread has a quarter
+    p.repeat[i] = periods[i] < 3   ? 0xffu / ((1u << (1 << periods[i])) - 1)
+                  : periods[i] < 7 ? 0xffffffffu / ((1u << (1 << (periods[i] - 2))) - 1)
+                                   : 1;
+  return p;
+}
+
+// Of x [B, S, heads, E], heads side by side, what a plan calls boxes: [B, T, H, W, heads * E] from token `start` on.
+inline CUtensorMap tile_map(const char* name, const Tensor& x, int64_t start, const Plan::Sides& size, int columns,
+                            const Plan::Sides& box) {
+  SORA_CHECK(x.size(2) == 1 || x.stride(2) == x.size(3), name, ": expected heads side by side, got ", describe(x));
+  const int64_t b = x.stride(0), s = x.stride(1), H = size[1], W = size[2];
+  return encode_boxes<5>(name, x, start * s, {x.size(2) * x.size(3), W, H, size[0], x.size(0)}, {1, s, W * s, H * W * s, b},
+                         {columns, int(box[2]), int(box[1]), int(box[0]), 1});
+}
+
+// The same for runs of tokens, where T and H are 1.
+inline CUtensorMap run_map(const char* name, const Tensor& x, int columns, int tokens) {
+  return tile_map(name, x, 0, {1, 1, x.size(1)}, columns, {1, 1, tokens});
+}
+
+// A box of 128 tokens halved along its first axis that is longer than 1: what each of two warp groups owns.
+inline Plan::Sides half_box(Plan::Sides box) {
+  for (int64_t& side : box)
+    if (side > 1) {
+      side /= 2;
+      break;
+    }
+  return box;
 }
 
 }  // namespace sora

@@ -32,7 +32,7 @@ from .kernels_forward import (
     token_at,
     where,
 )
-from .mode import by_head
+from .mode import by_head, splits_groups
 from .plan import head_table
 
 ROWS = 64  # queries of a program of the first kernel
@@ -232,7 +232,7 @@ def spacetime_attention_bwd(dout, dlse, q, k, v, out, lse, kv_lens, *args) -> No
     if (dk is None and dv is None) or B * H * Sk == 0:
         return
     groups, shares, rules = H // key_heads, 1, by_head(mode, H)
-    if any({h // groups * groups + g for h in heads for g in range(groups)} != set(heads) for heads, _ in rules):
+    if splits_groups(mode, H, groups):
         groups, shares = 1, groups
     shape, dtype = (k.shape, k.dtype) if shares == 1 else ((B, Sk, H, E), torch.float32)
     dk_parts, dv_parts = (

@@ -162,6 +162,13 @@ def by_head(form: Sequence, heads: int) -> list[tuple[tuple[int, ...], Form]]:
     return [(tuple(keep), _reduced(clips, rule[:3], rule[3:], *rest)) for rule, keep in rules.items()]
 
 
+def splits_groups(form: Sequence, heads: int, groups: int) -> bool:
+    """Whether query heads that share a key head keep different rules."""
+    return any(
+        {h // groups * groups + g for h in keep for g in range(groups)} != set(keep) for keep, _ in by_head(form, heads)
+    )
+
+
 def _causal(op: str, causal: object) -> Box:
     """The side of a chunk on each axis; 0 for none."""
     if isinstance(causal, tuple | list) and len(causal) == 3 and all(_check.is_integer(n) and n >= 0 for n in causal):

@@ -317,7 +317,7 @@ def _choose(
             return f"{impl} holds heads of up to {MAX_WIDTH}; got {q.shape[-1]}"
         if impl == "sdpa":
             return _not_plain(impl, q, k, mode) or _not_for_sdpa(q, k)
-        return _not_for_cuda(q, k, v, mode, grad) if impl == "cuda" else None
+        return _not_for_cuda(q, k, v, mode) if impl == "cuda" else None
 
     fastest = config.fastest(q) if q.is_cuda else None
     return _dispatch.choose("spacetime_attention", impl, q, grad=grad, limits=limits, fastest=fastest)
@@ -345,10 +345,8 @@ def _not_for_sdpa(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list, grad: bool) -> str | None:
-    """Why the kernels of csrc/cuda/attention.cu and attention_backward.cu do not take these arguments."""
-    if grad and (mode[0] is not None or mode[1]):
-        return "cuda has gradients of attention without kv_lens, window, causal or packed clips"
+def _not_for_cuda(q: Tensor, k: Tensor, v: Tensor, mode: list) -> str | None:
+    """Why the kernels of csrc/cuda/attention*.cu do not take these arguments."""
     if reason := _not_a_product("cuda", q, k, mode):
         return reason
     if config.capability(q.device) != 90:
@@ -465,8 +463,20 @@ _library.define(
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_MODE}, "
     "bool deterministic, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
     reference=_backward,
-    impls={"triton": f"{_KERNELS}_backward:{_BWD}", "cpu": None, "sdpa": f"{_KERNELS}_sdpa:{_BWD}", "cuda": None},
+    impls={
+        name: provider and f"{_KERNELS}_{provider}:{_BWD}"
+        for name, provider in dict(triton="backward", cpu=None, sdpa="sdpa", cuda="cuda").items()
+    },
 )
+_library.define_launch(
+    f"{_BWD}_rows", "cuda", "(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor(a!) numbers) -> ()"
+)
+_library.define_launch(
+    _BWD, "cuda",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor numbers, Tensor? kv_lens, Tensor? heads, Tensor? rows, "
+    "Tensor? tiles, Tensor? reach, int[] own_box, int[] visit_box, int[] own_size, int[] visit_size, int own_start, "
+    "int visit_start, float scale, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()",
+)  # fmt: skip
 
 
 def _flops_fwd(

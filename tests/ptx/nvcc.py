@@ -217,19 +217,54 @@ def attention(
     (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}ELb0E" in n)
     rows = ((q, 64), (k, keys), (v, keys), (out, 64))
     boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in rows]
-    fields = _attention_fields(q, k, kv_lens, query_tiles, tiles, scale, lse)
+    fields = _attention_fields(q, k, kv_lens, query_tiles, tiles, scale, out, lse)
     shared = 2 * E * (128 + 4 * keys) + 1024  # queries, two stages of keys and of values; barriers
     text = rewrite(text) if rewrite else text
-    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQ7i2f4x112x", fields)]
+    launch = text, (min(tiles, blocks),), [*boxes, Struct("<QQQi4x6i2f104x", fields)]
     options |= dict(name=name, names=["q", "k", "v", "out", "p"], block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
-def _attention_fields(q, k, kv_lens, query_tiles: int, tiles: int, scale: float, lse) -> tuple:
+def _attention_fields(q, k, kv_lens, query_tiles: int, tiles: int, scale: float, out, lse) -> tuple:
     (_, Sq, H, _), (Sk, Hk) = q.shape, k.shape[1:3]
-    lengths = (0, 0) if kv_lens is None else (kv_lens, kv_lens.dtype == torch.int64)
-    whole = Sq, Sk, H, H // Hk, query_tiles, tiles, lengths[1]
-    return lse, lengths[0], *whole, scale, scale * math.log2(math.e)
+    return lse, out, *_lengths(kv_lens), Sq, Sk, H, H // Hk, query_tiles, tiles, scale, scale * math.log2(math.e)
+
+
+def _lengths(kv_lens: Tensor | None) -> tuple:
+    return (0, 0) if kv_lens is None else (kv_lens, kv_lens.dtype == torch.int64)
+
+
+def _plan_fields(own, heads, rows, tiles, reach, *boxes) -> tuple:
+    """A PlanParams; own: a tensor of the side that owns tiles."""
+    own_box, visit_box, own_size, visit_size, own_start, visit_start = boxes
+    shapes, periods, bits = [], [], 0
+    for box, size, start in ((own_box, own_size, own_start), (visit_box, visit_size, visit_start)):
+        shapes += [*(side.bit_length() - 1 for side in reversed(box)), start, size[2], size[1]]
+    for side in (*shapes[6:8], 7):
+        bits = min(bits + side, 7)
+        periods.append(0xFF // (2**2**bits - 1) if bits < 3 else 0xFFFFFFFF // (2**2 ** (bits - 2) - 1))
+    chosen = own.shape[2] if heads is None else heads.numel()
+    return rows, tiles, reach, 0 if heads is None else heads, rows.shape[0], chosen, own.shape[1], *shapes, *periods
+
+
+def _boxes(x: Tensor, start: int, size: Sequence[int], sides: Sequence[int]) -> Box:
+    """Of a video that begins at token `start`."""
+    B, _, heads, E = x.shape
+    b, s = x.stride()[:2]
+    shape, strides = (B, *size, heads * E), (b, size[1] * size[2] * s, size[2] * s, s, 1)
+    view = x.as_strided(shape, strides, x.storage_offset() + start * s)
+    return Box(view, (1, *sides, 32 if E % 64 else 64), 2 if E % 64 else 3)
+
+
+def _runs(x: Tensor, tokens: int) -> Box:
+    return _boxes(x, 0, (1, 1, x.shape[1]), (1, 1, tokens))
+
+
+def _half(box: Sequence[int]) -> list[int]:
+    """What a warp group owns of a box of 128 tokens."""
+    half, split = list(box), next(i for i, side in enumerate(box) if side > 1)
+    half[split] //= 2
+    return half
 
 
 def attention_plan(
@@ -239,80 +274,77 @@ def attention_plan(
     rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
 ) -> Counters:  # fmt: skip
     """The launch of attention_fwd in attention.cu over the tiles of a plan; the rest as of attention."""
-    B, Sq, H, E = q.shape
-    columns, chosen = 32 if E % 64 else 64, H if heads is None else heads.numel()
-    half, split = list(own_box), next(i for i, side in enumerate(own_box) if side > 1)
-    half[split] //= 2
-
-    def boxes(x: Tensor, start: int, size: Sequence[int], sides: Sequence[int]) -> Box:
-        b, s = x.stride()[:2]
-        shape, strides = (B, *size, x.shape[2] * E), (b, size[1] * size[2] * s, size[2] * s, s, 1)
-        view = x.as_strided(shape, strides, x.storage_offset() + start * s)
-        return Box(view, (1, *sides, columns), 3 if columns == 64 else 2)
-
-    maps = [boxes(q, own_start, own_size, half), *(boxes(x, visit_start, visit_size, visit_box) for x in (k, v))]
-    maps += [boxes(x, 0, (1, 1, x.shape[1]), (1, 1, n)) for x, n in ((q, 64), (k, 128), (v, 128))]
-    shapes, periods, bits = [], [], 0
-    for box, size, start in ((own_box, own_size, own_start), (visit_box, visit_size, visit_start)):
-        shapes += [*(side.bit_length() - 1 for side in reversed(box)), start, size[2], size[1]]
-    for side in shapes[6:9]:
-        bits += side
-        periods.append(0xFF // (2**2**bits - 1) if bits < 3 else 0xFFFFFFFF // (2**2 ** (bits - 2) - 1))
-    count = rows.shape[0] * chosen * B
-    fields = *_attention_fields(q, k, kv_lens, -(-Sq // 128), count, scale, lse), rows, tiles, reach
-    fields += 0 if heads is None else heads, out, rows.shape[0], chosen, Sq, *shapes, *periods
+    E = q.shape[3]
+    maps = [_boxes(q, own_start, own_size, _half(own_box))]
+    maps += [_boxes(x, visit_start, visit_size, visit_box) for x in (k, v)]
+    maps += [_runs(q, 64), _runs(k, 128), _runs(v, 128)]
+    boxes = own_box, visit_box, own_size, visit_size, own_start, visit_start
+    plan = _plan_fields(q, heads, rows, tiles, reach, *boxes)
+    count = rows.shape[0] * plan[5] * q.shape[0]
+    fields = *_attention_fields(q, k, kv_lens, -(-q.shape[1] // 128), count, scale, out, lse), *plan
     text = compiled("attention", sm)
     (name,) = (n for n in parser.kernels(text) if f"AttentionTraitsI{MANGLED[q.dtype]}Li{E}ELb1E" in n)
     text = rewrite(text) if rewrite else text
-    launch = text, (min(count, blocks),), [*maps, Struct("<QQ7i2f4x5Q15i3I", fields)]
+    launch = text, (min(count, blocks),), [*maps, Struct("<QQQi4x6i2f4Q15i3I", fields)]
     shared = 2 * E * (128 + 2 * 3 * 128) + 1024  # queries, three stages of keys and of values; barriers
     names = ["q", "k", "v", "q runs", "k runs", "v runs", "p"]
     options |= dict(name=name, names=names, block=(384,), shared=shared)
     return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
-def attention_bwd(
-    sm: int, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, rewrite: Callable[[str], str] | None = None,
-    again: int | None = None, **options,
-) -> dict[str, Counters]:  # fmt: skip
-    """The launches of attention_bwd in attention_backward.cu, by what they are of; the rest as of attention."""
-    (B, Sq, H, E), (Sk, Hk) = q.shape, k.shape[1:3]
-    columns, queries = 32 if E % 64 else 64, 64 if E > 64 else 96  # queries of a tile that keys visit
-    padded = -(-Sq // queries) * queries
-    base, delta = unwritten(B, H, padded), unwritten(B, H, padded)
+def attention_bwd_rows(
+    sm: int, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, numbers: Tensor,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of attention_bwd_rows in attention_backward.cu; the rest as of attention."""
+    B, Sq, H, E = out.shape
+    padded = numbers.shape[3]
+    device.unwrite(numbers)
+    fields = out, dout, *out.stride()[:3], *dout.stride()[:3], lse, 0 if dlse is None else dlse, *numbers
     text = compiled("attention_backward", sm)
-    names, text = parser.kernels(text), rewrite(text) if rewrite else text
+    (name,) = (n for n in parser.kernels(text) if f"attention_bwd_rows_kernelI{MANGLED[out.dtype]}E" in n)
+    p = Struct("<QQ6qQQQQ5i4x", (*fields, padded, Sq, H, E, padded // 16))
+    launch = rewrite(text) if rewrite else text, (B * H * padded // 16,), [p]
+    options |= dict(name=name, names=["p"], block=(128,))
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
-    def launch(form: str, blocks: int, arguments: list, **how) -> Counters:
-        (name,) = (n for n in names if form in n)
-        how |= options | dict(name=name)
-        if again is None:
-            return device.run(text, (blocks,), arguments, **how)
-        return device.run_again(text, (blocks,), arguments, again, **how)
 
-    fields = out, dout, *out.stride()[:3], *dout.stride()[:3], lse, 0 if dlse is None else dlse, base, delta
-    rows = Struct("<QQ6qQQQQ5i4x", (*fields, padded, Sq, H, E, padded // 16))
-    form = f"attention_bwd_rows_kernelI{MANGLED[q.dtype]}E"
-    found = {"rows": launch(form, B * H * padded // 16, [rows], names=["p"], block=(128,))}
-
-    for label, of_keys, own, seen, to in (
-        ("queries", False, (q, dout), (k, v), (dq, None)), ("keys", True, (k, v), (q, dout), (dk, dv)),
-    ):  # fmt: skip
-        gradient = next((t for t in to if t is not None), None)
-        if gradient is None:
-            continue
-        visited = queries if of_keys else 96
+def attention_bwd(
+    sm: int, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, kv_lens: Tensor | None,
+    heads: Tensor | None, rows: Tensor | None, tiles: Tensor | None, reach: Tensor | None, own_box: Sequence[int],
+    visit_box: Sequence[int], own_size: Sequence[int], visit_size: Sequence[int], own_start: int, visit_start: int,
+    scale: float, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    rewrite: Callable[[str], str] | None = None, again: int | None = None, **options,
+) -> Counters:  # fmt: skip
+    """The launch of attention_bwd in attention_backward.cu, of queries or of keys; the rest as of attention."""
+    (B, Sq, H, E), (Sk, Hk), of_keys, planned = q.shape, k.shape[1:3], dq is None, rows is not None
+    (own, seen), to = (((k, v), (q, dout)) if of_keys else ((q, dout), (k, v))), (dk, dv) if of_keys else (dq, None)
+    visited = 64 if planned or of_keys and E > 64 else 96
+    owners, own_heads = -(-own[0].shape[1] // 128), own[0].shape[2]
+    wide = planned and of_keys and next(t for t in to if t is not None).dtype == torch.float32
+    fields = *numbers, *_lengths(kv_lens), *(0 if t is None else t for t in to), numbers.shape[3], Sq, Sk, H
+    fields += *((1, H // Hk) if wide else (H // Hk, 1)), wide, owners, own_heads, scale, scale * math.log2(math.e)
+    if planned:
+        boxes = own_box, visit_box, own_size, visit_size, own_start, visit_start
+        plan = _plan_fields(own[0], heads, rows, tiles, reach, *boxes)
+        p, blocks = Struct("<QQQi4xQQ9i2f4x4Q15i3I", (*fields, *plan)), plan[4] * plan[5] * B
+        maps = [_boxes(t, own_start, own_size, _half(own_box)) for t in own]
+        maps += [_boxes(t, visit_start, visit_size, visit_box) for t in seen]
+        maps += [*(_runs(t, 64) for t in (*own, *seen)), p]
+        names = ["own_x", "own_y", "x", "y", "own_x runs", "own_y runs", "x runs", "y runs", "p"]
+    else:
+        columns, gradient = 32 if E % 64 else 64, next(t for t in to if t is not None)
         some = [(t, 64) for t in own] + [(t, visited) for t in seen] + [(gradient if t is None else t, 64) for t in to]
-        boxes = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in some]
-        tiles, heads = -(-own[0].shape[1] // 128), own[0].shape[2]
-        fields = base, delta, padded, Sq, Sk, H, H // Hk, tiles, heads, -(-seen[0].shape[1] // visited)
-        p = Struct("<QQ8i??2x2f4x", (*fields, *(t is not None for t in to), scale, scale * math.log2(math.e)))
-        shared = 512 * E + 3 * (4 * visited * E + 8 * visited) + 1024  # own, three stages of visited, numbers; barriers
-        form = f"BackwardTraitsI{MANGLED[q.dtype]}Li{E}ELb{int(of_keys)}E"
-        of = ["own_x", "own_y", "x", "y", "dx", "dy", "p"]
-        found[label] = launch(form, tiles * heads * B, [*boxes, p], names=of, block=(384,), shared=shared)
-    return found
+        maps = [Box(t.transpose(1, 2), (1, 1, n, columns), 3 if columns == 64 else 2) for t, n in some]
+        p, blocks = Struct("<QQQi4xQQ9i2f108x", fields), owners * own_heads * B
+        names, maps = ["own_x", "own_y", "x", "y", "dx", "dy", "p"], [*maps, p]
+    text = compiled("attention_backward", sm)
+    form = f"BackwardTraitsI{MANGLED[q.dtype]}Li{E}ELb{of_keys:d}ELb{planned:d}E"
+    (name,) = (n for n in parser.kernels(text) if form in n)
+    launch = rewrite(text) if rewrite else text, (blocks,), maps
+    shared = 512 * E + 3 * (4 * visited * E + 8 * visited) + 1024  # own, three stages of visited, numbers; barriers
+    options |= dict(name=name, names=names, block=(384,), shared=shared)
+    return device.run(*launch, **options) if again is None else device.run_again(*launch, again, **options)
 
 
 def conv_columns(N: int, most: int) -> int:
@@ -648,13 +680,16 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         if observe:
             observe(f"attention_{name}_kernel", counters)
 
-    def attend_back(dout, dlse, q, k, v, out, lse, kv_lens, grids, *rest) -> None:
-        assert kv_lens is None and grids is None, "the kernel is of dense attention"
-        scale, _, *gradients = rest[-5:]
-        launched = attention_bwd(sm, dout, dlse, q, k, v, out, lse, scale, *gradients, **options)
-        for label, counters in launched.items():
-            if observe:
-                observe(f"attention_bwd_{label}_kernel", counters)
+    def attend_rows(*arguments) -> None:
+        counters = attention_bwd_rows(sm, *arguments, **options)
+        if observe:
+            observe("attention_bwd_rows_kernel", counters)
+
+    def attend_back(*arguments) -> None:
+        counters = attention_bwd(sm, *arguments, **options)
+        if observe:
+            of, planned = "keys" if arguments[-3] is None else "queries", arguments[7] is not None
+            observe(f"attention_{'plan_' * planned}bwd_{of}_kernel", counters)
 
     def gate_on(x, y, gate, gate_table, index, y_rms, eps, host, out) -> None:
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
@@ -725,7 +760,7 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
     kernels = {
         "norm_modulate_fwd": modulate, "norm_modulate_bwd": modulate_back,
         "spacetime_attention_fwd": kernels_cuda.spacetime_attention_fwd,
-        "spacetime_attention_bwd": attend_back,
+        "spacetime_attention_bwd": kernels_cuda.spacetime_attention_bwd,
         "qk_norm_rope_fwd": turn, "qk_norm_rope_bwd": turn_back,
         "causal_conv3d_fwd": convolve, "patch_embed3d_fwd": embed,
         "upsample_conv3d_fwd": convolve_upsampled, "norm_silu_fwd": normalise, "final_layer_fwd": finish,
@@ -736,7 +771,8 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         for module, name, replacement in (
             (_library, "call", call), (_dispatch, "_why_not", why_not),
             (attention_config, "capability", lambda device: sm), (conv_config, "capability", lambda device: sm),
-            (kernels_cuda, "launch", attend), (patchify_config, "capability", lambda device: sm),
+            (kernels_cuda, "launch", attend), (kernels_cuda, "launch_rows", attend_rows),
+            (kernels_cuda, "launch_backward", attend_back), (patchify_config, "capability", lambda device: sm),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, name, replacement))
         yield
