@@ -558,7 +558,8 @@ def test_the_gpu_command_first_confirms_what_is_predicted_of_cuda(tmp_path, monk
     first = names[names.index("info") + 1 : names.index("verify")]
     written = [op for op, impl in _dispatch.NAMED_ONLY if impl == "cuda"]
     assert first[:3] == ["cuda tests", "cuda memcheck", "cuda racecheck"]
-    assert sorted(first[3:]) == sorted(f"cuda {op}" for op in written)
+    assert {name.partition(":")[0] for name in first[3:]} == {f"cuda {op}" for op in written}
+    assert len(set(first)) == len(first)
     for name, command in ran:
         if name in first[3:]:
             arguments = run._parser().parse_args(command[command.index("benchmarks.run") + 1 :])

@@ -42,8 +42,8 @@ struct BackwardTraits {
   static constexpr int kBoxes = kWidth / kColumns;        // side by side: a tile
   static constexpr int kRowBytes = kColumns * sizeof(T);
   static constexpr int kThreads = (kConsumers + 1) * kGroup;
-  static constexpr bool kClears = kPlanned && !kOfKeys;  // what a plan and kv_lens hide, with more registers
-  static constexpr int kProducerRegisters = kClears ? 40 : 24, kConsumerRegisters = kClears ? 232 : 240;
+  static constexpr bool kFinds = kPlanned && !kOfKeys;  // who loads also finds hidden keys of boxes: more registers
+  static constexpr int kProducerRegisters = kFinds ? 40 : 24, kConsumerRegisters = kFinds ? 232 : 240;
 
   static_assert(sizeof(T) == 2, "wgmma of 16-bit floats");
   static_assert(kOwn == 64, "the rows of a wgmma");
@@ -265,10 +265,10 @@ __device__ __forceinline__ void consume(BackwardShared<Traits>& shared, const CU
   uint32_t before = 0;  // the stage of the round before
   for (int round = 0, visit = 0; round < rounds; ++round, before = at.stage, at.advance()) {
     [[maybe_unused]] bool hides;
-    [[maybe_unused]] uint32_t see[2];
+    [[maybe_unused]] uint32_t see[2][kVisited / 32];
     if constexpr (kPlanned) {  // before there are scores, whose registers it needs
       hides = own.hides(visit, p.plan.visit);
-      if (hides) own.see(see, own.visited(visit), {Reach(p.plan, tokens[0]), Reach(p.plan, tokens[1])}, p.plan);
+      if (hides) own.see(see, own.visited(visit), Reach(p.plan, tokens), p.plan);
       visit = visit + 1 < own.visits ? visit + 1 : 0;
     }
     shared.x_full[at.stage].wait(at.parity);

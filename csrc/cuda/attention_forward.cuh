@@ -147,25 +147,15 @@ __device__ __forceinline__ void produce(AttentionShared<Traits>& shared, const T
   }
 }
 
-template <class Traits>
-struct Reached {
-  __device__ __forceinline__ Reached(const AttentionParams&, int, int) {}
-};
-template <class T, int kWidth>
-struct Reached<AttentionTraits<T, kWidth, true>> {
-  const Reach rows[2];
-  __device__ __forceinline__ Reached(const AttentionParams& p, int first, int second)
-      : rows{Reach(p.plan, first), Reach(p.plan, second)} {}
-
-  // Scores of the i-th tile that is visited, of keys that a query does not see.
-  template <int N>
-  __device__ __forceinline__ void hide(float (&scores)[N], int i, const PlanTile& tile, const PlanParams& p) const {
-    if (!tile.hides(i, p.visit)) return;
-    uint32_t see[2];
-    tile.see(see, tile.visited(i), rows, p);
-    mask(scores, see);
-  }
-};
+// Scores of the i-th tile that is visited, of keys that a query does not see.
+template <int N>
+__device__ __forceinline__ void hide(float (&scores)[N], int i, const PlanTile& tile, const int (&queries)[2],
+                                     const PlanParams& p) {
+  if (!tile.hides(i, p.visit)) return;
+  uint32_t see[2][N / 16];
+  tile.see(see, tile.visited(i), Reach(p, queries), p);
+  mask(scores, see);
+}
 
 template <class Traits>
 __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const CUtensorMap& out_map,
@@ -194,7 +184,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
         return tile.query + row + 8 * r < p.Sq ? tile.query + row + 8 * r : -1;
       }
     };
-    const Reached<Traits> reach(p, query(0), query(1));
+    const int queries[2] = {query(0), query(1)};
 
     shared.q_full.wait(tiles.parity);
     shared.k_full[at_k.stage].wait(at_k.parity);
@@ -207,7 +197,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     if (lane == 0) shared.k_empty[at_k.stage].arrive();
     at_k.advance();
     if constexpr (Traits::kPlanned) {
-      reach.hide(scores, 0, tile, p.plan);
+      hide(scores, 0, tile, queries, p.plan);
     } else {
       mask(scores, tile.visited(0), tile.key_end);
     }
@@ -231,7 +221,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
       if (lane == 0) shared.k_empty[at_k.stage].arrive();
       at_k.advance();
       if constexpr (Traits::kPlanned) {
-        reach.hide(scores, i, tile, p.plan);
+        hide(scores, i, tile, queries, p.plan);
       }
       softmax.weigh(scores, p.scale_log2);
       wait_for_products<0>(out);
@@ -255,7 +245,7 @@ __device__ __forceinline__ void consume(AttentionShared<Traits>& shared, const C
     for (int r = 0; r < 2; ++r) {
       const float sum = softmax.sum[r];
       inverse[r] = sum == 0.0f ? 1.0f : 1.0f / sum;  // all scores -inf
-      const int token = query(r);
+      const int token = queries[r];
       if (lane % 4 == 0 && token >= 0) {
         p.lse[(int64_t{tile.batch} * p.H + tile.head) * p.Sq + token] = softmax.top[r] * p.scale + __logf(sum);
       }

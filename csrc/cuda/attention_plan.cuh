@@ -34,7 +34,7 @@ struct PlanParams {
   const int *rows, *tiles, *reach, *heads;  // heads: those that this launch works on; null: all
   int owners, chosen, own_len;              // chosen: how many heads; own_len: tokens of the owners' side
   BoxShape own, visit;
-  uint32_t repeat[3];  // along w, h, t of visited boxes, see `span`
+  uint32_t repeat[3];  // along w, h, t of visited boxes, see `places`
 };
 
 // The descriptors of a tensor [B, S, heads * E] for boxes, by e, w, h, t, b, and for runs, by e, s, 0, 0, b.
@@ -52,18 +52,18 @@ __device__ __forceinline__ Spot spot(int at, int W, int H) {
   return {static_cast<int>(t), static_cast<int>(line) - static_cast<int>(t) * H, at - static_cast<int>(line) * W};
 }
 
-// What a query sees: an interval along t, h, w, and the first `kept` tokens of the clip.
+// What two queries see along one axis of the video, that of the lane: lanes 0, 1 and 2 of four have w, h and t.
 struct Reach {
-  int t[2], h[2], w[2], kept;
+  int lo[2], hi[2], kept[2];  // an interval, and the first `kept` tokens of the clip
 
-  __device__ __forceinline__ Reach(const PlanParams& p, int token) {
-    const int* from = p.reach + max(token, 0);
-    const auto next = [&] {
-      const int value = token < 0 ? 0 : __ldg(from);
-      from += p.own_len;
-      return value;
-    };
-    t[0] = next(), t[1] = next(), h[0] = next(), h[1] = next(), w[0] = next(), w[1] = next(), kept = next();
+  __device__ __forceinline__ Reach(const PlanParams& p, const int (&tokens)[2]) {
+    const int axis = 4 - 2 * min(threadIdx.x % 4, 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int* from = p.reach + max(tokens[r], 0);
+      const auto row = [&](int i) { return tokens[r] < 0 ? 0 : __ldg(from + int64_t{i} * p.own_len); };
+      lo[r] = row(axis), hi[r] = row(axis + 1), kept[r] = row(6);
+    }
   }
 };
 
@@ -73,20 +73,12 @@ __device__ __forceinline__ uint32_t low_bits(int n) {
   return bit - 1;
 }
 
-// How many of a thread's keys are below x: its c-th is key 8 (c / 2) + 2 (lane % 4) + c % 2 of a tile.
-__device__ __forceinline__ int keys_below(int x) {
-  return x / 8 * 2 + min(max(x % 8 - static_cast<int>(threadIdx.x % 4) * 2, 0), 2);
-}
-
-// A thread's keys j with first <= j / 2^below % 2^side < last, as bits. `repeat` has a one in every bit where the pattern
-// begins again: in the thread's 32 bits, or, where that is within 8 keys, in these.
-__device__ __forceinline__ uint32_t span(int first, int last, int side, int below, uint32_t repeat) {
-  const int from = min(max(first, 0), 1 << side) << below, to = min(max(last, 0), 1 << side) << below;
-  if (side + below < 3) {
-    const uint32_t eight = (low_bits(to) & ~low_bits(from)) * repeat;
-    return (eight >> threadIdx.x % 4 * 2 & 3) * 0x55555555u;
-  }
-  return (low_bits(keys_below(to)) & ~low_bits(keys_below(from))) * repeat;
+// Of keys 32 word to 32 word + 31 of a tile those with first <= j / 2^below % 2^side < last, as bits. `repeat` has a one in
+// every bit where the pattern begins again.
+__device__ __forceinline__ uint32_t places(int first, int last, int side, int below, uint32_t repeat, int word) {
+  const int at = 32 * word & (1 << side + below) - 1;
+  const int from = (min(max(first, 0), 1 << side) << below) - at, to = (min(max(last, 0), 1 << side) << below) - at;
+  return (low_bits(min(max(to, 0), 32)) & ~low_bits(min(max(from, 0), 32))) * repeat;
 }
 
 struct PlanTile {
@@ -133,47 +125,69 @@ struct PlanTile {
     return tile + ((j >> box.w + box.h) * H + (j >> box.w & (1 << box.h) - 1)) * W + (j & (1 << box.w) - 1);
   }
 
-  // The bits of a thread's keys that both rows may see, whatever they reach: the keys that are real.
-  __device__ __forceinline__ uint32_t real(int tile, const PlanParams& p) const {
+  // Of the keys of a word those that are real.
+  __device__ __forceinline__ uint32_t real(int tile, const PlanParams& p, int word) const {
     const BoxShape& box = p.visit;
-    if (key(tile, box.last(), box) < key_end) return ~0u;
-    if (tile < 0) return span(0, key_end - ~tile, 7, 0, 1);
+    if (tile < 0) return places(0, key_end - ~tile, 7, 0, 1, word);
     if (key_end <= start) return 0;
     const Spot end = spot(key_end - start, W, H), at = spot(tile - start, W, H);
     const int w = end.w - at.w, h = end.h - at.h, t = end.t - at.t;
-    const auto along_w = [&](int first, int last) { return span(first, last, box.w, 0, p.repeat[0]); };
-    const auto along_h = [&](int first, int last) { return span(first, last, box.h, box.w, p.repeat[1]); };
-    const auto along_t = [&](int first, int last) { return span(first, last, box.t, box.w + box.h, p.repeat[2]); };
+    const auto along_w = [&](int from, int to) { return places(from, to, box.w, 0, p.repeat[0], word); };
+    const auto along_h = [&](int from, int to) { return places(from, to, box.h, box.w, p.repeat[1], word); };
+    const auto along_t = [&](int from, int to) { return places(from, to, box.t, box.w + box.h, p.repeat[2], word); };
     return along_t(0, t) | along_t(t, t + 1) & (along_h(0, h) | along_h(h, h + 1) & along_w(0, w));
   }
 
-  __device__ __forceinline__ uint32_t seen(int tile, const Reach& reach, const PlanParams& p) const {
+  // Of two queries, the same for four lanes, the keys that each sees.
+  template <int kWords>
+  __device__ __forceinline__ void see(uint32_t (&bits)[2][kWords], int tile, const Reach& reach, const PlanParams& p) const {
+    const BoxShape& box = p.visit;
     if (tile < 0) {
       const int first = ~tile, end = first < start ? start : stop;  // text before the video ends with it
-      // Text after the video is before all frames.
-      return span(0, (first >= visit_end ? end : min(end, start + reach.kept)) - first, 7, 0, 1);
+#pragma unroll
+      for (int i = 0; i < 2 * kWords; ++i) {
+        // Text after the video is before all frames.
+        const int last = first >= visit_end ? end : min(end, start + reach.kept[i / kWords]);
+        bits[i / kWords][i % kWords] = places(0, last - first, 7, 0, 1, i % kWords);
+      }
+    } else {
+      const Spot first = spot(tile - start, W, H);
+      const int axis = threadIdx.x % 4;
+      const int at = axis == 0 ? first.w : axis == 1 ? first.h : first.t;
+      const int side = axis == 0 ? box.w : axis == 1 ? box.h : box.t;
+      const int below = axis == 0 ? 0 : axis == 1 ? box.w : box.w + box.h;
+      const uint32_t repeat = axis == 0 ? p.repeat[0] : axis == 1 ? p.repeat[1] : p.repeat[2];
+#pragma unroll
+      for (int i = 0; i < 2 * kWords; ++i) {
+        const int r = i / kWords;
+        uint32_t found = places(reach.lo[r] - at, reach.hi[r] - at, side, below, repeat, i % kWords);
+        found &= __shfl_xor_sync(0xffffffffu, found, 1);
+        bits[r][i % kWords] = found & __shfl_xor_sync(0xffffffffu, found, 2);
+      }
     }
-    const BoxShape& box = p.visit;
-    const Spot at = spot(tile - start, W, H);
-    return span(reach.w[0] - at.w, reach.w[1] - at.w, box.w, 0, p.repeat[0]) &
-           span(reach.h[0] - at.h, reach.h[1] - at.h, box.h, box.w, p.repeat[1]) &
-           span(reach.t[0] - at.t, reach.t[1] - at.t, box.t, box.w + box.h, p.repeat[2]);
-  }
-
-  // Of two queries the bits of a thread's keys that each sees.
-  __device__ __forceinline__ void see(uint32_t (&bits)[2], int tile, const Reach (&reach)[2], const PlanParams& p) const {
-    const uint32_t real_keys = real(tile, p);
-    bits[0] = seen(tile, reach[0], p) & real_keys, bits[1] = seen(tile, reach[1], p) & real_keys;
+    if (key(tile, box.last(), box) >= key_end) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        const uint32_t real_keys = real(tile, p, word);
+        bits[0][word] &= real_keys, bits[1][word] &= real_keys;
+      }
+    }
   }
 };
 
 // Scores of keys that a query does not see.
-template <int N>
-__device__ __forceinline__ void mask(float (&scores)[N], const uint32_t (&see)[2]) {
-  static_assert(N <= 64, "a thread has up to 32 of 128 keys");
+template <int N, int kWords>
+__device__ __forceinline__ void mask(float (&scores)[N], const uint32_t (&see)[2][kWords]) {
+  static_assert(N == 16 * kWords);
 #pragma unroll
-  for (int i = 0; i < N; ++i)
-    if (!(see[i / 2 % 2] & 1u << i / 4 * 2 + i % 2)) scores[i] = -INFINITY;
+  for (int word = 0; word < kWords; ++word) {
+    uint32_t own[2];  // the bits of a thread's keys
+#pragma unroll
+    for (int r = 0; r < 2; ++r) own[r] = see[r][word] >> threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (!(own[i / 2 % 2] & 1u << i / 4 * 8 + i % 2)) scores[16 * word + i] = -INFINITY;
+  }
 }
 
 // Tile `origin` of a side; of queries the first or the second half.
@@ -250,10 +264,7 @@ inline PlanParams plan_params(const Plan& plan, const Tensor& own, int visited_t
   p.own = box_shape("own_box", plan.own_box, plan.own_size, plan.own_start, 128);
   p.visit = box_shape("visit_box", plan.visit_box, plan.visit_size, plan.visit_start, visited_tokens);
   const int periods[3] = {p.visit.w, p.visit.w + p.visit.h, 7};
-  for (int i = 0; i < 3; ++i)  // of 2^n keys, of which a thread has a quarter
-    p.repeat[i] = periods[i] < 3   ? 0xffu / ((1u << (1 << periods[i])) - 1)
-                  : periods[i] < 7 ? 0xffffffffu / ((1u << (1 << (periods[i] - 2))) - 1)
-                                   : 1;
+  for (int i = 0; i < 3; ++i) p.repeat[i] = periods[i] < 5 ? 0xffffffffu / ((1u << (1 << periods[i])) - 1) : 1;
   return p;
 }
 

@@ -242,7 +242,7 @@ def _plan_fields(own, heads, rows, tiles, reach, *boxes) -> tuple:
         shapes += [*(side.bit_length() - 1 for side in reversed(box)), start, size[2], size[1]]
     for side in (*shapes[6:8], 7):
         bits = min(bits + side, 7)
-        periods.append(0xFF // (2**2**bits - 1) if bits < 3 else 0xFFFFFFFF // (2**2 ** (bits - 2) - 1))
+        periods.append(0xFFFFFFFF // (2**2**bits - 1) if bits < 5 else 1)
     chosen = own.shape[2] if heads is None else heads.numel()
     return rows, tiles, reach, 0 if heads is None else heads, rows.shape[0], chosen, own.shape[1], *shapes, *periods
 
