@@ -213,6 +213,15 @@ class Decoder:
             raise self.fail("reducing barriers are not modelled")
         self.emit("bar", [], [self.source(o, 32) for o in operands], int("arrive" in parts))
 
+    def registers_of_a_thread(self, parts: list[str], operands: list) -> None:
+        """setmaxnreg."""
+        (count,) = operands
+        if not 24 <= count.bits <= 256 or count.bits % 8:
+            raise self.fail("a thread can have 24 to 256 registers, in multiples of 8")
+        if not self.kernel.held:
+            raise self.fail("ptxas ignores this without .maxnreg, or .minnctapersm and a size of the block")
+        self.emit("setmaxnreg", [], [], count.bits, int(parts[1] == "inc"))
+
     def fence(self, parts: list[str], operands: list) -> None:
         self.emit("fence.proxy.async" if parts[1:3] == ["proxy", "async"] else "fence", [], [])
 
@@ -411,10 +420,11 @@ class Decoder:
 
 
 DECODERS: dict[str, Callable[[Decoder, list[str], list], None]] = {
-    **dict.fromkeys(("bra", "ret", "exit", "trap", "membar", "prefetch", "griddepcontrol", "nanosleep", "setmaxnreg"),
+    **dict.fromkeys(("bra", "ret", "exit", "trap", "membar", "prefetch", "griddepcontrol", "nanosleep"),
                     Decoder.control),
     **dict.fromkeys(("ld", "st", "atom", "red"), Decoder.access),
     **dict.fromkeys(("shfl", "vote", "match", "elect", "redux", "activemask"), Decoder.lanes),
+    "setmaxnreg": Decoder.registers_of_a_thread,
     "bar": Decoder.barrier, "barrier": Decoder.barrier, "fence": Decoder.fence, "mov": Decoder.move,
     "cvta": Decoder.convert_address, "setp": Decoder.compare, "cvt": Decoder.convert, "cp": Decoder.copy,
     "mbarrier": Decoder.mbarrier, "ldmatrix": Decoder.matrix, "stmatrix": Decoder.matrix, "mma": Decoder.product,

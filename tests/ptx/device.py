@@ -19,7 +19,7 @@ from . import build, decoder, parser
 CHECKS = {"alignment": 1, "initialised": 2, "races": 4, "async": 8}
 KINDS = (
     "none", "out of bounds", "misaligned", "uninitialised", "race", "asynchrony", "deadlock", "barrier", "endless",
-    "unsupported", "order",
+    "unsupported", "registers", "order",
 )  # fmt: skip
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 WINDOW, MIDDLE = 40, 1 << 39  # a buffer lies in the middle of its own window of 1 TiB
@@ -59,8 +59,8 @@ class _Launch(ctypes.Structure):
         ("maps", ctypes.c_void_p), ("map_count", ctypes.c_int64), ("block", ctypes.c_int64 * 3),
         ("grid", ctypes.c_int64 * 3), ("shared_bytes", ctypes.c_int64), ("ctas", ctypes.c_void_p),
         ("cta_count", ctypes.c_int64), ("seed", ctypes.c_uint64), ("checks", ctypes.c_uint64),
-        ("budget", ctypes.c_int64), ("executed", ctypes.c_void_p), ("memory", ctypes.c_void_p),
-        ("unique_sectors", ctypes.c_uint64 * 2), ("failure", _Failure),
+        ("budget", ctypes.c_int64), ("held", ctypes.c_int64), ("executed", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p), ("unique_sectors", ctypes.c_uint64 * 2), ("failure", _Failure),
     ]  # fmt: skip
 
 
@@ -243,7 +243,8 @@ def run(
         buffer_count=len(memory.buffers), maps=ctypes.addressof(tensor_maps), map_count=len(maps),
         block=(ctypes.c_int64 * 3)(*block), grid=(ctypes.c_int64 * 3)(*grid),
         shared_bytes=program.shared_bytes + shared, ctas=chosen.ctypes.data, cta_count=len(chosen), seed=schedule,
-        checks=sum(CHECKS[c] for c in checks), budget=budget, executed=executed.ctypes.data, memory=traffic.ctypes.data,
+        checks=sum(CHECKS[c] for c in checks), budget=budget, held=kernel.held,
+        executed=executed.ctypes.data, memory=traffic.ctypes.data,
     )  # fmt: skip
     if build.core().ptx_launch(ctypes.byref(launch)):
         raise _fault(kernel, program, launch.failure, memory)
@@ -385,8 +386,9 @@ def _standing(program: decoder.Program, failure: _Failure) -> str:
     places: dict[str, list[int]] = {}
     for warp, pc in enumerate(failure.where[: failure.warps]):
         origin = program.origin[pc] if pc >= 0 else None
-        # A warp that waits has gone past its barrier.
-        if origin and pc and program.origin[pc - 1].opcode.startswith(("bar", "mbarrier")):
+        # A warp that waits has gone past its barrier, but not past its setmaxnreg.
+        waits = origin and pc and not origin.opcode.startswith("setmaxnreg")
+        if waits and program.origin[pc - 1].opcode.startswith(("bar", "mbarrier")):
             origin = program.origin[pc - 1]
         places.setdefault(f"{' called from '.join(origin.line)}: {origin.text}" if origin else "left", []).append(warp)
     return "\n".join(f"  warps {', '.join(map(str, warps))}: {place}" for place, warps in places.items())

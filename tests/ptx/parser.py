@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ class Kernel:
     parameters: list[Parameter]
     parameter_bytes: int
     threads: tuple[int, int, int] | None  # .reqntid, or .maxntid where a launch may choose fewer
+    held: int  # registers that a thread begins with, where the kernel's head settles it; else 0
     registers: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> type
     shared: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # name -> size (0: dynamic), alignment
     instructions: list[Instruction] = dataclasses.field(default_factory=list)
@@ -119,7 +121,7 @@ def parse(text: str, name: str | None = None) -> Kernel:
         raise Unsupported(f"there is no kernel {name!r} in this PTX; it has {', '.join(names) or 'none'}")
     files = {int(n): path.rsplit("/", 1)[-1] for n, path in re.findall(r'\.file\s+(\d+)\s+"[^"]*?([^"/]*)"', text)}
     entry = re.search(rf"\.entry\s+{re.escape(name)}\s*\(([^)]*)\)([^{{]*)\{{", text)
-    kernel = Kernel(name, int(target[1]), *_parameters(entry[1]), _threads(entry[2]))
+    kernel = Kernel(name, int(target[1]), *_parameters(entry[1]), _threads(entry[2]), _held(entry[2]))
     for align, variable, size in re.findall(r"\.extern\s+\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", text):
         kernel.shared[variable] = (int(size or 0), int(align))
     _Body(kernel, files).read(COMMENT.sub("", text[entry.end() : _closing(text, entry.end())]))
@@ -154,6 +156,14 @@ def _parameters(text: str) -> tuple[list[Parameter], int]:
 def _threads(header: str) -> tuple[int, int, int] | None:
     given = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
     return given and tuple(int(n or 1) for n in given.groups())
+
+
+def _held(header: str) -> int:
+    """.maxnreg, or a share of the register file for every thread of the blocks that are to fit."""
+    if given := re.search(r"\.maxnreg\s+(\d+)", header):
+        return int(given[1])
+    threads, blocks = _threads(header), re.search(r"\.minnctapersm\s+(\d+)", header)
+    return min(256, 65536 // (math.prod(threads) * int(blocks[1])) // 8 * 8) if threads and blocks else 0
 
 
 class _Body:

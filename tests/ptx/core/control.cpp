@@ -74,6 +74,27 @@ Flow barrier(Warp& w, const Instruction& i, u32 mask) {
   return Flow::next;
 }
 
+// setmaxnreg: to immediate[0] registers a thread, taken from the CTA's if immediate[1], else given back to them.
+Flow set_registers(Warp& w, const Instruction& i, u32 mask) {
+  if (!mask) return Flow::next;
+  whole_warp(w, mask);
+  Machine& m = w.machine;
+  const i64 count = i.immediate[0], more = count - w.held;
+  const bool take = i.immediate[1];
+  if (take ? more < 0 : more > 0)
+    fault(Kind::registers, __builtin_ctz(mask), "%s to %lld registers, of a thread that has %lld",
+          take ? "rises" : "falls", (long long)count, (long long)w.held);
+  w.wanted = std::max<i64>(0, more - m.free_registers);
+  if (w.wanted) {
+    w.stalled = m.progress;
+    return Flow::wait;
+  }
+  m.free_registers -= more;
+  w.held = count;
+  if (more < 0) ++m.progress;
+  return Flow::next;
+}
+
 Flow fence_proxy(Warp& w, const Instruction&, u32 mask) {
   if (!mask) return Flow::next;
   std::copy(std::begin(w.clock.at), std::end(w.clock.at), w.clock.fenced);
@@ -224,13 +245,14 @@ Flow warp_barrier(Warp& w, const Instruction& i, u32 mask) {
 
 void register_control(Operations& o) {
   for (const char* name :
-       {"membar", "prefetch", "griddepcontrol", "nanosleep", "setmaxnreg", "fence", "discard", "pragma"})
+       {"membar", "prefetch", "griddepcontrol", "nanosleep", "fence", "discard", "pragma"})
     o[name] = nothing;
   o["bra"] = branch;
   o["ret"] = o["exit"] = leave;
   o["trap"] = trap;
   o["bar"] = barrier;
   o["bar.warp"] = warp_barrier;
+  o["setmaxnreg"] = set_registers;
   o["fence.proxy.async"] = fence_proxy;
   o["mov.special"] = special;
   o["shfl"] = shuffle;

@@ -70,6 +70,8 @@ void Warp::start() {
   join = INT64_MAX;
   waiting = false;
   stalled = 0;
+  held = l.held;
+  wanted = 0;
   copies.clear();
   products.clear();
   stores.clear();
@@ -130,6 +132,7 @@ void Machine::run(i64 index) {
   transactions.clear();
   landings.clear();
   for (NamedBarrier& b : barriers) b = {};
+  free_registers = 0;
   u32 now = engine_epoch;
   for (const Warp& w : warps) now = std::max(now, w.epoch());
   engine_epoch = now + 1;
@@ -155,6 +158,9 @@ void Machine::run(i64 index) {
     }
     if (ready.empty()) {
       running = nullptr;
+      if (std::any_of(warps.begin(), warps.end(), [](const Warp& w) { return w.live && w.wanted; }))
+        fault(Kind::deadlock, 0, "no warp can go on: some wait for registers, of which %lld a thread are left to one",
+              (long long)free_registers);
       fault(Kind::deadlock, 0, "no warp can go on: each waits for others");
     }
     Warp& w = *ready[random() % ready.size()];

@@ -90,6 +90,7 @@ struct Launch {
   i64 cta_count;
   u64 seed, checks;
   i64 budget;  // warp instructions per CTA
+  i64 held;    // registers that a thread begins with, 0 if unknown
   u64* executed;
   MemoryCount* memory;
   u64 unique_sectors[2];  // read, written
@@ -97,7 +98,9 @@ struct Launch {
 };
 
 enum Check : u64 { kAlignment = 1, kInitialised = 2, kRaces = 4, kAsync = 8 };
-enum class Kind : i32 { none, bounds, alignment, uninitialised, race, async, deadlock, barrier, endless, unsupported };
+enum class Kind : i32 {
+  none, bounds, alignment, uninitialised, race, async, deadlock, barrier, endless, unsupported, registers
+};
 
 struct Fault {
   Kind kind;
@@ -216,7 +219,8 @@ struct Warp {
   i64 lane_pc[kLanes] = {};
   i64 join = INT64_MAX;  // smallest pc of the lanes elsewhere
   bool waiting = false;  // at a named barrier
-  u64 stalled = 0;       // progress of the CTA when an mbarrier was last found incomplete
+  u64 stalled = 0;       // progress of the CTA when an mbarrier was last incomplete, or registers too few
+  i64 held = 0, wanted = 0;  // registers of a thread; how many more it waits for
   Clock clock;
   i64 copy_group = 0, product_group = 0, store_group = 0;
   std::vector<AsyncCopy> copies;
@@ -273,7 +277,8 @@ struct Machine {
   NamedBarrier barriers[16];
   std::map<u32, TransactionBarrier> transactions;
   std::vector<std::function<void()>> landings;  // bulk loads in flight
-  u64 progress = 1;                             // phases completed
+  u64 progress = 1;                             // phases completed, registers given back
+  i64 free_registers = 0;                       // of a thread, given back by warps and not taken
   Sectors sectors[2];
   std::mt19937_64 random;
   i64 cta[3];
