@@ -494,8 +494,8 @@ def test_test_records_say_what_passed_where(tmp_path):
     assert said("patchify", "triton") == "verified on NVIDIA H200 (2026-11-20, 1a2b3c)", "a file's name says both"
     assert said("attention", "triton") == said("modulation", "cpu") == "not yet run on a GPU"
     matrix = report.verification(tmp_path / "results")
-    assert re.search(r"\| `norm_modulate` \|.* triton: verified on NVIDIA H200 .*; cuda: 1 of 2 tests fail", matrix)
-    assert re.search(r"\| `norm_modulate` \| fwd \+ bwd \| fwd \+ bwd \| fwd \+ bwd \| – \| – \| fwd \+ bwd \|", matrix)
+    assert re.search(r"`norm_modulate` \|.* triton: verified on NVIDIA H200 .*; cuda: 1 of 2 tests fail", matrix)
+    assert re.search(r"`norm_modulate` \| fwd \+ bwd \| fwd \+ bwd \| fwd \+ bwd \| – \| – \| fwd \+ bwd \|", matrix)
 
 
 def test_a_run_is_filed_under_its_device(tmp_path):
