@@ -211,8 +211,7 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: b
         dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, data, taps)
         return dx.unflatten(0, (B, frames)).transpose(1, 2) if data else None, dweight[:, :, None] if taps else None
     if _few(dout, weight):
-        opaque = x.shape[0] == 1 and dout.numel() > RUN * dout.shape[1]  # else aten leaves it to a product of matrices
-        return _backward(dout, x, weight, stride, padding, [data, taps], opaque)
+        return _backward(dout, x, weight, stride, padding, [data, taps], opaque=False)
     dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=True)[0] if data else None
     if not taps:
         return dx, None
