@@ -180,8 +180,9 @@ def test_a_stripped_file_is_found_again(tmp_path, plain, monkeypatch, sora):
 
 
 def test_of_a_clip_made_from_a_marked_one_the_last_is_told(tmp_path, plain, monkeypatch, sora):
-    """Whose frames hold both marks."""
+    """Whose frames hold both marks, neither plainly the stronger one."""
     pytest.importorskip("c2pa", reason="the extra [safety] is not installed")
+    monkeypatch.setattr(watermark, "MARGIN", 0.4)  # identities are drawn: now and then one has more of the bits
     monkeypatch.setenv(certificates.VARIABLE, str(tmp_path / "home"))
     media.write_video("first.mp4", plain, origin=Origin({"seed": 1}))
     told = {"inputs": (credentials.Input.of(Path("first.mp4")),)}
