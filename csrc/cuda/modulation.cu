@@ -68,8 +68,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void norm_mod
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     if (column(v) >= D) continue;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values[v][i] = (values[v][i] - mean) * rstd;
+    normalise(values[v], mean, rstd);
     modulate(p, b, f, column(v), values[v]);
     Vec<T> vec;
 #pragma unroll

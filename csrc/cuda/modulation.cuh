@@ -98,6 +98,12 @@ __device__ __forceinline__ float row_statistics(const float (&values)[kVecs][kVe
   return corrected(squares, left, sums, D, rms, eps, mean);
 }
 
+template <int N>
+__device__ __forceinline__ void normalise(float (&values)[N], float mean, float rstd) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = (values[i] - mean) * rstd;
+}
+
 // xhat -> (xhat * weight + bias) * (1 + scale + table) + shift + table, for columns [d, d + N) of modulation row (b, f).
 template <int N, class Params>
 __device__ __forceinline__ void modulate(const Params& p, int64_t b, int64_t f, int d, float (&values)[N]) {

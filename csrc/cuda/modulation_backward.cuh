@@ -18,6 +18,7 @@
 #pragma once
 
 #include "common/check.h"
+#include "common/operands.h"
 #include "common/packed.cuh"
 #include "common/partials.cuh"
 #include "common/reduce.cuh"
@@ -154,6 +155,13 @@ __device__ __forceinline__ void means_of(float (&along)[2], const Sums& sums, bo
   }
 }
 
+// The gradient of xhat -> that of x, by these means.
+template <int N>
+__device__ __forceinline__ void norm_gradient(float (&d)[N], const float (&xhat)[N], const float (&along)[2], float rstd) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) d[i] = (d[i] - along[1] - xhat[i] * along[0]) * rstd;
+}
+
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void modulation_bwd_kernel(
     const __grid_constant__ ModulationBackwardParams p) {
@@ -279,10 +287,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void modulati
       if (kBranch || p.dx) {
         means_of(along, sums, p.rms, p.D);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) d[v][i] = (d[v][i] - along[1] - x[v][i] * along[0]) * rstd;
-        }
+        for (int v = 0; v < kVecs; ++v) norm_gradient(d[v], x[v], along, rstd);
       }
     }
     if constexpr (kBranch) {
@@ -299,10 +304,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void modulati
         float mean;
         rstd = row_statistics(y, column, p.D, sums, p.y_rms, p.eps, mean);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) y[v][i] = (y[v][i] - mean) * rstd;
-        }
+        for (int v = 0; v < kVecs; ++v) normalise(y[v], mean, rstd);
       }
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) {
@@ -324,10 +326,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void modulati
         }
         means_of(along, sums, p.y_rms, p.D);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) d[v][i] = (d[v][i] - along[1] - y[v][i] * along[0]) * rstd;
-        }
+        for (int v = 0; v < kVecs; ++v) norm_gradient(d[v], y[v], along, rstd);
       }
       if (p.dy) store(dy_row, d);
       if (clip_ends) {
@@ -360,26 +359,6 @@ struct Gradients {
   Rows rows[kRows];
   Vector totals[kTotals];
 };
-
-// t, or a dense copy of it where its rows do not start where 16-byte loads may.
-inline Tensor readable(const Tensor& t) {
-  bool aligned = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) aligned &= t.stride(i) * size_of(t.scalar_type()) % 16 == 0;
-  if (aligned) return t;
-  Tensor copy = torch::stable::new_empty(t, t.sizes());
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-inline OptionalTensor readable(const OptionalTensor& t) { return t ? OptionalTensor(readable(*t)) : t; }
-
-inline void zero(std::initializer_list<const OptionalTensor*> gradients) {
-  for (const OptionalTensor* t : gradients) {
-    if (!*t || !(*t)->numel()) continue;
-    Tensor zeros = **t;
-    torch::stable::zero_(zeros);
-  }
-}
 
 inline void set_shape(ModulationBackwardParams& p, const Shape& shape, const Tensor& x) {
   SORA_CHECK(shape.rows() <= INT32_MAX / 2, "x: expected fewer than 2^30 rows, got ", describe(x));

@@ -88,10 +88,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void gate_res
     float mean;
     const float rstd = row_statistics(values, column, D, sums, p.y_rms, p.eps, mean);
 #pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) values[v][i] = (values[v][i] - mean) * rstd;
-    }
+    for (int v = 0; v < kVecs; ++v) normalise(values[v], mean, rstd);
   }
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -122,8 +119,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kMinBlocks) void gate_res
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
       if (column(v) >= D) continue;
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) values[v][i] = (values[v][i] - mean) * rstd;
+      normalise(values[v], mean, rstd);
       modulate(p, b, f, column(v), values[v]);
       store_vec(normed + between(v), rounded<T>(values[v]));
     }

@@ -13,6 +13,7 @@
 #include "common/check.h"
 #include "common/heads.h"
 #include "common/library.h"
+#include "common/operands.h"
 #include "common/packed.cuh"
 #include "common/partials.cuh"
 #include "common/reduce.cuh"
@@ -358,19 +359,6 @@ void launch(QkNormRopeBackwardParams& p, bool width, const Vector (&to)[2], cons
              p.sides[1].H, " heads of ", p.E);
 }
 
-// t, or a dense copy of it where its heads do not start where 16-byte loads may.
-Tensor readable(const Tensor& t) {
-  const int64_t size = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  bool whole = aligned(t.data_ptr(), 16);
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) whole &= t.stride(i) * size % 16 == 0;
-  if (whole) return t;
-  Tensor copy = torch::stable::new_empty(t, t.sizes());
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-OptionalTensor readable(const OptionalTensor& t) { return t ? OptionalTensor(readable(*t)) : t; }
-
 void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& q, const Tensor& k,
                       const OptionalTensor& q_weight, const OptionalTensor& k_weight, const OptionalTensor& q_bias,
                       const OptionalTensor& k_bias, const OptionalTensor& stats, const OptionalTensor& cos,
@@ -409,16 +397,7 @@ void qk_norm_rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& 
     side.inverse = static_cast<float>(1.0 / static_cast<double>(length));
   }
   p.S = std::max(p.sides[0].S, p.sides[1].S);
-  if (p.S == 0) {
-    for (const auto& side : gradients) {
-      for (const OptionalTensor* t : side) {
-        if (!*t || !(*t)->numel()) continue;
-        Tensor zeros = **t;
-        torch::stable::zero_(zeros);
-      }
-    }
-    return;
-  }
+  if (p.S == 0) return zero({&dq, &dq_weight, &dk, &dk_weight});
   SORA_CHECK(q.size(0) * p.S <= INT32_MAX / 2, "q, k: expected fewer than 2^30 tokens, got ", q.size(0) * p.S);
   p.rows = static_cast<int>(q.size(0) * p.S), p.E = static_cast<int>(E), p.pairs = static_cast<int>(r.pairs);
   p.norm = norm != kNone, p.eps = static_cast<float>(eps), p.interleaved = interleaved || p.pairs == 0;
