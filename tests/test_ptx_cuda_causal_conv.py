@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from functools import partial
 
 import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.planted import found, planted
 from ptx.sweeps import faults, in_turns
 
 from sora_kernels import Unavailable, _dispatch, _library, causal_conv3d, upsample_conv3d
@@ -105,44 +105,34 @@ FAULTS = {  # label -> pattern, replacement; each place by itself
 }
 
 
-def planted(label: str) -> Iterator[str]:
-    """The PTX with one fault in the kernel of 64 bf16 channels."""
-    text = nvcc.compiled("causal_conv", 90)
-    begin = text.index("13__nv_bfloat16Li64E")
-    end = text.find(".entry", begin)
-    pattern, replacement = FAULTS[label]
-    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
-        yield text[: hit.start()] + replacement + text[hit.end() :]
-
-
 # C, taps, whether there is a residual. Few products, after which boxes may still be under way, with a residual and with
 # places that no wait for one has cleared; so many taps a column that the ring of weights fills.
 SHAPES = [(16, (1, 1, 1), True), (16, (1, 1, 1), False), (80, (1, 5, 3), True)]
 
 
-def found(text: str) -> str | None:
+def found_in(text: str) -> str | None:
     """What finds the fault, in one of these shapes under one of eight schedules."""
+
+    def check(schedule: int, x, weight, norm_weight, residual, bounds) -> None:
+        out, raw = (unwritten(1, 64, 1, 20, 12, x.dtype) for _ in range(2))
+        given = None, None, residual, norm_weight, False, 1e-6, out, raw, 1, lambda _: text
+        nvcc.causal_conv3d(90, x, dense_taps(weight, x), *given, schedule=schedule, budget=400_000)
+        assert_matches_oracle(out, *bounds, "out", weight[0].numel())
+
     for C, taps, with_residual in SHAPES:
-        n = C * taps[1] * taps[2]
-        x, weight = video(1, C, 1, 20, 12), (torch.randn(64, C, *taps) / n**0.5).bfloat16()
+        x, weight = video(1, C, 1, 20, 12), (torch.randn(64, C, *taps) / (C * taps[1] * taps[2]) ** 0.5).bfloat16()
         norm_weight, residual = torch.ones(64), video(1, 64, 1, 20, 12) if with_residual else None
         bounds = expected(x, weight, None, residual=residual, norm_weight=norm_weight)
-        for schedule in range(8):
-            out, raw = (unwritten(1, 64, 1, 20, 12, x.dtype) for _ in range(2))
-            given = None, None, residual, norm_weight, False, 1e-6, out, raw, 1, lambda _: text
-            try:
-                nvcc.causal_conv3d(90, x, dense_taps(weight, x), *given, schedule=schedule, budget=400_000)
-                assert_matches_oracle(out, *bounds, "out", n)
-            except ptx.Fault as fault:
-                return fault.kind
-            except AssertionError:
-                return "wrong result"
+        drawn = dict(x=x, weight=weight, norm_weight=norm_weight, residual=residual, bounds=bounds)
+        if kind := found(partial(check, **drawn)):
+            return kind
     return None
 
 
 @pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label):
-    by = [found(text) for text in planted(label)]
+    """In the kernel of 64 bf16 channels."""
+    by = [found_in(text) for text in planted("causal_conv", "13__nv_bfloat16Li64E", *FAULTS[label])]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
     assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
 
@@ -170,8 +160,8 @@ def test_the_op_gives_what_the_norm_read():
     plain = causal_conv3d(x, weight, **options, impl="reference")
     wide = options | dict(residual=x.double(), norm_weight=options["norm_weight"].double())
     oracle = causal_conv3d(x.double(), weight.double(), **wide, impl="reference")
-    for name, *found in zip(("y", "raw"), actual, oracle, plain, strict=True):
-        assert_matches_oracle(*found, name, 288)
+    for name, *three in zip(("y", "raw"), actual, oracle, plain, strict=True):
+        assert_matches_oracle(*three, name, 288)
 
 
 def test_a_border_of_repeats_is_read_like_the_rest():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from functools import partial
 
 import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.planted import found, planted
 from ptx.sweeps import faults, in_turns
 
 from sora_kernels import Unavailable, _dispatch, _library, final_layer, patch_embed3d
@@ -186,16 +186,6 @@ FAULTS = {  # label -> pattern, replacement; each place by itself
 }
 
 
-def planted(source: str, kernel: str, label: str) -> Iterator[str]:
-    """The PTX with one fault in the kernel."""
-    text = nvcc.compiled(source, 90)
-    begin = text.index(kernel)
-    end = text.find(".entry", begin)
-    pattern, replacement = FAULTS[label]
-    for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
-        yield text[: hit.start()] + replacement + text[hit.end() :]
-
-
 # C, patches, D, blocks: one slice and group each, so that nothing but the fault orders them, of 32 features and more;
 # two slices and more groups than stages, which are used again; of so many features that few stages are there.
 SHAPES = [(8, 70, 256, 9), (16, 70, 256, 9), (16, 1290, 264, 1), (48, 400, 136, 1)]
@@ -203,53 +193,53 @@ SHAPES = [(8, 70, 256, 9), (16, 70, 256, 9), (16, 1290, 264, 1), (48, 400, 136, 
 
 def in_embedding(text: str) -> str | None:
     """What finds the fault, in one of these shapes under one of six schedules."""
+
+    def check(schedule: int, video, weight, blocks, oracle, plain) -> None:
+        out = ptx.unwritten(*plain.shape, dtype=video.dtype)
+        nvcc.patch_embed3d(90, video, weight, None, out, blocks, lambda _: text, schedule=schedule, budget=900_000)
+        assert_matches_oracle(out, oracle, plain, "out", weight[0].numel())
+
     for C, patches, D, blocks in SHAPES:
         video, weight = operands(C, (1, 2, 2), 1, (1, 1, patches), D, torch.bfloat16)
         oracle = patch_embed3d(video.double(), weight.double(), impl="reference")
         plain = patch_embed3d(video, weight, impl="reference")
-        for schedule in range(6):
-            out = ptx.unwritten(1, patches, D, dtype=video.dtype)
-            given = 90, video, weight, None, out, blocks, lambda _: text
-            try:
-                nvcc.patch_embed3d(*given, schedule=schedule, budget=900_000)
-                assert_matches_oracle(out, oracle, plain, "out", 4 * C)
-            except ptx.Fault as fault:
-                return fault.kind
-            except AssertionError:
-                return "wrong result"
+        drawn = dict(video=video, weight=weight, blocks=blocks, oracle=oracle, plain=plain)
+        if kind := found(partial(check, **drawn), schedules=6):
+            return kind
     return None
 
 
 def in_last_layer(text: str) -> str | None:
     """The same: a tile of one step, tiles of more steps than stages, and rows of scale one after the other."""
+
+    def check(schedule: int, x, rows, weight, grid, blocks, oracle, plain) -> None:
+        out = ptx.unwritten(*plain.shape, dtype=x.dtype)
+        given = 90, x, rows, rows, weight, None, grid, False, 1e-6, out, blocks, lambda _: text
+        nvcc.final_layer(*given, schedule=schedule, budget=900_000)
+        assert_matches_oracle(out, oracle, plain, "out", x.shape[-1])
+
     for D, S, F, blocks in ((64, 64, 1, 1), (576, 150, 1, 1), (64, 512, 8, 1)):
         x, rows, weight = draw(1, S, D), draw(1, F, D), draw(64, D) / D**0.5
         how = dict(grid=(1, 1, S), patch=(1, 2, 2))
         oracle = final_layer(x.double(), rows.double(), rows.double(), weight.double(), **how, impl="reference")
         plain = final_layer(x, rows, rows, weight, **how, impl="reference")
-        for schedule in range(6):
-            out = ptx.unwritten(1, 16, 1, 2, 2 * S, dtype=x.dtype)
-            given = 90, x, rows, rows, weight, None, how["grid"], False, 1e-6, out, blocks, lambda _: text
-            try:
-                nvcc.final_layer(*given, schedule=schedule, budget=900_000)
-                assert_matches_oracle(out, oracle, plain, "out", D)
-            except ptx.Fault as fault:
-                return fault.kind
-            except AssertionError:
-                return "wrong result"
+        drawn = dict(x=x, rows=rows, weight=weight, grid=how["grid"], blocks=blocks, oracle=oracle, plain=plain)
+        if kind := found(partial(check, **drawn), schedules=6):
+            return kind
     return None
 
 
 @pytest.mark.parametrize("label", faults(FAULTS))
 def test_planted_faults_are_found(label):
-    by = [in_embedding(text) for text in planted("patchify_embed", "EmbedTraitsI13__nv_bfloat16Li2E", label)]
+    by = [in_embedding(text) for text in planted("patchify_embed", "EmbedTraitsI13__nv_bfloat16Li2E", *FAULTS[label])]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
     assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
 
 
 @pytest.mark.parametrize("label", faults(label for label in FAULTS if "proxy" not in label and "stores" not in label))
 def test_planted_faults_of_the_last_layer_are_found(label):
-    by = [in_last_layer(text) for text in planted("patchify_final", "FinalTraitsI13__nv_bfloat16Li64ELi1E", label)]
+    texts = planted("patchify_final", "FinalTraitsI13__nv_bfloat16Li64ELi1E", *FAULTS[label])
+    by = [in_last_layer(text) for text in texts]
     assert by and None not in by, f"{by}: none of these shapes and schedules shows the fault"
     assert "wrong result" not in by, f"{by}: the checks themselves should have found it"
 

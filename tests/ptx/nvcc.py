@@ -553,10 +553,9 @@ def qk_norm_rope(
     rows = B * tokens * chunks
     computed = turning if axes else 0
     split = axes[3:6] if axes else (0, 0, 0)
-    steps = [int(math.ldexp(theta ** (-j / n) / (2 * math.pi) % 1, 64)) for n in split for j in range(n)]
     fields += [*(axes[6:9] if axes else (0, 0, 0)), rows, tokens, chunks, E, turning, lanes, lanes.bit_length() - 1]
     fields += [computed, first, start, *(axes[1:3] if axes else (0, 0)), split[0], split[0] + split[1], norm]
-    fields += [together, interleaved or not turning, host, eps, *steps, *[0] * (256 - len(steps))]
+    fields += [together, interleaved or not turning, host, eps, *_angle_steps(split, theta)]
     text = compiled("qknorm_rope", sm)
     (name,) = (n for n in parser.kernels(text) if f"TraitsI{MANGLED[q.dtype]}Li{warps}E" in n)
     launch = text, (-(-rows // (4 if warps == 1 else 1)),), [Struct(layout + "3q15i3?xf4x256Q", tuple(fields))]
@@ -597,11 +596,10 @@ def qk_norm_rope_bwd(
     fields += [*(axes[6:9] if axes else (0, 0, 0)), B * tokens, tokens, programs, chunk]
     fields += [E, turning, lanes, lanes.bit_length() - 1, turning if axes else 0, first, turn, start]
     split = axes[3:6] if axes else (0, 0, 0)
-    steps = [int(math.ldexp(theta ** (-j / n) / (2 * math.pi) % 1, 64)) for n in split for j in range(n)]
     fields += [*(axes[1:3] if axes else (0, 0)), split[0], split[0] + split[1]]
     fields += [norm != 0, interleaved or not turning, eps]
     side = "Q3q" * 3 + "Qb7xQ3if"
-    p = Struct("<" + side * 2 + "QQ2q3q16i??2xf256Q", (*fields, *steps, *[0] * (256 - len(steps))))
+    p = Struct("<" + side * 2 + "QQ2q3q16i??2xf256Q", (*fields, *_angle_steps(split, theta)))
     text = compiled("qknorm_rope_backward", sm)
 
     def run(form: str, grid: tuple[int, ...], argument: Struct, **how) -> Counters:
@@ -617,6 +615,12 @@ def qk_norm_rope_bwd(
     return found
 
 
+def _angle_steps(split: Sequence[int], theta: float) -> list[int]:
+    """Of the pairs of each axis, of 2^64 to a turn; as many as the kernels have room for."""
+    steps = [int(math.ldexp(theta ** (-j / n) / (2 * math.pi) % 1, 64)) for n in split for j in range(n)]
+    return [*steps, *[0] * (256 - len(steps))]
+
+
 def _steps_of(table: Tensor) -> tuple[int, int, int]:
     """Strides of clips, tokens and heads of cos or sin: 0 where one row serves all."""
     table = table[:, None] if table.ndim == 2 else table
@@ -629,7 +633,7 @@ Observer = Callable[[str, Counters], None]
 
 
 @contextlib.contextmanager
-def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[None]:
+def nvcc_on(sm: int, observe: Observer = lambda name, counters: None, **options) -> Iterator[None]:
     """Within it what csrc/cuda has takes CPU tensors under `impl="cuda"` and is executed as sm_N would.
 
     observe is called after each launch with the kernel's name and its counters. options: of device.run.
@@ -641,14 +645,12 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
         vectors = weight, bias, shift_table, scale_table
         counters = norm_modulate(sm, x, shift, scale, *vectors, rms, eps, out, **options)
-        if observe:
-            observe("norm_modulate_kernel", counters)
+        observe("norm_modulate_kernel", counters)
 
     def launch(source, index, *arguments) -> None:
         assert index is None, "the kernels take no index"
         for name, counters in modulation_bwd(sm, source, *arguments, **options).items():
-            if observe:
-                observe(name, counters)
+            observe(name, counters)
 
     def modulate_back(dout, x, scale, weight, bias, scale_table, index, rms, eps, *gradients) -> None:
         dx, dshift, dscale, dweight, dbias, dshift_table, dscale_table = gradients
@@ -677,56 +679,47 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
             name, counters = "fwd", attention(sm, q, k, v, *rest[-3:], kv_lens=kv_lens, **options)
         else:
             name, counters = "plan_fwd", attention_plan(sm, q, k, v, kv_lens, heads, rows, *rest, **options)
-        if observe:
-            observe(f"attention_{name}_kernel", counters)
+        observe(f"attention_{name}_kernel", counters)
 
     def attend_rows(*arguments) -> None:
         counters = attention_bwd_rows(sm, *arguments, **options)
-        if observe:
-            observe("attention_bwd_rows_kernel", counters)
+        observe("attention_bwd_rows_kernel", counters)
 
     def attend_back(*arguments) -> None:
         counters = attention_bwd(sm, *arguments, **options)
-        if observe:
-            of, planned = "keys" if arguments[-3] is None else "queries", arguments[7] is not None
-            observe(f"attention_{'plan_' * planned}bwd_{of}_kernel", counters)
+        of, planned = "keys" if arguments[-3] is None else "queries", arguments[7] is not None
+        observe(f"attention_{'plan_' * planned}bwd_{of}_kernel", counters)
 
     def gate_on(x, y, gate, gate_table, index, y_rms, eps, host, out) -> None:
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
         vectors = None, None, gate_table, None, None
         counters = gate_residual(sm, x, y, (gate, None, None), vectors, False, y_rms, eps, out, None, **options)
-        if observe:
-            observe("gate_residual_kernel", counters)
+        observe("gate_residual_kernel", counters)
 
     def gate_and_modulate(x, y, gate, shift, scale, weight, bias, gate_t, shift_t, scale_t, index, *rest) -> None:
         rms, y_rms, eps, host, x_new, out = rest
         assert host == 0 and index is None, "the kernel rounds once and takes no index"
         rows, vectors = (gate, shift, scale), (weight, bias, gate_t, shift_t, scale_t)
         counters = gate_residual(sm, x, y, rows, vectors, rms, y_rms, eps, x_new, out, **options)
-        if observe:
-            observe("gate_residual_kernel", counters)
+        observe("gate_residual_kernel", counters)
 
     def convolve(x, weight, bias, cache, residual, norm_weight, stride, bordered, norm_eps, out, pre) -> None:
         assert tuple(stride) == (1, 1, 1), "the kernel takes stride 1"
         rest = residual, norm_weight, bordered, norm_eps, out, pre
         counters = causal_conv3d(sm, x, weight, bias, cache, *rest, **options)
-        if observe:
-            observe("causal_conv3d_fwd_kernel", counters)
+        observe("causal_conv3d_fwd_kernel", counters)
 
     def convolve_upsampled(*arguments) -> None:
         counters = upsample_conv3d(sm, *arguments, **options)
-        if observe:
-            observe("causal_conv3d_fwd_kernel", counters)
+        observe("causal_conv3d_fwd_kernel", counters)
 
     def normalise(*arguments) -> None:
         counters = norm_silu(sm, *arguments, **options)
-        if observe:
-            observe("norm_silu_kernel", counters)
+        observe("norm_silu_kernel", counters)
 
     def turn(*arguments) -> None:
         counters = qk_norm_rope(sm, *arguments, **options)
-        if observe:
-            observe("qk_norm_rope_fwd_kernel", counters)
+        observe("qk_norm_rope_fwd_kernel", counters)
 
     def turn_back(dq_out, dk_out, q, k, q_weight, k_weight, q_bias, k_bias, stats, cos, sin, *rest) -> None:
         k_cos, k_sin, *rest = rest
@@ -735,19 +728,16 @@ def nvcc_on(sm: int, observe: Observer | None = None, **options) -> Iterator[Non
         given = q, k, q_weight, k_weight, cos, sin, norm, width, axes, theta, first, interleaved, eps
         launched = qk_norm_rope_bwd(sm, dq_out, dk_out, *given, dq, dk, dq_weight, dk_weight, **options)
         for name, counters in zip(("qk_norm_rope_bwd_kernel", *["sum_partials_kernel"] * 2), launched, strict=False):
-            if observe:
-                observe(name, counters)
+            observe(name, counters)
 
     def embed(video, weight, bias, pos, out) -> None:
         assert pos is None, "the kernel adds no rows"
         counters = patch_embed3d(sm, video, weight, bias, out, **options)
-        if observe:
-            observe("patch_embed3d_fwd_kernel", counters)
+        observe("patch_embed3d_fwd_kernel", counters)
 
     def finish(x, shift, scale, weight, bias, T, H, W, *rest) -> None:
         counters = final_layer(sm, x, shift, scale, weight, bias, (T, H, W), *rest, **options)
-        if observe:
-            observe("final_layer_fwd_kernel", counters)
+        observe("final_layer_fwd_kernel", counters)
 
     def call(op: str, impl: str):
         return kernels[op] if impl == "cuda" and op in kernels else original_call(op, impl)
