@@ -99,12 +99,12 @@ def detect(
     seen = f"at {found.scale:.3g} times the size" + (", mirrored" if found.mirrored else "")
     say(out, f"{file.name}: marked by this installation: z {found.z:.1f}, p {found.p:.1g}, {seen}")
     likely = found.likely(store.identities())
-    identity = credentials.youngest(file, likely) if len(likely) <= _MARKS else None
-    if identity is None:
+    made = credentials.youngest(file, likely) if len(likely) <= _MARKS else None
+    if made is None:
         return say(out, "  as what cannot be told: its bits are those of no record here, or of more than one")
-    record = store.find(identity)[0]
+    identity, record, verdict = made
     say(out, f"  as {record.title}, {record.made}, identity {identity:08x}; its record, of the pixels as they were:")
-    for line in _told(credentials.verify(file, manifest=record.manifest), 1):
+    for line in _told(verdict, 1):
         say(out, line)
 
 

@@ -19,7 +19,7 @@ from .dit import DiTConfig, SoraDiT
 from .machine import TooLargeError, gib
 from .ranks import Ranks
 from .safety import limits
-from .safety.credentials import hash_text
+from .safety.policy import hash_text
 from .text import WordTextEncoder, check_prompt
 from .vae import CausalVAE, VAEConfig
 

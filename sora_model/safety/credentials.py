@@ -30,11 +30,12 @@ from sora_kernels import __version__
 from .. import extras
 from . import certificates, store, watermark
 from .certificates import CredentialsError, Identity
+from .policy import hash_text
 from .verdict import ALTERED, ANSWERS, NONE, TRUSTED, UNKNOWN, Verdict, judged
 
 __all__ = [
     "ALTERED", "ANSWERS", "NONE", "TRUSTED", "UNKNOWN", "CredentialsError", "Input", "Origin", "Verdict",
-    "checkpoint_hash", "hash_file", "hash_text", "mark", "media_type", "sealer", "signing", "verify", "youngest",
+    "checkpoint_hash", "hash_file", "mark", "media_type", "sealer", "signing", "verify", "youngest",
 ]  # fmt: skip
 
 ALGORITHM = "org.sora-kernels.spread-spectrum.v1"  # unregistered
@@ -252,8 +253,9 @@ def verify(
         raise CredentialsError(f"cannot read the credentials of {path.name}: they are not of C2PA's form") from error
 
 
-def youngest(path: str | os.PathLike[str], identities: Collection[int]) -> int | None:
-    """Of the marks in one clip, by `store`, that of what was made from all the others; None where there is no such."""
+def youngest(path: str | os.PathLike[str], identities: Collection[int]) -> tuple[int, store.Record, Verdict] | None:
+    """Of the marks in one clip, that of what was made from all the others, its record in `store` and what that is
+    worth; None where there is no such."""
 
     def before(verdict: Verdict) -> Iterator[str | None]:
         for one in verdict.inputs:
@@ -262,9 +264,10 @@ def youngest(path: str | os.PathLike[str], identities: Collection[int]) -> int |
 
     wanted = {f"{identity:08x}" for identity in identities}
     for identity in identities:
-        told = verify(path, manifest=store.find(identity)[0].manifest)
-        if wanted <= {f"{identity:08x}", *before(told)}:
-            return identity
+        record = store.find(identity)[0]
+        verdict = verify(path, manifest=record.manifest)
+        if wanted <= {f"{identity:08x}", *before(verdict)}:
+            return identity, record, verdict
     return None
 
 
@@ -301,10 +304,6 @@ def _stamp(file: Path) -> tuple[int, int]:
 @functools.lru_cache(256)
 def _hashed(file: Path, *stamp: int) -> str:
     return hash_file(file)
-
-
-def hash_text(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def hash_file(file: str | os.PathLike[str]) -> str:

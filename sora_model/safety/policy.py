@@ -177,7 +177,7 @@ def check(prompt: str, name: str = "prompt") -> Decision:
     if decision.category is None:
         return decision
     record = {
-        "prompt_sha256": hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(),
+        "prompt_sha256": hash_text(prompt),
         "action": decision.action, "class": decision.category, "rule": decision.rule, "span": decision.span,
     }  # fmt: skip
     _log.info(json.dumps(record))
@@ -188,6 +188,11 @@ def check(prompt: str, name: str = "prompt") -> Decision:
     if decision.action == "review":
         warnings.warn(f"a person should look at what {name} makes: {what}: {decision.message}", stacklevel=3)
     return decision
+
+
+def hash_text(text: str) -> str:
+    """SHA-256, in hexadecimal: what stands for a prompt where it is not to be kept."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 _loaded = functools.lru_cache(Policy.load)
