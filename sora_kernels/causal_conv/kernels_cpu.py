@@ -158,7 +158,7 @@ def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, d
     dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
     if _few(dout, weight) and dout.numel() <= few.PIXELS * dout.shape[1]:
         return few.images_backward(dout, x, weight, stride, padding, data, taps)
-    if taps and not _AVX512 and few.columns(dout, weight) <= few.COLUMNS:
+    if taps and not _AVX512 and _products(dout, weight) <= few.COLUMNS * dout.shape[1]:
         dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=False)[0] if data else None
         return dx, few.images_backward(dout, x, weight, stride, padding, False, True)[1]
     blocks = list(_blocks(dout, x, weight, stride, padding)) if taps else []

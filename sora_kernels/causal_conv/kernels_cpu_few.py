@@ -40,11 +40,6 @@ def packed(x: Tensor, cache: Tensor | None, front: tuple[int, int, int], back: t
     return one_channel(x.float())
 
 
-def columns(dout: Tensor, weight: Tensor) -> int:
-    """Values that a weight gradient reads as a product of matrices, which copies them."""
-    return dout.numel() // dout.shape[1] * (weight.numel() // weight.shape[0])
-
-
 def images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
     """The gradients of a convolution of images as products of matrices."""
     weight = weight.contiguous(memory_format=torch.channels_last)  # as dout and x are; of other strides it is refused
