@@ -97,6 +97,7 @@ class _Pulse:
         self._store = store.clone()  # a connection of its own, which no wait of the main thread holds up
         self._rank, self._others = rank, [other for other in range(size) if other != rank]
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
+        self._told: str | None = None  # who is lost, as the first said that asked
 
     def __enter__(self) -> None:
         _Pulse.now = self
@@ -107,7 +108,19 @@ class _Pulse:
         self._ended.set()
         self._thread.join(2 * _BEAT)  # of a store that does not answer no longer
         with suppress(RuntimeError):
-            self._store.set(f"ended {self._rank}", "")
+            for fact in ("ended", "told"):
+                self._store.set(f"{fact} {self._rank}", "")
+            if self._rank == 0 and not _store_is_torchruns():
+                self._stay()
+
+    def _stay(self) -> None:
+        """Of the process with which the store goes: until all others that are left are told who is lost."""
+        end = time.monotonic() + 2 * _SILENT
+        if self._store.check(["lost"]):
+            gone = self._store.get("lost").decode().split(", ")
+            left = [f"told {rank}" for rank in self._others if str(rank) not in gone]
+            while left and not self._store.check(left) and time.monotonic() < end:
+                time.sleep(_BEAT / 5)
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # of a store that is gone
@@ -115,6 +128,9 @@ class _Pulse:
             while not self._ended.wait(_BEAT):
                 beats += 1
                 self._store.set(f"pulse {self._rank}", str(beats))
+                if self._told is None and self._store.check(["lost"]):
+                    self._told = self._store.get("lost").decode()
+                    self._store.set(f"told {self._rank}", "")
 
     def lost(self, *, late: bool) -> str:
         """Who is gone, or, where all are there and one is `late`, who does not wait as this one does; as the first says
@@ -130,7 +146,7 @@ class _Pulse:
                 self._store.compare_set("lost", "", ", ".join(same))
             names = self._store.get("lost").decode()
         except RuntimeError:  # rank 0's, where it is not torchrun's own
-            names = "" if _store_is_torchruns() else "0"
+            names = ("" if _store_is_torchruns() else "0") if self._told is None else self._told
         return f"rank {names}" if names else _SOMEONE
 
     def gone(self) -> str:
