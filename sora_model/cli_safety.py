@@ -52,13 +52,9 @@ def verify(
 
     Exit code 0: trusted. 3: signed by an unknown party. 4: altered, the file or one that it was made from. 5: none.
     """
-    from .safety import credentials
+    from .safety import certificates, credentials
 
-    try:
-        anchors = None if anchor is None else anchor.read_text("ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no PEM"
-        raise credentials.CredentialsError(f"cannot read {str(anchor)!r}: {reason}") from error
+    anchors = None if anchor is None else certificates.read_anchors(anchor)
     verdict = credentials.verify(file, anchors=anchors)
     for line in _told(verdict, 0):
         say(out, line)

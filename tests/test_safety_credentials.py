@@ -16,6 +16,7 @@ from sora_model import Clip, Sora, media
 from sora_model.extras import MissingExtra
 from sora_model.reconstruct import load_vae, reconstruct
 from sora_model.safety import certificates, credentials
+from sora_model.safety import verdict as verdict_of
 from sora_model.safety.certificates import CredentialsError, Identity
 from sora_model.safety.credentials import ALTERED, NONE, TRUSTED, UNKNOWN, Input, Origin, mark, verify
 
@@ -130,6 +131,18 @@ def test_history_is_kept_and_a_tampered_parent_under_a_trusted_child_is_told(tmp
     for file in (bad, grandchild):
         verdict = verify(file)
         assert verdict.answer == TRUSTED and [one.name for one in verdict.altered_inputs()] == ["signed.mp4"]
+
+
+def test_a_history_that_leads_to_one_file_in_many_ways_is_told_to_a_bound(tmp_path, signed, monkeypatch):
+    """Each clip was made from the last one and that again: a record is stored once, and told 2^n times."""
+    path = signed
+    for depth in range(4):
+        path = write(tmp_path / f"{depth}.mp4", Origin({"seed": depth}, (Input.of(path), Input.of(path))))
+    monkeypatch.setattr(verdict_of, "MOST", 31)
+    assert verify(path).answer == TRUSTED
+    monkeypatch.setattr(verdict_of, "MOST", 30)
+    with pytest.raises(CredentialsError, match="what 3.mp4 was made from: its history has more than 30 parts"):
+        verify(path)
 
 
 def test_a_history_that_is_changed_inside_a_signed_file_is_noticed(tmp_path, signed, sora):
@@ -353,6 +366,25 @@ def test_it_lies_where_settings_lie(monkeypatch, tmp_path):
     for given, expected in (("/x", Path("/x/sora")), ("x", tmp_path / ".config/sora"), ("", tmp_path / ".config/sora")):
         monkeypatch.setenv("XDG_CONFIG_HOME", given)
         assert certificates.folder() == expected
+
+
+def test_whom_to_trust_is_read_as_bundles_are_written(tmp_path, signed, stranger):
+    ours = certificates.current().anchors
+    stranger()
+    more = tmp_path / "elsewhere" / "anchors.pem"
+    more.parent.mkdir()
+    assert verify(signed).answer == UNKNOWN and list(more.parent.iterdir()) == []  # to look at a file takes no key
+    more.write_text(f"# Émetteur : Société\r\n{ours}")
+    assert verify(signed).answer == TRUSTED and verify(signed, anchors=f"Société {ours}").answer == TRUSTED
+    cut = ours[:200].encode()
+    for held, said in ((b"\xff", "it is no PEM"), (b"# none", "no certificate"), (cut, "no certificate")):
+        more.write_bytes(held)
+        with pytest.raises(CredentialsError, match=f"anchors.pem'.*{said}"):
+            verify(signed)
+    more.unlink()
+    more.mkdir()
+    with pytest.raises(CredentialsError, match="cannot read .*anchors.pem': Is a directory"):
+        verify(signed)
 
 
 def test_what_cannot_sign_is_said_before_the_work(tmp_path, monkeypatch, stranger):

@@ -201,6 +201,7 @@ def test_a_file_of_limits_holds_for_commands(tmp_path, monkeypatch, sora):
         ("memory: -1", "memory must be"),
         ("folder: 7", "folder must be the path of a folder or None; got 7"),
         ("steps: [", "while parsing"),
+        pytest.param("[" * 5000, "maximum recursion depth", id="deep"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
     ],
 )

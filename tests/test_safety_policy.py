@@ -170,6 +170,8 @@ def test_a_review_warns_and_the_log_holds_no_prompt(own, caplog):
         ("classes: [{id: a, action: block, patterns: {p: '('}}]", "pattern 'p' of class 'a' is no regular expression"),
         ("classes: [{id: a, action: block}, {id: a, action: allow}]", "two classes have the id 'a'"),
         ("classes: [!!python/object/apply:os.getcwd []]", "could not determine a constructor"),
+        ("classes: [{id: a, action: block, patterns: [x]}]", "patterns of class 'a' must be regular"),
+        pytest.param("[" * 5000, "maximum recursion depth", id="deep"),
     ],
 )
 def test_a_bad_policy_is_one_error_and_never_no_policy(own, text, said):
@@ -302,6 +304,8 @@ def test_what_was_found_by_attacks_is_read():
         "&#110&#97&#107ed man", "\\156\\141ked man", "0x6e 0x61 0x6b 0x65 0x64 0x21", "6e-61-6b-65-64-21",
         "110 97 107 101 100 33",
         " ".join(f"{ord(c):08b}" for c in "naked man"),
+        "na\U000e0041ked man", "\U000e0020".join("naked") + " man", "na\xa8ked man", "\xb4".join("naked") + " man",
+        "na@ked man", "na$ked man", "nak\uab32d man", "nake\U0001f1a5 man",
     ):  # fmt: skip
         assert SHIPPED.decide(prompt).action == "block", prompt
     for prompt in ("100%25 cotton", "1 < 2 > 0", "I <3 cats", "McDonald wears an iPhone", "a || b", "C:\\100",

@@ -151,9 +151,35 @@ def load(path: str | os.PathLike[str]) -> Identity:
 
 
 def anchors() -> str:
-    """Of whom a file is trusted that says no more: this identity's own root, and what is in anchors.pem beside it."""
+    """Of whom a file is trusted that says no more: this identity's own root, and what is in anchors.pem beside it.
+    Nobody where there are neither: no key is made to look at a file."""
+    own = _own or (load(path) if os.path.lexists(path := folder() / "identity.pem") else None)
     more = folder() / "anchors.pem"
-    return current().anchors + (more.read_text("ascii") if more.exists() else "")
+    return (own.anchors if own else "") + (read_anchors(more) if os.path.lexists(more) else "")
+
+
+NO_ANCHOR = "cannot trust what is no certificate; give PEM, as `sora certs root` prints it"
+
+
+def read_anchors(path: str | os.PathLike[str]) -> str:
+    """The certificates in a PEM file, without what is said between them. Raises `CredentialsError` that names it."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no PEM"
+        raise CredentialsError(f"cannot read {os.fspath(path)!r}: {reason}") from error
+    try:
+        return named(text)
+    except CredentialsError as error:
+        raise CredentialsError(f"{os.fspath(path)!r}: {error}") from error
+
+
+def named(anchors: str) -> str:
+    """The certificates in a text. Raises `CredentialsError` where there are none, or one is cut short."""
+    found = "".join(_pems(anchors)) if isinstance(anchors, str) else ""
+    if not found or anchors.count("-----BEGIN CERTIFICATE-----") != found.count("-----BEGIN CERTIFICATE-----"):
+        raise CredentialsError(NO_ANCHOR)
+    return found
 
 
 def init(*, force: bool = False, organisation: str = "sora local") -> Path:

@@ -31,7 +31,7 @@ from .. import extras
 from . import certificates, store, watermark
 from .certificates import CredentialsError, Identity
 from .policy import hash_text
-from .verdict import ALTERED, ANSWERS, NONE, TRUSTED, UNKNOWN, Verdict, judged
+from .verdict import ALTERED, ANSWERS, NONE, TRUSTED, UNKNOWN, TooLongError, Verdict, judged
 
 __all__ = [
     "ALTERED", "ANSWERS", "NONE", "TRUSTED", "UNKNOWN", "CredentialsError", "Input", "Origin", "Verdict",
@@ -221,8 +221,8 @@ def _carries_on(c2pa: Any, given: Input) -> str | None:
 def verify(
     path: str | os.PathLike[str], *, anchors: str | None = None, manifest: bytes | None = None
 ) -> Verdict:
-    """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root;
-    `manifest`: a record that is kept elsewhere, instead of the file's own.
+    """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root,
+    nobody where there is none; `manifest`: a record that is kept elsewhere, instead of the file's own.
 
     "trusted": signed by whom an anchor vouches for, and not a byte altered since. "signed by an unknown party": not
     altered, but anyone can sign. "altered": the record is not that of this file. Raises `CredentialsError` for a file
@@ -237,8 +237,8 @@ def verify(
         raise CredentialsError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
     if kind is None and manifest is None:
         raise CredentialsError(f"{os.fspath(path)!r} holds no credentials: it is no MP4, MOV, AVI, PNG, JPEG or WebP")
-    with _as_error(c2pa, _NO_ANCHOR):
-        context = _context(c2pa, certificates.anchors() if anchors is None else _named(anchors))
+    with _as_error(c2pa, certificates.NO_ANCHOR):
+        context = _context(c2pa, certificates.anchors() if anchors is None else certificates.named(anchors))
     with context, open(path, "rb") as file:
         with _as_error(c2pa, f"cannot read the credentials of {path.name}"):
             try:
@@ -249,7 +249,10 @@ def verify(
                 record = json.loads(reader.json())
     try:
         return judged(path.name, record, record["active_manifest"], record["validation_results"])
-    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+    except (TooLongError, RecursionError) as error:
+        why = "its history is deeper than can be told" if isinstance(error, RecursionError) else error
+        raise CredentialsError(f"cannot tell what {path.name} was made from: {why}") from error
+    except (AttributeError, KeyError, TypeError) as error:
         raise CredentialsError(f"cannot read the credentials of {path.name}: they are not of C2PA's form") from error
 
 
@@ -314,15 +317,8 @@ def hash_file(file: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-_NO_ANCHOR = "cannot trust what is no certificate; give PEM, as `sora certs root` prints it"
 # Of what a certificate may be for: to sign claims of C2PA, documents, mail.
 _PURPOSES = "1.3.6.1.4.1.62558.2.1\n1.3.6.1.5.5.7.3.36\n1.3.6.1.5.5.7.3.4\n"
-
-
-def _named(anchors: str) -> str:
-    if "-----BEGIN CERTIFICATE-----" not in anchors:
-        raise CredentialsError(_NO_ANCHOR)
-    return anchors
 
 
 def _context(c2pa: Any, anchors: str) -> Any:

@@ -88,7 +88,7 @@ class Limits:
             if isinstance(content.get("folder"), str):
                 content["folder"] = Path(path).absolute().parent / content["folder"]
             return cls(**content)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise LimitsError(f"cannot use the limits {os.fspath(path)!r}: {reason}") from error
 

@@ -20,10 +20,11 @@ from urllib.parse import unquote
 _LETTER = r"[^\W\d_]"
 _LEET = str.maketrans("01345678@$!|9€¢£^", "oieasgtbasilgecla")
 _ONE_AS_L = str.maketrans("1|", "ll")
-_SIGNS_AS_NOTHING = _LEET | dict.fromkeys(map(ord, "!|^"), "-")
+_SIGNS_AS_NOTHING = _LEET | dict.fromkeys(map(ord, "@$!|€¢£^"), "-")
 _DIGIT = r"[01345678@$9]"
 _DRAWN = r"\(\)|<>|\[\]|[○◯●]|/\\"  # letters made of signs
 _INVISIBLE = "\u115f\u1160\u3164\uffa0"  # drawn as nothing, though their category is that of letters
+_TAGS = "[\U000e0000-\U000e007f]+"
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
 # single letters with little between them
 _SPACED = rf"(?<![^\W_])(?:{_LETTER}[\W_]{{1,3}}){{3,}}{_LETTER}(?![^\W_])"
@@ -65,7 +66,8 @@ def _lookalikes() -> dict[str, str]:
 
 _LOOKALIKES = _lookalikes()
 _NAMED = re.compile(
-    r"LATIN (?:SMALL LETTER|LETTER SMALL CAPITAL)(?: (?:TURNED|REVERSED|INVERTED|SIDEWAYS|DOTLESS|SCRIPT|OPEN))*"
+    r"(?:SQUARED )?LATIN (?:SMALL LETTER|LETTER SMALL CAPITAL)"
+    r"(?: (?:TURNED|REVERSED|INVERTED|SIDEWAYS|DOTLESS|SCRIPT|OPEN|BLACKLETTER))*"
     r" ([A-Z])(?: WITH .+)?"
 )
 _FLIPPED = str.maketrans("nupdbqmw", "undpqbwm")  # what upside down is another letter
@@ -112,8 +114,10 @@ def readings(prompt: str) -> Iterator[Reading]:
         yield from _of_letters(escaped, _LEET)
     if re.search("[1|]", prompt):
         yield from _of_letters(escaped, _LEET | _ONE_AS_L)
-    if re.search(r"\w[!|^]\w", prompt):
+    if re.search(r"\w[@$!|€¢£^]\w", prompt):
         yield from _of_letters(escaped, _SIGNS_AS_NOTHING)
+    if re.search(_TAGS, prompt):  # they may stand for letters, above, or hide between them
+        yield from _of_letters(_replaced(given, _TAGS, lambda match: ""), _LEET)
     if re.search(_TAG, escaped.text):
         yield from _of_letters(_replaced(escaped, _TAG, lambda match: ""), _LEET)
     if re.search("[a-z][A-Z]", prompt):
@@ -172,7 +176,10 @@ def _folded(text: Reading, table: dict[int, str]) -> Reading:
 
     def letters() -> Iterator[tuple[str, int]]:
         for given, i in zip(text.text, text.at, strict=True):
-            for part in unicodedata.normalize("NFD", unicodedata.normalize("NFKC", _LOOKALIKES.get(given, given))):
+            own = _LOOKALIKES.get(given, given)
+            for part in unicodedata.normalize("NFD", unicodedata.normalize("NFKC", own)):
+                if part == " " and not own.isspace():  # below an accent that stands by itself
+                    continue
                 if unicodedata.category(part) not in ("Mn", "Me", "Cf") and part not in _INVISIBLE:
                     yield from ((_letter(c), i) for c in part.lower())
 

@@ -118,7 +118,7 @@ class Policy:
         """Reads a policy file. Raises `PolicyError` that names the file, the entry, what was expected and what came."""
         try:
             return cls(yaml.safe_load(Path(path).read_text("utf-8")))
-        except (OSError, ValueError, re.error, yaml.YAMLError) as error:
+        except (OSError, RecursionError, ValueError, re.error, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise PolicyError(f"cannot use the policy {os.fspath(path)!r}: {reason}") from error
 
@@ -210,7 +210,10 @@ def _class(content: Any) -> _Class:
         for kind in ("terms", "persons")
         for term in _texts(f"{kind} of class {name!r}", content.get(kind))
     }
-    for rule, pattern in (content.get("patterns") or {}).items():
+    patterns = content.get("patterns") or {}
+    if not isinstance(patterns, Mapping):
+        raise ValueError(f"patterns of class {name!r} must be regular expressions by name; got {patterns!r:.80}")
+    for rule, pattern in patterns.items():
         try:
             re.compile(pattern)
         except (TypeError, re.error) as error:
