@@ -78,7 +78,7 @@ class Benchmark:
 
     def has(self, name: str, mode: str) -> bool:
         """Whether the candidate has something to time in that mode."""
-        return mode == "fwd" or (name == impl_of(name) and bool(self.differentiable))
+        return mode == "fwd" or (name in (impl_of(name), call_of(impl_of(name))) and bool(self.differentiable))
 
 
 def with_out(impl: str) -> str:
@@ -87,7 +87,7 @@ def with_out(impl: str) -> str:
 
 
 def call_of(impl: str) -> str:
-    """The call alone: all that Python does for a forward, around an op that does nothing."""
+    """The call alone: all that Python, and in a backward autograd, does around an op that does nothing."""
     return f"{impl}+call"
 
 
@@ -243,7 +243,8 @@ class Prepared:
             verdict = dict(max_error=worst, error_bound=bound, error_in=where)
             if not worst <= bound * (1 if impl_of(name) in IMPLS else PEER_SLACK):
                 raise Wrong(worst, bound, where)
-        return self.case.call(fn, mode), verdict
+        call = self.case.call(fn, mode)
+        return _around_nothing(call) if is_call(name) else call, verdict
 
     def why_not(self, name: str, mode: str, error: Exception) -> str:
         """In a line, why a candidate is missing or unavailable."""
@@ -257,8 +258,6 @@ def _load(benchmark: Benchmark, name: str, inputs: Inputs, mode: str) -> Callabl
     impl = impl_of(name)
     if impl in IMPLS:
         function, extra = getattr(sora_kernels, benchmark.op), {"impl": impl}
-        if is_call(name):
-            function = _around_nothing(function)
         if name == with_out(impl):
             like = inputs[benchmark.differentiable[0]]
             buffers = tuple(torch.full_like(like, float("nan")) for _ in range(benchmark.outputs))

@@ -147,11 +147,13 @@ def test_reused_outputs_are_measured_beside_fresh_ones_and_kept_apart(tmp_path, 
     assert [(r["impl"], r["kind"], r["mode"], r["status"]) for r in rows] == [
         ("cpu", "ours", "fwd", "ok"), ("cpu+out", "ours, out=", "fwd", "ok"),
         ("cpu+call", "ours, call alone", "fwd", "ok"), ("eager", "baseline", "fwd", "ok"),
-        ("cpu", "ours", "bwd", "ok"), ("eager", "baseline", "bwd", "ok"),
+        ("cpu", "ours", "bwd", "ok"), ("cpu+call", "ours, call alone", "bwd", "ok"),
+        ("eager", "baseline", "bwd", "ok"),
     ]  # fmt: skip
-    out, (whole, _, call, *_) = capsys.readouterr().out, rows
+    out, (whole, _, call, _, back, back_call, _) = capsys.readouterr().out, rows
     assert "than cpu+out" not in out and "than cpu+call" not in out
-    assert 0 < call["p20_us"] < whole["p50_us"] and call["bytes"] == 0 and call["max_error"] is None
+    for of, alone in ((whole, call), (back, back_call)):
+        assert 0 < alone["p20_us"] < of["p50_us"] and alone["bytes"] == 0 and alone["max_error"] is None
 
 
 def test_a_call_alone_is_measured_without_its_op_and_leaves_it_in_place(monkeypatch):
@@ -163,6 +165,11 @@ def test_a_call_alone_is_measured_without_its_op_and_leaves_it_in_place(monkeypa
     with pytest.raises(ValueError, match="norm must be one of"):
         call(x=x, shift=None, scale=None, norm="none")
     assert _library.call is watched
+    case = suite.Prepared(suite.discover()[OP], shapes.SHAPES["tiny"], torch.float32, torch.device("cpu"))
+    backward, _ = case.candidate("reference+call", "bwd")
+    ran.clear()  # the forward that it goes back through
+    assert [grad.shape for grad in backward()] == [case.case.inputs[name].shape for name in case.case.leaves]
+    assert not ran and _library.call is watched
 
 
 def test_rows_of_another_allocator_are_a_table_of_their_own(monkeypatch):
@@ -351,6 +358,19 @@ def test_goals_are_of_the_fastest_of_ours_and_of_operations_that_are_measured():
     for op, peer in targets.NEVER_BELOW.items():
         assert peer in suite.discover()[op].peers
     assert all(suite.impl_of(peer) not in _dispatch.IMPLS for b in suite.discover().values() for peer in b.peers)
+
+
+def test_a_loss_to_eager_is_forgiven_up_to_the_call_that_was_measured():
+    def case(ours, eager, **at):
+        return [make_row("cpu", ours, **at), make_row("eager", eager, "baseline", **at)]
+
+    at = dict(op="gate_residual", mode="bwd")
+    call = make_row("cpu+call", 20.0, "ours, call alone", shape="tiny", **at)
+    rows = [call, *case(60.0, 45.0, **at), *case(60.0, 39.0, shape="other", **at), *case(60.0, 59.0, op="gate_heads")]
+    assert targets.shortfalls(rows) == [
+        "slower than eager by more than its call of 20 µs: gate_residual cpu bwd float32 at other, by 21 µs",
+        "slower than eager by more than its call of 0 µs: gate_heads cpu fwd float32 at toy, by 1 µs",
+    ]
 
 
 def test_a_narrow_terminal_loses_the_lesser_columns_only():
@@ -657,7 +677,7 @@ def test_the_suite_runs_as_pytest_benchmarks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     saved = json.loads(file.read_text())["benchmarks"]
     rows = {f"{row['params']['mode']} {row['params']['candidate']}": row for row in saved}
-    assert set(rows) == {"fwd cpu", "fwd cpu+out", "fwd cpu+call", "fwd eager", "bwd cpu", "bwd eager"}
+    assert set(rows) == {"fwd cpu", "fwd cpu+out", "fwd cpu+call", "fwd eager", "bwd cpu", "bwd cpu+call", "bwd eager"}
     for name, row in rows.items():
         assert row["group"] == f"norm_modulate tiny {name.split()[0]} float32"
         if "+call" in name:
