@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from . import _fallback
+from ._autograd import transformed
+from ._check import OWN
 
 NAMESPACE = __package__.replace(".", "_")  # a copy under another name has operators of its own, beside these
 
@@ -28,6 +30,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _impls: dict[str, tuple[str, ...]] = {}  # of an op, in the order "auto" prefers
 _overloads: dict[str, dict[str, torch._ops.OpOverload]] = {}  # op -> impl, or impl_or_next (_fallback.py) -> overload
 _exported: dict[str, dict[str, torch._ops.OpOverload]] = {}  # the same of a forward, as exported programs hold it
+_PLAIN = {*OWN, type(None), bool, int, float, tuple, list, torch.Size}  # what no subclass of tensors is among
+_direct: dict[tuple[str, str], Callable[..., None]] = {}  # (op, impl) -> what runs in Python on a CPU, see `_at_once`
 _loading = threading.Lock()
 _compiled: set[tuple[str, str]] = set()  # the (op, impl) that a compiled library provides
 _launches: dict[tuple[str, str], torch._ops.OpOverload] = {}  # of those that Python prepares
@@ -48,6 +52,8 @@ def define(
     _compiled.update((op, impl) for impl, provider in providers.items() if provider is None)
     _impls[op] = tuple(providers)
     _overloads[op] = {impl: _register(f"_{op}_{impl}", schema, provider) for impl, provider in providers.items()}
+    if providers.get("cpu") is not None:
+        _direct[op, "cpu"] = _at_once(_returns_nothing(providers["cpu"]), _overloads[op]["cpu"])
     for impl in _impls[op]:
         if impl not in ("cpu", "reference"):
             following = "triton" + _fallback.SUFFIX if impl != "triton" and "triton" in providers else "reference"
@@ -113,6 +119,23 @@ def _returns_nothing(provider: Callable[..., object] | str) -> Callable[..., Non
     return kernel
 
 
+def _at_once(kernel: Callable[..., None], overload: torch._ops.OpOverload) -> Callable[..., None]:
+    """`kernel`, past the dispatcher where nobody listens there: on its way back to Python a call spends as long as on a
+    small convolution."""
+
+    def run(*args) -> None:
+        (kernel if _PLAIN.issuperset(map(type, args)) and not _watched() else overload)(*args)
+
+    return run
+
+
+def _watched() -> bool:
+    """Whether somebody may ask what ops run: a mode, a transform, a tracer or the profiler."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    traced = torch._C._get_tracing_state() is not None or torch._C._autograd._profiler_enabled()
+    return bool(modes) or traced or transformed()
+
+
 def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
     """`kernel` while the GPU of its tensors is current: Triton launches on the current one, wherever they lie."""
 
@@ -150,8 +173,15 @@ def has_kernel(op: str, impl: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", impl.upper())
 
 
-def call(op: str, impl: str) -> torch._ops.OpOverload:
-    """The overload that runs `op` with what `_dispatch.choose` gave."""
+def call(op: str, impl: str) -> Callable[..., None]:
+    """What runs `op` with what `_dispatch.choose` gave."""
+    if not torch.compiler.is_compiling() and (op, impl) in _direct:
+        return _direct[op, impl]
+    return overload(op, impl)
+
+
+def overload(op: str, impl: str) -> torch._ops.OpOverload:
+    """What the dispatcher and compiled graphs know `op` by."""
     return (_exported if torch.compiler.is_exporting() and op in _exported else _overloads)[op][impl]
 
 

@@ -138,4 +138,4 @@ def test_the_counter_is_not_imported_for_it():
 def test_each_implementation_has_the_formula():
     registry = FlopCounterMode(display=False).flop_registry
     for op in ("spacetime_attention_fwd", "spacetime_attention_bwd"):
-        assert all(_library.call(op, impl)._overloadpacket in registry for impl in _library.impls(op))
+        assert all(_library.overload(op, impl)._overloadpacket in registry for impl in _library.impls(op))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pathlib
@@ -12,7 +13,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.utils.checkpoint
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sora_kernels
 from sora_kernels import _dispatch, _library
@@ -56,12 +60,48 @@ def test_opcheck(op, impl):
         pytest.skip(reason)
     for sample, args in SAMPLES:
         if sample == op:
-            torch.library.opcheck(_library.call(op, impl), args)
+            torch.library.opcheck(_library.overload(op, impl), args)
+
+
+LISTENERS = {
+    "nobody": contextlib.nullcontext,
+    "a mode below autograd": TorchDispatchMode,
+    "a mode above it": TorchFunctionMode,
+    "a default device": lambda: torch.device("cpu"),
+    "dual numbers": torch.autograd.forward_ad.dual_level,
+    "the profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+}
+
+
+@pytest.mark.parametrize("listener", LISTENERS)
+def test_python_on_a_cpu_is_called_past_the_dispatcher_where_nobody_listens(listener):
+    ran = []
+    run = _library._at_once(lambda *args: ran.append(("kernel", args)), lambda *args: ran.append(("op", args)))
+    args = torch.ones(2), torch.nn.Parameter(torch.ones(2)), None, 2, 1e-6, False, (1, 2, 2), [1, 2]
+    with LISTENERS[listener]():
+        run(*args)
+    run(*args[:1], TwoTensor(torch.ones(2), torch.ones(2)))
+    torch.func.vmap(lambda x: (run(x), x)[1])(torch.ones(2))
+    torch.jit.trace(lambda x: (run(x), x + 1)[1], torch.ones(2), check_trace=False)
+    names, given = zip(*ran, strict=True)
+    assert names == ("kernel" if listener == "nobody" else "op", "op", "op", "op")
+    assert all(a is b for a, b in zip(given[0], args, strict=True))
+
+
+def test_a_convolution_on_a_cpu_is_seen_by_the_profiler_and_by_modes():
+    x, weight = torch.randn(1, 2, 3, 4, 4), torch.randn(2, 2, 3, 3, 3)
+    alone = sora_kernels.causal_conv3d(x, weight, impl="cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched = sora_kernels.causal_conv3d(x, weight, impl="cpu")
+    assert "sora_kernels::_causal_conv3d_fwd_cpu" in {event.key for event in profile.key_averages()}
+    graph = make_fx(lambda x: sora_kernels.causal_conv3d(x, weight, impl="cpu"))(x)
+    assert "_causal_conv3d_fwd_cpu" in graph.code
+    assert torch.equal(alone, watched) and torch.equal(alone, graph(x))
 
 
 @pytest.mark.parametrize("op, impl", OPS, ids=[f"{op}-{impl}" for op, impl in OPS])
 def test_only_destinations_are_written(op, impl):
-    schema = _library.call(op, impl)._schema
+    schema = _library.overload(op, impl)._schema
     assert not schema.returns
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert written and written == [a.name for a in schema.arguments][-len(written) :], "destinations come last"

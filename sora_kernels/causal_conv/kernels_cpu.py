@@ -94,8 +94,7 @@ def _convolved_few(out: Tensor, x: Tensor, cache, front, back, weight: Tensor, b
     x, weight, front = _of_one_frame(x, weight, cache, front)
     x = few.packed(x, cache, front, back)
     if weight.shape[2] == stride[0] == 1:
-        images = torch.conv2d(_images(x), weight[:, :, 0], bias, stride[1:], padding[1:])
-        return images.unflatten(0, (out.shape[0], -1)).transpose(1, 2)
+        return _clips(torch.conv2d(_images(x), weight.squeeze(2), bias, stride[1:], padding[1:]), out.shape[0])
     if x.shape[0] == 1 and _products(out, weight) >= few.FEWEST:
         return _convolved(_wide(x), weight, bias, stride, padding)
     return torch.conv3d(x, weight, bias, stride, padding)
@@ -154,8 +153,7 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, mask, op
 
 
 def _images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: bool, taps: bool):
-    """The gradients of a convolution of each frame, None where not asked for."""
-    dout, x, (_, *stride), (_, *padding) = _images(dout), _images(x), stride, padding
+    """The gradients of a convolution of images, None where not asked for."""
     if _few(dout, weight) and dout.numel() <= few.PIXELS * dout.shape[1]:
         return few.images_backward(dout, x, weight, stride, padding, data, taps)
     if taps and not _AVX512 and _products(dout, weight) <= few.COLUMNS * dout.shape[1]:
@@ -208,23 +206,32 @@ def _gradients(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, data: b
     """
     B, _, frames = dout.shape[:3]
     if weight.shape[2] == 1 and stride[0] == 1:
-        dx, dweight = _images_backward(dout, x, weight[:, :, 0], stride, padding, data, taps)
-        return dx.unflatten(0, (B, frames)).transpose(1, 2) if data else None, dweight[:, :, None] if taps else None
+        images = _images(dout), _images(x), weight.squeeze(2)
+        dx, dweight = _images_backward(*images, stride[1:], padding[1:], data, taps)
+        return _clips(dx, B) if data else None, dweight.unsqueeze(2) if taps else None
     if _few(dout, weight):
         return _backward(dout, x, weight, stride, padding, [data, taps], opaque=False)
     dx = _backward(dout, x, weight, stride, padding, [True, False], opaque=True)[0] if data else None
     if not taps:
         return dx, None
-    dweight = torch.empty_like(weight)
+    dweight, dout = torch.empty_like(weight), _images(dout)
     for i in range(weight.shape[2]):
-        read = x[:, :, i : i + (frames - 1) * stride[0] + 1 : stride[0]]
-        dweight[:, :, i] = _images_backward(dout, read, weight[:, :, i], stride, padding, False, True)[1]
+        read = _images(x[:, :, i : i + (frames - 1) * stride[0] + 1 : stride[0]])
+        dweight[:, :, i] = _images_backward(dout, read, weight[:, :, i], stride[1:], padding[1:], False, True)[1]
     return dx, dweight
 
 
 def _images(x: Tensor) -> Tensor:
     """The frames of a batch as a batch of images [B T, C, H, W], channels last."""
-    return x.contiguous(memory_format=LAST).transpose(1, 2).flatten(0, 1)
+    x = x.contiguous(memory_format=LAST)
+    return x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(images: Tensor, batch: int) -> Tensor:
+    """`_images` undone."""
+    if images.shape[0] == batch:
+        return images.unsqueeze(2)
+    return images.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 @functools.cache
@@ -242,8 +249,10 @@ def causal_conv3d_fwd(x, weight, bias, cache, residual, norm_weight, stride, bor
     weight, bias, padding = weight.float(), _float(bias), _same(weight, bordered)
     front = (weight.shape[2] - 1, 0, 0)
     if _few(out, weight):
-        total = _wide(_convolved_few(out, x, cache, front, (0, 0), weight, bias, stride, padding))
-        total = total if residual is None else total.add_(residual)
+        total = _convolved_few(out, x, cache, front, (0, 0), weight, bias, stride, padding)
+        if norm_weight is None:
+            return out.copy_(total) if residual is None else torch.add(total, residual, out=out)
+        total = _wide(total if residual is None else total.add_(residual))
     else:
         total = next((t for t in (pre, out) if t is not None and _is_wide(t)), None)  # where the convolution adds up
         total = _empty(out.shape) if total is None else total
@@ -320,8 +329,8 @@ def downsample_conv3d_fwd(x, weight, bias, cache, factor, out) -> None:
         return out.copy_(_convolved_few(out, x, cache, front, back, weight, bias, factor, padding))
     packed = _packed(x, cache, front, back)
     if weight.shape[2] == factor[0] == 1:  # strided, oneDNN's 2D kernels are the faster ones
-        images = _convolved(_images(packed), weight[:, :, 0], bias, factor[1:], padding[1:])
-        out.copy_(images.unflatten(0, (out.shape[0], -1)).transpose(1, 2))
+        images = _convolved(_images(packed), weight.squeeze(2), bias, factor[1:], padding[1:])
+        out.copy_(_clips(images, out.shape[0]))
     else:
         out.copy_(_convolved(packed, weight, bias, factor, padding))
 

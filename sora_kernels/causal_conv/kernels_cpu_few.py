@@ -47,15 +47,23 @@ def images_backward(dout: Tensor, x: Tensor, weight: Tensor, stride, padding, da
     return torch.ops.aten._slow_conv2d_backward.output_mask(dout, x, weight, size, stride, padding, mask)[:2]
 
 
+def _interpolated(x: Tensor, factor) -> bool:
+    """Whether one call, an interpolation, repeats x or sums its gradient: the places of powers of two are exact."""
+    return x.numel() > 0 and not any(f & (f - 1) for f in factor)
+
+
 def upsampled(x: Tensor, factor) -> Tensor:
-    """`repeated`. Powers of two by interpolation, whose places are exact: one call."""
-    if x.numel() == 0 or any(f & (f - 1) for f in factor):
+    """`repeated`."""
+    if not _interpolated(x, factor):
         return repeated(x, factor)
     return torch.ops.aten.upsample_nearest3d.vec(x, None, [float(f) for f in factor])
 
 
 def summed(t: Tensor, factor) -> Tensor:
     """The adjoint of `repeated`."""
+    if _interpolated(t, factor):
+        size = [n // f for n, f in zip(t.shape, (1, 1, *factor), strict=True)]
+        return torch.ops.aten.upsample_nearest3d_backward(t, t.shape[2:], size, *map(float, factor))
     ft, fh, fw = factor
     t = _sum([t[..., i::fw] for i in range(fw)])
     t = _sum([t[..., i::fh, :] for i in range(fh)])

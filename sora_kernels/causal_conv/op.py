@@ -152,7 +152,9 @@ def causal_conv3d(
     _check_cache(op, x, cache, weight.shape[2] - 1, "kt - 1")
     if cache is not None and x.shape[2] % stride[0]:
         raise ValueError(f"{op}: with a cache, x must have a multiple of {stride[0]} frames (stride); got {x.shape[2]}")
-    shape = (x.shape[0], weight.shape[0], *(-(-size // s) for size, s in zip(x.shape[2:], stride, strict=True)))
+    B, _, *size = x.shape
+    size = size if stride == (1, 1, 1) else [-(-n // s) for n, s in zip(size, stride, strict=True)]
+    shape = (B, weight.shape[0], *size)
     if residual is not None:
         _check.exact(op, "residual", residual, shape, "the shape of the result")
         if residual.dtype != x.dtype:
