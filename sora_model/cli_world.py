@@ -63,7 +63,17 @@ def evaluate(
     continuations: Annotated[
         int, typer.Option(min=0, max=1000, help="True clips of each scene to continue; 0 for none.")
     ] = 2,
+    occlusions: Annotated[
+        int, typer.Option(min=0, max=1000, help="Longer ones of each scene that hides things, for the permanence.")
+    ] = 5,
+    verbs: Annotated[
+        int, typer.Option(min=0, max=1000, help="True clips of each flat scene to restyle and to loop; 0 for none.")
+    ] = 1,
     long: Annotated[float | None, typer.Option(help="Also clips of so many seconds.", show_default="none")] = None,
+    ways: Annotated[
+        str | None,
+        typer.Option(help="How to make those: any of once,stream,pieces.", show_default="as sora generate"),
+    ] = None,
     sizes: Annotated[str | None, typer.Option(help="Other sizes, such as 96x64,64x96.", show_default="none")] = None,
     impl: Impl = "auto",
     device: Device = None,
@@ -75,9 +85,13 @@ def evaluate(
     from .machine import check_impl
     from .page import write_page
     from .pipeline import Sora
+    from .planning import LONG
 
     check_impl(impl)
     others = [parse_size(size, "--sizes") for size in sizes.split(",")] if sizes else []
+    how = ways.split(",") if ways else []
+    if wrong := [way for way in how if way not in LONG]:
+        raise ValueError(f"--ways must be any of {', '.join(LONG)}, with commas between; got {wrong[0]!r}")
     if long is not None and not 4 <= long <= 3600:
         raise ValueError(f"--long must be from 4 to 3600 seconds, got {long:g}")
     if to == Path("out/eval.json"):
@@ -94,7 +108,8 @@ def evaluate(
             warnings.simplefilter("ignore", UserWarning)  # of each prompt: said above
             result = measure.evaluate(
                 sora, prompts=prompts, seed=seed, steps=steps, guidance=guidance, impl=impl,
-                continuations=continuations, long=long, sizes=others, progress=progress,
+                continuations=continuations, occlusions=occlusions, verbs=verbs, long=long, ways=how, sizes=others,
+                progress=progress,
                 keep=lambda *clip: clips.append(clip),
             )  # fmt: skip
         with naming(to):

@@ -18,7 +18,7 @@ from .world.measures_summary import label
 from .world.measures_text import CLAIMS
 
 Clips = tuple[str, str, dict[str, np.ndarray]]
-_HUES = ("#e34a5f", "#2b7de0", "#f08c1e", "#2ca25f", "#8452d6", "#13a3b8")
+_HUES = ("#e34a5f", "#2b7de0", "#f08c1e", "#2ca25f", "#8452d6", "#13a3b8", "#9a7b4f")
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --soft: #667; --line: #d9dce3; --paper: #fbfaf7; --card: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaf0; --soft: #9aa0b0; --line: #333947; --paper: #14161c;
@@ -54,7 +54,9 @@ def write_page(
     if "continuation" in result:
         parts += [_measures(result), _horizons(result["continuation"]), _permanence(result["permanence"])]
     if "length" in result:
-        parts.append(_length(result["length"]))
+        parts.append(_length(result["length"], result["length_means"]))
+    for verb, by_name in result.get("verbs", {}).items():
+        parts.append(f"<h2>{html.escape(verb.capitalize())}</h2>" + _means(by_name))
     if "sizes" in result:
         parts.append(_sizes(result))
     groups: dict[str, list[Clips]] = {}
@@ -104,10 +106,11 @@ def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
 
 def _text(result: Mapping[str, Any]) -> str:
     rows = []
-    for name, key in (("clips", "score"), ("of unseen pairs", "held_out"), ("true clips", "floor"),
-                       ("true clips, coded", "vae")):  # fmt: skip
-        intervals = result.get("intervals", {}).get(key, {})
-        rows.append([name, *(_share(result[key][c], intervals.get(c)) for c in CLAIMS)])
+    for name, key, shares in (("clips", "score", result["score"]), ("of unseen pairs", "held_out", result["held_out"]),
+                              *((name, name, shares) for name, shares in result["baselines"].items()),
+                              ("true clips", "floor", result["floor"]),
+                              ("true clips, coded", "vae", result["vae"])):  # fmt: skip
+        rows.append([name, *(_share(shares[c], result["intervals"][key][c]) for c in CLAIMS)])
     told = "Share of the clips that show what their caption says, claim by claim."
     return f"<h2>Text</h2><p>{told}</p>" + table(["", *CLAIMS], rows)
 
@@ -119,11 +122,15 @@ def _cell(found: Mapping[str, float] | None) -> str:
 
 
 def _measures(result: Mapping[str, Any]) -> str:
-    continued = result["continuation"]
-    names = dict.fromkeys(name for found in continued.values() for name in found)
-    rows = [[html.escape(label(name)), *(_cell(found.get(name)) for found in continued.values())] for name in names]
     told = f"True clips continued from their first {result['known']} frames, of every scene. Lengths in pixels of 64."
-    return f"<h2>Continuation</h2><p>{told}</p>" + table(["", *continued], rows)
+    return f"<h2>Continuation</h2><p>{told}</p>" + _means(result["continuation"])
+
+
+def _means(by_name: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A row for each measure, a column for each that was measured."""
+    names = dict.fromkeys(name for found in by_name.values() for name in found)
+    rows = [[html.escape(label(name)), *(_cell(found.get(name)) for found in by_name.values())] for name in names]
+    return table(["", *by_name], rows)
 
 
 def _horizons(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
@@ -144,23 +151,24 @@ def _permanence(curves: Mapping[str, Mapping[str, Any]]) -> str:
     return f"<h3>Share that comes out again against the seconds it was hidden</h3><p>{told}</p>" + chart(lines, 1.0)
 
 
-def _length(table: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+def _length(table: Mapping[str, Mapping[str, Sequence[float | None]]], means: Mapping[str, Any]) -> str:
     drawn = []
     for name, told in (("rigid", "IoU with its own shape"), ("counted", "Frames without other objects"),
-                       ("there", "Frames with its objects"), ("moves", "Motion beside that of the start")):  # fmt: skip
+                       ("there", "Frames with its objects"), ("motion", "Motion beside the true one")):  # fmt: skip
         lines = {
             who: [(2.0 * (i + 0.5), value) for i, value in enumerate(found[name]) if value is not None]
             for who, found in table.items()
         }
         drawn.append(f"<div><h3>{told}, against seconds</h3>{chart(lines, 1.0, width=500)}</div>")
-    return f'<h2>Length</h2><div class="row">{"".join(drawn)}</div>'
+    return f'<h2>Length</h2>{_means(means)}<div class="row">{"".join(drawn)}</div>'
 
 
 def _sizes(result: Mapping[str, Any]) -> str:
     rows = []
-    for name, found in {"its own": result, **result["sizes"]}.items():
-        rigid = found["shape"].get("rigidity")
-        rows.append([html.escape(name), *(_share(found["score"][c]) for c in CLAIMS), _cell(rigid)])
+    for size, found in {"its own": result, **result["sizes"]}.items():
+        for name, key in (("", "score"), (", true clips", "floor"), (", true clips, coded", "vae")):
+            shares = (_share(found[key][c], found["intervals"][key][c]) for c in CLAIMS)
+            rows.append([size + name, *shares, _cell(found["shape"].get("rigidity") if key == "score" else None)])
     return "<h2>Size</h2>" + table(["", *CLAIMS, "rigidity"], rows)
 
 
@@ -195,7 +203,8 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], top: float = 0.0, 
 
 def _origin(name: str, model: Origin) -> Origin:
     """That of a clip of the predictor `name`."""
-    return model if name in ("checkpoint", "true clips, coded") else Origin({"by": name}, source="algorithmicMedia")
+    made = name.startswith("checkpoint") or name in ("from the words alone", "true clips, coded")
+    return model if made else Origin({"by": name}, source="algorithmicMedia")
 
 
 def _figure(caption: str, frames: np.ndarray, fps: float, origin: Origin) -> str:

@@ -26,7 +26,7 @@ from test_model_pipeline import make_wan_directory
 import sora_kernels
 from benchmarks import shapes
 from sora_kernels import _library
-from sora_model import cli, demo, evaluate, media, reconstruct, train, world
+from sora_model import cli, demo, evaluate, evaluate_long, evaluate_verbs, media, reconstruct, train, world
 from sora_model.files import write_atomically
 from sora_model.pipeline import Sora
 from sora_model.safety import credentials
@@ -213,7 +213,7 @@ def test_wrong_usage_exits_with_2(sora, arguments):
 def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeypatch):
     monkeypatch.setattr(world, "eval_prompts", lambda each: PROMPTS)
     true_clips = evaluate._true_clips
-    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: true_clips(sora, 3))
+    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count, size: true_clips(sora, 3, size))
     assert sora("train", "vae", *TINY, "vae_fit.steps=2", "vae_fit.batch=4", "--run", "vae")[0] == 0
     arguments = ("train", "dit", *TINY, "dit_fit.batch=2", "--run", "dit", "--vae", "vae", "--checkpoint", "made")
     for steps in (2, 3):  # the second run resumes the first
@@ -227,7 +227,9 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     assert code == 1 and "missing" in err
 
     monkeypatch.setattr(world, "SCENES", ("occluder", "bite"))
-    arguments = ("--steps", 1, "--continuations", 1, "--long", 4, "--sizes", "96x64")
+    monkeypatch.setattr(evaluate_verbs, "SCENES", ("loop",))
+    monkeypatch.setattr(evaluate_long, "SCENES", ("occluder",))
+    arguments = ("--steps", 1, "--continuations", 1, "--occlusions", 1, "--long", 4, "--sizes", "96x64")
     code, out, err = sora("eval", "--weights", "made", "--out", "eval.json", *arguments)
     assert code == 0, err
     assert "of unseen pairs" in out and "constant velocity" in out.replace("\n", " ") and "96x64" in out
@@ -239,6 +241,15 @@ def test_the_commands_train_resume_evaluate_and_describe(sora, tmp_path, monkeyp
     assert page.count("<video") > 8 and "http" not in page and "Half-lives" in page
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["prompts"] == 2 and result["steps"] == 1 and result["floor"]["colour"] == 1.0
+    beside = {"copy last frame", "constant velocity", "true clips", "true clips, coded"}
+    assert set(result["length_means"]) == set(result["length"]) == {"checkpoint, at once"} | beside
+    assert result["length_means"]["true clips"]["motion"]["mean"] == pytest.approx(1, abs=0.05)
+    assert result["length_means"]["copy last frame"]["motion"]["mean"] < 0.5
+    assert set(result["verbs"]["restyle"]["true clips"]) >= {"style", "position", "motion", "rigidity"}
+    assert set(result["verbs"]["loop"]) == {"checkpoint", "cut", "true clips", "true clips, coded"}
+    assert result["sizes"]["96x64"]["floor"]["colour"] == 1.0 and result["sizes"]["96x64"]["intervals"]["vae"]
+    for predictor in result["permanence"].values():
+        assert sum(one["number"] for one in predictor["bins"]) > 3
 
     code, out, err = sora("info", "made")
     assert code == 0 and "transformer" in out and "made for 64x64, 17 frames at 8 per second" in out
@@ -260,12 +271,12 @@ def test_evaluate_scores_a_perfect_model_with_the_read_out_floor(tiny_checkpoint
                 world.sample(int(prompt), scene="bounce").video, 8
             )
 
-    result = evaluate.evaluate(Perfect(), prompts=prompts, true_clips=4, continuations=0)
+    result = evaluate.evaluate(Perfect(), prompts=prompts, true_clips=4, continuations=0, verbs=0)
     assert all(share in (None, 1.0) for share in result["score"].values()) and result["score"]["colour"] == 1.0
     wrong = [(prompt, dataclasses.replace(program, style="neon")) for prompt, program in prompts]
     styles = [program.style for _, program in prompts]
     assert (
-        evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1, continuations=0)["score"]["style"]
+        evaluate.evaluate(Perfect(), prompts=wrong, true_clips=1, continuations=0, verbs=0)["score"]["style"]
         == styles.count("neon") / 6
     )
 
@@ -379,8 +390,9 @@ def test_what_is_replaced_keeps_its_permissions_and_its_link(sora, tiny_checkpoi
     (tmp_path / "secret").write_text("old")
     (tmp_path / "secret").chmod(0o600)
     (tmp_path / "link").symlink_to("secret")
-    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count: ([], [], 1.0))
-    code, _, err = sora("eval", "--weights", tiny_checkpoint, "--steps", 1, "--out", "link", "--continuations", 0)
+    monkeypatch.setattr(evaluate, "_true_clips", lambda sora, count, size: ([], [], 1.0, {}))
+    options = ("--steps", 1, "--continuations", 0, "--verbs", 0)
+    code, _, err = sora("eval", "--weights", tiny_checkpoint, *options, "--out", "link")
     assert code == 0, err
     assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "secret").read_text())["prompts"] == 1
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600

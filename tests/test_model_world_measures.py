@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sora_model import world
-from sora_model.world import measures
+from sora_model.world import measures, measures_long
 from sora_model.world.measures import measure
 from sora_model.world.measures_summary import half_life, mean_of, permanence_curve, summary
 from sora_model.world.measures_text import text_truth
@@ -165,23 +165,37 @@ def test_a_wrong_gravity_is_seen():
 
 def test_a_jump_at_a_seam_stands_out():
     clip = clip_of("loop", 3, 32, count=1)
-    assert max(measures.seam(clip.video, [8, 16, 24])) < 1
+    assert max(measures_long.seam(clip.video, [8, 16, 24])) < 1
     jumped = clip.video.copy()
     jumped[16:] = np.roll(clip.video[16:], 5, axis=2)
-    assert max(measures.seam(jumped, [16])) > 3 and max(measures.seam(jumped, [8, 24])) < 1
+    assert max(measures_long.seam(jumped, [16])) > 3 and max(measures_long.seam(jumped, [8, 24])) < 1
+    often = np.concatenate([np.roll(clip.video[k : k + 4], 5 * (k // 4 % 2), axis=2) for k in range(0, 32, 4)])
+    assert np.mean(measures_long.seam(often, list(range(4, 32, 4)))) > 3  # not what is usual, however many
 
 
 def test_drift_is_told_by_the_second():
     clip = clip_of("loop", 3, 64, count=1)
     things = [(t.colour, t.shape) for t in clip.scene.things]
-    true = measures.drift(clip.video, things, 8)
+    true = measures_long.drift(clip.video, things, 8)
     assert true["there"] == true["counted"] == [1.0] * 4
     assert min(true["rigid"]) > 0.95 and true["moves"] == pytest.approx([1.0] * 4, abs=0.05)
     worn = clip.video.copy()
     worn[32:] = worn[32]
     worn[48:] = clip.video[0, 0, 0]
-    found = measures.drift(worn, things, 8)
+    found = measures_long.drift(worn, things, 8)
     assert found["there"] == [1, 1, 1, 0] and found["moves"][2] == pytest.approx(0, abs=0.1)
+
+
+def test_what_hardly_moves_from_the_start_has_little_of_the_true_motion():
+    """It keeps the pace that it began with: only a true clip's tells it from one that moves as it should."""
+    clip = clip_of("loop", 3, 64, count=1)
+    things = [(t.colour, t.shape) for t in clip.scene.things]
+    pace = measures_long.pace(clip.video, things)
+    slow = world.sample(3, scene="loop", frames=64, fps=80, prompt_spec=FLAT | {"count": 1})
+    found = measures_long.drift(slow.video, things, 8, pace=pace)
+    assert min(found["moves"]) > 0.5 and max(found["motion"]) < 0.2
+    assert measures_long.drift(clip.video, things, 8, pace=pace)["motion"] == pytest.approx([1.0] * 4, abs=0.05)
+    assert "motion" not in measures_long.drift(clip.video, things, 8)
 
 
 def test_intervals_hold_the_mean_and_shrink_with_clips():

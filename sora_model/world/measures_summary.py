@@ -25,6 +25,10 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "gravity_error": ("gravity, off by", "", False),
     "penetration": ("in one another", "px", False),
     "seam": ("jump at the seam", "px", False),
+    "style": ("has the new style", "", True),
+    "there": ("frames with every object", "", True),
+    "rigid": ("IoU with its own shape", "", True),
+    "moves": ("motion beside that of the start", "", True),
 }
 
 
