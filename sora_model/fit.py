@@ -137,7 +137,7 @@ def fit(
                 if average:
                     settings.follow(list(average.values()), parameters, step)
                 step += 1
-                told(step, value, norm)
+                told(step, value, norm, len(batch[0]))
                 if step % settings.save_every == 0 and step < settings.steps:
                     save()
             weights = save()

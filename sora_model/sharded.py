@@ -154,7 +154,7 @@ def fit(
                 if average:
                     settings.follow(*([_local(t) for t in kept.values()] for kept in (average, named)), step)
                 step += 1
-                told(step, value, norm)
+                told(step, value, norm, len(batch[0]))
                 if step % settings.save_every == 0 and step < settings.steps:
                     save()
             weights = save()

@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -178,19 +179,24 @@ def rewind(run: Path, step: int) -> float:
 @contextmanager
 def journal(
     run: Path, label: str, settings: Settings, step: int, seconds: float
-) -> Iterator[Callable[[int, float, float], None]]:
-    """`told(step, loss, norm)` after every step: progress on the terminal, and every tenth a row of `run/log.jsonl`."""
+) -> Iterator[Callable[[int, float, float, int], None]]:
+    """`told(step, loss, norm, clips)` after every step of so many clips: progress on the terminal, with the loss, the
+    clips a second of late and the time left, and every tenth a row of `run/log.jsonl`."""
     started, smooth = time.monotonic() - seconds, None
+    lately: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=50)  # when, and clips until then
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with files.naming(run / "log.jsonl"):
         log = (run / "log.jsonl").open("a", encoding="utf-8")
-    with log, Progress(*columns, TextColumn("loss {task.fields[loss]}")) as bar:
-        task = bar.add_task(label, total=settings.steps, completed=step, loss="-")
+    columns += [TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[pace]} clips/s")]
+    with log, Progress(*columns) as bar:
+        task = bar.add_task(label, total=settings.steps, completed=step, loss="-", pace="-")
 
-        def told(step: int, loss: float, norm: float) -> None:
+        def told(step: int, loss: float, norm: float, clips: int) -> None:
             nonlocal smooth
             smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            bar.update(task, completed=step, loss=f"{smooth:.4f}")
+            lately.append((time.monotonic(), lately[-1][1] + clips))
+            pace = (lately[-1][1] - lately[0][1]) / max(lately[-1][0] - lately[0][0], 1e-9)
+            bar.update(task, completed=step, loss=f"{smooth:.4f}", pace=f"{pace:.3g}")
             if step % 10 == 0 or step == settings.steps:
                 figures = dict(loss=loss, lr=settings.rate(step - 1), norm=norm)
                 row = {"step": step} | figures | {"seconds": time.monotonic() - started}

@@ -217,31 +217,45 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_nothing(tmp_path, told):
 
 
 STOPPED = """
-import os, signal, sys
+import os, sys
 from sora_model import cli, train
 prepare, steps = train.to_video, []
 def to_video(frames):
     steps.append(1)
     if len(steps) == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
     return prepare(frames)
 train.to_video = to_video
 cli.main()
 """
 
 
+def stopped_by(number: int, run) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """`sora train vae`, which is sent a signal while it computes its second step; and the changes of its recipe."""
+    changes = ["vae_fit.steps=3", "vae_fit.batch=1", "vae.base_dim=4", "vae.z_dim=4", "dit.in_channels=4"]
+    changes += ["dit.out_channels=4", "vae_fit.workers=1", "vae_fit.save_every=1"]
+    command = [sys.executable, "-c", STOPPED, "train", "vae", *changes, "--run", str(run)]
+    environment = os.environ | {"SIGNAL": str(int(number))}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment), changes
+
+
 def test_sigterm_ends_the_command_after_a_save_and_the_next_one_goes_on_from_it(tmp_path):
     run = tmp_path / "run"
-    changes = ["vae_fit.steps=3", "vae_fit.batch=1", "vae.base_dim=4", "vae.z_dim=4", "dit.in_channels=4"]
-    changes += ["dit.out_channels=4", "vae_fit.workers=1"]
-    command = [sys.executable, "-c", STOPPED, "train", "vae", *changes, "--run", run]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    done, changes = stopped_by(signal.SIGTERM, run)
     assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr, done.stderr
-    assert "stopped at step 2; the same command resumes from" in done.stdout
+    assert "stopped at step 2; the same command resumes from" in done.stdout and "clips/s" in done.stdout
     left = sorted(entry.name for entry in run.iterdir())
     assert left == [".lock", "log.jsonl", "settings.json", "state.safetensors"] and saved_step(run) == 2
     train.train_vae(run, recipe.load(overrides=changes), measured=1)
     assert saved_step(run) == 3
+
+
+def test_a_run_that_is_killed_loses_what_came_after_its_last_save_and_nothing_else(tmp_path):
+    run = tmp_path / "run"
+    done, changes = stopped_by(signal.SIGKILL, run)
+    assert done.returncode == -signal.SIGKILL and saved_step(run) == 1
+    train.train_vae(run, recipe.load(overrides=changes), measured=1)
+    assert saved_step(run) == 3 and [step for step, _ in losses(run)] == [3] and not list(run.glob(".sora-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
