@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 namespace sora {
 namespace {
@@ -53,6 +54,41 @@ struct BackwardParams {
   }
 };
 
+// Tokens of row f of clip b that lie in one chunk: with an index [first, last) of the tokens in the order of their rows,
+// else of those of the row. `whole`: no other chunk has any of them.
+struct Run {
+  int64_t b, f, first, last;
+  bool whole;
+  Partial to;  // where its sums go when it is not; kP: to the chunk's own
+
+  int64_t token(const BackwardParams& p, int64_t i) const {
+    return p.index ? p.runs->tokens[i] % p.shape.S : f * p.chunking->group_rows + i;
+  }
+};
+
+std::vector<Run> runs_of(const BackwardParams& p, int64_t chunk) {
+  const int64_t S = p.shape.S, F = p.shape.modulation_rows();
+  std::vector<Run> runs;
+  if (p.index) {
+    const int64_t end = std::min((chunk + 1) * p.run_chunk(), p.shape.rows());
+    for (int64_t first = chunk * p.run_chunk(), last; first < end; first = last) {
+      const int64_t token = p.runs->tokens[first], b = token / S, f = p.index(b, token % S);
+      const int64_t start = p.runs->starts[b * F + f], stop = p.runs->starts[b * F + f + 1];
+      last = std::min(stop, end);
+      runs.push_back({b, f, first, last, first == start && last == stop, first > start ? kHead : kTail});
+    }
+  } else if (const Chunking& c = *p.chunking; c.parts > 1) {
+    const int64_t group = chunk / c.parts, first = chunk % c.parts * c.part_rows;
+    runs.push_back({group / F, group % F, first, std::min(first + c.part_rows, c.group_rows), false, kP});
+  } else {
+    const int64_t last = std::min((chunk + 1) * c.groups, c.all_groups);
+    for (int64_t group = chunk * c.groups; group < last; ++group) {
+      runs.push_back({group / F, group % F, 0, c.group_rows, true, kP});
+    }
+  }
+  return runs;
+}
+
 // The gradients of one modulation row, columns [d, d + n), from its sums, where these do not lie there already.
 void store_row_gradients(const BackwardParams& p, int64_t group, const float* P, const float* Q, const float* R,
                          const float* weight, const float* bias, float* scratch, int64_t d, int64_t n) {
@@ -85,8 +121,8 @@ struct Backward {
       float* partials[kPartials];
       for (int i = 0; i < kPartials; ++i) partials[i] = p.partials ? p.partial(chunk, i) : nullptr;
       if (p.partials) std::fill_n(partials[0], kPartials * D, 0.0f);
-      if (!C::kOwn && p.index) indexed_rows(p, rows, scratch, chunk, partials);
-      else C::kOwn ? own_rows(p, rows, scratch, chunk, partials) : shared_rows(p, rows, scratch, chunk, partials);
+      if constexpr (C::kOwn) own_rows(p, rows, scratch, chunk, partials);
+      else shared_rows(p, rows, scratch, chunk, partials);
     }
   }
 
@@ -116,62 +152,26 @@ struct Backward {
 
   static SORA_INLINE void shared_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
                                       int64_t chunk, float* const* partials) {
-    const Chunking& c = *p.chunking;
     const int64_t D = p.shape.D, F = p.shape.modulation_rows(), stride = scratch.stride();
     const TokenSums block{scratch.row(3), scratch.row(4), scratch.row(5)};
-    float* group_sum = scratch.row(6);
-    const int64_t first_group = c.parts > 1 ? chunk / c.parts : chunk * c.groups;
-    const int64_t last_group = std::min(first_group + c.groups, c.all_groups);
-    for (int64_t group = first_group; group < last_group; ++group) {
-      const int64_t b = group / F, f = group % F;
-      const int64_t first = c.parts > 1 ? chunk % c.parts * c.part_rows : 0;
-      const int64_t last = std::min(first + c.part_rows, c.group_rows);
-      const Row m = rows.load(b, f);
-      std::fill_n(group_sum, 3 * stride, 0.0f);
-      for (int64_t i = first; i < last; i += kBlockRows) {
+    const TokenSums sum{scratch.row(6), scratch.row(7), scratch.row(8)};
+    for (const Run& run : runs_of(p, chunk)) {
+      const Row m = rows.load(run.b, run.f);
+      std::fill_n(sum.P, 3 * stride, 0.0f);
+      for (int64_t first = run.first; first < run.last; first += kBlockRows) {
         std::fill_n(block.P, 3 * stride, 0.0f);
-        for (int64_t s = i; s < std::min(i + kBlockRows, last); ++s) {
-          token(p, m, scratch, b, f * c.group_rows + s, f * c.group_rows + std::min(s + 1, last - 1), block);
+        for (int64_t i = first; i < std::min(first + kBlockRows, run.last); ++i) {
+          token(p, m, scratch, run.b, run.token(p, i), run.token(p, std::min(i + 1, run.last - 1)), block);
         }
         if (!p.sums_rows()) continue;
-        add_row(group_sum, block.P, 3 * stride);
+        add_row(sum.P, block.P, 3 * stride);
         if (partials[0]) accumulate(p, m, block, partials);
       }
-      if (c.parts == 1) {
-        store_row_gradients(p, group, group_sum, group_sum + stride, group_sum + 2 * stride, m.weight, m.bias, block.P,
-                            0, D);
-      }
-    }
-  }
-
-  static SORA_INLINE void indexed_rows(const BackwardParams& p, const ModulationRows<V, C>& rows, const Scratch& scratch,
-                                       int64_t chunk, float* const* partials) {
-    const std::vector<int64_t>&starts = p.runs->starts, &tokens = p.runs->tokens;
-    const int64_t D = p.shape.D, S = p.shape.S, F = p.shape.modulation_rows(), stride = scratch.stride();
-    const TokenSums block{scratch.row(3), scratch.row(4), scratch.row(5)};
-    float* run_sum = scratch.row(6);
-    const int64_t end = std::min((chunk + 1) * p.run_chunk(), p.shape.rows());
-    for (int64_t first = chunk * p.run_chunk(), last; first < end; first = last) {
-      const int64_t b = tokens[first] / S, f = p.index(b, tokens[first] % S), group = b * F + f;
-      last = std::min(starts[group + 1], end);
-      const Row m = rows.load(b, f);
-      std::fill_n(run_sum, 3 * stride, 0.0f);
-      for (int64_t i = first; i < last; i += kBlockRows) {
-        std::fill_n(block.P, 3 * stride, 0.0f);
-        for (int64_t j = i; j < std::min(i + kBlockRows, last); ++j) {
-          token(p, m, scratch, b, tokens[j] % S, tokens[std::min(j + 1, last - 1)] % S, block);
-        }
-        if (!p.sums_rows()) continue;
-        add_row(run_sum, block.P, 3 * stride);
-        if (partials[0]) accumulate(p, m, block, partials);
-      }
-      float *P = run_sum, *Q = P + stride, *R = Q + stride;
-      if (first == starts[group] && last == starts[group + 1]) {
-        store_row_gradients(p, group, P, Q, R, m.weight, m.bias, block.P, 0, D);
-      } else if (partials[0]) {
-        const int64_t to = first > starts[group] ? kHead : kTail;
-        std::copy_n(P, D, p.partial(chunk, to)), std::copy_n(Q, D, p.partial(chunk, to + 1));
-        std::copy_n(R, D, p.partial(chunk, to + 2));
+      if (run.whole) {
+        store_row_gradients(p, run.b * F + run.f, sum.P, sum.Q, sum.R, m.weight, m.bias, block.P, 0, D);
+      } else if (run.to != kP && partials[0]) {
+        std::copy_n(sum.P, D, p.partial(chunk, run.to)), std::copy_n(sum.Q, D, p.partial(chunk, run.to + 1));
+        std::copy_n(sum.R, D, p.partial(chunk, run.to + 2));
       }
     }
   }

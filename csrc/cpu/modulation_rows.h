@@ -81,6 +81,28 @@ struct Modulation {
   Vector weight, bias, gate_table, shift_table, scale_table;
 };
 
+// The shape that rows are checked against. Where an index chooses among them any number will do: all divide 0 tokens.
+inline Shape of_rows(const Shape& shape, const OptionalTensor& index) {
+  return {shape.B, index ? 0 : shape.S, shape.D, shape.F};
+}
+
+inline Modulation modulation(const Tensor& x, Shape& shape, const OptionalTensor& index, const OptionalTensor& gate,
+                             const OptionalTensor& shift, const OptionalTensor& scale, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const OptionalTensor& gate_table,
+                             const OptionalTensor& shift_table, const OptionalTensor& scale_table) {
+  Shape like = of_rows(shape, index);
+  const Modulation found{rows("gate", gate, x, like),
+                         rows("shift", shift, x, like),
+                         rows("scale", scale, x, like),
+                         vector("weight", weight, x),
+                         vector("bias", bias, x),
+                         vector("gate_table", gate_table, x),
+                         vector("shift_table", shift_table, x),
+                         vector("scale_table", scale_table, x)};
+  shape.F = like.F;
+  return found;
+}
+
 // What the inner loops read, in fp32. Where tokens share a row it is worked out once, in scratch rows. Where every token
 // has a row of its own (kOwn), the row is read where it lies, and only what is not fp32 is copied.
 template <bool kOwn>
