@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from in_ranks import in_ranks
 
 from sora_kernels.integrations import _host, diffusers_attention
 from sora_kernels.testing import assert_matches_oracle
@@ -227,11 +228,9 @@ def test_a_missing_or_old_host_is_named(monkeypatch):
 # Context parallelism: each schedule in processes of its own, against one process
 
 
-def _in_parallel(rank, world, degrees, folder):
+def _in_parallel(rank, folder, degrees):
     from diffusers import ContextParallelConfig
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.accelerator.device_count = lambda: 1  # the host takes the rank modulo this, which is 0 on a CPU machine
     diffusers_attention.register()
     for degree in degrees:
@@ -244,7 +243,6 @@ def _in_parallel(rank, world, degrees, folder):
                 torch.distributed.all_reduce(value)
         if rank == 0:
             torch.save(ours, f"{folder}/{'_'.join(degree)}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +257,6 @@ def test_context_parallel_gives_what_one_process_gives(tmp_path, world, degrees)
             pytest.skip("ring attention of diffusers before 0.41 has wrong gradients, and training by it is refused")
     model = wan()
     plain = run(model, *inputs())
-    torch.multiprocessing.spawn(_in_parallel, (world, degrees, str(tmp_path)), nprocs=world)
+    in_ranks(_in_parallel, world, tmp_path, degrees)
     for degree in degrees:
         assert_close(torch.load(tmp_path / f"{'_'.join(degree)}.pt"), plain)

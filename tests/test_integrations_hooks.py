@@ -333,9 +333,7 @@ def _attend_in_parallel(rank, folder):
     from torch.distributed.tensor.experimental import context_parallel
     from torch.distributed.tensor.experimental._context_parallel._attention import _cp_options
 
-    torch.set_num_threads(1)
     _cp_options.enable_load_balance = False
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
     x = torch.load(f"{folder}/x.pt")
     model = wan()
@@ -343,14 +341,13 @@ def _attend_in_parallel(rank, folder):
     attn = model.blocks[0].attn1
     with torch.no_grad(), context_parallel(mesh, buffers=[x], buffer_seq_dims=[1]):
         torch.save(attn(x, None, None, None), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_a_patched_attention_inside_torchs_context_parallel_sees_every_ranks_tokens(tmp_path):
     x = torch.randn(1, 8, 48)
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_attend_in_parallel, (str(tmp_path),), nprocs=2)
+    in_ranks(_attend_in_parallel, 2, tmp_path)
     out = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in range(2)], 1)
     with torch.no_grad():
         torch.testing.assert_close(out, wan().blocks[0].attn1(x, None, None, None), rtol=0, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from in_ranks import in_ranks
 
 from sora_kernels.integrations import _host, yunchang
 from sora_kernels.testing import assert_matches_oracle
@@ -31,11 +32,9 @@ def whole(dtype, how, double=False):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def _in_parallel(rank, world, ulysses, folder):
+def _in_parallel(rank, folder, world, ulysses):
     from yunchang import LongContextAttention, set_seq_parallel_pg
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     set_seq_parallel_pg(ulysses, world // ulysses, rank, world)
     yunchang.register()
     attention = LongContextAttention(ring_impl_type="sora")
@@ -46,12 +45,11 @@ def _in_parallel(rank, world, ulysses, folder):
             out = attention(*leaves, **how)
             torch.save([out.detach(), *torch.autograd.grad(out, leaves, grad)], f"{folder}/{case} {name} {rank}.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("world", "ulysses"), [(2, 1), (4, 2)], ids=["ring", "ring and Ulysses"])
 def test_output_and_gradients_are_those_of_one_process(tmp_path, world, ulysses):
-    torch.multiprocessing.spawn(_in_parallel, (world, ulysses, str(tmp_path)), nprocs=world)
+    in_ranks(_in_parallel, world, tmp_path, world, ulysses)
     for case, how in CASES.items():
         for name, dtype in DTYPES.items():
             parts = [torch.load(tmp_path / f"{case} {name} {rank}.pt") for rank in range(world)]
