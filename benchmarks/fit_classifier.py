@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from sora_model import Sora, world
 from sora_model.evaluate import reconstructed
-from sora_model.safety import classifier, watermark
+from sora_model.safety import classifier, convnet, watermark
 from sora_model.solvers import Hosted
 
 from .calibrate_watermark import encoded, interval, of_footage, textured
@@ -94,17 +94,24 @@ def chain(frames: np.ndarray, seed: int) -> np.ndarray:
     return encoded(even, int(rng.integers(16, 37)))
 
 
-def _features(make: Callable[[int], np.ndarray], seed: int) -> np.ndarray:
+def middle(frames: np.ndarray) -> np.ndarray:
+    """What the network is shown of a clip: its middle, of no more pixels than the clips were made with."""
+    height, width = (min(have, most) for have, most in zip(frames.shape[1:3], SIZE, strict=True))
+    top, left = (frames.shape[1] - height) // 2, (frames.shape[2] - width) // 2
+    return np.ascontiguousarray(frames[:, top : top + height, left : left + width])
+
+
+def _seen(look: Callable, make: Callable[[int], np.ndarray], seed: int) -> np.ndarray:
     torch.set_num_threads(1)
-    return classifier.features(chain(make(seed), seed))
+    return look(chain(make(seed), seed))
 
 
-def collected(pool: ProcessPoolExecutor, make: Callable[[int], np.ndarray], seeds: range) -> np.ndarray:
-    return np.stack(list(pool.map(partial(_features, make), seeds, chunksize=4)))
+def collected(pool: ProcessPoolExecutor, look: Callable, make: Callable, seeds: range) -> list[np.ndarray]:
+    return list(pool.map(partial(_seen, look, make), seeds, chunksize=4))
 
 
-def rows(fitted: classifier.Classifier, positives: dict, negatives: dict) -> Iterator[dict]:
-    judged = {name: list(map(fitted.judge_features, found)) for name, found in (positives | negatives).items()}
+def rows(judge: Callable[[np.ndarray], classifier.Judgement], positives: dict, negatives: dict) -> Iterator[dict]:
+    judged = {name: list(map(judge, found)) for name, found in (positives | negatives).items()}
     scores = {name: np.array([one.score for one in found]) for name, found in judged.items()}
     against = np.sort(np.concatenate([scores[name] for name in negatives]))
     for name, found in judged.items():
@@ -126,18 +133,23 @@ def main() -> None:
     parser.add_argument("--footage", type=Path, help="a folder of MP4s of real footage")
     parser.add_argument("--made", type=int, default=320, help="clips to fit; a fifth of it for each row of the test")
     parser.add_argument("--others", type=int, default=2000, help="negatives of the fit, and of the test")
+    parser.add_argument("--network", action="store_true", help="fit the 3D network instead of the logistic regression")
     parser.add_argument("--workers", type=int, help="processes; by default one for each core")
-    parser.add_argument("--out", type=Path, help="where the classifier goes, as JSON")
+    parser.add_argument("--out", type=Path, help="where the classifier goes, as JSON or, of the network, safetensors")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     few, many = given.made // 5, given.others
     mine, vae = (partial(make, weights=given.weights, style=given.style) for make in (made, through_vae))
-    real = partial(drawn, style=given.style)
+    real, look = partial(drawn, style=given.style), middle if given.network else classifier.features
     with ProcessPoolExecutor(given.workers) as pool:
-        of = partial(collected, pool)
-        others = np.concatenate([of(real, range(many)), of(vae, range(10**6, 10**6 + given.made))])
-        others = np.random.default_rng(0).permutation(others)
-        fitted = classifier.fit_features(of(mine, range(10**7, 10**7 + given.made)), others)
+        of = partial(collected, pool, look)
+        others = of(real, range(many)) + of(vae, range(10**6, 10**6 + given.made))
+        others = [others[i] for i in np.random.default_rng(0).permutation(len(others))]
+        taught = of(mine, range(10**7, 10**7 + given.made))
+        if given.network:
+            fitted = convnet.fit(taught, others)
+        else:
+            fitted = classifier.fit_features(np.stack(taught), np.stack(others))
         if given.out:
             fitted.save(given.out)
         test = range(2 * 10**7, 2 * 10**7 + few)
@@ -157,10 +169,8 @@ def main() -> None:
         }
         if given.footage:
             filmed = list(of_footage(given.footage, (256, 256), FRAMES))
-            negatives["footage"] = np.stack(
-                [classifier.features(chain(clip, seed)) for seed, clip in enumerate(filmed)]
-            )
-    results = list(rows(fitted, positives, negatives))
+            negatives["footage"] = [look(chain(clip, seed)) for seed, clip in enumerate(filmed)]
+    results = list(rows(fitted.judge if given.network else fitted.judge_features, positives, negatives))
     for row in results:
         print(json.dumps(row))
     if given.json:

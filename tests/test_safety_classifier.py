@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.calibrate_watermark import encoded
 from sora_model import world
-from sora_model.safety import classifier
+from sora_model.checkpoint import CheckpointError
+from sora_model.safety import classifier, convnet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -29,11 +30,14 @@ def blurred(clip: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> classifier.Classifier:
-    clips = [true(seed) for seed in range(48)]
-    return classifier.fit(
-        [encoded(blurred(clip), 23) for clip in clips[::2]], [encoded(clip, 23) for clip in clips[1::2]]
-    )
+def clips() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    found = [true(seed) for seed in range(48)]
+    return [encoded(blurred(clip), 23) for clip in found[::2]], [encoded(clip, 23) for clip in found[1::2]]
+
+
+@pytest.fixture(scope="module")
+def fitted(clips) -> classifier.Classifier:
+    return classifier.fit(*clips)
 
 
 def test_numbers_are_of_the_detail_and_not_of_size_or_length():
@@ -88,6 +92,42 @@ def test_a_classifier_is_kept_as_json(fitted, tmp_path):
     assert classifier.Classifier.load(tmp_path / "mine.json") == fitted
 
 
+@pytest.mark.parametrize("held", [b"", b"[]", b"{}", b"\xff", b'{"inverse": 3}', b"[" * 5000, None])
+def test_what_is_no_classifier_is_one_error(fitted, tmp_path, held):
+    fitted.save(path := tmp_path / "mine.json")
+    path.write_bytes(path.read_bytes().replace(b'"bias": ', b'"bias": NaN, "was": ') if held is None else held)
+    with pytest.raises(ValueError, match="mine.json' is no classifier that `save` wrote"):
+        classifier.Classifier.load(path)
+
+
+@pytest.fixture(scope="module")
+def network(clips) -> convnet.Network:
+    return convnet.fit(*clips, steps=40, batch=16)
+
+
+def test_a_network_tells_apart_what_differs_on_other_clips(network):
+    scores = {kind: [network.judge(encoded(how(true(seed)), 28)).score for seed in range(200, 212)]
+              for kind, how in (("made", blurred), ("true", lambda clip: clip))}  # fmt: skip
+    above = sum(one > other for one in scores["made"] for other in scores["true"]) / 144
+    assert above > 0.9, scores
+    assert network.low <= network.high
+    assert network.judge(true(300, size=(96, 80))).answer in classifier.ANSWERS  # of another size
+
+
+def test_a_network_is_the_same_again_and_kept_as_safetensors(network, tmp_path):
+    clips = [true(seed) for seed in range(16)]
+    twice = [convnet.fit(clips[:8], clips[8:], steps=2, batch=4) for _ in range(2)]
+    assert twice[0].judge(clips[0]) == twice[1].judge(clips[0])
+    network.save(path := tmp_path / "mine.safetensors")
+    again = convnet.Network.load(path)
+    assert again.judge(clips[0]).score == network.judge(clips[0]).score
+    assert (again.low, again.high) == pytest.approx((network.low, network.high))
+    (tmp_path / "text").write_text("no network")
+    for other in (tmp_path / "text", ROOT / "sora_model" / "checkpoints" / "toy" / "vae" / "model.safetensors"):
+        with pytest.raises(CheckpointError):
+            convnet.Network.load(other)
+
+
 @pytest.mark.parametrize(
     "frames, told",
     [
@@ -100,11 +140,15 @@ def test_a_classifier_is_kept_as_json(fitted, tmp_path):
 def test_frames_that_cannot_be_judged(frames, told):
     with pytest.raises(ValueError, match=told):
         classifier.features(frames)
+    with pytest.raises(ValueError, match=told):
+        convnet.fit([frames] * 8, [frames] * 8)
 
 
 def test_too_few_clips_are_refused():
     with pytest.raises(ValueError, match="at least 8 clips of both kinds; got 2 and 9"):
         classifier.fit([true(0)] * 2, [true(1)] * 9)
+    with pytest.raises(ValueError, match="at least 8 clips of both kinds; got 9 and 2"):
+        convnet.fit([true(0)] * 9, [true(1)] * 2)
 
 
 def test_the_page_tells_what_was_measured():

@@ -15,7 +15,7 @@ import torch
 from sora_model import Clip, Sora, media
 from sora_model.extras import MissingExtra
 from sora_model.reconstruct import load_vae, reconstruct
-from sora_model.safety import certificates, credentials
+from sora_model.safety import certificates, credentials, watermark
 from sora_model.safety import verdict as verdict_of
 from sora_model.safety.certificates import CredentialsError, Identity
 from sora_model.safety.credentials import ALTERED, NONE, TRUSTED, UNKNOWN, Input, Origin, mark, verify
@@ -434,6 +434,59 @@ def test_a_key_may_stay_where_it_is(tmp_path):
     assert verify(path).answer == UNKNOWN and verify(path).signer == "Vault"
     with pytest.raises(CredentialsError, match="key is not that of the certificate"):
         certificates.use(Identity(identity.chain, sign=lambda data: bytes(31) + b"\1" + bytes(31) + b"\1"))
+
+
+def test_a_key_that_fails_after_the_work_says_why_and_leaves_nothing(tmp_path):
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+
+    own, up = certificates.current(), [True]
+    key = serialization.load_pem_private_key(own.key.encode(), None)
+
+    def sign(data: bytes) -> bytes:
+        if not up[0]:
+            raise ConnectionError("the vault does not answer")
+        numbers = utils.decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256())))
+        return b"".join(number.to_bytes(32, "big") for number in numbers)
+
+    def work():
+        up[0] = False
+        yield from frames()
+
+    certificates.use(Identity(own.chain, sign=sign))
+    try:
+        with pytest.raises(ConnectionError, match="the vault does not answer"):
+            media.write_video(tmp_path / "a.mp4", work(), origin=Origin())
+    finally:
+        certificates.use(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [
+    lambda: certificates.use("chain.pem"), lambda: Identity(b"chain"), lambda: Identity("chain", b"key"),
+])  # fmt: skip
+def test_what_is_no_identity_is_named(call):
+    with pytest.raises(TypeError, match="must be an Identity or None; got str|must be PEM, a str; got bytes"):
+        call()
+
+
+@pytest.mark.parametrize("make", [certificates.init, lambda: certificates.init(force=True), watermark.secret])
+def test_a_disk_without_space_leaves_no_half_of_a_key(tmp_path, monkeypatch, stranger, make):
+    stranger()
+    forced = make not in (certificates.init, watermark.secret)
+    before = certificates.init().read_text() if forced else None
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(certificates.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write '.*': No space left on device"):
+        make()
+    monkeypatch.undo()
+    stranger()
+    left = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
+    assert left == [".gitignore", "identity.pem"][: 1 + forced]
+    assert not forced or certificates.current().key in before
 
 
 # --- without ---

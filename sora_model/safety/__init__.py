@@ -9,6 +9,7 @@ certificates    who signs
 watermark       a mark in the pixels, for when the record is gone
 shading         another in the noise that a clip is drawn from
 classifier      of a checkpoint's own clips by their looks, to be fitted, where neither record nor mark is left
+convnet         the same by a small network
 limits          what a request may ask for and take, and where files are written
 redteam         attacks on all of this, counted
 store           the records of what was signed here, by the identity of its mark

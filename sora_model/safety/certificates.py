@@ -10,6 +10,7 @@ whoever has its root. The root's own key is not kept. Certificates of an authori
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -44,6 +45,11 @@ class Identity:
     chain: str
     key: str | None = None
     sign: Callable[[bytes], bytes] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("chain", self.chain), ("key", self.key)):
+            if not isinstance(value, str) and (name == "chain" or value is not None):
+                raise TypeError(f"{name} must be PEM, a str; got {type(value).__name__}")
 
     @property
     def sent(self) -> str:
@@ -124,6 +130,8 @@ def current() -> Identity:
 def use(identity: Identity | None) -> None:
     """Sign with this from now on; with None, with that of `folder()` again."""
     global _own
+    if not isinstance(identity, Identity | None):
+        raise TypeError(f"identity must be an Identity or None; got {type(identity).__name__}")
     _own = None if identity is None else identity.check()
 
 
@@ -140,6 +148,27 @@ def read_secret(path: str | os.PathLike[str], what: str) -> bytes:
     if mode & 0o077:
         raise CredentialsError(f"others can read {what} in {os.fspath(path)!r} (mode {mode:o}); chmod 600 it")
     return data
+
+
+def write_secret(path: Path, data: bytes, *, replace: bool = False) -> None:
+    """A file that its owner alone may read, whole or not at all, in a folder that is made where it is missing. What
+    another process has put there meanwhile stays, unless it is to be replaced."""
+    with naming(path):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (path.parent / ".gitignore").write_text("*\n")  # a folder of settings may be a repository
+        handle, part = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                os.replace(part, path)
+            else:
+                with contextlib.suppress(FileExistsError):
+                    os.link(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Identity:
@@ -191,29 +220,18 @@ def init(*, force: bool = False, organisation: str = "sora local") -> Path:
     path = folder() / "identity.pem"
     if path.exists() and not force:
         raise CredentialsError(f"there is an identity in {os.fspath(path)!r} already; --force makes another")
-    with naming(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (path.parent / ".gitignore").write_text("*\n")  # a folder of settings may be a repository
-        if path.exists():
-            try:
-                roots = load(path).anchors
-            except CredentialsError:
-                path.replace(path.with_name("identity.pem.old"))
-            else:
-                with open(path.parent / "anchors.pem", "a", encoding="ascii") as file:
-                    file.write(roots)
-        handle, part = tempfile.mkstemp(dir=path.parent)  # with mode 0600
+    made = _chain(organisation).encode()
+    if path.exists():
         try:
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(_chain(organisation))
-            if force:
-                os.replace(part, path)
-            elif not path.exists():
-                os.link(part, path)
-        except FileExistsError:  # another process was first
-            pass
-        finally:
-            Path(part).unlink(missing_ok=True)
+            roots = load(path).anchors
+        except CredentialsError:
+            with naming(path):
+                path.replace(path.with_name("identity.pem.old"))
+        else:
+            more = path.parent / "anchors.pem"
+            held = read_anchors(more) if os.path.lexists(more) else ""
+            write_secret(more, (held + roots).encode(), replace=True)
+    write_secret(path, made, replace=force)
     return path
 
 

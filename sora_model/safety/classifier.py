@@ -13,6 +13,7 @@ docs/safety.md has what it found.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import files
 from .watermark import LUMA
 
 ANSWERS = LIKELY, UNCLEAR, UNLIKELY = "likely", "unclear", "unlikely"
 FRAMES, WINDOW, SIDE = 33, 8, 32  # frames looked at; at least so many; at least so many pixels a side
+NUMBERS = 33
 
 _RINGS = 16
 _LEAST = 1e-8
@@ -63,25 +66,31 @@ class Classifier:
         """Of what `features` gave; twice as far from the clips of the fit as any of them is "unclear"."""
         z = (found - np.array(self.mean)) / np.array(self.std)
         score = float(z @ np.array(self.weights) + self.bias)
-        if z @ np.array(self.inverse) @ z > 2 * self.far or self.low <= score < self.high:
-            return Judgement(UNCLEAR, score)
-        return Judgement(LIKELY if score >= self.high else UNLIKELY, score)
+        far = z @ np.array(self.inverse) @ z > 2 * self.far
+        return Judgement(UNCLEAR, score) if far else answered(score, self.low, self.high)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        files.write_bytes(path, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, path: Path) -> Classifier:
-        """What `save` wrote."""
-        values = json.loads(path.read_text())
-        inverse = tuple(map(tuple, values.pop("inverse")))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, inverse=inverse)
+    def load(cls, path: str | os.PathLike[str]) -> Classifier:
+        """What `save` wrote. Raises ValueError for anything else."""
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+            inverse = tuple(map(tuple, values.pop("inverse")))
+            read = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, inverse=inverse)
+            held = [np.asarray(column, float).shape for column in (read.mean, read.std, read.weights, read.inverse)]
+            numbers = [*read.mean, *read.std, *read.weights, *sum(read.inverse, ()), read.bias, read.low, read.high]
+            if held != 3 * [(NUMBERS,)] + [(NUMBERS, NUMBERS)] or not np.isfinite([*numbers, read.far]).all():
+                raise ValueError(f"it must hold {NUMBERS} finite numbers of each kind")
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)!r} is no classifier that `save` wrote: {error}") from error
+        return read
 
 
-@torch.no_grad()
-def features(frames: np.ndarray) -> np.ndarray:
-    """33 numbers of the first `FRAMES` frames of uint8 `[T, H, W, 3]`, of any size and length from 8 x 32 x 32 on."""
+def check_frames(frames: np.ndarray) -> None:
+    """Raises ValueError for what is no uint8 `[T, H, W, 3]` of at least 8 x 32 x 32."""
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be uint8 [T, H, W, 3]; got {frames.dtype} {list(frames.shape)}")
     if len(frames) < WINDOW or min(frames.shape[1:3]) < SIDE:
@@ -89,19 +98,36 @@ def features(frames: np.ndarray) -> np.ndarray:
             f"frames must be at least {WINDOW} of {SIDE}x{SIDE} to be judged by their looks; got {len(frames)} of "
             f"{frames.shape[2]}x{frames.shape[1]}"
         )
+
+
+def lines(made: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """(low, high) of scores of clips that were kept apart: 1 % of the others reach `high`, 5 % of those that were made
+    lie below `low`; the same line for both where they cross."""
+    passes, misses = float(np.quantile(others, 0.99)), float(np.quantile(made, 0.05))
+    return min(passes, misses), max(passes, misses)
+
+
+def answered(score: float, low: float, high: float) -> Judgement:
+    return Judgement(LIKELY if score >= high else UNLIKELY if score < low else UNCLEAR, score)
+
+
+@torch.no_grad()
+def features(frames: np.ndarray) -> np.ndarray:
+    """33 numbers of the first `FRAMES` frames of uint8 `[T, H, W, 3]`, of any size and length from 8 x 32 x 32 on."""
+    check_frames(frames)
     rgb = torch.from_numpy(np.ascontiguousarray(frames[:FRAMES])).double() / 255
     luma = rgb @ torch.tensor(LUMA, dtype=torch.float64)
     chroma = rgb[..., ::2] - luma[..., None]  # red and blue
-    detail = _detail(luma)
+    detail = fine_detail(luma)
     found = [_radial(detail), _temporal(detail), _steadiness(detail)]
     for order in (1, 2):
         found.append(_moments(luma.diff(n=order, dim=0)))
-    found.append((torch.stack([_detail(chroma[..., i]).square().mean() for i in (0, 1)]) + _LEAST).log())
+    found.append((torch.stack([fine_detail(chroma[..., i]).square().mean() for i in (0, 1)]) + _LEAST).log())
     found.append((chroma.mean((1, 2)).std(0) + _LEAST).log())
     return torch.cat(found).numpy()
 
 
-def _detail(x: Tensor) -> Tensor:
+def fine_detail(x: Tensor) -> Tensor:
     """What a binomial blur takes away of `[T, H, W]`."""
     kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=x.dtype) / 16
     padded = F.pad(x[:, None], (2, 2, 2, 2), mode="reflect")
@@ -178,9 +204,9 @@ def fit_features(made: np.ndarray, others: np.ndarray, *, held: float = 0.25, de
     optimiser.step(loss)
     weights, bias = weights.detach().numpy(), bias.item()
     kept_made, kept_others = ((part[1] - mean) / std @ weights + bias for part in parts)
-    passes, misses = float(np.quantile(kept_others, 0.99)), float(np.quantile(kept_made, 0.05))
+    low, high = lines(kept_made, kept_others)
     inverse = np.linalg.inv(np.cov(x.numpy(), rowvar=False) + 0.01 * np.eye(len(mean)))
     far = float(np.einsum("ni,ij,nj->n", x, inverse, x).max())
     columns = (tuple(map(float, column)) for column in (mean, std, weights))
     rows = tuple(tuple(map(float, row)) for row in inverse)
-    return Classifier(*columns, bias, min(passes, misses), max(passes, misses), rows, far)
+    return Classifier(*columns, bias, low, high, rows, far)

@@ -218,9 +218,7 @@ def _carries_on(c2pa: Any, given: Input) -> str | None:
     return None
 
 
-def verify(
-    path: str | os.PathLike[str], *, anchors: str | None = None, manifest: bytes | None = None
-) -> Verdict:
+def verify(path: str | os.PathLike[str], *, anchors: str | None = None, manifest: bytes | None = None) -> Verdict:
     """What a file's credentials are worth. `anchors`, PEM: whom to trust, by default this installation's own root,
     nobody where there is none; `manifest`: a record that is kept elsewhere, instead of the file's own.
 
@@ -337,12 +335,30 @@ def _context(c2pa: Any, anchors: str) -> Any:
     )  # fmt: skip
 
 
-def _signer(c2pa: Any, identity: Identity) -> Any:
+@contextlib.contextmanager
+def _signer(c2pa: Any, identity: Identity) -> Iterator[Any]:
+    """What signs by an identity. What its function raises, c2pa would swallow: it goes on here."""
+    failed: list[BaseException] = []
+
+    def sign(data: bytes) -> bytes:
+        try:
+            return identity.sign(data)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
     if identity.sign is not None:
-        return c2pa.Signer.from_callback(identity.sign, c2pa.C2paSigningAlg.ES256, identity.sent, None)
-    return c2pa.Signer.from_info(
-        c2pa.C2paSignerInfo(b"es256", identity.sent.encode(), (identity.key or "").encode(), None)
-    )
+        signer = c2pa.Signer.from_callback(sign, c2pa.C2paSigningAlg.ES256, identity.sent, None)
+    else:
+        info = c2pa.C2paSignerInfo(b"es256", identity.sent.encode(), (identity.key or "").encode(), None)
+        signer = c2pa.Signer.from_info(info)
+    with signer:
+        try:
+            yield signer
+        except c2pa.C2paError:
+            if failed:
+                raise failed[0] from None
+            raise
 
 
 @contextlib.contextmanager

@@ -21,11 +21,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +32,6 @@ from torch import Tensor
 
 from sora_kernels import embed_watermark
 
-from ..files import naming
 from . import certificates
 from .certificates import CredentialsError
 
@@ -85,17 +82,7 @@ def secret() -> bytes:
     `CredentialsError` for one that others can read, or that is cut short."""
     path = certificates.folder() / "watermark.key"
     if not path.exists():
-        with naming(path):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (path.parent / ".gitignore").write_text("*\n")
-            handle, part = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(os.urandom(32))
-            try:
-                os.link(part, path)
-            except FileExistsError:  # another process was first
-                pass
-            Path(part).unlink()
+        certificates.write_secret(path, os.urandom(32))
     key = certificates.read_secret(path, "the mark's key")
     if len(key) != 32:
         raise CredentialsError(
