@@ -393,6 +393,90 @@ def test_named_barriers():
     faults(body.replace("bar.arrive 1, 64", "bar.arrive 2, 64"), [1], ".u32 x", 64, kinds=("deadlock",))
 
 
+AMONG_LANES = (
+    THREAD
+    + """mad.lo.s32 %r4, %r1, 4, %r3;
+st.shared.b32 [%r4], %r1;
+bar.warp.sync -1;
+xor.b32 %r5, %r4, 4;
+ld.shared.b32 %r6, [%r5];
+bar.warp.sync -1;
+st.shared.b32 [%r4], %r6;"""
+)
+
+
+@pytest.mark.parametrize("order", ["bar.warp.sync -1;", "bar.sync 0;"])
+def test_lanes_that_exchange_wait_for_each_other(order):
+    body = AMONG_LANES.replace("bar.warp.sync -1;", order)
+    run(body, [1], ".u32 x")
+    found = faults(body.replace(order, "", 1), [1], ".u32 x", 32, kinds=("race",), seeds=1)
+    assert "reads shared byte 4, which lane 1 wrote, with no bar.warp.sync between" in found.pop()
+    found = faults(body[::-1].replace(order[::-1], "", 1)[::-1], [1], ".u32 x", 32, kinds=("race",), seeds=1)
+    assert "writes shared byte 0, which lane 1 read, with no bar.warp.sync between" in found.pop()
+    twice = THREAD + "mov.b16 %h1, 0;\nshr.u32 %r5, %r1, {};\nsetp.eq.s32 %p1, %r1, 0;\nst.shared.b32 [%r3], %r5;\n{}"
+    twice += "@%p1 st.shared.b16 [%r3], %h1;"
+    run(twice.format(5, ""), [1], ".u32 x")
+    run(twice.format(0, order), [1], ".u32 x")
+    found = faults(twice.format(0, ""), [1], ".u32 x", 32, kinds=("race",), seeds=1)
+    assert "which lane 31 wrote with another value, with no bar.warp.sync between" in found.pop()
+
+
+ARRIVAL = (
+    THREAD
+    + """and.b32 %r2, %r1, 31;
+setp.eq.s32 %p1, %r2, 0;
+setp.lt.s32 %p2, %r1, 32;
+mad.lo.s32 %r4, %r2, 4, %r3;
+setp.eq.s32 %p3, %r1, 0;
+@%p3 mbarrier.init.shared::cta.b64 [%r3+512], {arrivals};
+bar.sync 0;
+@!%p2 bra others;
+st.shared.b32 [%r4], %r1;
+{order}
+{who}mbarrier.arrive.shared::cta.b64 _, [%r3+512];
+bra end;
+others:
+mbarrier.try_wait.parity.shared::cta.b64 %p4, [%r3+512], 0;
+@!%p4 bra others;
+ld.shared.b32 %r6, [%r4];
+end:"""
+)
+
+
+def test_a_lane_that_arrives_for_others_waits_for_them():
+    for order, who, arrivals in (("bar.warp.sync -1;", "@%p1 ", 1), ("", "", 32)):
+        for seed in range(4):
+            run(ARRIVAL.format(order=order, who=who, arrivals=arrivals), [1], ".u32 x", 64, schedule=seed)
+    found = faults(ARRIVAL.format(order="", who="@%p1 ", arrivals=1), [1], ".u32 x", 64, kinds=("race",))
+    assert "which warp 0 wrote, with no barrier between" in found.pop()
+
+
+LINE = (
+    THREAD
+    + """ld.param.u64 %d1, [out];
+setp.eq.s32 %p1, %r1, 0;
+mad.lo.s32 %r4, %r1, 4, %r3;
+st.shared.b32 [%r4], %r1;
+fence.proxy.async.shared::cta;
+bar.warp.sync -1;
+@%p1 cp.async.bulk.global.shared::cta.bulk_group [%d1], [%r3], 128;
+@%p1 cp.async.bulk.commit_group;
+@%p1 cp.async.bulk.wait_group.read 0;
+bar.warp.sync 0xffffffff;
+st.shared.b32 [%r4], %r3;"""
+)
+
+
+def test_a_lane_that_stores_for_others_waits_for_them_and_they_for_it():
+    out = torch.zeros(32, dtype=torch.int32)
+    run(LINE, [out], ".u64 out")
+    assert torch.equal(out, torch.arange(32, dtype=torch.int32))
+    for order, says in (("bar.warp.sync -1;", "reads shared byte 4, which lane 1 wrote"),
+                        ("bar.warp.sync 0xffffffff;", "writes shared byte 4, which lane 0 read")):  # fmt: skip
+        found = faults(LINE.replace(order, ""), [out], ".u64 out", 32, kinds=("race",), seeds=1)
+        assert says in found.pop()
+
+
 def test_a_deadlock_says_where_each_warp_stands():
     body = THREAD + "setp.lt.s32 %p1, %r1, 32;\n@%p1 bra out;\nbar.sync 0;\nout:"
     message = faults(body, [1], ".u32 x", 96, kinds=("deadlock",)).pop()

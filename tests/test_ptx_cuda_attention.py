@@ -173,6 +173,7 @@ def test_sweep_of_sizes_and_schedules(Sk, E, dtype):
 FAULTS = {  # label -> pattern, replacement; each place by itself
     "a wait for an mbarrier removed": (r"mbarrier\.try_wait\.parity\.shared::cta\.b64 p, .*$", "setp.eq.u32 p, 0, 0;"),
     "a barrier of the block removed": (r"^\tbar\.sync \t0;$", ""),
+    "a barrier of a warp removed": (r"^\tbar\.warp\.sync \t-1;$", ""),
     "a named barrier removed": (r"^\tbar\.(sync|arrive) %r\d+, %r\d+;$", ""),
     "a fence of the async proxy removed": (r"^\tfence\.proxy\.async\.shared::cta;$", ""),
     "a wait for products removed": (r"^\twgmma\.wait_group\.sync\.aligned \d;$", ""),

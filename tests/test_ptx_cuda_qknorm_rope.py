@@ -7,6 +7,7 @@ import ptx
 import pytest
 import torch
 from ptx import nvcc
+from ptx.planted import planted
 from ptx.sweeps import in_turns
 
 from sora_kernels import Unavailable, _dispatch, qk_norm_rope
@@ -185,13 +186,28 @@ def test_a_channel_that_does_not_turn_keeps_to_itself():
 
 def test_without_its_barrier_the_steps_of_the_angles_race(monkeypatch):
     text = nvcc.compiled("qknorm_rope", 90)
-    planted = text.replace("bar.sync \t0;", "")
-    assert planted != text
+    without = text.replace("bar.sync \t0;", "")
+    assert without != text
     q = draw(1, 4, 12, 128, dtype=torch.bfloat16)
-    monkeypatch.setattr(nvcc, "compiled", lambda name, sm: planted)
+    monkeypatch.setattr(nvcc, "compiled", lambda name, sm: without)
     with pytest.raises(ptx.Fault) as found, nvcc.nvcc_on(90, schedule=4):
         qk_norm_rope(q, q, across="width", grid=(4, 1, 1), impl="cuda")
     assert found.value.kind in ("race", "uninitialised"), found.value
+
+
+def test_without_a_barrier_of_a_warp_its_angles_race(monkeypatch):
+    """Of a warp with more than one token: before the angles are read, and before the next take their place."""
+    monkeypatch.setattr(nvcc, "QK_PROGRAMS", 1)
+    texts = list(planted("qknorm_rope_backward", "TraitsI13__nv_bfloat16Li1E", r"^\tbar\.warp\.sync \t-1;$", ""))
+    q, compiled = draw(1, 8, 2, 64, dtype=torch.bfloat16).requires_grad_(), nvcc.compiled
+    assert len(texts) == 2
+    for text in texts:
+        with nvcc.nvcc_on(90):
+            out, _ = qk_norm_rope(q, q, grid=(8, 1, 1), impl="cuda")
+        monkeypatch.setattr(nvcc, "compiled", lambda name, sm, text=text: text)
+        with pytest.raises(ptx.Fault, match="with no bar.warp.sync between"), nvcc.nvcc_on(90):
+            out.backward(torch.ones_like(out))
+        monkeypatch.setattr(nvcc, "compiled", compiled)
 
 
 REFUSED = [

@@ -179,6 +179,7 @@ __device__ __forceinline__ void sum_rows(const FinalMemory<Traits>& memory, cons
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+      __syncwarp();  // shuffles order no memory
       if (lane == 0) tail.largest[warp] = largest, tail.rows_full.arrive();
       tail.rows_full.wait(parity);
       parity ^= 1;

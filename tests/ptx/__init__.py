@@ -16,11 +16,13 @@ of any size, mapped when touched), numbers, None, Struct (by value), Box (a TMA 
     counters = ptx.run(text, grid=(8,), arguments=[x, out, 128], name="kernel", block=(128,), shared=4096)
 
 A Fault names the source line, thread, program and buffer of: an access out of bounds or misaligned; a read of what was
-never written; a race between warps in shared memory; an operand, accumulator or copy used before its wait, or a fence
-missing; a deadlock, for registers too; a setmaxnreg in the wrong direction; a barrier for part of a warp; no end.
+never written; a race in shared memory between warps, or between lanes of one; an operand, accumulator or copy used
+before its wait, or a fence missing; a deadlock, for registers too; a setmaxnreg in the wrong direction; a barrier for
+part of a warp; no end.
 `schedule` draws the order of programs and warps and when asynchronous copies and products take effect. Races through
-global memory are seen where they change a bit under another schedule (`run_again`). Not seen: the last bits of
-approximations and of the tensor cores' sums, NaN payloads, time, and whatever ptxas does.
+global memory are seen where they change a bit under another schedule (`run_again`). Not seen: lanes that go on before
+one that waits at an mbarrier for their warp has met them; the last bits of approximations and of the tensor cores'
+sums, NaN payloads, time, and whatever ptxas does.
 
 parser.py text -> instructions; decoder.py -> records; core/ executes them; device.py arguments, faults, counters;
 launcher.py Triton's launches; plugin.py pytest.

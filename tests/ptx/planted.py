@@ -11,7 +11,7 @@ from . import Fault, nvcc
 def planted(source: str, kernel: str, pattern: str, replacement: str) -> Iterator[str]:
     """The PTX of csrc/cuda/{source}.cu with each match by itself replaced in the kernel whose name holds `kernel`."""
     text = nvcc.compiled(source, 90)
-    begin = text.index(kernel)
+    begin = re.search(rf"\.entry \S*{re.escape(kernel)}", text).end()
     end = text.find(".entry", begin)
     for hit in re.compile(pattern, re.M).finditer(text, begin, end if end > 0 else len(text)):
         yield text[: hit.start()] + hit.expand(replacement) + text[hit.end() :]

@@ -20,7 +20,8 @@ Flow copy(Warp& w, const Instruction& i, u32 mask) {
   u32 target[kLanes], reading = 0;
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
-    AsyncCopy c{w.copy_group, target[l] = m.shared_address(to[l] + u32(i.immediate[0]), bytes, l), bytes, {}, m.coin()};
+    target[l] = m.shared_address(to[l] + u32(i.immediate[0]), bytes, l);
+    AsyncCopy c{w.copy_group, target[l], bytes, l, {}, m.coin()};
     int read = given ? int(std::min<u32>(given[l], bytes)) : bytes;
     if (read) {
       source[l] = from[l] + i.immediate[1];
@@ -29,7 +30,7 @@ Flow copy(Warp& w, const Instruction& i, u32 mask) {
     }
     if (m.launch.checks) {
       m.shadow.check_write(w, c.address, bytes, l, nullptr);
-      m.shadow.mark_written(w.index, c.address, bytes, Shadow::kPending);
+      m.shadow.mark_written(w.index, c.address, bytes, Shadow::kPending, l);
     }
     if (c.landed) memcpy(&m.shared[c.address], c.data, bytes);
     w.copies.push_back(c);
@@ -59,7 +60,8 @@ Flow wait_copies(Warp& w, const Instruction& i, u32 mask) {
   std::erase_if(w.copies, [&](AsyncCopy& c) {
     if (c.group >= w.copy_group - i.immediate[0]) return false;
     if (!c.landed) memcpy(&m.shared[c.address], c.data, c.bytes);
-    m.shadow.mark_written(w.index, c.address, c.bytes, w.epoch());
+    m.shadow.mark_written(w.index, c.address, c.bytes, w.epoch(), c.lane);
+    w.touch(1u << c.lane, true);
     return true;
   });
   return Flow::next;
@@ -88,7 +90,7 @@ Flow mbarrier(Warp& w, const Instruction& i, u32 mask) {
     if (what == Barrier::init) {
       m.shared_address(address, 8, l);
       if (m.launch.checks)
-        m.shadow.check_write(w, address, 8, l, nullptr), m.shadow.mark_written(w.index, address, 8, w.epoch());
+        m.shadow.check_write(w, address, 8, l, nullptr), m.shadow.mark_written(w.index, address, 8, w.epoch(), l);
       m.transactions[address] = {value, value, 0, 0, {}, {}};
       continue;
     }
@@ -103,8 +105,7 @@ Flow mbarrier(Warp& w, const Instruction& i, u32 mask) {
       b.pending -= what == Barrier::arrive ? value : 1;
       if (b.pending < 0)
         fault(Kind::barrier, l, "more arrivals than the %lld that the mbarrier expects", (long long)b.expected);
-      b.clock.join(w.clock);
-      w.release();
+      w.arrive(b.clock, mask);
     }
     m.settle(b);
   }
@@ -114,14 +115,15 @@ Flow mbarrier(Warp& w, const Instruction& i, u32 mask) {
 // {complete, address, parity or state}: immediate[0] is the offset, [1] whether parity, [2] whether the warp may rest.
 Flow test_wait(Warp& w, const Instruction& i, u32 mask) {
   if (!mask) return Flow::next;
-  u32 complete = 0;
+  u32 complete = 0, seen = w.epoch();
   for (int l = 0; l < kLanes; ++l) {
     if (!(mask >> l & 1)) continue;
     TransactionBarrier& b = find(w, w.operand<u32>(i, 1)[l] + u32(i.immediate[0]), l);
     bool done = i.immediate[1] ? (b.phase & 1) != (w.operand<u32>(i, 2)[l] & 1) : b.phase > w.operand<u64>(i, 2)[l];
-    if (done) w.clock.join(b.completed);
+    if (done) w.clock.join(b.completed), seen = std::min(seen, b.completed.at[w.index]);
     complete |= u32(done) << l;
   }
+  if (complete == w.live) w.meet(seen);
   u32& p = *w.operand<u32>(i, 0);
   p = (p & ~mask) | complete;
   if (complete == mask || !i.immediate[2]) return Flow::next;
@@ -179,12 +181,12 @@ void start_load(Warp& w, int lane, u32 target, std::vector<u8> data, i64 swizzle
     fault(Kind::alignment, lane, "a bulk copy to shared byte %u, not aligned to %d bytes", target - kShared, alignment);
   if (m.launch.checks) {
     m.shadow.check_write(w, target, bytes, lane, nullptr);
-    m.shadow.mark_written(m.engine, target, bytes, Shadow::kPending);
+    m.shadow.mark_written(m.engine, target, bytes, Shadow::kPending, lane);
   }
   auto landing = [&m, lane, target, data = std::move(data), swizzle, mbarrier] {
     for (size_t k = 0; k < data.size(); k += 16)
       memcpy(&m.shared[swizzled(target + u32(k), swizzle)], &data[k], std::min<size_t>(16, data.size() - k));
-    if (m.launch.checks) m.shadow.mark_written(m.engine, target, int(data.size()), ++m.engine_epoch);
+    if (m.launch.checks) m.shadow.mark_written(m.engine, target, int(data.size()), ++m.engine_epoch, lane);
     auto found = m.transactions.find(mbarrier);
     if (found == m.transactions.end()) fault(Kind::async, lane, "a bulk copy completes at an mbarrier that is gone");
     TransactionBarrier& b = found->second;
@@ -301,7 +303,7 @@ Flow wait_stores(Warp& w, const Instruction& i, u32 mask) {
   std::erase_if(w.stores, [&](AsyncRead& s) {
     if (s.group >= w.store_group - i.immediate[0]) return false;
     if (s.effect) s.effect();
-    for (const Range& r : s.reads) w.machine.shadow.mark_read(w.index, r.address, r.bytes, w.epoch());
+    for (const Range& r : s.reads) w.machine.shadow.mark_read(w, r.address, r.bytes, w.epoch(), mask);
     return true;
   });
   return Flow::next;

@@ -4,13 +4,22 @@
 
 namespace ptx {
 
+void Shadow::mark_read(const Warp& w, u32 address, int bytes, u32 epoch, u32 lanes) {
+  u32* read = &read_[w.index * bytes_ + address];
+  u32* readers = &readers_[w.index * bytes_ + address];
+  for (int b = 0; b < bytes; ++b) {
+    readers[b] = (read[b] >= w.met && read[b] != kPending ? readers[b] : 0) | lanes;
+    read[b] = epoch;
+  }
+}
+
 void Shadow::check_read(const Warp& w, u32 address, int bytes, int lane, bool by_engine) const {
   const Machine& m = w.machine;
-  u32 seen = 0;
+  u32 seen = 0, by = 0;
   for (int b = 0; b < bytes; ++b) {
-    u32 written = written_[address + b];
-    if (b && written == seen) continue;
-    seen = written;
+    u32 written = written_[address + b], writer = writer_[address + b];
+    if (b && written == seen && writer == by) continue;
+    seen = written, by = writer;
     u32 agent = written & 63, epoch = written >> 6, place = address + b - kShared;
     if (!written) {
       if (m.checks(kInitialised))
@@ -23,6 +32,9 @@ void Shadow::check_read(const Warp& w, u32 address, int bytes, int lane, bool by
       if (int(agent) == m.engine)
         fault(Kind::race, lane, "reads shared byte %u without waiting for the mbarrier of its bulk copy", place);
       fault(Kind::race, lane, "reads shared byte %u, which warp %u wrote, with no barrier between", place, agent);
+    } else if (int(agent) == w.index && epoch >= w.met && int(writer) != lane && m.checks(kRaces)) {
+      fault(Kind::race, lane, "reads shared byte %u, which lane %u wrote, with no bar.warp.sync between", place,
+            writer);
     } else if (by_engine && int(agent) != m.engine && w.clock.fenced[agent] < epoch && m.checks(kAsync)) {
       fault(Kind::async, lane,
             "the async proxy reads shared byte %u, written by warp %u, with no fence.proxy.async between", place,
@@ -37,6 +49,13 @@ void Shadow::check_write(const Warp& w, u32 address, int bytes, int lane, const 
     const u32* read = &read_[v * bytes_ + address];
     u32 last = 0;
     for (int b = 0; b < bytes; ++b) last = std::max(last, read[b]);
+    if (v == w.index && last >= w.met && m.checks(kRaces)) {
+      const u32* readers = &readers_[v * bytes_ + address];
+      for (int b = 0; b < bytes; ++b)
+        if (u32 others = readers[b] & ~(1u << lane); read[b] >= w.met && read[b] != kPending && others)
+          fault(Kind::race, lane, "writes shared byte %u, which lane %d read, with no bar.warp.sync between",
+                address + b - kShared, __builtin_ctz(others));
+    }
     if (last <= w.clock.at[v]) continue;
     u32 place =
         address + u32(std::find_if(read, read + bytes, [&](u32 r) { return r > w.clock.at[v]; }) - read) - kShared;
@@ -50,11 +69,16 @@ void Shadow::check_write(const Warp& w, u32 address, int bytes, int lane, const 
   }
   for (int b = 0; b < bytes; ++b) {
     u32 written = written_[address + b], agent = written & 63, epoch = written >> 6;
-    if (epoch <= w.clock.at[agent]) continue;
-    if (epoch == kPending) {
+    const bool same = from && from[b] == m.shared[address + b];
+    if (epoch <= w.clock.at[agent]) {
+      if (int(agent) == w.index && epoch >= w.met && int(writer_[address + b]) != lane && !same && m.checks(kRaces))
+        fault(Kind::race, lane,
+              "writes shared byte %u, which lane %d wrote with another value, with no bar.warp.sync between",
+              address + b - kShared, writer_[address + b]);
+    } else if (epoch == kPending) {
       if (m.checks(kAsync))
         fault(Kind::async, lane, "writes shared byte %u, into which a copy is still in flight", address + b - kShared);
-    } else if (m.checks(kRaces) && !(from && from[b] == m.shared[address + b])) {
+    } else if (m.checks(kRaces) && !same) {
       fault(Kind::race, lane, "writes shared byte %u, which %s %u wrote with another value, with no barrier between",
             address + b - kShared, int(agent) == m.engine ? "a bulk copy, agent" : "warp", agent);
     }
@@ -126,7 +150,7 @@ void Machine::read_by_engine(Warp& w, const std::vector<Range>& reads, int lane)
             (long long)r.address - kShared, r.bytes, (long long)launch.shared_bytes);
     if (!launch.checks) continue;
     shadow.check_read(w, r.address, r.bytes, lane, true);
-    shadow.mark_read(w.index, r.address, r.bytes, Shadow::kPending);
+    shadow.mark_read(w, r.address, r.bytes, Shadow::kPending, 0);
   }
 }
 

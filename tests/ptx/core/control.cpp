@@ -56,8 +56,9 @@ Flow barrier(Warp& w, const Instruction& i, u32 mask) {
   b.expected = threads;
   b.arrived += kLanes;
   b.clock.join(w.clock);
-  w.release();
   const bool arrive = i.immediate[0];
+  if (!arrive) w.meet(w.epoch());
+  w.release();
   if (b.arrived < threads) {
     if (arrive) return Flow::next;
     b.waiting.push_back(&w);
@@ -237,7 +238,10 @@ Flow reduce(Warp& w, const Instruction& i, u32 mask) {
 }
 
 Flow warp_barrier(Warp& w, const Instruction& i, u32 mask) {
-  if (mask) members(w, i, mask);
+  if (mask && members(w, i, mask) == w.live) {
+    w.meet(w.epoch());
+    w.release();
+  }
   return Flow::next;
 }
 

@@ -123,6 +123,16 @@ void Warp::run(i64 instructions) {
   }
 }
 
+// Some lanes arrive at an mbarrier: what others did since all met, they do not release. Nor, where there was such, what
+// they did themselves: epochs are a warp's.
+void Warp::arrive(Clock& at, u32 lanes) {
+  const u32 own = epoch();
+  if (touched & ~lanes) clock.at[index] = met - 1;
+  at.join(clock);
+  clock.at[index] = own;
+  release();
+}
+
 // Warps run one at a time, in an order and for stretches drawn from the seed, until each waits or has left.
 void Machine::run(i64 index) {
   cta[0] = index % launch.grid[0];
@@ -140,6 +150,7 @@ void Machine::run(i64 index) {
     w.start();
     std::fill(std::begin(w.clock.at), std::end(w.clock.at), now);
     std::fill(std::begin(w.clock.fenced), std::end(w.clock.fenced), now);
+    w.meet(now);
     w.release();
     w.executed = 0;
   }

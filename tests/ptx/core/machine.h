@@ -155,23 +155,31 @@ class Shadow {
  public:
   static constexpr u32 kPending = (1u << 26) - 1;
 
-  Shadow(i64 bytes, int agents) : bytes_(bytes), agents_(agents), written_(bytes), read_(agents * bytes) {}
+  Shadow(i64 bytes, int agents)
+      : bytes_(bytes),
+        agents_(agents),
+        written_(bytes),
+        writer_(bytes),
+        read_(agents * bytes),
+        readers_(agents * bytes) {}
   void reset() { std::fill(written_.begin(), written_.end(), 0); }
   void check_read(const Warp&, u32 address, int bytes, int lane, bool by_engine) const;
-  void mark_read(int agent, u32 address, int bytes, u32 epoch) {
-    std::fill_n(&read_[agent * bytes_ + address], bytes, epoch);
-  }
+  // `lanes`: those that read; 0 where all know that it is done.
+  void mark_read(const Warp&, u32 address, int bytes, u32 epoch, u32 lanes);
   // `from`: the bytes to be written, where writing what is there already is no race.
   void check_write(const Warp&, u32 address, int bytes, int lane, const u8* from) const;
-  void mark_written(int agent, u32 address, int bytes, u32 epoch) {
+  void mark_written(int agent, u32 address, int bytes, u32 epoch, int lane) {
     std::fill_n(&written_[address], bytes, epoch << 6 | agent);
+    std::fill_n(&writer_[address], bytes, u8(lane));
   }
 
  private:
   i64 bytes_;
   int agents_;
   std::vector<u32> written_;  // epoch << 6 | agent, 0 if never
+  std::vector<u8> writer_;    // which lane
   std::vector<u32> read_;     // by agent, then by byte: the last read
+  std::vector<u32> readers_;  // likewise: which lanes have read since they met
 };
 
 struct NamedBarrier {
@@ -192,7 +200,7 @@ struct TransactionBarrier {  // an mbarrier object
 struct AsyncCopy {  // a lane's cp.async
   i64 group;
   u32 address;
-  int bytes;
+  int bytes, lane;
   u8 data[16];
   bool landed;
 };
@@ -222,6 +230,9 @@ struct Warp {
   u64 stalled = 0;       // progress of the CTA when an mbarrier was last incomplete, or registers too few
   i64 held = 0, wanted = 0;  // registers of a thread; how many more it waits for
   Clock clock;
+  u32 met = 0;  // the epoch since which nothing orders the accesses of its lanes to shared memory among themselves
+  u32 touched = 0;  // the lanes that had some since
+  u32 touched_at = 0, wrote_at = 0;  // the epochs of the last access and of the last write
   i64 copy_group = 0, product_group = 0, store_group = 0;
   std::vector<AsyncCopy> copies;
   std::vector<AsyncRead> products, stores;
@@ -240,6 +251,16 @@ struct Warp {
   }
   u32 epoch() const { return clock.at[index]; }
   void release() { ++clock.at[index]; }
+  // Every lane has seen what the others did up to this epoch.
+  void meet(u32 until) {
+    met = std::max(met, until + 1);
+    if (touched_at < met) touched = 0;
+  }
+  void touch(u32 lanes, bool write) {
+    touched |= lanes, touched_at = epoch();
+    if (write) wrote_at = touched_at;
+  }
+  void arrive(Clock&, u32 lanes);
   bool whole() const { return active == live; }
   void start();
   void run(i64 instructions);

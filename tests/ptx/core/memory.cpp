@@ -32,7 +32,8 @@ struct Shared {
     m.shared_address(address, bytes, lane);
     if (m.launch.checks) {
       m.shadow.check_read(w, address, bytes, lane, false);
-      m.shadow.mark_read(w.index, address, bytes, w.epoch());
+      m.shadow.mark_read(w, address, bytes, w.epoch(), 1u << lane);
+      w.touch(1u << lane, false);
     }
     return &m.shared[address];
   }
@@ -41,7 +42,8 @@ struct Shared {
     m.shared_address(address, bytes, lane);
     if (m.launch.checks) {
       m.shadow.check_write(w, address, bytes, lane, from);
-      m.shadow.mark_written(w.index, address, bytes, w.epoch());
+      m.shadow.mark_written(w.index, address, bytes, w.epoch(), lane);
+      w.touch(1u << lane, true);
     }
     return &m.shared[address];
   }

@@ -29,8 +29,9 @@ Flow load_matrix(Warp& w, const Instruction& i, u32 mask) {
     address[l] = m.shared_address(base[l] + u32(i.immediate[0]), 16, l);
     if (!m.launch.checks) continue;
     m.shadow.check_read(w, address[l], 16, l, false);
-    m.shadow.mark_read(w.index, address[l], 16, w.epoch());
+    m.shadow.mark_read(w, address[l], 16, w.epoch(), 1u << l);
   }
+  w.touch(kAll, false);
   count_shared(w, address, u32((u64{1} << 8 * i.destinations) - 1), 16);
   u32 result[4][kLanes];
   for (int d = 0; d < i.destinations; ++d) {
@@ -67,11 +68,12 @@ Flow store_matrix(Warp& w, const Instruction& i, u32 mask) {
       u32 to = address[8 * v + r];
       if (m.launch.checks) {
         m.shadow.check_write(w, to, 16, 8 * v + r, reinterpret_cast<u8*>(element[r]));
-        m.shadow.mark_written(w.index, to, 16, w.epoch());
+        m.shadow.mark_written(w.index, to, 16, w.epoch(), 8 * v + r);
       }
       memcpy(&m.shared[to], element[r], 16);
     }
   }
+  w.touch(kAll, true);
   return Flow::next;
 }
 
@@ -261,7 +263,7 @@ void mark(Warp& w, const AsyncRead& work, bool in_flight) {
     state = in_flight ? state | bit : state & ~bit;
   }
   for (const Range& r : work.reads)
-    w.machine.shadow.mark_read(w.index, r.address, r.bytes, in_flight ? Shadow::kPending : w.epoch());
+    w.machine.shadow.mark_read(w, r.address, r.bytes, in_flight ? Shadow::kPending : w.epoch(), 0);
 }
 
 // immediate[0]: how many of the latest groups may stay in flight.
@@ -275,6 +277,7 @@ Flow wait(Warp& w, const Instruction& i, u32 mask) {
     return true;
   });
   for (const AsyncRead& work : w.products) mark(w, work, true);
+  if (w.wrote_at < w.met) w.meet(w.epoch()), w.release();  // what the lanes read before, they have
   return Flow::next;
 }
 
