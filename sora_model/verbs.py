@@ -311,6 +311,8 @@ def _read(path: str | os.PathLike, fps: float) -> np.ndarray:
             raise media.MediaError(
                 f"{os.fspath(path)!r} has {size} bytes, and the limits allow read_bytes={most.read_bytes}"
             )
+        if not os.path.isfile(path):  # a pipe would be waited for; the reader of videos refuses it by name
+            raise UnidentifiedImageError
         with Image.open(path, formats=_IMAGES) as image:
             if getattr(image, "n_frames", 1) == 1:
                 if image.width * image.height > most.read_pixels:

@@ -128,7 +128,7 @@ def test_a_video_that_does_not_fit_the_memory_is_refused_as_it_is_read(tiny, tmp
         _read(tmp_path / "v.mp4", 8)
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "a.eps", "nul\0.png", "cut.png", "second.tiff"])
+@pytest.mark.parametrize("name", ["bomb.png", "a.eps", "nul\0.png", "cut.png", "second.tiff", "pipe.png"])
 def test_an_image_is_no_way_in(tiny, tmp_path, name, monkeypatch):
     path = tmp_path / name
     if name == "bomb.png":
@@ -146,6 +146,9 @@ def test_an_image_is_no_way_in(tiny, tmp_path, name, monkeypatch):
         end = table + 2 + 12 * int.from_bytes(data[table : table + 2], "little")
         data[end : end + 4] = len(data).to_bytes(4, "little")
         path.write_bytes(data + bytes(6))
+    elif name == "pipe.png":  # for which it would wait
+        os.mkfifo(path)
+        monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("the pipe was opened"))
     with pytest.raises(MediaError, match="cannot be read as an image|not an MP4|there is no file|cannot read"):
         tiny.animate(path, "a ball")
 
