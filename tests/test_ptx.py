@@ -65,6 +65,7 @@ EVERYTHING = {  # likewise
     "test_causal_conv_cudnn.py": ("test_bfloat16", 9),
     "ptx/cases_alone.py": ("test_", 72),
     "ptx/cases_sizes.py": ("test_", 14),
+    "ptx/cases_every_size.py": ("test_", 93),
     "ptx/cases_long.py": ("test_", 10),
 }
 
