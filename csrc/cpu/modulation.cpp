@@ -5,8 +5,8 @@
 //   out   = n * (1 + scale + scale_table) + shift + shift_table,   n = xhat * weight + bias   (kNorm)
 //   xhat  = (x_new - mean) * rstd   or   x_new / rms
 //
-// One kernel serves all three: what an operation lacks is compiled out. A row is read from memory once,
-// widened to fp32 in L1, normalised there by two passes, and rounded once at the store.
+// One kernel serves all three: what an operation lacks is compiled out. A row is read from memory once, widened to fp32
+// in L1, normalised there by two passes, and rounded once at the store.
 
 #include "common/check.h"
 #include "common/library.h"

@@ -10,12 +10,22 @@
 namespace sora {
 namespace {
 
-Rows row_gradients(const char* name, const OptionalTensor& t, const Tensor& x, Shape& shape,
-                   const OptionalTensor& index) {
-  Shape like = of_rows(shape, index);
-  const Rows found = row_gradients(name, t, x, like);
-  shape.F = like.F;
-  return found;
+// Where the gradients of what `modulation` reads go, and the index by which rows are chosen, checked once F is known.
+void put_gradients(BackwardParams& p, const Tensor& x, const OptionalTensor& index, const OptionalTensor& dgate,
+                   const OptionalTensor& dshift, const OptionalTensor& dscale, const OptionalTensor& dweight,
+                   const OptionalTensor& dbias, const OptionalTensor& dgate_table, const OptionalTensor& dshift_table,
+                   const OptionalTensor& dscale_table) {
+  Shape like = of_rows(p.shape, index);
+  p.dgate = row_gradients("dgate", dgate, x, like);
+  p.dshift = row_gradients("dshift", dshift, x, like);
+  p.dscale = row_gradients("dscale", dscale, x, like);
+  p.shape.F = like.F;
+  p.index = index_of(index, x, p.shape);
+  p.dweight = vector("dweight", dweight, x);
+  p.dbias = vector("dbias", dbias, x);
+  p.dgate_table = vector("dgate_table", dgate_table, x);
+  p.dshift_table = vector("dshift_table", dshift_table, x);
+  p.dscale_table = vector("dscale_table", dscale_table, x);
 }
 
 void norm_modulate_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& weight,
@@ -28,13 +38,7 @@ void norm_modulate_bwd(const Tensor& dout, const Tensor& x, const OptionalTensor
   p.x = tokens("x", x, x);
   p.dout = tokens("dout", dout, x);
   p.dx = tokens("dx", dx, x);
-  p.dshift = row_gradients("dshift", dshift, x, p.shape, index);
-  p.dscale = row_gradients("dscale", dscale, x, p.shape, index);
-  p.index = index_of(index, x, p.shape);
-  p.dweight = vector("dweight", dweight, x);
-  p.dbias = vector("dbias", dbias, x);
-  p.dshift_table = vector("dshift_table", dshift_table, x);
-  p.dscale_table = vector("dscale_table", dscale_table, x);
+  put_gradients(p, x, index, {}, dshift, dscale, dweight, dbias, {}, dshift_table, dscale_table);
   backward<false, true>(p, x.scalar_type());
 }
 
@@ -47,9 +51,7 @@ void gate_residual_bwd(const Tensor& dout, const Tensor& y, const OptionalTensor
   p.y = tokens("y", y, y);
   p.dx_new = tokens("dout", dout, y);
   p.dy = tokens("dy", dy, y);
-  p.dgate = row_gradients("dgate", dgate, y, p.shape, index);
-  p.index = index_of(index, y, p.shape);
-  p.dgate_table = vector("dgate_table", dgate_table, y);
+  put_gradients(p, y, index, dgate, {}, {}, {}, {}, dgate_table, {}, {});
   backward<true, false>(p, y.scalar_type());
 }
 
@@ -71,15 +73,7 @@ void gate_residual_norm_modulate_bwd(
   p.dout = tokens("dout", dout, x_new);
   p.dx = tokens("dx", dx, x_new);
   p.dy = tokens("dy", dy, x_new);
-  p.dgate = row_gradients("dgate", dgate, x_new, p.shape, index);
-  p.dshift = row_gradients("dshift", dshift, x_new, p.shape, index);
-  p.dscale = row_gradients("dscale", dscale, x_new, p.shape, index);
-  p.index = index_of(index, x_new, p.shape);
-  p.dweight = vector("dweight", dweight, x_new);
-  p.dbias = vector("dbias", dbias, x_new);
-  p.dgate_table = vector("dgate_table", dgate_table, x_new);
-  p.dshift_table = vector("dshift_table", dshift_table, x_new);
-  p.dscale_table = vector("dscale_table", dscale_table, x_new);
+  put_gradients(p, x_new, index, dgate, dshift, dscale, dweight, dbias, dgate_table, dshift_table, dscale_table);
   const bool zeros_for_dout = !dout && y_rms;  // the bits that zeros give: the norm of y is rounded in one way
   const Scratch zeros(1, zeros_for_dout ? p.shape.D : 0);
   if (zeros_for_dout) {
