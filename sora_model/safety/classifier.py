@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,14 @@ def check_frames(frames: np.ndarray) -> None:
             f"frames must be at least {WINDOW} of {SIDE}x{SIDE} to be judged by their looks; got {len(frames)} of "
             f"{frames.shape[2]}x{frames.shape[1]}"
         )
+
+
+def kept_apart(made: Sequence, others: Sequence, held: float) -> list[tuple[Any, Any]]:
+    """(to fit, to draw the lines by) of both kinds, of which `held` is the second's share."""
+    if min(len(made), len(others)) < 8:
+        raise ValueError(f"a classifier takes at least 8 clips of both kinds; got {len(made)} and {len(others)}")
+    cuts = (round(len(clips) * (1 - held)) for clips in (made, others))
+    return [(clips[:cut], clips[cut:]) for clips, cut in zip((made, others), cuts, strict=True)]
 
 
 def lines(made: np.ndarray, others: np.ndarray) -> tuple[float, float]:
@@ -182,9 +191,7 @@ def fit(
 
 def fit_features(made: np.ndarray, others: np.ndarray, *, held: float = 0.25, decay: float = 1e-3) -> Classifier:
     """`fit` on what `features` gave of the clips, `[clips, 33]` each."""
-    if min(len(made), len(others)) < 8:
-        raise ValueError(f"a classifier takes at least 8 clips of both kinds; got {len(made)} and {len(others)}")
-    parts = [np.split(rows, [round(len(rows) * (1 - held))]) for rows in (made, others)]
+    parts = kept_apart(made, others, held)
     taught = np.concatenate([part[0] for part in parts])
     mean, std = taught.mean(0), taught.std(0) + 1e-3
     x = torch.from_numpy((taught - mean) / std)

@@ -10,6 +10,7 @@ read. Its lines are drawn as those of `classifier` are; what is unlike everythin
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import check_shapes, read_tensors, write_tensors
-from .classifier import SIDE, WINDOW, Judgement, answered, check_frames, fine_detail, lines
+from .classifier import SIDE, WINDOW, Judgement, answered, check_frames, fine_detail, kept_apart, lines
 
 WINDOWS = 4  # of a clip that is judged, spread over it, at most
 
@@ -66,13 +67,9 @@ def fit(
     AdamW's at the first step, and falls to none as a cosine. `held`: as `classifier.fit` has it.
     """
     kinds = [list(clips) for clips in (made, others)]
-    if min(map(len, kinds)) < 8:
-        raise ValueError(f"a classifier takes at least 8 clips of both kinds; got {len(kinds[0])} and {len(kinds[1])}")
-    for clip in (clip for clips in kinds for clip in clips):
+    taught, kept = zip(*kept_apart(*kinds, held), strict=True)
+    for clip in itertools.chain(*kinds):
         check_frames(clip)
-    cuts = [round(len(clips) * (1 - held)) for clips in kinds]
-    taught = [clips[:cut] for clips, cut in zip(kinds, cuts, strict=True)]
-    kept = [clips[cut:] for clips, cut in zip(kinds, cuts, strict=True)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = _built()
