@@ -27,14 +27,16 @@ CASES = {
 
 def run(family: str, name: str, sm: int) -> None:
     """The case's launches, of each the first, a middle and the last program."""
-    executed = []
+    calls = {}
     for case, call, _, *only in compile_kernels.ALL[family]():
-        if case == name and (not only or sm in only[0]):
-            with triton_on(sm, lambda kernel, counters: executed.append(kernel), programs=FIRST_MIDDLE_LAST):
-                call()
-            break
-    else:
-        pytest.skip(f"not compiled for sm_{sm}")
+        if case == name:
+            calls = dict.fromkeys(only[0] if only else [sm], call) | calls
+    assert calls, f"{family} has no case {name!r}"
+    if sm not in calls:
+        pytest.skip(f"compiled for sm_{', sm_'.join(map(str, calls))} only")
+    executed = []
+    with triton_on(sm, lambda kernel, counters: executed.append(kernel), programs=FIRST_MIDDLE_LAST):
+        calls[sm]()
     assert executed
 
 
