@@ -10,6 +10,7 @@ last frame copied, and constant velocity. Means come with 95 % intervals over cl
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from .frames import held, to_pixels, to_video
 from .pipeline import Sora
 from .world import baselines, measures, measures_long
 from .world.captions import Program
-from .world.measures_summary import label, mean_of, permanence_curve, summary
+from .world.measures_summary import mean_of, permanence_curve, rows_of, summary
 from .world.measures_text import CLAIMS, text_truth
 from .world.readout import read
 
@@ -65,12 +66,11 @@ def evaluate(
     prompts = world.eval_prompts() if prompts is None else list(prompts)
     asked: list[dict[str, Any]] = [{"size": (height, width)} for height, width in sizes]
     if long:
-        ways = ways or (sora.ways[min(1, len(sora.ways) - 1)],)
-        asked += [{"seconds": long, "long": way} for way in ways]
+        asked += [{"seconds": long, "long": way} for way in ways or (None,)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # given again when the clips are made
-        for more in asked:  # what cannot be made is refused before what can be has taken its time
-            sora._plan(prompts[0][0], seed=seed, **options | more)
+        # what cannot be made is refused before what can be has taken its time
+        plans = [sora._plan(prompts[0][0], seed=seed, **options | more) for more in asked]
     tell = progress or (lambda stage, done, total: None)
     rows, found, others = _prompted(sora, prompts, seed, tell, "clips", keep, options)
     true, coded, psnr, simple = _true_clips(sora, true_clips, sora.defaults.size)
@@ -96,18 +96,13 @@ def evaluate(
     }
     if continuations:
         result |= _continuations(sora, continuations, occlusions, seed, tell, keep, options)
-
-    def through(video: np.ndarray) -> np.ndarray:
-        return reconstructed(sora, video)
-
+    through = functools.partial(reconstructed, sora)
     if long:
         result["length"], result["length_means"] = evaluate_long.length(
-            sora, long, ways, seed, _TRUE_SEED, through, tell, keep, options
+            sora, long, [plan.long for plan in plans[len(sizes) :]], seed, _TRUE_SEED, through, tell, keep, options
         )
     if verbs:
-        result["verbs"] = evaluate_verbs.verbs(
-            sora, verbs, seed, _TRUE_SEED + 500_000, through, tell, keep, options
-        )
+        result["verbs"] = evaluate_verbs.verbs(sora, verbs, seed, _TRUE_SEED + 500_000, through, tell, keep, options)
     if sizes:
         result["sizes"] = {}
         for height, width in sizes:
@@ -284,6 +279,5 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def _add_means(table: Table, by_name: dict[str, dict[str, dict[str, float]]]) -> None:
     """A row of means for each measure, a column for each that was measured."""
-    for name in dict.fromkeys(name for found in by_name.values() for name in found):
-        cells = [found.get(name) for found in by_name.values()]
-        table.add_row(label(name), *("-" if c is None else f"{c['mean']:.3g}" for c in cells))
+    for name, cells in rows_of(by_name):
+        table.add_row(name, *("-" if c is None else f"{c['mean']:.3g}" for c in cells))

@@ -14,7 +14,7 @@ import numpy as np
 from . import media
 from .safety.credentials import Origin
 from .world.measures import HORIZONS
-from .world.measures_summary import label
+from .world.measures_summary import rows_of
 from .world.measures_text import CLAIMS
 
 Clips = tuple[str, str, dict[str, np.ndarray]]
@@ -128,8 +128,7 @@ def _measures(result: Mapping[str, Any]) -> str:
 
 def _means(by_name: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A row for each measure, a column for each that was measured."""
-    names = dict.fromkeys(name for found in by_name.values() for name in found)
-    rows = [[html.escape(label(name)), *(_cell(found.get(name)) for found in by_name.values())] for name in names]
+    rows = [[html.escape(name), *map(_cell, cells)] for name, cells in rows_of(by_name)]
     return table(["", *by_name], rows)
 
 

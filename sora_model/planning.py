@@ -195,16 +195,10 @@ class Planning:
             )
         return tile
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """Of making long clips, those that the checkpoint has."""
-        frames_alone = self.vae.config.temporal_factor == self.dit.config.patch[0] == 1
-        return LONG if frames_alone and self.defaults.frames > CHUNK else LONG[:1]
-
     def _long(self, long: Any, frames: int, attention: AttentionMode | None) -> str:
         if long not in (None, *LONG):
             raise ValueError(f"long must be one of {', '.join(LONG)} or None; got {long!r}")
-        able = self.ways != ("once",)
+        able = self.vae.config.temporal_factor == self.dit.config.patch[0] == 1 and self.defaults.frames > CHUNK
         if long is None:
             return "stream" if able and attention is None and frames > self.defaults.frames else "once"
         if long != "once" and not able:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,13 @@ def label(name: str) -> str:
     kind, _, horizon = name.partition("@")
     about, unit, _ = MEASURES.get(kind, (kind.replace("_", " "), "", True))
     return about + (f" to {horizon}" if horizon else "") + (f", {unit}" if unit else "")
+
+
+def rows_of(by_name: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
+    """What is known of each by measure, as rows of a table: the measure's label, and a cell each, None where it has
+    none."""
+    for name in dict.fromkeys(name for found in by_name.values() for name in found):
+        yield label(name), [found.get(name) for found in by_name.values()]
 
 
 def mean_of(clips: Sequence[dict[str, list[float]]], name: str, seed: int = 0) -> dict[str, float] | None:
